@@ -1,0 +1,48 @@
+# What every target of the project shares: language level, warnings, sanitizers.
+#
+#   pbs_add_library(NAME [EXCEPTIONS] SOURCES ...)   static library pbs_NAME, alias pbs::NAME
+#   pbs_set_target_defaults(TARGET [EXCEPTIONS])     the same options for any target
+#
+# Our code throws nothing and is built with -fno-exceptions. EXCEPTIONS marks targets
+# whose libraries (oneTBB, oneDNN, CLI11) throw; they catch at their own edge.
+include_guard(GLOBAL)
+
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+  set(CMAKE_BUILD_TYPE RelWithDebInfo CACHE STRING "Build type" FORCE)
+endif()
+
+find_program(PBS_CCACHE ccache)
+if(PBS_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${PBS_CCACHE})
+endif()
+
+function(pbs_set_target_defaults target)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "EXCEPTIONS" "" "")
+  target_compile_features(${target} PUBLIC cxx_std_20)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Werror)
+  if(NOT arg_EXCEPTIONS)
+    target_compile_options(${target} PRIVATE -fno-exceptions)
+  endif()
+  if(PBS_SANITIZER)
+    list(JOIN PBS_SANITIZER "," sanitizers)
+    target_compile_options(${target} PRIVATE -fsanitize=${sanitizers}
+                           -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    target_link_options(${target} PUBLIC -fsanitize=${sanitizers})
+  endif()
+endfunction()
+
+function(pbs_add_library name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "EXCEPTIONS" "" "SOURCES")
+  add_library(pbs_${name} STATIC ${arg_SOURCES})
+  add_library(pbs::${name} ALIAS pbs_${name})
+  if(arg_EXCEPTIONS)
+    pbs_set_target_defaults(pbs_${name} EXCEPTIONS)
+  else()
+    pbs_set_target_defaults(pbs_${name})
+  endif()
+endfunction()

@@ -1,0 +1,323 @@
+// Permuted block-sparse attention (PBS-Attn, arXiv 2510.21270) and its baselines.
+//
+// A *method* is a key order plus a block selection (docs/KERNELS.md). One attention
+// kernel serves every method: keys and values are laid out by the order, and each block
+// of queries reads the key blocks that its list names.
+//
+//   dense         identity order, every causal block
+//   pbs           keys sorted by importance inside each segment; past blocks selected
+//   by
+//                 pooled attention mass; the own segment whole (sections 3.1-3.3)
+//   mean_pooling  identity order; causal blocks selected by pooled mass; the first and
+//                 the diagonal block forced
+//
+// Shapes: q and o [heads, q_len, head_dim], k and v [kv_heads, k_len, head_dim] per
+// sequence. Query head h reads KV head h / (num_heads / num_kv_heads). The queries of a
+// sequence are the *last* q_len of its k_len positions (query_offset = k_len - q_len),
+// and a query sees the keys at its own and earlier positions. Logits are scaled by
+// 1/sqrt(head_dim). q, k, v and o share one dtype; softmax and sums are f32.
+//
+// Use: Plan() once per problem, then Run() any number of times with a workspace of
+// plan.workspace_bytes, then ReadReport(). Plan() is host-only and pure. Run()
+// allocates nothing and, on a device, only enqueues.
+//
+// Threading: a backend may be used from one thread at a time. Plans are immutable.
+// Determinism: on one backend and ISA, equal inputs give equal bits on every run.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "pbs/block_lists.h"
+#include "pbs/dtype.h"
+#include "pbs/limits.h"
+#include "pbs/status.h"
+
+namespace pbs {
+
+enum class Method : uint8_t { kDense, kPbs, kMeanPooling };
+
+// Whose queries decide a key order (pbs).
+enum class Scope : uint8_t {
+  // One order per KV head, from the mean importance over its query heads. The default:
+  // num_heads / num_kv_heads times less permuted memory and traffic (appendix G).
+  kKvHead,
+  // One order per query head. Follows the published code to the letter, including its
+  // rounding of logits and block means to the input dtype (docs/adr/0003).
+  kQueryHead,
+};
+
+// "dense", "pbs", "mean_pooling"; "kv_head", "query_head".
+const char* MethodName(Method method);
+const char* ScopeName(Scope scope);
+
+struct AttentionOptions {
+  Method method = Method::kPbs;
+  // Tokens of a query or key block; a power of two in [kBlockSizeMin, kBlockSizeMax].
+  int32_t block_size = 128;
+  // pbs: tokens of a segment; a multiple of block_size, at most kSegmentSizeMax. A
+  // sequence with k_len <= segment_size runs dense.
+  int32_t segment_size = 256;
+  // pbs, mean_pooling: estimated attention mass to keep per query block, (0, 1]. A
+  // higher threshold selects more blocks; 1 selects every candidate.
+  float threshold = 0.9f;
+  Scope scope = Scope::kKvHead;  // pbs
+  // pbs, mean_pooling: every query block also reads the block that holds key 0.
+  bool force_first_block = true;
+  // pbs: use AttentionTensors::order instead of scoring keys.
+  bool use_given_order = false;
+  // pbs, mean_pooling: use AttentionTensors::lists instead of selecting blocks.
+  bool use_given_lists = false;
+  // Run every causal block when the selected ones would not pay (density of at least
+  // kDenseFallbackDensity). Reported in AttentionStats, never hidden.
+  bool dense_fallback = false;
+  // Query rows per sequence and head whose exact attention coverage is measured;
+  // 0 measures none. At most kCoverageRowsMax.
+  int32_t coverage_rows = 0;
+
+  bool operator==(const AttentionOptions&) const = default;
+};
+
+inline constexpr double kDenseFallbackDensity = 0.95;
+
+struct SequenceShape {
+  int32_t q_len = 0;  // 0 .. k_len
+  int32_t k_len = 0;  // 0 .. kSeqLenMax
+};
+
+struct AttentionShape {
+  int32_t num_heads = 0;     // query heads, 1 .. kNumHeadsMax
+  int32_t num_kv_heads = 0;  // divides num_heads
+  int32_t head_dim = 0;      // one of kHeadDims
+  std::vector<SequenceShape> sequences;
+};
+
+struct AttentionProblem {
+  AttentionShape shape;
+  DType dtype = DType::kF32;
+  AttentionOptions options;
+};
+
+// OK when every field is inside its documented range and the fields agree.
+// InvalidArgument names field, value and limit.
+Status ValidateProblem(const AttentionProblem& problem);
+
+// Where sequence s's blocks, rows and list entries lie. Derived from the problem alone.
+struct SequenceGeometry {
+  int32_t q_len = 0;
+  int32_t k_len = 0;
+  int32_t query_offset = 0;       // position of the first query
+  int64_t q_begin = 0;            // queries of earlier sequences
+  int64_t k_begin = 0;            // keys of earlier sequences
+  int32_t num_key_blocks = 0;     // ceil(k_len / block_size)
+  int32_t first_query_block = 0;  // absolute block of the first query
+  int32_t num_query_blocks = 0;   // the first and the last may be short
+  int64_t slot_begin = 0;         // key slots of earlier sequences, whole blocks
+  int64_t query_block_begin = 0;  // query blocks of earlier sequences, one head
+  int64_t entries_begin = 0;      // list entries of earlier sequences, all heads
+  int64_t entries_per_head = 0;   // worst case of one head
+  bool dense = false;             // runs dense whatever the options say
+};
+
+struct AttentionGeometry {
+  int32_t num_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t group_size = 0;       // query heads per KV head
+  int32_t num_order_heads = 0;  // heads with an order: num_kv_heads or num_heads
+  int32_t head_dim = 0;
+  int32_t block_size = 0;
+  int32_t segment_size = 0;  // == block_size unless the method is pbs
+  int32_t blocks_per_segment = 0;
+  std::vector<SequenceGeometry> sequences;
+  int64_t total_q = 0;
+  int64_t total_k = 0;
+  int64_t total_slots = 0;         // key slots of all sequences, one head
+  int64_t total_query_blocks = 0;  // query blocks of all sequences, one head
+  int64_t total_entries = 0;       // worst-case list entries, all heads
+
+  // Row of the block lists (block_lists.h).
+  int64_t ListRow(int32_t sequence, int32_t head, int32_t query_block) const {
+    const SequenceGeometry& s = sequences[sequence];
+    return s.query_block_begin * num_heads +
+           static_cast<int64_t>(head) * s.num_query_blocks + query_block;
+  }
+  // Blocks that query block `block` (absolute index) could read at most: everything up
+  // to the end of its own segment.
+  int32_t RowCapacity(const SequenceGeometry& s, int32_t block) const {
+    const int32_t end = (block / blocks_per_segment + 1) * blocks_per_segment;
+    return end < s.num_key_blocks ? end : s.num_key_blocks;
+  }
+  // The KV head that query head `head` reads.
+  int32_t KvHead(int32_t head) const { return head / group_size; }
+  // The order that query head `head` reads.
+  int32_t OrderHead(int32_t head) const {
+    return num_order_heads == num_heads ? head : KvHead(head);
+  }
+};
+
+// Requires ValidateProblem(problem).ok().
+AttentionGeometry MakeGeometry(const AttentionProblem& problem);
+
+// Where the rows of an operand lie, in elements. Rows are contiguous.
+struct RowLayout {
+  // Distance between sequences, or kPacked: sequence s starts behind the rows of the
+  // earlier ones.
+  int64_t sequence_stride = 0;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+
+  static constexpr int64_t kPacked = -1;
+
+  int64_t Offset(int64_t sequence, int64_t rows_before, int64_t head,
+                 int64_t row) const {
+    const int64_t start = sequence_stride == kPacked ? rows_before * row_stride
+                                                     : sequence * sequence_stride;
+    return start + head * head_stride + row * row_stride;
+  }
+};
+
+// [batch, heads, len, width]
+constexpr RowLayout DenseBatchLayout(int64_t heads, int64_t len, int64_t width) {
+  return {heads * len * width, len * width, width};
+}
+// [heads, total, width], sequences back to back
+constexpr RowLayout PackedLayout(int64_t total, int64_t width) {
+  return {RowLayout::kPacked, total * width, width};
+}
+// [total, heads, width] inside rows of `row_width` elements, sequences back to back
+constexpr RowLayout TokenMajorLayout(int64_t row_width, int64_t width) {
+  return {RowLayout::kPacked, width, row_width};
+}
+
+struct ConstRows {
+  const void* data = nullptr;
+  RowLayout layout;
+};
+struct Rows {
+  void* data = nullptr;
+  RowLayout layout;
+};
+
+// q, k, v, o: problem.dtype, width head_dim.
+struct AttentionTensors {
+  ConstRows q;
+  ConstRows k;
+  ConstRows v;
+  Rows o;
+  // Optional (data may be null): f32, width 1; natural log of the softmax denominator.
+  Rows lse;
+  // With use_given_order: int32, width 1, [num_order_heads, k_len] per sequence: the
+  // original position of the key in each slot. Must satisfy ValidateOrder().
+  ConstRows order;
+  // With use_given_lists: must satisfy ValidateLists(). `num_masked` is not read.
+  BlockListsView lists;
+};
+
+// OK when `order` permutes keys inside segments only and leaves the keys behind the
+// last whole segment in place; InvalidArgument names head and slot.
+Status ValidateOrder(const AttentionGeometry& geometry, ConstRows order);
+
+// OK when every row is strictly ascending, inside the row's own or earlier segments,
+// and reads the blocks that hold the positions of its own queries. `order` may have
+// null data (identity). InvalidArgument names sequence, head and query block.
+Status ValidateLists(const AttentionGeometry& geometry, ConstRows order,
+                     const BlockListsView& lists);
+
+// Memory that the caller owns and lends to one Run(). 64-byte aligned.
+struct Workspace {
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+
+// What the workspace holds, for documentation and tests.
+struct AttentionMemory {
+  int64_t packed_bytes = 0;   // permuted keys and values: linear in the tokens
+  int64_t order_bytes = 0;    // positions of the slots, int32
+  int64_t lists_bytes = 0;    // worst case of the uint16 lists
+  int64_t pooled_bytes = 0;   // block means and block scores
+  int64_t scratch_bytes = 0;  // per thread
+};
+
+// Backends derive from it; only the backend that made a plan can run it.
+struct AttentionPlan {
+  virtual ~AttentionPlan() = default;
+
+  AttentionProblem problem;
+  AttentionGeometry geometry;
+  AttentionMemory memory;
+  int64_t workspace_bytes = 0;
+};
+
+struct RunControl {
+  // When set and true, Run() stops at the next KV head and returns Cancelled; the
+  // outputs are then unspecified.
+  const std::atomic<bool>* stop = nullptr;
+};
+
+// Counts are sums over sequences and query heads.
+struct AttentionStats {
+  int64_t executed_blocks = 0;  // selected, blocks above the diagonal included
+  int64_t lower_blocks = 0;     // selected, on or below the diagonal
+  int64_t causal_blocks = 0;    // what dense attention reads
+  double executed_flops = 0;    // 4 * block_size^2 * head_dim per executed block
+  double dense_flops = 0;       // 4 * head_dim per causal query-key pair
+  double coverage = 0;          // mean over the sampled rows; 0 when none
+  int64_t coverage_rows = 0;    // rows sampled
+  double permute_seconds = 0;   // scoring, sorting, gathering keys and values
+  double select_seconds = 0;    // pooling, block scores, lists
+  double attend_seconds = 0;
+  // What ran: kDense also when every sequence was short or the fallback fired.
+  Method method_run = Method::kDense;
+  bool dense_fallback = false;
+
+  // Executed over causal blocks; 1 for dense. May pass 1 for short pbs prompts.
+  double Density() const;
+  double LowerDensity() const;
+};
+
+struct AttentionReport {
+  AttentionStats stats;
+  std::vector<double> head_density;  // [num_heads], over all sequences
+  // On request: int32 [num_order_heads, k_len] per sequence, packed like the keys
+  // (element = head_stride total_k); and the lists that ran.
+  std::vector<int32_t> order;
+  BlockLists lists;
+};
+
+// The i-th of `num_rows` sampled query rows of a sequence: evenly spaced, mid-interval.
+constexpr int32_t CoverageRow(int32_t i, int32_t num_rows, int32_t q_len) {
+  return static_cast<int32_t>((2 * static_cast<int64_t>(i) + 1) * q_len /
+                              (2 * static_cast<int64_t>(num_rows)));
+}
+
+struct ReportRequest {
+  bool order = false;
+  bool lists = false;
+};
+
+class AttentionBackend {
+ public:
+  virtual ~AttentionBackend() = default;
+
+  // InvalidArgument as ValidateProblem(); Unimplemented names what this backend
+  // supports instead.
+  virtual StatusOr<std::unique_ptr<AttentionPlan>> Plan(
+      const AttentionProblem& problem) const = 0;
+
+  // Requires validated order and lists where the options use them; outputs must not
+  // overlap inputs. ResourceExhausted when the workspace is smaller than planned;
+  // InvalidArgument when finite inputs overflow f32 logits (pbs, mean_pooling).
+  // After an error the outputs are unspecified and the backend stays usable.
+  virtual Status Run(const AttentionPlan& plan, const AttentionTensors& tensors,
+                     Workspace workspace, const RunControl& control) = 0;
+
+  // Waits for the last Run() on `workspace` and reads what it left there. Requires
+  // that this Run() returned OK.
+  virtual Status ReadReport(const AttentionPlan& plan, Workspace workspace,
+                            const ReportRequest& request, AttentionReport* report) = 0;
+};
+
+}  // namespace pbs

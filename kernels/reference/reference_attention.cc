@@ -1,0 +1,176 @@
+#include "reference/reference_attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "reference/operands.h"
+
+namespace pbs::reference {
+namespace {
+
+// Calls visit(sequence, head, query row, list row) for every query row.
+template <class Visitor>
+void ForEachQuery(const AttentionGeometry& g, Visitor&& visit) {
+  for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
+    const SequenceGeometry& s = g.sequences[n];
+    for (int32_t head = 0; head < g.num_heads; ++head) {
+      for (int32_t row = 0; row < s.q_len; ++row) {
+        const int32_t block = (s.query_offset + row) / g.block_size;
+        visit(n, head, row, g.ListRow(n, head, block - s.first_query_block));
+      }
+    }
+  }
+}
+
+// Scaled logits of one query row against every key; keys it must not see are -inf.
+std::vector<double> CausalLogits(const Operands& in, const AttentionGeometry& g,
+                                 int32_t head, int32_t row) {
+  const SequenceGeometry& s = in.shape();
+  std::vector<double> logits(static_cast<size_t>(s.k_len), -INFINITY);
+  for (int32_t key = 0; key <= s.query_offset + row; ++key) {
+    double dot = 0;
+    for (int32_t d = 0; d < g.head_dim; ++d) {
+      dot += in.Q(head, row, d) * in.K(g.KvHead(head), key, d);
+    }
+    logits[key] = dot / std::sqrt(g.head_dim);
+  }
+  return logits;
+}
+
+// Which original keys the row's list reads.
+std::vector<bool> SelectedKeys(const AttentionGeometry& g, const SequenceGeometry& s,
+                               const int32_t* order, std::span<const uint16_t> list) {
+  std::vector<bool> selected(static_cast<size_t>(s.k_len));
+  for (uint16_t block : list) {
+    const int32_t end = std::min((block + 1) * g.block_size, s.k_len);
+    for (int32_t slot = block * g.block_size; slot < end; ++slot) {
+      selected[order[slot]] = true;
+    }
+  }
+  return selected;
+}
+
+const int32_t* OrderOf(const AttentionGeometry& g, const Decision& decision,
+                       int32_t sequence, int32_t head) {
+  return decision.order.data() + g.OrderHead(head) * g.total_k +
+         g.sequences[sequence].k_begin;
+}
+
+void CountBlocks(const AttentionGeometry& g, const BlockListsView& lists,
+                 AttentionStats& stats) {
+  for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
+    const SequenceGeometry& s = g.sequences[n];
+    stats.dense_flops += 4.0 * g.head_dim * g.num_heads * s.q_len *
+                         (s.query_offset + (s.q_len + 1) / 2.0);
+    for (int32_t head = 0; head < g.num_heads; ++head) {
+      for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+        const int32_t block = s.first_query_block + i;
+        stats.causal_blocks += block + 1;
+        for (uint16_t j : lists.Row(g.ListRow(n, head, i))) {
+          ++stats.executed_blocks;
+          stats.lower_blocks += j <= block;
+        }
+      }
+    }
+  }
+  stats.executed_flops = 4.0 * g.block_size * g.block_size * g.head_dim *
+                         static_cast<double>(stats.executed_blocks);
+}
+
+}  // namespace
+
+Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
+              const Decision& decision) {
+  const AttentionGeometry g = MakeGeometry(problem);
+  const BlockListsView lists = decision.lists.View();
+  Output out;
+  out.o.resize(static_cast<size_t>(g.num_heads * g.total_q * g.head_dim));
+  out.lse.resize(static_cast<size_t>(g.num_heads * g.total_q));
+  ForEachQuery(g, [&](int32_t n, int32_t head, int32_t row, int64_t list_row) {
+    const SequenceGeometry& s = g.sequences[n];
+    const Operands in(problem, tensors, g, n);
+    auto logits = CausalLogits(in, g, head, row);
+    const auto selected =
+        SelectedKeys(g, s, OrderOf(g, decision, n, head), lists.Row(list_row));
+    double top = -INFINITY;
+    for (int32_t key = 0; key < s.k_len; ++key) {
+      if (!selected[key]) logits[key] = -INFINITY;
+      top = std::max(top, logits[key]);
+    }
+    const int64_t at = head * g.total_q + s.q_begin + row;
+    out.lse[at] = -INFINITY;
+    if (std::isinf(top)) return;
+    double sum = 0;
+    double* o = out.o.data() + at * g.head_dim;
+    for (int32_t key = 0; key < s.k_len; ++key) {
+      const double weight = std::exp(logits[key] - top);
+      if (weight == 0) continue;
+      sum += weight;
+      for (int32_t d = 0; d < g.head_dim; ++d) {
+        o[d] += weight * in.V(g.KvHead(head), key, d);
+      }
+    }
+    for (int32_t d = 0; d < g.head_dim; ++d) o[d] /= sum;
+    out.lse[at] = top + std::log(sum);
+  });
+  return out;
+}
+
+double Coverage(const AttentionProblem& problem, const AttentionTensors& tensors,
+                const Decision& decision) {
+  const AttentionGeometry g = MakeGeometry(problem);
+  const BlockListsView lists = decision.lists.View();
+  double total = 0;
+  int64_t num_rows = 0;
+  for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
+    const SequenceGeometry& s = g.sequences[n];
+    const Operands in(problem, tensors, g, n);
+    const int32_t rows = std::min(problem.options.coverage_rows, s.q_len);
+    for (int32_t head = 0; head < g.num_heads; ++head) {
+      for (int32_t i = 0; i < rows; ++i) {
+        const int32_t row = CoverageRow(i, rows, s.q_len);
+        auto mass = CausalLogits(in, g, head, row);
+        Softmax(mass);
+        const int32_t block = (s.query_offset + row) / g.block_size;
+        const auto selected =
+            SelectedKeys(g, s, OrderOf(g, decision, n, head),
+                         lists.Row(g.ListRow(n, head, block - s.first_query_block)));
+        for (int32_t key = 0; key < s.k_len; ++key) {
+          if (selected[key]) total += mass[key];
+        }
+        ++num_rows;
+      }
+    }
+  }
+  return num_rows == 0 ? 0.0 : total / static_cast<double>(num_rows);
+}
+
+Result Run(const AttentionProblem& problem, const AttentionTensors& tensors) {
+  Result result;
+  const AttentionGeometry g = MakeGeometry(problem);
+  result.decision = Decide(problem, tensors);
+  AttentionStats& stats = result.stats;
+  CountBlocks(g, result.decision.lists.View(), stats);
+  if (problem.options.dense_fallback && stats.Density() >= kDenseFallbackDensity &&
+      problem.options.method != Method::kDense) {
+    AttentionProblem dense = problem;
+    dense.options = {.method = Method::kDense, .block_size = g.block_size};
+    const int32_t coverage_rows = problem.options.coverage_rows;
+    result = Run(dense, tensors);
+    result.stats.dense_fallback = true;
+    result.stats.coverage = coverage_rows > 0 ? 1.0 : 0.0;
+    return result;
+  }
+  result.output = Attend(problem, tensors, result.decision);
+  bool all_dense = true;
+  for (const SequenceGeometry& s : g.sequences) all_dense &= s.dense;
+  stats.method_run = all_dense ? Method::kDense : problem.options.method;
+  stats.coverage = Coverage(problem, tensors, result.decision);
+  for (const SequenceGeometry& s : g.sequences) {
+    stats.coverage_rows += static_cast<int64_t>(g.num_heads) *
+                           std::min(problem.options.coverage_rows, s.q_len);
+  }
+  return result;
+}
+
+}  // namespace pbs::reference

@@ -1,0 +1,53 @@
+// The oracle: every method in plain f64 loops, written to be read beside
+// docs/KERNELS.md. Shares no code with the backends it judges.
+//
+// Shapes and options as pbs/attention.h. Results are packed: o [num_heads, total_q,
+// head_dim], lse [num_heads, total_q], order [num_order_heads, total_k].
+//
+// Threading: stateless. Memory: O(k_len) temporaries per query row, results as above.
+#pragma once
+
+#include <vector>
+
+#include "pbs/attention.h"
+
+namespace pbs::reference {
+
+struct Decision {
+  std::vector<int32_t> order;
+  BlockLists lists;
+};
+
+struct Output {
+  std::vector<double> o;
+  std::vector<double> lse;
+};
+
+struct Result {
+  Decision decision;
+  Output output;
+  AttentionStats stats;  // no times; coverage when asked for
+};
+
+// Importance of the keys of one sequence's whole segments for one order head
+// (sections 2.1-2.4 of docs/KERNELS.md); [k_len / segment_size * segment_size].
+std::vector<double> KeyImportance(const AttentionProblem& problem,
+                                  const AttentionTensors& tensors, int32_t sequence,
+                                  int32_t order_head);
+
+// Key order and block lists of `problem`, given ones taken over unchecked.
+Decision Decide(const AttentionProblem& problem, const AttentionTensors& tensors);
+
+// Attention under `decision`. A row that sees nothing has o = 0 and lse = -inf.
+Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
+              const Decision& decision);
+
+// Mean share of the exact softmax mass inside the selected blocks, over
+// options.coverage_rows rows per sequence and query head (CoverageRow()).
+double Coverage(const AttentionProblem& problem, const AttentionTensors& tensors,
+                const Decision& decision);
+
+// All of it. Requires ValidateProblem(problem).ok() and finite inputs.
+Result Run(const AttentionProblem& problem, const AttentionTensors& tensors);
+
+}  // namespace pbs::reference
