@@ -1,0 +1,59 @@
+// The admission budget: bytes are charged before they are allocated and given back when
+// the last owner lets go.
+//
+// Threading: safe from any thread. A reservation may outlive nothing but the ledger.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "server/engine/mutex.h"
+
+namespace pbs::server {
+
+class ByteLedger;
+
+// Bytes charged to a ledger; gives them back when destroyed. Move-only.
+class ByteReservation {
+ public:
+  ByteReservation() = default;
+  ByteReservation(ByteReservation&& other) noexcept { *this = std::move(other); }
+  ByteReservation& operator=(ByteReservation&& other) noexcept;
+  ~ByteReservation() { Reset(); }
+
+  int64_t bytes() const { return bytes_; }
+  // Gives back all but `bytes`; requires 0 <= bytes <= bytes().
+  void ShrinkTo(int64_t bytes);
+  void Reset();
+
+ private:
+  friend class ByteLedger;
+  ByteReservation(ByteLedger* ledger, int64_t bytes) : ledger_(ledger), bytes_(bytes) {}
+
+  ByteLedger* ledger_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+class ByteLedger {
+ public:
+  explicit ByteLedger(int64_t bytes_max) : bytes_max_(bytes_max) {}
+
+  // InvalidArgument when `bytes` could never fit, naming bytes_max; ResourceExhausted
+  // when it does not fit now, naming what is free.
+  absl::StatusOr<ByteReservation> Reserve(int64_t bytes);
+
+  int64_t bytes_max() const { return bytes_max_; }
+  int64_t bytes_held() const;
+
+ private:
+  friend class ByteReservation;
+  void GiveBack(int64_t bytes);
+
+  const int64_t bytes_max_;
+  mutable Mutex mutex_;
+  int64_t bytes_held_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+}  // namespace pbs::server

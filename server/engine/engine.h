@@ -1,0 +1,166 @@
+// The engine: admits work, decides what runs next, runs it, completes it once.
+//
+//   Submit -> bounded queue -> Scheduler::Pick (pure) -> executor thread -> listener
+//
+// A job is a sequence of steps (a prefill: one layer each), and between steps the
+// executor looks at cancellation and deadlines. Every accepted job completes exactly
+// once: with a result, an error, CANCELLED or DEADLINE_EXCEEDED.
+//
+// Threading: all methods are safe from any thread and never block on work. Listener
+// calls come from the executor thread (or, for a job that never ran, from the thread
+// that cancelled it), one at a time per job, without a lock held; they must not block.
+// Memory: a job's bytes are reserved before it is accepted (ReserveAttend/-Prefill) and
+// travel inside it, so that finishing, failing or dropping a job gives them back.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "pbs/attention.h"
+#include "server/base/host_bytes.h"
+#include "server/engine/byte_ledger.h"
+#include "server/engine/held_kv.h"
+#include "server/model/model.h"
+
+namespace pbs::server {
+
+using JobId = uint64_t;
+
+struct JobTerms {
+  std::string request_id;                        // for logs
+  absl::Time deadline = absl::InfiniteFuture();  // of the RPC
+  int32_t priority = 0;                          // higher first; equal: arrival order
+};
+
+// Wall seconds by stage (docs/PROTOCOL.md, "StageSeconds").
+struct StageTimes {
+  double queue = 0, embed = 0, qkv = 0, permute = 0, select = 0, attend = 0, mlp = 0,
+         copy = 0, send = 0;
+};
+
+// ---- raw attention
+
+// A tensor in host memory with its layout.
+struct HostRows {
+  HostBytes bytes;
+  RowLayout layout;
+};
+
+struct AttendJob {
+  JobTerms terms;
+  AttentionProblem problem;  // valid
+  HostRows q, k, v;
+  HostRows order;    // with use_given_order
+  BlockLists lists;  // with use_given_lists
+  RowLayout o_layout, lse_layout;
+  bool want_lse = false, want_order = false, want_lists = false;
+  int32_t warmup = 0;
+  int32_t repetitions = 1;
+  ByteReservation reservation;  // from ReserveAttend()
+};
+
+struct AttendIteration {
+  double permute_seconds = 0, select_seconds = 0, attend_seconds = 0;
+};
+
+struct AttendResult {
+  HostBytes o;
+  HostBytes lse;           // empty unless wanted
+  AttentionReport report;  // order and lists when wanted
+  std::vector<AttendIteration> iterations;
+  StageTimes stages;
+  ByteReservation reservation;  // shrunk to what the result holds
+};
+
+class AttendListener {
+ public:
+  virtual ~AttendListener() = default;
+  virtual void OnDone(absl::StatusOr<AttendResult> result) = 0;
+};
+
+// ---- prefill
+
+struct PrefillJob {
+  JobTerms terms;
+  const ServedModel* model = nullptr;
+  std::vector<int32_t> tokens;   // valid for the model
+  AttentionOptions attention;    // valid
+  std::vector<int32_t> logit_positions;
+  int32_t top_logits = 0;        // k best of the last token and of logit_positions
+  bool all_logits_last_token = false;
+  std::shared_ptr<HeldKv> kv;    // from ReservePrefill()
+  ByteReservation reservation;   // workspace; from ReservePrefill()
+};
+
+struct ScoredToken {
+  int32_t token_id = 0;
+  float log_probability = 0;
+};
+
+struct PrefillResult {
+  int32_t first_token_id = 0;
+  std::vector<ScoredToken> top_logits;
+  std::vector<std::vector<ScoredToken>> positions;  // as logit_positions
+  std::vector<float> last_token_logits;             // when asked for
+  std::vector<AttentionStats> layers;
+  StageTimes stages;
+  double time_to_first_layer_seconds = 0;
+  double total_seconds = 0;  // admission to last layer
+};
+
+class PrefillListener {
+ public:
+  virtual ~PrefillListener() = default;
+  // Layer's K and V are published in the job's HeldKv.
+  virtual void OnKvReady(int32_t layer) = 0;
+  // Layer's attention and MLP have run.
+  virtual void OnLayerDone(int32_t layer, double density, double seconds) = 0;
+  virtual void OnDone(absl::StatusOr<PrefillResult> result) = 0;
+};
+
+struct Admission {
+  JobId id = 0;
+  int32_t queue_position = 0;    // jobs ahead, the running one included
+  double predicted_seconds = 0;  // until done; 0 without an estimate
+};
+
+struct PrefillReservation {
+  std::shared_ptr<HeldKv> kv;
+  ByteReservation workspace;
+};
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+
+  // Charges everything an Attend needs: upload, workspace, results. Errors as
+  // ByteLedger::Reserve().
+  virtual absl::StatusOr<ByteReservation> ReserveAttend(const AttentionProblem& problem,
+                                                        bool want_lse, bool want_order,
+                                                        bool want_lists) = 0;
+  // Charges and allocates the KV cache, charges the workspace. Errors as above.
+  virtual absl::StatusOr<PrefillReservation> ReservePrefill(
+      const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
+      int32_t num_logit_rows) = 0;
+
+  // ResourceExhausted when the queue is full, DeadlineExceeded when the deadline has
+  // passed or the backlog ahead cannot meet it, Unavailable while draining. On error
+  // the listener is never called and everything the job held is free. `listener` must
+  // live until OnDone.
+  virtual absl::StatusOr<Admission> SubmitAttend(AttendJob job,
+                                                 AttendListener& listener) = 0;
+  virtual absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,
+                                                  PrefillListener& listener) = 0;
+
+  // Stops the job at its next step; it completes with CANCELLED. No-op when finished.
+  virtual void Cancel(JobId id) = 0;
+
+  // Accepts no more work; `on_idle` is called once all accepted work has completed.
+  virtual void Drain(absl::AnyInvocable<void()> on_idle) = 0;
+};
+
+}  // namespace pbs::server

@@ -1,0 +1,62 @@
+// A KV cache that one prefill fills and any number of readers follow.
+//
+// The executor writes layer after layer and publishes each; readers read published
+// layers only, so tensor memory needs no lock. Shared ownership (std::shared_ptr): the
+// running job, the lease and every open fetch hold it, and whoever is last frees it.
+//
+// Threading: one writer; readers from any thread. Callbacks run on the thread that
+// publishes, without a lock held, and must not block.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "server/engine/byte_ledger.h"
+#include "server/engine/mutex.h"
+#include "server/model/kv_cache.h"
+
+namespace pbs::server {
+
+class HeldKv {
+ public:
+  // `bytes` are what the cache costs; they go back to the ledger with this object.
+  HeldKv(KvCache cache, ByteReservation bytes);
+
+  const KvCache& cache() const { return cache_; }
+  KvCache& writable_cache() { return cache_; }  // the executor only
+
+  int32_t layers_ready() const;
+  bool finished() const;
+  absl::Status status() const;  // of the prefill; OK while it runs
+
+  // Writer: layers [0, layers) are complete.
+  void Publish(int32_t layers);
+  // Writer: no more layers will come. OK only after the last one was published.
+  void Finish(absl::Status status);
+
+  // Calls `callback` once, as soon as layer `layer` is ready or the prefill has
+  // finished (then perhaps without that layer: look at status()); at once when that is
+  // so already. Dropping the last reference drops callbacks uncalled.
+  void WhenReady(int32_t layer, absl::AnyInvocable<void()> callback);
+
+ private:
+  struct Waiter {
+    int32_t layer;
+    absl::AnyInvocable<void()> callback;
+  };
+  std::vector<Waiter> TakeReadyWaiters() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  KvCache cache_;
+  ByteReservation bytes_;
+  mutable Mutex mutex_;
+  int32_t layers_ready_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Waiter> waiters_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace pbs::server
