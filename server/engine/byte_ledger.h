@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
-#include "server/engine/mutex.h"
+#include "server/base/mutex.h"
 
 namespace pbs::server {
 

@@ -15,8 +15,8 @@
 
 #include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
+#include "server/base/mutex.h"
 #include "server/engine/byte_ledger.h"
-#include "server/engine/mutex.h"
 #include "server/model/kv_cache.h"
 
 namespace pbs::server {

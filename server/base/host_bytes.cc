@@ -1,0 +1,64 @@
+#include "server/base/host_bytes.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "pbs/check.h"
+
+namespace pbs::server {
+namespace {
+
+bool IsMapped(int64_t size) { return size >= HostBytes::kMappedMin; }
+
+void* AllocateZeroed(int64_t size) {
+  if (IsMapped(size)) {
+    void* data = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return data == MAP_FAILED ? nullptr : data;
+  }
+  const auto rounded =
+      static_cast<size_t>((size + HostBytes::kAlignment - 1) / HostBytes::kAlignment *
+                          HostBytes::kAlignment);
+  void* data = std::aligned_alloc(HostBytes::kAlignment, rounded);
+  if (data != nullptr) std::memset(data, 0, rounded);
+  return data;
+}
+
+}  // namespace
+
+HostBytes& HostBytes::operator=(HostBytes&& other) noexcept {
+  if (this != &other) {
+    Reset();
+    data_ = std::exchange(other.data_, nullptr);
+    size_ = std::exchange(other.size_, 0);
+  }
+  return *this;
+}
+
+absl::StatusOr<HostBytes> HostBytes::Allocate(int64_t size) {
+  PBS_CHECK(size >= 0);
+  if (size == 0) return HostBytes();
+  void* data = AllocateZeroed(size);
+  if (data == nullptr) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the system refused ", size, " bytes of memory"));
+  }
+  return HostBytes(static_cast<std::byte*>(data), size);
+}
+
+void HostBytes::Reset() {
+  if (data_ == nullptr) return;
+  if (IsMapped(size_)) {
+    munmap(data_, static_cast<size_t>(size_));
+  } else {
+    std::free(data_);
+  }
+  data_ = nullptr;
+  size_ = 0;
+}
+
+}  // namespace pbs::server

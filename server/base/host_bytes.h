@@ -1,0 +1,54 @@
+// HostBytes: a block of host memory for tensors.
+//
+// Large blocks are anonymous mappings of their own, so that freeing one gives its pages
+// back to the operating system at once; small ones come from the heap.
+//
+// Threading: a value; as safe as std::unique_ptr.
+// Memory: zero-filled, 64-byte aligned. A mapping takes physical pages when first
+// written.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <utility>
+
+#include "absl/status/statusor.h"
+
+namespace pbs::server {
+
+class HostBytes {
+ public:
+  static constexpr int64_t kAlignment = 64;        // bytes
+  static constexpr int64_t kMappedMin = 64 << 10;  // bytes; smaller blocks: the heap
+
+  // Empty; data() is null.
+  HostBytes() = default;
+  HostBytes(HostBytes&& other) noexcept { *this = std::move(other); }
+  HostBytes& operator=(HostBytes&& other) noexcept;
+  ~HostBytes() { Reset(); }
+
+  // `size` zero bytes; 0 gives an empty block. Requires size >= 0. ResourceExhausted
+  // when the system has no memory to give.
+  static absl::StatusOr<HostBytes> Allocate(int64_t size);
+
+  int64_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  std::byte* data() { return data_; }
+  const std::byte* data() const { return data_; }
+  std::span<std::byte> span() { return {data_, static_cast<size_t>(size_)}; }
+  std::span<const std::byte> span() const {
+    return {data_, static_cast<size_t>(size_)};
+  }
+
+  // Frees the block; empty afterwards.
+  void Reset();
+
+ private:
+  HostBytes(std::byte* data, int64_t size) : data_(data), size_(size) {}
+
+  std::byte* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace pbs::server

@@ -1,0 +1,42 @@
+// What the operating system says about this process: memory, limits, CPUs.
+//
+// Threading: safe from any thread; the answers are of the moment.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "absl/status/status.h"
+
+namespace pbs::server {
+
+// Resident memory now and at its highest since start or the last reset; 0 where the
+// system does not say.
+int64_t ResidentBytes();
+int64_t PeakResidentBytes();
+// Sets the peak back to what is resident now. Unavailable where the system cannot.
+absl::Status ResetPeakResidentBytes();
+
+// Where the pseudo files live; a test points it at a folder of its own.
+struct SystemRoot {
+  std::string path;  // in front of "/proc" and "/sys"
+};
+
+// Memory this process may use: the smallest of the machine's memory and the limits of
+// its control groups (v2, or v1) and their parents.
+int64_t MemoryLimitBytes(const SystemRoot& root = {});
+
+// CPUs this process may use, at least 1: its affinity mask, cut to the CPU quota of its
+// control groups, rounded up.
+int32_t UsableCpus(const SystemRoot& root = {});
+
+// ---- the parsers, public for their tests
+
+// Bytes of a "Name:   123 kB" line of /proc/self/status or /proc/meminfo.
+std::optional<int64_t> ParseKilobyteLine(std::string_view text, std::string_view name);
+// cpu.max: "max 100000" is no quota, "150000 100000" is 1.5 CPUs.
+std::optional<double> ParseCpuMax(std::string_view text);
+
+}  // namespace pbs::server
