@@ -1,0 +1,53 @@
+// The payload of a chunk: bytes that stay in the slices gRPC sends or received.
+//
+// Threading: values, as safe as the slices they hold references to.
+// Memory:    a slice lives as long as anything refers to it; nothing here copies bytes
+//            but CopyTo().
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <grpcpp/support/slice.h>
+
+namespace pbs::wire {
+
+class Payload {
+ public:
+  Payload() = default;
+  explicit Payload(grpc::Slice piece) { Append(std::move(piece)); }
+
+  void Append(grpc::Slice piece) {
+    size_ += piece.size();
+    pieces_.push_back(std::move(piece));
+  }
+  void Clear() {
+    pieces_.clear();
+    size_ = 0;
+  }
+
+  size_t size() const { return size_; }
+  const std::vector<grpc::Slice>& pieces() const { return pieces_; }
+
+  // Writes size() bytes.
+  void CopyTo(std::byte* target) const {
+    for (const grpc::Slice& piece : pieces_) {
+      std::memcpy(target, piece.begin(), piece.size());
+      target += piece.size();
+    }
+  }
+
+ private:
+  std::vector<grpc::Slice> pieces_;
+  size_t size_ = 0;
+};
+
+inline std::span<const std::byte> BytesOf(const grpc::Slice& slice) {
+  return {reinterpret_cast<const std::byte*>(slice.begin()), slice.size()};
+}
+
+}  // namespace pbs::wire
