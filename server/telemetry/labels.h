@@ -1,0 +1,98 @@
+// The values that metric labels may take. Labels come from these enums only, so that
+// the number of series is fixed at build time.
+//
+// Threading: constants.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace pbs::server {
+
+// Label `rpc`.
+enum class Rpc : uint8_t {
+  kPrefill,
+  kAttend,
+  kDescribe,
+  kFetch,
+  kRenew,
+  kRelease,
+  kListModels,
+  kGetServerInfo,
+};
+inline constexpr std::array<const char*, 8> kRpcNames = {
+    "prefill", "attend",  "describe",    "fetch",
+    "renew",   "release", "list_models", "get_server_info"};
+
+// Label `stage` (docs/PROTOCOL.md, "StageSeconds").
+enum class Stage : uint8_t {
+  kQueue,
+  kEmbed,
+  kQkv,
+  kPermute,
+  kSelect,
+  kAttend,
+  kMlp,
+  kCopy,
+  kSend,
+};
+inline constexpr std::array<const char*, 9> kStageNames = {
+    "queue", "embed", "qkv", "permute", "select", "attend", "mlp", "copy", "send"};
+
+// Label `reason` of refusals: no work was done.
+enum class RejectReason : uint8_t {
+  kQueueFull,
+  kMemory,    // does not fit the memory budget now
+  kTooLarge,  // could never fit it
+  kDeadline,  // passed, or cannot be met
+  kUploads,   // too many uploads under way
+  kLeases,    // too many leases held
+  kLoading,
+  kDraining,
+};
+inline constexpr std::array<const char*, 8> kRejectReasonNames = {
+    "queue_full", "memory", "too_large", "deadline",
+    "uploads",    "leases", "loading",   "draining"};
+
+// Label `reason` of work thrown away.
+enum class WasteReason : uint8_t { kCancelled, kDeadline, kError };
+inline constexpr std::array<const char*, 3> kWasteReasonNames = {"cancelled",
+                                                                 "deadline", "error"};
+
+// Label `reason` of transfers that ended early.
+enum class TransferFailure : uint8_t {
+  kCancelled,      // the consumer went away
+  kLeaseGone,      // released or expired under the transfer
+  kPrefillFailed,  // the cache will never be complete
+};
+inline constexpr std::array<const char*, 3> kTransferFailureNames = {
+    "cancelled", "lease_gone", "prefill_failed"};
+
+// Label `tier` of held caches.
+enum class Tier : uint8_t { kHost };
+inline constexpr std::array<const char*, 1> kTierNames = {"host"};
+
+// Label `code`: the canonical names, indexed by code value.
+inline constexpr std::array<const char*, 17> kCodeNames = {"OK",
+                                                           "CANCELLED",
+                                                           "UNKNOWN",
+                                                           "INVALID_ARGUMENT",
+                                                           "DEADLINE_EXCEEDED",
+                                                           "NOT_FOUND",
+                                                           "ALREADY_EXISTS",
+                                                           "PERMISSION_DENIED",
+                                                           "RESOURCE_EXHAUSTED",
+                                                           "FAILED_PRECONDITION",
+                                                           "ABORTED",
+                                                           "OUT_OF_RANGE",
+                                                           "UNIMPLEMENTED",
+                                                           "INTERNAL",
+                                                           "UNAVAILABLE",
+                                                           "DATA_LOSS",
+                                                           "UNAUTHENTICATED"};
+
+// Label `method`, indexed by pbs::Method.
+inline constexpr std::array<const char*, 3> kMethodNames = {"dense", "pbs",
+                                                            "mean_pooling"};
+
+}  // namespace pbs::server
