@@ -1,0 +1,58 @@
+// What the composition root tells the service, as plain structs. ServerConfig's
+// messages of the same names turn into these; defaults are those of its comments.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "pbs/attention.h"
+
+namespace pbs::server {
+
+inline constexpr int32_t kChunkBytesMin = 64 << 10;
+inline constexpr int32_t kChunkBytesMax = 4 << 20;
+
+struct TransportOptions {
+  int32_t chunk_bytes = 1 << 20;             // of a reply that asks for no other size
+  int32_t concurrent_streams_max = 64;       // per connection
+  int64_t memory_quota_bytes = 256ll << 20;  // gRPC's buffers, all connections
+  int32_t stream_window_bytes = 1 << 20;     // HTTP/2 lookahead of a stream
+  int32_t keepalive_seconds = 30;            // ping a silent client after
+  int32_t keepalive_timeout_seconds = 20;    // and drop it after
+  // Cut a call whose reader has taken nothing for this long (at most twice as long).
+  int32_t write_stall_seconds_max = 60;
+};
+
+struct ServiceLimits {
+  int32_t tokens_max = 1 << 20;            // longest prompt
+  int32_t attend_tokens_max = 1 << 20;     // keys of one raw sequence
+  int32_t queue_requests_max = 64;         // as the engine has it; for GetServerInfo
+  int32_t upload_seconds_max = 120;        // header to last chunk
+  int32_t upload_requests_max = 32;        // uploads under way at once
+  int32_t lease_ttl_seconds_default = 60;  // as the lease store has them
+  int32_t lease_ttl_seconds_max = 600;
+};
+
+// What GetServerInfo says about a backend.
+struct BackendFacts {
+  std::string name;    // "cpu"
+  std::string isa;     // "avx512"
+  std::string device;  // "Intel(R) Xeon(R) Processor, 16 threads"
+  std::vector<int32_t> head_dims;
+  std::vector<DType> dtypes;
+};
+
+struct ServiceOptions {
+  std::string listen = "127.0.0.1:50051";  // host:port; port 0 picks one
+  bool reflection = false;
+  TransportOptions transport;
+  ServiceLimits limits;
+  // Profile of requests that name no method.
+  AttentionOptions default_attention;
+  std::string version;  // of the build
+  std::string commit;
+  BackendFacts backend;
+};
+
+}  // namespace pbs::server

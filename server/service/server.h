@@ -1,0 +1,78 @@
+// GrpcServer: the node's one port. Prefill, Attention, KvSource, health v1 and, when
+// configured, reflection.
+//
+// Life: Create() listens at once. Until SetModels() every RPC but health answers
+// UNAVAILABLE "loading models"; until SetServing(true) health answers NOT_SERVING. The
+// health service "liveness" is SERVING from the first moment. Drain() refuses new work
+// and keeps serving leases; Shutdown() ends what is left.
+//
+// Threading: all methods are safe from any thread; Shutdown() blocks and must not be
+// called from a gRPC or executor thread. gRPC's threads decode, check and submit; they
+// never wait for work.
+// Memory: what a call holds is charged to the ledger before it is allocated; what gRPC
+// buffers is bounded by memory_formula.h.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "server/base/clock.h"
+#include "server/base/log.h"
+#include "server/base/timers.h"
+#include "server/engine/byte_ledger.h"
+#include "server/engine/engine.h"
+#include "server/service/options.h"
+#include "server/telemetry/server_metrics.h"
+#include "server/transfer/lease_store.h"
+
+namespace pbs::server {
+
+// Borrowed; all must outlive the server.
+struct ServiceParts {
+  Engine& engine;
+  LeaseStore& leases;
+  ByteLedger& ledger;  // the engine's
+  ServerMetrics& metrics;
+  Log& log;
+  const Clock& clock;
+  TimerQueue&
+      timers;  // run by a TimerThread, which stops before the server is destroyed
+};
+
+class GrpcServer {
+ public:
+  // Listens. Unavailable when the address cannot be bound, InvalidArgument when an
+  // option is outside its range.
+  static absl::StatusOr<std::unique_ptr<GrpcServer>> Create(
+      const ServiceOptions& options, const ServiceParts& parts);
+  // Shutdown(now) unless done before.
+  ~GrpcServer();
+  GrpcServer(const GrpcServer&) = delete;
+  GrpcServer& operator=(const GrpcServer&) = delete;
+
+  int port() const;
+
+  // Accept requests, for these models (none: raw attention only). Once; the models must
+  // outlive the server.
+  void SetModels(std::vector<const ServedModel*> models);
+
+  // What health v1 answers for "" and for each service.
+  void SetServing(bool serving);
+
+  // From here on Prefill and Attend answer UNAVAILABLE "draining"; what was admitted
+  // goes on, and leases are served. Health is the caller's to set.
+  void Drain();
+
+  // Calls still open after `grace` are cancelled; returns when all have ended.
+  void Shutdown(absl::Duration grace);
+
+ private:
+  struct Impl;
+  explicit GrpcServer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace pbs::server
