@@ -55,8 +55,9 @@ AttentionGeometry MakeGeometry(const AttentionProblem& problem) {
     s.slot_begin = g.total_slots;
     s.query_block_begin = g.total_query_blocks;
     s.entries_begin = g.total_entries;
-    s.dense =
-        options.method == Method::kDense || (is_pbs && s.k_len <= options.segment_size);
+    s.dense = options.method == Method::kDense ||
+              (is_pbs && s.k_len <= options.segment_size && !options.use_given_order &&
+               !options.use_given_lists);
     for (int32_t i = 0; i < s.num_query_blocks; ++i) {
       s.entries_per_head += g.RowCapacity(s, s.first_query_block + i);
     }

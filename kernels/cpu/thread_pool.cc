@@ -1,5 +1,6 @@
 #include "cpu/thread_pool.h"
 
+#include <tbb/global_control.h>
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
@@ -11,8 +12,13 @@
 namespace pbs::cpu {
 
 struct ThreadPool::Arena {
-  explicit Arena(int num_threads) : tbb(num_threads) {}
-  tbb::task_arena tbb;
+  explicit Arena(int num_threads)
+      : allowed(tbb::global_control::max_allowed_parallelism,
+                static_cast<size_t>(num_threads)),
+        tasks(num_threads) {}
+  // oneTBB otherwise stops at the CPUs it counts, which a container's quota may hide.
+  tbb::global_control allowed;
+  tbb::task_arena tasks;
 };
 
 ThreadPool::ThreadPool(int num_threads)
@@ -29,7 +35,7 @@ void ThreadPool::Run(int64_t count, Call call, void* context) {
     return;
   }
   std::atomic<int64_t> next{0};
-  arena_->tbb.execute([&] {
+  arena_->tasks.execute([&] {
     // One task per worker: each drains the shared counter, so work is handed out in
     // order and a worker index is one task's alone.
     tbb::parallel_for(

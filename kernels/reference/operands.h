@@ -9,45 +9,56 @@
 
 namespace pbs::reference {
 
-// One sequence's view of the problem: element access by (head, row, dim).
+// One sequence's operands as f64: element access by (head, row, dim).
 class Operands {
  public:
   Operands(const AttentionProblem& problem, const AttentionTensors& tensors,
            const AttentionGeometry& geometry, int32_t sequence)
-      : dtype_(problem.dtype),
-        tensors_(tensors),
+      : g_(geometry),
         s_(geometry.sequences[sequence]),
-        sequence_(sequence) {}
+        order_(tensors.order),
+        sequence_(sequence),
+        q_(Widen(problem.dtype, tensors.q, g_.num_heads, s_.q_begin, s_.q_len)),
+        k_(Widen(problem.dtype, tensors.k, g_.num_kv_heads, s_.k_begin, s_.k_len)),
+        v_(Widen(problem.dtype, tensors.v, g_.num_kv_heads, s_.k_begin, s_.k_len)) {}
 
   double Q(int32_t head, int32_t row, int32_t d) const {
-    return Read(tensors_.q, s_.q_begin, head, row, d);
+    return q_[(static_cast<int64_t>(head) * s_.q_len + row) * g_.head_dim + d];
   }
   double K(int32_t head, int32_t key, int32_t d) const {
-    return Read(tensors_.k, s_.k_begin, head, key, d);
+    return k_[(static_cast<int64_t>(head) * s_.k_len + key) * g_.head_dim + d];
   }
   double V(int32_t head, int32_t key, int32_t d) const {
-    return Read(tensors_.v, s_.k_begin, head, key, d);
+    return v_[(static_cast<int64_t>(head) * s_.k_len + key) * g_.head_dim + d];
   }
   int32_t GivenOrder(int32_t head, int32_t slot) const {
-    const RowLayout& layout = tensors_.order.layout;
     return static_cast<const int32_t*>(
-        tensors_.order.data)[layout.Offset(sequence_, s_.k_begin, head, slot)];
+        order_.data)[order_.layout.Offset(sequence_, s_.k_begin, head, slot)];
   }
   const SequenceGeometry& shape() const { return s_; }
 
  private:
-  double Read(const ConstRows& rows, int64_t before, int32_t head, int32_t row,
-              int32_t d) const {
-    const int64_t at = rows.layout.Offset(sequence_, before, head, row) + d;
-    return VisitDType(dtype_, [&](auto element) -> double {
-      return ToFloat(static_cast<const decltype(element)*>(rows.data)[at]);
+  std::vector<double> Widen(DType dtype, const ConstRows& rows, int32_t heads,
+                            int64_t before, int32_t num_rows) const {
+    std::vector<double> wide;
+    wide.reserve(static_cast<size_t>(heads) * num_rows * g_.head_dim);
+    VisitDType(dtype, [&](auto element) {
+      for (int32_t head = 0; head < heads; ++head) {
+        for (int32_t row = 0; row < num_rows; ++row) {
+          const auto* at = static_cast<const decltype(element)*>(rows.data) +
+                           rows.layout.Offset(sequence_, before, head, row);
+          for (int32_t d = 0; d < g_.head_dim; ++d) wide.push_back(ToFloat(at[d]));
+        }
+      }
     });
+    return wide;
   }
 
-  DType dtype_;
-  const AttentionTensors& tensors_;
+  const AttentionGeometry& g_;
   const SequenceGeometry& s_;
-  int32_t sequence_;
+  const ConstRows order_;
+  const int32_t sequence_;
+  const std::vector<double> q_, k_, v_;
 };
 
 // Query-head scope repeats the published code's rounding of intermediate scores to the

@@ -8,15 +8,17 @@
 namespace pbs::reference {
 namespace {
 
-// Calls visit(sequence, head, query row, list row) for every query row.
+// Calls visit(operands, sequence, head, query row, list row) for every query row.
 template <class Visitor>
-void ForEachQuery(const AttentionGeometry& g, Visitor&& visit) {
+void ForEachQuery(const AttentionProblem& problem, const AttentionTensors& tensors,
+                  const AttentionGeometry& g, Visitor&& visit) {
   for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
     const SequenceGeometry& s = g.sequences[n];
+    const Operands in(problem, tensors, g, n);
     for (int32_t head = 0; head < g.num_heads; ++head) {
       for (int32_t row = 0; row < s.q_len; ++row) {
         const int32_t block = (s.query_offset + row) / g.block_size;
-        visit(n, head, row, g.ListRow(n, head, block - s.first_query_block));
+        visit(in, n, head, row, g.ListRow(n, head, block - s.first_query_block));
       }
     }
   }
@@ -86,33 +88,34 @@ Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
   Output out;
   out.o.resize(static_cast<size_t>(g.num_heads * g.total_q * g.head_dim));
   out.lse.resize(static_cast<size_t>(g.num_heads * g.total_q));
-  ForEachQuery(g, [&](int32_t n, int32_t head, int32_t row, int64_t list_row) {
-    const SequenceGeometry& s = g.sequences[n];
-    const Operands in(problem, tensors, g, n);
-    auto logits = CausalLogits(in, g, head, row);
-    const auto selected =
-        SelectedKeys(g, s, OrderOf(g, decision, n, head), lists.Row(list_row));
-    double top = -INFINITY;
-    for (int32_t key = 0; key < s.k_len; ++key) {
-      if (!selected[key]) logits[key] = -INFINITY;
-      top = std::max(top, logits[key]);
-    }
-    const int64_t at = head * g.total_q + s.q_begin + row;
-    out.lse[at] = -INFINITY;
-    if (std::isinf(top)) return;
-    double sum = 0;
-    double* o = out.o.data() + at * g.head_dim;
-    for (int32_t key = 0; key < s.k_len; ++key) {
-      const double weight = std::exp(logits[key] - top);
-      if (weight == 0) continue;
-      sum += weight;
-      for (int32_t d = 0; d < g.head_dim; ++d) {
-        o[d] += weight * in.V(g.KvHead(head), key, d);
-      }
-    }
-    for (int32_t d = 0; d < g.head_dim; ++d) o[d] /= sum;
-    out.lse[at] = top + std::log(sum);
-  });
+  ForEachQuery(
+      problem, tensors, g,
+      [&](const Operands& in, int32_t n, int32_t head, int32_t row, int64_t list_row) {
+        const SequenceGeometry& s = g.sequences[n];
+        auto logits = CausalLogits(in, g, head, row);
+        const auto selected =
+            SelectedKeys(g, s, OrderOf(g, decision, n, head), lists.Row(list_row));
+        double top = -INFINITY;
+        for (int32_t key = 0; key < s.k_len; ++key) {
+          if (!selected[key]) logits[key] = -INFINITY;
+          top = std::max(top, logits[key]);
+        }
+        const int64_t at = head * g.total_q + s.q_begin + row;
+        out.lse[at] = -INFINITY;
+        if (std::isinf(top)) return;
+        double sum = 0;
+        double* o = out.o.data() + at * g.head_dim;
+        for (int32_t key = 0; key < s.k_len; ++key) {
+          const double weight = std::exp(logits[key] - top);
+          if (weight == 0) continue;
+          sum += weight;
+          for (int32_t d = 0; d < g.head_dim; ++d) {
+            o[d] += weight * in.V(g.KvHead(head), key, d);
+          }
+        }
+        for (int32_t d = 0; d < g.head_dim; ++d) o[d] /= sum;
+        out.lse[at] = top + std::log(sum);
+      });
   return out;
 }
 
@@ -151,20 +154,15 @@ Result Run(const AttentionProblem& problem, const AttentionTensors& tensors) {
   result.decision = Decide(problem, tensors);
   AttentionStats& stats = result.stats;
   CountBlocks(g, result.decision.lists.View(), stats);
-  if (problem.options.dense_fallback && stats.Density() >= kDenseFallbackDensity &&
-      problem.options.method != Method::kDense) {
-    AttentionProblem dense = problem;
-    dense.options = {.method = Method::kDense, .block_size = g.block_size};
-    const int32_t coverage_rows = problem.options.coverage_rows;
-    result = Run(dense, tensors);
-    result.stats.dense_fallback = true;
-    result.stats.coverage = coverage_rows > 0 ? 1.0 : 0.0;
-    return result;
-  }
   result.output = Attend(problem, tensors, result.decision);
-  bool all_dense = true;
-  for (const SequenceGeometry& s : g.sequences) all_dense &= s.dense;
-  stats.method_run = all_dense ? Method::kDense : problem.options.method;
+  int32_t sparse_heads = 0;
+  for (const SequenceGeometry& s : g.sequences) {
+    if (!s.dense && s.q_len > 0) sparse_heads += g.num_order_heads;
+  }
+  const int32_t fallen_back = result.decision.heads_fallen_back;
+  stats.dense_fallback = fallen_back > 0;
+  stats.method_run =
+      fallen_back == sparse_heads ? Method::kDense : problem.options.method;
   stats.coverage = Coverage(problem, tensors, result.decision);
   for (const SequenceGeometry& s : g.sequences) {
     stats.coverage_rows += static_cast<int64_t>(g.num_heads) *

@@ -16,6 +16,7 @@ namespace pbs::reference {
 struct Decision {
   std::vector<int32_t> order;
   BlockLists lists;
+  int32_t heads_fallen_back = 0;  // order heads whose dense fallback fired
 };
 
 struct Output {

@@ -141,6 +141,35 @@ void CausalHead(const SequenceGeometry& s, std::vector<uint8_t>& mask) {
   }
 }
 
+// Masks of the query heads that share one order; identity and causal where the dense
+// fallback fires.
+void AppendOrderHead(const AttentionProblem& problem, const AttentionTensors& tensors,
+                     const AttentionGeometry& g, int32_t sequence, int32_t order_head,
+                     std::vector<int32_t>& order, std::vector<uint8_t>& mask,
+                     Decision& decision) {
+  const SequenceGeometry& s = g.sequences[sequence];
+  const int32_t num_members = g.num_heads / g.num_order_heads;
+  const bool selects = !s.dense && !problem.options.use_given_lists;
+  const size_t begin = mask.size();
+  for (int32_t member = 0; member < num_members; ++member) {
+    if (selects) {
+      SelectHead(problem, tensors, g, sequence, order_head * num_members + member,
+                 order.data(), mask);
+    } else {
+      CausalHead(s, mask);
+    }
+  }
+  if (!selects || !problem.options.dense_fallback) return;
+  std::vector<uint8_t> causal;
+  for (int32_t member = 0; member < num_members; ++member) CausalHead(s, causal);
+  const auto executed = std::count(mask.begin() + begin, mask.end(), 1);
+  const auto all = std::count(causal.begin(), causal.end(), 1);
+  if (executed < kDenseFallbackDensity * all) return;
+  std::copy(causal.begin(), causal.end(), mask.begin() + begin);
+  std::iota(order.begin(), order.end(), 0);
+  ++decision.heads_fallen_back;
+}
+
 BlockLists CopyLists(const BlockListsView& view) {
   BlockLists lists;
   for (int64_t row = 0; row < view.num_rows; ++row) {
@@ -182,16 +211,11 @@ Decision Decide(const AttentionProblem& problem, const AttentionTensors& tensors
     std::vector<std::vector<int32_t>> orders;
     for (int32_t head = 0; head < g.num_order_heads; ++head) {
       orders.push_back(OrderOf(problem, tensors, g, n, head));
-      std::copy(orders.back().begin(), orders.back().end(),
-                decision.order.begin() + head * g.total_k + s.k_begin);
     }
-    for (int32_t head = 0; head < g.num_heads; ++head) {
-      if (s.dense || problem.options.use_given_lists) {
-        CausalHead(s, mask);
-      } else {
-        SelectHead(problem, tensors, g, n, head, orders[g.OrderHead(head)].data(),
-                   mask);
-      }
+    for (int32_t head = 0; head < g.num_order_heads; ++head) {
+      AppendOrderHead(problem, tensors, g, n, head, orders[head], mask, decision);
+      std::copy(orders[head].begin(), orders[head].end(),
+                decision.order.begin() + head * g.total_k + s.k_begin);
     }
   }
   decision.lists = problem.options.use_given_lists ? CopyLists(tensors.lists)

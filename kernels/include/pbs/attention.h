@@ -59,7 +59,7 @@ struct AttentionOptions {
   // Tokens of a query or key block; a power of two in [kBlockSizeMin, kBlockSizeMax].
   int32_t block_size = 128;
   // pbs: tokens of a segment; a multiple of block_size, at most kSegmentSizeMax. A
-  // sequence with k_len <= segment_size runs dense.
+  // sequence with k_len <= segment_size runs dense, unless order or lists are given.
   int32_t segment_size = 256;
   // pbs, mean_pooling: estimated attention mass to keep per query block, (0, 1]. A
   // higher threshold selects more blocks; 1 selects every candidate.
@@ -71,8 +71,9 @@ struct AttentionOptions {
   bool use_given_order = false;
   // pbs, mean_pooling: use AttentionTensors::lists instead of selecting blocks.
   bool use_given_lists = false;
-  // Run every causal block when the selected ones would not pay (density of at least
-  // kDenseFallbackDensity). Reported in AttentionStats, never hidden.
+  // Run an order head of a sequence dense (identity order, every causal block) when its
+  // selected blocks would not pay: density of at least kDenseFallbackDensity. Reported
+  // in AttentionStats, never hidden.
   bool dense_fallback = false;
   // Query rows per sequence and head whose exact attention coverage is measured;
   // 0 measures none. At most kCoverageRowsMax.
@@ -269,9 +270,9 @@ struct AttentionStats {
   double permute_seconds = 0;   // scoring, sorting, gathering keys and values
   double select_seconds = 0;    // pooling, block scores, lists
   double attend_seconds = 0;
-  // What ran: kDense also when every sequence was short or the fallback fired.
+  // What ran: kDense also when every sequence was short or fell back.
   Method method_run = Method::kDense;
-  bool dense_fallback = false;
+  bool dense_fallback = false;  // it fired for at least one head
 
   // Executed over causal blocks; 1 for dense. May pass 1 for short pbs prompts.
   double Density() const;

@@ -1,0 +1,215 @@
+#include "cpu/attention_plan.h"
+
+#include <algorithm>
+#include <memory>
+
+namespace pbs::cpu {
+namespace {
+
+// Hands out 64-byte aligned regions of the workspace.
+class Regions {
+ public:
+  int64_t Add(int64_t bytes) {
+    const int64_t at = size_;
+    size_ += RoundUp(bytes, 64);
+    return at;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
+
+int64_t CeilDiv(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+
+void MakeUnits(CpuAttentionPlan& plan) {
+  const AttentionGeometry& g = plan.geometry;
+  for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
+    const SequenceGeometry& s = g.sequences[n];
+    if (s.q_len == 0) continue;
+    for (int32_t head = 0; head < g.num_order_heads; ++head) {
+      plan.units.push_back({.sequence = n, .order_head = head, .sparse = !s.dense});
+    }
+  }
+}
+
+void ExtendPrefixes(const CpuAttentionPlan& plan, const Unit& unit, Wave& wave) {
+  const AttentionGeometry& g = plan.geometry;
+  const SequenceGeometry& s = g.sequences[unit.sequence];
+  const auto extend = [](std::vector<int64_t>& prefix, int64_t count) {
+    if (prefix.empty()) prefix.push_back(0);
+    prefix.push_back(prefix.back() + count);
+  };
+  const bool scored = plan.ComputesOrder(unit);
+  const bool selected = plan.SelectsBlocks(unit);
+  const int64_t body = plan.Body(s);
+  const int64_t blocks = static_cast<int64_t>(s.num_query_blocks) * plan.num_members;
+  extend(wave.key_tiles, scored ? CeilDiv(body, kKeyTile) : 0);
+  extend(wave.segments, scored ? body / g.segment_size + 1 : 0);
+  extend(wave.key_blocks, s.num_key_blocks);
+  extend(wave.query_blocks, selected ? blocks : 0);
+  extend(wave.score_tiles,
+         selected ? CeilDiv(s.num_query_blocks, kScoreTile) * plan.num_members : 0);
+  extend(wave.query_tiles, blocks * plan.tiles_per_block);
+  ++wave.num_units;
+}
+
+struct WaveSizes {
+  int64_t packed_words = 0;
+  int64_t scoring = 0;
+  int64_t pooled = 0;
+
+  void KeepMax(const WaveSizes& other) {
+    packed_words = std::max(packed_words, other.packed_words);
+    scoring = std::max(scoring, other.scoring);
+    pooled = std::max(pooled, other.pooled);
+  }
+};
+
+// Packs units into waves and places each inside its wave's regions.
+WaveSizes MakeWaves(CpuAttentionPlan& plan) {
+  const AttentionGeometry& g = plan.geometry;
+  WaveSizes largest;
+  WaveSizes current;
+  for (int32_t i = 0; i < static_cast<int32_t>(plan.units.size()); ++i) {
+    Unit& unit = plan.units[i];
+    const SequenceGeometry& s = g.sequences[unit.sequence];
+    int64_t words = 2 * plan.PackedWords(s);
+    if (plan.ComputesOrder(unit)) {
+      // The scores of one query head's proxies lie where the packed operands will.
+      words = std::max(words, static_cast<int64_t>(plan.Body(s)) *
+                                  RoundUp(plan.NumProxies(s), kLanePad));
+    }
+    const bool fits = (current.packed_words + words) * 4 <= kWaveBytes;
+    if (plan.waves.empty() || !fits) {
+      plan.waves.emplace_back().first_unit = i;
+      largest.KeepMax(current);
+      current = {};
+    }
+    unit.packed_begin = current.packed_words;
+    unit.score_begin = current.scoring;
+    unit.pooled_begin = current.pooled;
+    current.packed_words += RoundUp(words, kLanePad);
+    if (plan.ComputesOrder(unit)) current.scoring += plan.Scoring(s).size;
+    if (plan.SelectsBlocks(unit)) current.pooled += plan.Pooled(s).size;
+    ExtendPrefixes(plan, unit, plan.waves.back());
+  }
+  largest.KeepMax(current);
+  return largest;
+}
+
+// Per worker: rows on their way into operands, one query tile's state, one score tile.
+int64_t ScratchBytes(const CpuAttentionPlan& plan) {
+  const AttentionGeometry& g = plan.geometry;
+  const int64_t attend =
+      static_cast<int64_t>(plan.query_tile) *
+      (plan.depth + g.block_size + g.block_size / 2 + g.head_dim + 2 * kLanePad);
+  const int64_t gather =
+      static_cast<int64_t>(std::max(g.block_size, kKeyTile)) * g.head_dim + g.head_dim;
+  int64_t score = 0;
+  bool computes_order = false;
+  for (const Unit& unit : plan.units) {
+    computes_order |= plan.ComputesOrder(unit);
+    if (!plan.SelectsBlocks(unit)) continue;
+    const int64_t blocks = g.sequences[unit.sequence].num_key_blocks;
+    score = std::max(score, RoundUp(blocks, kLanePad) * kScoreTile + 2 * blocks);
+  }
+  const int64_t sort = computes_order ? 2 * g.segment_size : 0;
+  int64_t coverage = 0;
+  if (plan.problem.options.coverage_rows > 0) {
+    for (const SequenceGeometry& s : g.sequences) {
+      coverage = std::max(
+          coverage, static_cast<int64_t>(s.num_key_blocks) * g.block_size + plan.depth);
+    }
+  }
+  return RoundUp(4 * std::max({attend, gather, score, sort, coverage}), 64);
+}
+
+int64_t SampledRows(const CpuAttentionPlan& plan) {
+  int64_t rows = 0;
+  for (const SequenceGeometry& s : plan.geometry.sequences) {
+    rows += std::min(plan.problem.options.coverage_rows, s.q_len);
+  }
+  return rows;
+}
+
+void PlaceRegions(CpuAttentionPlan& plan, const WaveSizes& wave) {
+  const AttentionGeometry& g = plan.geometry;
+  const bool sparse = std::any_of(plan.units.begin(), plan.units.end(),
+                                  [](const Unit& unit) { return unit.sparse; });
+  Regions regions;
+  const int64_t key_blocks = g.total_slots / g.block_size;
+  plan.positions_at = regions.Add(4 * g.num_order_heads * g.total_slots);
+  plan.block_range_at = regions.Add(8 * g.num_order_heads * key_blocks);
+  plan.first_block_at = regions.Add(4 * static_cast<int64_t>(plan.units.size()));
+  plan.unit_dense_at = regions.Add(static_cast<int64_t>(plan.units.size()));
+  plan.memory.order_bytes = regions.size();
+
+  plan.counts_at = regions.Add(sparse ? 2 * g.num_heads * g.total_query_blocks : 0);
+  plan.entries_at = regions.Add(sparse ? 2 * g.total_entries : 0);
+  plan.memory.lists_bytes = regions.size() - plan.counts_at;
+
+  plan.packed_at = regions.Add(4 * wave.packed_words);
+  plan.memory.packed_bytes = regions.size() - plan.packed_at;
+
+  plan.scoring_at = regions.Add(4 * wave.scoring);
+  plan.pooled_at = regions.Add(4 * wave.pooled);
+  plan.memory.pooled_bytes = regions.size() - plan.scoring_at;
+
+  plan.coverage_at = regions.Add(8 * g.num_heads * SampledRows(plan));
+  plan.times_at = regions.Add(3 * 8);
+  plan.scratch_bytes = ScratchBytes(plan);
+  plan.scratch_at = regions.Add(plan.scratch_bytes * plan.num_workers);
+  plan.memory.scratch_bytes = regions.size() - plan.coverage_at;
+  plan.workspace_bytes = regions.size();
+}
+
+}  // namespace
+
+ScoringLayout CpuAttentionPlan::Scoring(const SequenceGeometry& s) const {
+  const int64_t proxies = RoundUp(NumProxies(s), kLanePad);
+  const int64_t tiles = CeilDiv(Body(s), kKeyTile);
+  ScoringLayout layout;
+  layout.importance = layout.proxies + proxies * depth;
+  layout.tile_max = RoundUp(layout.importance + Body(s), kLanePad);
+  layout.tile_sum = layout.tile_max + tiles * proxies;
+  layout.size = layout.tile_sum + tiles * proxies;
+  return layout;
+}
+
+PooledLayout CpuAttentionPlan::Pooled(const SequenceGeometry& s) const {
+  PooledLayout layout;
+  layout.queries =
+      layout.keys + RoundUp(s.num_key_blocks, kLanePad) * geometry.head_dim;
+  layout.size = layout.queries + static_cast<int64_t>(num_members) *
+                                     s.num_query_blocks * geometry.head_dim;
+  return layout;
+}
+
+std::unique_ptr<CpuAttentionPlan> MakeCpuPlan(const AttentionProblem& problem,
+                                              OperandFormat format, int num_workers) {
+  auto plan = std::make_unique<CpuAttentionPlan>();
+  plan->problem = problem;
+  plan->geometry = MakeGeometry(problem);
+  const AttentionGeometry& g = plan->geometry;
+  plan->format = format;
+  plan->depth = format.Words(g.head_dim);
+  plan->num_members = g.num_heads / g.num_order_heads;
+  plan->query_tile = std::min(g.block_size, kQueryTile);
+  plan->tiles_per_block = g.block_size / plan->query_tile;
+  plan->num_workers = num_workers;
+  for (const SequenceGeometry& s : g.sequences) {
+    int64_t entries = 0;
+    for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+      plan->row_entries.push_back(entries);
+      entries += g.RowCapacity(s, s.first_query_block + i);
+    }
+  }
+  MakeUnits(*plan);
+  PlaceRegions(*plan, MakeWaves(*plan));
+  return plan;
+}
+
+}  // namespace pbs::cpu

@@ -1,0 +1,117 @@
+// The CPU backend's attention plan: how the work is cut, and where the workspace holds
+// what.
+//
+// A *unit* is one order head of one sequence: the keys and values that are ordered,
+// packed and read together. Units run in *waves* whose packed operands share one region
+// of the workspace, so that memory does not grow with the number of heads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/packing.h"
+#include "pbs/attention.h"
+
+namespace pbs::cpu {
+
+inline constexpr int32_t kKeyTile = 128;         // keys scored together
+inline constexpr int32_t kQueryTile = 128;       // query rows attended together
+inline constexpr int32_t kScoreTile = 16;        // query blocks scored together
+inline constexpr int64_t kWaveBytes = 32 << 20;  // packed operands of a wave, about
+inline constexpr int32_t kLanePad = 16;          // column counts are multiples of this
+
+constexpr int64_t RoundUp(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+struct Unit {
+  int32_t sequence = 0;
+  int32_t order_head = 0;
+  bool sparse = false;       // has an order or a selection
+  int64_t packed_begin = 0;  // words into the wave's packed region: keys, then values
+  int64_t score_begin = 0;   // floats into the wave's scoring region
+  int64_t pooled_begin = 0;  // floats into the wave's pooled region
+};
+
+// Offsets inside a unit's part of the scoring region, in floats.
+struct ScoringLayout {
+  int64_t proxies = 0;     // packed proxy queries [depth, proxies]
+  int64_t importance = 0;  // [body]
+  int64_t tile_max = 0;    // [key tiles, proxies]
+  int64_t tile_sum = 0;    // [key tiles, proxies]; then the tiles' weights
+  int64_t size = 0;
+};
+
+// Offsets inside a unit's part of the pooled region, in floats.
+struct PooledLayout {
+  int64_t keys = 0;     // packed block means [head_dim, key blocks padded]
+  int64_t queries = 0;  // block means [members, query blocks, head_dim]
+  int64_t size = 0;
+};
+
+struct Wave {
+  int32_t first_unit = 0;
+  int32_t num_units = 0;
+  // Prefix sums over the wave's units, [num_units + 1] each.
+  std::vector<int64_t> key_tiles;  // of whole segments
+  std::vector<int64_t> segments;   // whole ones, and one for the tail
+  std::vector<int64_t> key_blocks;
+  std::vector<int64_t> query_blocks;  // x members
+  std::vector<int64_t> score_tiles;   // x members
+  std::vector<int64_t> query_tiles;   // x members
+};
+
+struct CpuAttentionPlan final : AttentionPlan {
+  OperandFormat format;
+  int32_t depth = 0;        // words of a row of head_dim elements
+  int32_t num_members = 0;  // query heads per order head
+  int32_t tiles_per_block = 0;
+  int32_t query_tile = 0;  // rows
+  int32_t num_workers = 0;
+  std::vector<Unit> units;
+  std::vector<Wave> waves;
+  std::vector<int64_t>
+      row_entries;  // [total_query_blocks] first entry, from the head's
+
+  // Workspace offsets in bytes.
+  int64_t positions_at = 0;    // int32 [num_order_heads, total_slots]
+  int64_t block_range_at = 0;  // int32 [num_order_heads, key blocks, 2] least, largest
+  int64_t first_block_at = 0;  // int32 [units] block of key 0
+  int64_t unit_dense_at = 0;   // uint8 [units] ran with arithmetic lists
+  int64_t counts_at = 0;       // uint16 [num_heads, query blocks]
+  int64_t entries_at = 0;      // uint16
+  int64_t coverage_at = 0;     // double [num_heads, sampled rows of all sequences]
+  int64_t times_at = 0;        // double [3]
+  int64_t packed_at = 0;
+  int64_t scoring_at = 0;
+  int64_t pooled_at = 0;
+  int64_t scratch_at = 0;  // [num_workers] of scratch_bytes
+  int64_t scratch_bytes = 0;
+
+  int32_t NumProxies(const SequenceGeometry& s) const {
+    return s.q_len < geometry.block_size ? s.q_len : geometry.block_size;
+  }
+  int32_t Body(const SequenceGeometry& s) const {
+    return s.k_len / geometry.segment_size * geometry.segment_size;
+  }
+  // Keys scored by proxies: whether this plan computes an order for `unit`.
+  bool ComputesOrder(const Unit& unit) const {
+    return unit.sparse && problem.options.method == Method::kPbs &&
+           !problem.options.use_given_order;
+  }
+  bool SelectsBlocks(const Unit& unit) const {
+    return unit.sparse && !problem.options.use_given_lists;
+  }
+  ScoringLayout Scoring(const SequenceGeometry& s) const;
+  PooledLayout Pooled(const SequenceGeometry& s) const;
+  // Words of the packed keys of one unit; the values take as many.
+  int64_t PackedWords(const SequenceGeometry& s) const {
+    return static_cast<int64_t>(s.num_key_blocks) * geometry.block_size * depth;
+  }
+};
+
+// Requires ValidateProblem(problem).ok().
+std::unique_ptr<CpuAttentionPlan> MakeCpuPlan(const AttentionProblem& problem,
+                                              OperandFormat format, int num_workers);
+
+}  // namespace pbs::cpu

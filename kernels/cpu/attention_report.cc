@@ -1,0 +1,248 @@
+// What a finished run tells: block counts, densities, coverage, order, lists.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "cpu/attention_run.h"
+
+namespace pbs::cpu {
+namespace {
+
+// Share of one row's exact softmax mass inside its selected blocks.
+double RowCoverage(const AttentionRun& run, const Unit& unit, int32_t head, int32_t row,
+                   int worker) {
+  const CpuAttentionPlan& plan = run.plan;
+  const AttentionGeometry& g = plan.geometry;
+  const SequenceGeometry& s = run.Sequence(unit);
+  auto* query = static_cast<uint32_t*>(run.Scratch(worker));
+  auto* logits = reinterpret_cast<float*>(query + plan.depth);
+  RowToWords(run.kernels, plan.format, run.QueryRow(unit, head, row), g.head_dim,
+             query);
+  const GemmFunction gemm =
+      plan.format.pairs ? run.kernels.gemm_pairs : run.kernels.gemm;
+  const int32_t position = s.query_offset + row;
+  const int32_t* positions = run.Positions(unit);
+  const float root = std::sqrt(static_cast<float>(g.head_dim));
+  const int64_t slots = static_cast<int64_t>(s.num_key_blocks) * g.block_size;
+  for (int32_t block = 0; block < s.num_key_blocks; ++block) {
+    gemm(1, g.block_size, plan.depth, query, plan.depth,
+         run.PackedKeys(unit) + block * run.BlockWords(),
+         logits + static_cast<int64_t>(block) * g.block_size, g.block_size, false);
+  }
+  float top = -INFINITY;
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    logits[slot] = positions[slot] <= position ? logits[slot] / root : -INFINITY;
+    top = std::max(top, logits[slot]);
+  }
+  const auto mass_of = [&](int32_t block) {
+    double mass = 0;
+    const float* at = logits + static_cast<int64_t>(block) * g.block_size;
+    for (int32_t i = 0; i < g.block_size; ++i) mass += std::exp(at[i] - top);
+    return mass;
+  };
+  double total = 0;
+  for (int32_t block = 0; block < s.num_key_blocks; ++block) total += mass_of(block);
+  double selected = 0;
+  const int32_t query_block = position / g.block_size - s.first_query_block;
+  for (uint16_t block : run.List(unit, head, query_block)) selected += mass_of(block);
+  return selected / total;
+}
+
+// Sampled rows of the sequences before `sequence`.
+int64_t SampledBefore(const CpuAttentionPlan& plan, int32_t sequence) {
+  int64_t rows = 0;
+  for (int32_t n = 0; n < sequence; ++n) {
+    rows +=
+        std::min(plan.problem.options.coverage_rows, plan.geometry.sequences[n].q_len);
+  }
+  return rows;
+}
+
+// One row of the lists that ran.
+struct RanRow {
+  bool dense = false;
+  std::span<const uint16_t> entries;  // unless dense
+};
+
+class ReportReader {
+ public:
+  ReportReader(const CpuAttentionPlan& plan, const std::byte* workspace)
+      : plan_(plan), g_(plan.geometry), workspace_(workspace) {
+    for (const Unit& unit : plan.units) {
+      unit_of_.resize(g_.sequences.size() * g_.num_order_heads, -1);
+      unit_of_[unit.sequence * g_.num_order_heads + unit.order_head] =
+          static_cast<int32_t>(&unit - plan.units.data());
+    }
+  }
+
+  template <class T>
+  const T* At(int64_t offset) const {
+    return reinterpret_cast<const T*>(workspace_ + offset);
+  }
+
+  RanRow Row(int32_t sequence, int32_t head, int32_t query_block) const {
+    const int32_t unit = unit_of_[sequence * g_.num_order_heads + g_.OrderHead(head)];
+    if (!plan_.units[unit].sparse || At<uint8_t>(plan_.unit_dense_at)[unit] != 0) {
+      return {.dense = true, .entries = {}};
+    }
+    const SequenceGeometry& s = g_.sequences[sequence];
+    const uint16_t* entries = At<uint16_t>(plan_.entries_at) + s.entries_begin +
+                              head * s.entries_per_head +
+                              plan_.row_entries[s.query_block_begin + query_block];
+    return {.dense = false,
+            .entries = {entries,
+                        At<uint16_t>(
+                            plan_.counts_at)[g_.ListRow(sequence, head, query_block)]}};
+  }
+
+  void CountBlocks(AttentionReport& report) const {
+    AttentionStats& stats = report.stats;
+    std::vector<int64_t> executed(static_cast<size_t>(g_.num_heads));
+    int64_t head_causal = 0;
+    for (int32_t n = 0; n < static_cast<int32_t>(g_.sequences.size()); ++n) {
+      const SequenceGeometry& s = g_.sequences[n];
+      stats.dense_flops += 4.0 * g_.head_dim * g_.num_heads * s.q_len *
+                           (s.query_offset + (s.q_len + 1) / 2.0);
+      for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+        const int32_t block = s.first_query_block + i;
+        head_causal += block + 1;
+        for (int32_t head = 0; head < g_.num_heads; ++head) {
+          const RanRow row = Row(n, head, i);
+          const int64_t lower = row.dense ? block + 1
+                                          : std::upper_bound(row.entries.begin(),
+                                                             row.entries.end(), block) -
+                                                row.entries.begin();
+          executed[head] +=
+              row.dense ? block + 1 : static_cast<int64_t>(row.entries.size());
+          stats.lower_blocks += lower;
+        }
+      }
+    }
+    stats.causal_blocks = head_causal * g_.num_heads;
+    stats.executed_blocks =
+        std::accumulate(executed.begin(), executed.end(), int64_t{0});
+    stats.executed_flops = 4.0 * g_.block_size * g_.block_size * g_.head_dim *
+                           static_cast<double>(stats.executed_blocks);
+    for (int64_t blocks : executed) {
+      report.head_density.push_back(head_causal == 0
+                                        ? 1.0
+                                        : static_cast<double>(blocks) /
+                                              static_cast<double>(head_causal));
+    }
+  }
+
+  void WhatRan(AttentionStats& stats) const {
+    bool all_dense = true;
+    for (size_t i = 0; i < plan_.units.size(); ++i) {
+      const bool fell_back = At<uint8_t>(plan_.unit_dense_at)[i] != 0;
+      stats.dense_fallback |= fell_back;
+      all_dense &= !plan_.units[i].sparse || fell_back;
+    }
+    stats.method_run = all_dense ? Method::kDense : plan_.problem.options.method;
+  }
+
+  void Coverage(AttentionStats& stats) const {
+    stats.coverage_rows =
+        g_.num_heads * SampledBefore(plan_, static_cast<int32_t>(g_.sequences.size()));
+    const double* rows = At<double>(plan_.coverage_at);
+    const double sum = std::accumulate(rows, rows + stats.coverage_rows, 0.0);
+    stats.coverage =
+        stats.coverage_rows == 0 ? 0.0 : sum / static_cast<double>(stats.coverage_rows);
+  }
+
+  std::vector<int32_t> Order() const {
+    std::vector<int32_t> order(static_cast<size_t>(g_.num_order_heads * g_.total_k));
+    for (int32_t head = 0; head < g_.num_order_heads; ++head) {
+      for (const SequenceGeometry& s : g_.sequences) {
+        auto out = order.begin() + head * g_.total_k + s.k_begin;
+        if (s.q_len == 0) {
+          std::iota(out, out + s.k_len, 0);
+        } else {
+          std::copy_n(
+              At<int32_t>(plan_.positions_at) + head * g_.total_slots + s.slot_begin,
+              s.k_len, out);
+        }
+      }
+    }
+    return order;
+  }
+
+  BlockLists Lists() const {
+    BlockLists lists;
+    for (int32_t n = 0; n < static_cast<int32_t>(g_.sequences.size()); ++n) {
+      const SequenceGeometry& s = g_.sequences[n];
+      for (int32_t head = 0; head < g_.num_heads; ++head) {
+        for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+          AppendRow(Row(n, head, i), s.first_query_block + i, lists);
+        }
+      }
+    }
+    return lists;
+  }
+
+ private:
+  void AppendRow(const RanRow& row, int32_t block, BlockLists& lists) const {
+    const auto begin = static_cast<int64_t>(lists.indices.size());
+    if (row.dense) {
+      for (int32_t j = 0; j <= block; ++j) {
+        lists.indices.push_back(static_cast<uint16_t>(j));
+      }
+    } else {
+      lists.indices.insert(lists.indices.end(), row.entries.begin(), row.entries.end());
+    }
+    const int32_t own = block / g_.blocks_per_segment * g_.blocks_per_segment;
+    const auto masked =
+        std::lower_bound(lists.indices.begin() + begin, lists.indices.end(), own);
+    lists.begin.push_back(begin);
+    lists.count.push_back(
+        static_cast<uint16_t>(static_cast<int64_t>(lists.indices.size()) - begin));
+    lists.num_masked.push_back(static_cast<uint16_t>(lists.indices.end() - masked));
+  }
+
+  const CpuAttentionPlan& plan_;
+  const AttentionGeometry& g_;
+  const std::byte* workspace_;
+  std::vector<int32_t> unit_of_;
+};
+
+}  // namespace
+
+void MeasureCoverage(AttentionRun& run, const Wave& wave) {
+  const CpuAttentionPlan& plan = run.plan;
+  if (plan.problem.options.coverage_rows == 0) return;
+  const int64_t per_head =
+      SampledBefore(plan, static_cast<int32_t>(plan.geometry.sequences.size()));
+  for (int32_t i = 0; i < wave.num_units; ++i) {
+    const Unit& unit = plan.units[wave.first_unit + i];
+    const SequenceGeometry& s = run.Sequence(unit);
+    const int32_t rows = std::min(plan.problem.options.coverage_rows, s.q_len);
+    const bool dense = !unit.sparse || run.RanDense(unit) != 0;
+    double* out = run.At<double>(plan.coverage_at) + SampledBefore(plan, unit.sequence);
+    run.pool.ParallelFor(
+        static_cast<int64_t>(rows) * plan.num_members, [&](int64_t index, int worker) {
+          const int32_t head = run.QueryHead(unit, static_cast<int32_t>(index / rows));
+          const auto sample = static_cast<int32_t>(index % rows);
+          out[head * per_head + sample] =
+              dense ? 1.0
+                    : RowCoverage(run, unit, head, CoverageRow(sample, rows, s.q_len),
+                                  worker);
+        });
+  }
+}
+
+void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,
+                const ReportRequest& request, AttentionReport* report) {
+  *report = {};
+  const ReportReader reader(plan, workspace);
+  reader.CountBlocks(*report);
+  reader.WhatRan(report->stats);
+  reader.Coverage(report->stats);
+  const double* times = reader.At<double>(plan.times_at);
+  report->stats.permute_seconds = times[0];
+  report->stats.select_seconds = times[1];
+  report->stats.attend_seconds = times[2];
+  if (request.order) report->order = reader.Order();
+  if (request.lists) report->lists = reader.Lists();
+}
+
+}  // namespace pbs::cpu

@@ -1,0 +1,41 @@
+// Attention on the CPU: packed operands, register-tiled products, online softmax.
+//
+// Work per wave of units (attention_plan.h): score keys against the last query block,
+// sort inside segments, pack keys and values in that order, pool and select blocks,
+// attend. docs/KERNELS.md, "CPU", has the arithmetic.
+//
+// Threading: one Run() at a time. Memory: Run() uses the workspace only.
+#pragma once
+
+#include <memory>
+
+#include "cpu/isa.h"
+#include "cpu/packing.h"
+#include "cpu/thread_pool.h"
+#include "pbs/attention.h"
+
+namespace pbs::cpu {
+
+// The table of `isa`. Requires IsSupported(isa) before any of it is called.
+const TileKernels& KernelsFor(Isa isa);
+
+class CpuAttention final : public AttentionBackend {
+ public:
+  // Requires IsSupported(isa). bf16 operands are multiplied as pairs where the table
+  // can and `use_pairs` says so: that is not faster on every CPU that can.
+  CpuAttention(ThreadPool& pool, Isa isa, bool use_pairs);
+
+  StatusOr<std::unique_ptr<AttentionPlan>> Plan(
+      const AttentionProblem& problem) const override;
+  Status Run(const AttentionPlan& plan, const AttentionTensors& tensors,
+             Workspace workspace, const RunControl& control) override;
+  Status ReadReport(const AttentionPlan& plan, Workspace workspace,
+                    const ReportRequest& request, AttentionReport* report) override;
+
+ private:
+  ThreadPool& pool_;
+  const TileKernels& kernels_;
+  const bool use_pairs_;
+};
+
+}  // namespace pbs::cpu

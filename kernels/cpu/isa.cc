@@ -1,0 +1,62 @@
+#include "cpu/isa.h"
+
+#include <string>
+
+namespace pbs::cpu {
+namespace {
+
+constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+
+}  // namespace
+
+const char* IsaName(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      return "scalar";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
+  }
+  return "unknown";
+}
+
+StatusOr<Isa> ParseIsa(std::string_view name) {
+  for (Isa isa : kAllIsas) {
+    if (name == IsaName(isa)) return isa;
+  }
+  return InvalidArgument("isa \"" + std::string(name) +
+                         "\" is not one of scalar, avx2, avx512, avx512_bf16");
+}
+
+bool IsSupported(Isa isa) {
+  // __builtin_cpu_supports also asks the operating system (XCR0).
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case Isa::kScalar:
+      return true;
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
+  return false;
+}
+
+std::vector<Isa> SupportedIsas() {
+  std::vector<Isa> supported;
+  for (Isa isa : kAllIsas) {
+    if (IsSupported(isa)) supported.push_back(isa);
+  }
+  return supported;
+}
+
+}  // namespace pbs::cpu

@@ -1,0 +1,259 @@
+// The body of every tile-kernel table. A file per ISA defines `Vec` (W f32 lanes), the
+// tile constants and the conversions, then includes this header inside its own
+// anonymous namespace. See tile_kernels.h.
+//
+// Vec must offer: kLanes, Load, Store, Set1, Zero, Fma(a, b, c) = a * b + c, Add, Sub,
+// Mul, Div, Max, HorizontalMax, HorizontalAdd, Exp2 (2^x for x <= 0, exactly 0 below
+// -126), and KeepSeen(scores, positions, last) = positions <= last ? scores : -inf.
+// kTileRows x kTileVecs is the register tile.
+
+#define PBS_UNROLL _Pragma("GCC unroll 16")
+
+constexpr int32_t kPanelWidth = kTileVecs * Vec::kLanes;
+
+// c[kRows, kVecs * lanes] (+)= a[kRows, depth] b[depth, kVecs * lanes]
+template <int kRows, int kVecs>
+inline void GemmTile(int32_t depth, const float* a, int64_t a_stride, const float* b,
+                     float* c, int64_t c_stride, bool accumulate) {
+  Vec acc[kRows][kVecs];
+  if (accumulate) {
+    PBS_UNROLL for (int r = 0; r < kRows; ++r) {
+      PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
+        acc[r][v] = Vec::Load(c + r * c_stride + v * Vec::kLanes);
+      }
+    }
+  } else {
+    PBS_UNROLL for (int r = 0; r < kRows; ++r) {
+      PBS_UNROLL for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::Zero();
+    }
+  }
+  for (int32_t k = 0; k < depth; ++k) {
+    Vec column[kVecs];
+    PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
+      column[v] = Vec::Load(b + k * (kVecs * Vec::kLanes) + v * Vec::kLanes);
+    }
+    PBS_UNROLL for (int r = 0; r < kRows; ++r) {
+      const Vec x = Vec::Set1(a[r * a_stride + k]);
+      PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
+        acc[r][v] = Vec::Fma(x, column[v], acc[r][v]);
+      }
+    }
+  }
+  PBS_UNROLL for (int r = 0; r < kRows; ++r) {
+    PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
+      acc[r][v].Store(c + r * c_stride + v * Vec::kLanes);
+    }
+  }
+}
+
+// Rows kRows at a time, then the rest with one tile of exactly that height.
+template <int kRows, int kVecs>
+void GemmPanel(int32_t rows, int32_t depth, const float* a, int64_t a_stride,
+               const float* b, float* c, int64_t c_stride, bool accumulate) {
+  int32_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    GemmTile<kRows, kVecs>(depth, a + row * a_stride, a_stride, b, c + row * c_stride,
+                           c_stride, accumulate);
+  }
+  if constexpr (kRows > 1) {
+    if (row < rows) {
+      GemmPanel<kRows - 1, kVecs>(rows - row, depth, a + row * a_stride, a_stride, b,
+                                  c + row * c_stride, c_stride, accumulate);
+    }
+  }
+}
+
+template <int kVecs>
+void GemmLastPanel(int32_t width, int32_t rows, int32_t depth, const float* a,
+                   int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                   bool accumulate) {
+  if (width == kVecs * Vec::kLanes) {
+    GemmPanel<kTileRows, kVecs>(rows, depth, a, a_stride, b, c, c_stride, accumulate);
+  } else if constexpr (kVecs > 1) {
+    GemmLastPanel<kVecs - 1>(width, rows, depth, a, a_stride, b, c, c_stride,
+                             accumulate);
+  }
+}
+
+void Gemm(int32_t rows, int32_t cols, int32_t depth, const uint32_t* a,
+          int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride,
+          bool accumulate) {
+  const float* a_rows = reinterpret_cast<const float*>(a);
+  const float* panel = reinterpret_cast<const float*>(b);
+  for (int32_t col = 0; col < cols; col += kPanelWidth) {
+    const int32_t width = cols - col < kPanelWidth ? cols - col : kPanelWidth;
+    GemmLastPanel<kTileVecs>(width, rows, depth, a_rows, a_stride, panel, c + col,
+                             c_stride, accumulate);
+    panel += static_cast<int64_t>(width) * depth;
+  }
+}
+
+constexpr float kMinusInfinity = -__builtin_inff();
+
+// Masks, scales and exponentiates one row; returns the sum of its probabilities.
+template <bool kPairs>
+inline float ExponentiateRow(int32_t cols, float scale, float row_max, float* scores,
+                             uint32_t* pairs) {
+  const Vec factor = Vec::Set1(scale);
+  const Vec minus_max = Vec::Set1(row_max == kMinusInfinity ? 0.0f : -row_max);
+  Vec sum = Vec::Zero();
+  if constexpr (kPairs) {
+    for (int32_t j = 0; j < cols; j += 2 * Vec::kLanes) {
+      const Vec low = Vec::Exp2(Vec::Fma(Vec::Load(scores + j), factor, minus_max));
+      const Vec high =
+          Vec::Exp2(Vec::Fma(Vec::Load(scores + j + Vec::kLanes), factor, minus_max));
+      StorePairs(pairs + j / 2, low, high);
+      sum = Vec::Add(sum, Vec::Add(low, high));
+    }
+  } else {
+    for (int32_t j = 0; j < cols; j += Vec::kLanes) {
+      const Vec p = Vec::Exp2(Vec::Fma(Vec::Load(scores + j), factor, minus_max));
+      p.Store(scores + j);
+      sum = Vec::Add(sum, p);
+    }
+  }
+  return sum.HorizontalAdd();
+}
+
+// Largest score of a row; with positions, unseen columns become -inf on the way.
+inline float RowMaximum(int32_t cols, const int32_t* positions, int32_t last,
+                        float* scores) {
+  Vec top = Vec::Set1(kMinusInfinity);
+  if (positions == nullptr) {
+    for (int32_t j = 0; j < cols; j += Vec::kLanes) {
+      top = Vec::Max(top, Vec::Load(scores + j));
+    }
+  } else {
+    for (int32_t j = 0; j < cols; j += Vec::kLanes) {
+      const Vec seen = Vec::KeepSeen(Vec::Load(scores + j), positions + j, last);
+      seen.Store(scores + j);
+      top = Vec::Max(top, seen);
+    }
+  }
+  return top.HorizontalMax();
+}
+
+template <bool kPairs>
+void SoftmaxRows(const SoftmaxTile& tile) {
+  for (int32_t r = 0; r < tile.rows; ++r) {
+    float* scores = tile.scores + static_cast<int64_t>(r) * tile.cols;
+    const float top =
+        RowMaximum(tile.cols, tile.positions, tile.first_query + r, scores) *
+        tile.scale;
+    const float old_max = tile.row_max[r];
+    const float new_max = old_max > top ? old_max : top;
+    uint32_t* pairs =
+        kPairs ? tile.pairs + static_cast<int64_t>(r) * (tile.cols / 2) : nullptr;
+    const float sum =
+        ExponentiateRow<kPairs>(tile.cols, tile.scale, new_max, scores, pairs);
+    if (new_max > old_max) {
+      const Vec shrink = Vec::Exp2(Vec::Set1(old_max - new_max));
+      float* out = tile.out + static_cast<int64_t>(r) * tile.head_dim;
+      for (int32_t d = 0; d < tile.head_dim; d += Vec::kLanes) {
+        Vec::Mul(Vec::Load(out + d), shrink).Store(out + d);
+      }
+      float lanes[Vec::kLanes];
+      shrink.Store(lanes);
+      tile.row_sum[r] *= lanes[0];
+      tile.row_max[r] = new_max;
+    }
+    tile.row_sum[r] += sum;
+  }
+}
+
+void Softmax(const SoftmaxTile& tile) {
+  if constexpr (kHasPairs) {
+    if (tile.pairs != nullptr) return SoftmaxRows<true>(tile);
+  }
+  SoftmaxRows<false>(tile);
+}
+
+// Scores of one lane group of proxies, in units of log2.
+template <int kRounding>
+inline Vec ProxyScore(const ProxyTile& tile, const float* at) {
+  const Vec raw = Vec::Load(at);
+  if constexpr (kRounding == 0) {
+    return Vec::Mul(raw, Vec::Set1(tile.scale));
+  } else {
+    const Vec root = Vec::Set1(tile.sqrt_head_dim);
+    const Vec score = RoundTo<kRounding>(Vec::Div(RoundTo<kRounding>(raw), root));
+    return Vec::Mul(score, Vec::Set1(1.44269504088896341f));
+  }
+}
+
+template <int kRounding>
+void ProxySoftmaxColumns(const ProxyTile& tile) {
+  for (int32_t p = 0; p < tile.proxies; p += Vec::kLanes) {
+    Vec top = Vec::Set1(kMinusInfinity);
+    for (int32_t k = 0; k < tile.keys; ++k) {
+      float* at = tile.scores + static_cast<int64_t>(k) * tile.proxies + p;
+      const Vec score = ProxyScore<kRounding>(tile, at);
+      score.Store(at);
+      top = Vec::Max(top, score);
+    }
+    Vec sum = Vec::Zero();
+    for (int32_t k = 0; k < tile.keys; ++k) {
+      float* at = tile.scores + static_cast<int64_t>(k) * tile.proxies + p;
+      const Vec e = Vec::Exp2(Vec::Sub(Vec::Load(at), top));
+      e.Store(at);
+      sum = Vec::Add(sum, e);
+    }
+    top.Store(tile.tile_max + p);
+    sum.Store(tile.tile_sum + p);
+  }
+}
+
+void ProxySoftmax(const ProxyTile& tile) {
+  switch (tile.rounding) {
+    case 1:
+      return ProxySoftmaxColumns<1>(tile);
+    case 2:
+      return ProxySoftmaxColumns<2>(tile);
+    default:
+      return ProxySoftmaxColumns<0>(tile);
+  }
+}
+
+void WeightedSums(int32_t keys, int32_t proxies, const float* scores,
+                  const float* weights, float* sums) {
+  for (int32_t k = 0; k < keys; ++k) {
+    const float* row = scores + static_cast<int64_t>(k) * proxies;
+    Vec sum = Vec::Zero();
+    for (int32_t p = 0; p < proxies; p += Vec::kLanes) {
+      sum = Vec::Fma(Vec::Load(row + p), Vec::Load(weights + p), sum);
+    }
+    sums[k] += sum.HorizontalAdd();
+  }
+}
+
+void AddRows(const float* source, float* target, int64_t count) {
+  for (int64_t i = 0; i < count; i += Vec::kLanes) {
+    Vec::Add(Vec::Load(target + i), Vec::Load(source + i)).Store(target + i);
+  }
+}
+
+void ScaleRows(const float* source, float factor, float* target, int64_t count) {
+  const Vec scale = Vec::Set1(factor);
+  for (int64_t i = 0; i < count; i += Vec::kLanes) {
+    Vec::Mul(Vec::Load(source + i), scale).Store(target + i);
+  }
+}
+
+constexpr TileKernels MakeKernels(GemmFunction gemm_pairs) {
+  return {
+      .panel_width = kPanelWidth,
+      .gemm = Gemm,
+      .gemm_pairs = gemm_pairs,
+      .softmax = Softmax,
+      .proxy_softmax = ProxySoftmax,
+      .weighted_sums = WeightedSums,
+      .f16_to_f32 = F16ToF32,
+      .bf16_to_f32 = Bf16ToF32,
+      .f32_to_f16 = F32ToF16,
+      .f32_to_bf16 = F32ToBf16,
+      .add = AddRows,
+      .scale = ScaleRows,
+  };
+}
+
+#undef PBS_UNROLL

@@ -1,0 +1,329 @@
+// Spec: docs/KERNELS.md, "CPU". Every table of the CPU backend against the f64
+// reference, on the same seeds. The first lines of a run say which tables executed.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdio>
+
+#include "cpu/cpu_attention.h"
+#include "pbs/block_mask.h"
+#include "reference/reference_attention.h"
+#include "tests/support/attention_case.h"
+#include "tests/support/case_name.h"
+
+namespace pbs::cpu {
+namespace {
+
+using testing_support::AttentionCase;
+using testing_support::BackendRun;
+using testing_support::RunOn;
+
+// One way to compute: a table, and whether bf16 operands are multiplied as pairs.
+struct Engine {
+  const char* name;
+  Isa isa;
+  bool pairs;
+};
+
+void PrintTo(const Engine& engine, std::ostream* out) { *out << engine.name; }
+
+constexpr Engine kEngines[] = {{"scalar", Isa::kScalar, false},
+                               {"avx2", Isa::kAvx2, false},
+                               {"avx512", Isa::kAvx512, false},
+                               {"avx512_bf16", Isa::kAvx512Bf16, true}};
+
+std::vector<Engine> RunnableEngines() {
+  std::vector<Engine> engines;
+  for (const Engine& engine : kEngines) {
+    if (IsSupported(engine.isa)) engines.push_back(engine);
+  }
+  return engines;
+}
+
+TEST(CpuTables, SayWhichOfThemThisMachineExecutes) {
+  for (const Engine& engine : kEngines) {
+    std::printf("table %-12s %s\n", engine.name,
+                IsSupported(engine.isa) ? "EXECUTED" : "NOT RUN (this CPU lacks it)");
+  }
+  EXPECT_TRUE(IsSupported(Isa::kScalar));
+}
+
+// f32: a dot product of head_dim terms of magnitude up to 10 rounds like a random walk
+// of sqrt(head_dim) steps of 2^-24 * 10; the output follows the logit. f16, bf16: half
+// an ulp of outputs of magnitude up to 4 and, for pairs, of probabilities (2^-9).
+double Tolerance(DType dtype, bool pairs, int32_t head_dim) {
+  if (dtype == DType::kF32) return 3 * 0x1p-24 * 10 * std::sqrt(head_dim);
+  if (dtype == DType::kF16) return 2e-3;
+  return pairs ? 3e-2 : 1.6e-2;
+}
+
+struct Shape {
+  const char* name;
+  int32_t num_heads, num_kv_heads, head_dim;
+  std::vector<SequenceShape> sequences;
+};
+
+const Shape kShapes[] = {
+    {"one_token", 2, 1, 64, {{1, 1}}},
+    {"one_block", 2, 2, 32, {{128, 128}}},
+    {"block_plus_one", 2, 1, 64, {{129, 129}}},
+    {"one_segment", 2, 1, 64, {{256, 256}}},
+    {"segment_plus_one", 4, 2, 64, {{257, 257}}},
+    {"odd_length", 4, 2, 96, {{701, 701}}},
+    {"wide_head", 2, 1, 256, {{600, 600}}},
+    {"mid_head", 4, 1, 128, {{640, 640}}},
+    {"one_query_of_many_keys", 4, 2, 64, {{1, 777}}},
+    {"offset_inside_a_block", 2, 1, 64, {{300, 777}}},
+    {"batch_of_lengths", 4, 2, 64, {{513, 513}, {0, 0}, {1, 1}, {0, 40}, {90, 650}}},
+};
+
+AttentionProblem MakeProblem(const Shape& shape, DType dtype,
+                             AttentionOptions options) {
+  AttentionProblem problem;
+  problem.shape = {.num_heads = shape.num_heads,
+                   .num_kv_heads = shape.num_kv_heads,
+                   .head_dim = shape.head_dim,
+                   .sequences = shape.sequences};
+  problem.dtype = dtype;
+  problem.options = options;
+  return problem;
+}
+
+// The backend's own order and lists, as the reference takes them.
+reference::Decision DecisionOf(const AttentionReport& report) {
+  reference::Decision decision;
+  decision.order = report.order;
+  decision.lists = report.lists;
+  return decision;
+}
+
+void ExpectOutputsNear(const AttentionCase& inputs, const reference::Output& expected,
+                       double tolerance) {
+  const AttentionGeometry& g = inputs.geometry();
+  double worst = 0;
+  double worst_lse = 0;
+  for (int32_t head = 0; head < g.num_heads; ++head) {
+    for (int64_t row = 0; row < g.total_q; ++row) {
+      const int64_t at = head * g.total_q + row;
+      for (int32_t d = 0; d < g.head_dim; ++d) {
+        const double error =
+            std::abs(inputs.O(head, row, d) - expected.o[at * g.head_dim + d]);
+        ASSERT_FALSE(std::isnan(error)) << "head " << head << " row " << row;
+        worst = std::max(worst, error);
+      }
+      const double lse_error = std::abs(inputs.Lse(head, row) - expected.lse[at]);
+      ASSERT_FALSE(std::isnan(lse_error)) << "head " << head << " row " << row;
+      worst_lse = std::max(worst_lse, lse_error);
+    }
+  }
+  EXPECT_LE(worst, tolerance);
+  EXPECT_LE(worst_lse, 2e-5);  // f32 logits up to about 10, sums of up to 1024 terms
+}
+
+struct MethodCase {
+  const char* name;
+  AttentionOptions options;
+};
+
+std::vector<MethodCase> Methods() {
+  AttentionOptions small_blocks;
+  small_blocks.block_size = 16;
+  small_blocks.segment_size = 64;
+  AttentionOptions large_blocks;
+  large_blocks.block_size = 256;
+  large_blocks.segment_size = 256;
+  AttentionOptions query_head;
+  query_head.scope = Scope::kQueryHead;
+  AttentionOptions no_first;
+  no_first.force_first_block = false;
+  no_first.threshold = 0.5f;
+  AttentionOptions dense;
+  dense.method = Method::kDense;
+  AttentionOptions pooling;
+  pooling.method = Method::kMeanPooling;
+  AttentionOptions fallback;
+  fallback.dense_fallback = true;
+  return {{"dense", dense},
+          {"pbs", {}},
+          {"pbs_query_head", query_head},
+          {"pbs_no_first_block", no_first},
+          {"pbs_block_16", small_blocks},
+          {"pbs_block_256", large_blocks},
+          {"mean_pooling", pooling},
+          {"pbs_fallback", fallback}};
+}
+
+class CpuAttentionSpec : public testing::TestWithParam<Engine> {
+ protected:
+  ThreadPool pool_{3};
+  CpuAttention attention_{pool_, GetParam().isa, GetParam().pairs};
+};
+
+TEST_P(CpuAttentionSpec, AttendsAsTheReferenceDoesGivenItsOwnOrderAndLists) {
+  for (const Shape& shape : kShapes) {
+    for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      for (const MethodCase& method : Methods()) {
+        // The half types differ from f32 in packing and storing only.
+        if (dtype != DType::kF32 && method.options.block_size != 128) continue;
+        const uint32_t seed = 7;
+        SCOPED_TRACE(std::string(shape.name) + " " + DTypeName(dtype) + " " +
+                     method.name + " seed " + std::to_string(seed));
+        AttentionCase inputs(MakeProblem(shape, dtype, method.options), seed,
+                             AttentionCase::Layout::kTokenMajor);
+        const BackendRun run = RunOn(attention_, inputs.problem(), inputs.Tensors());
+        ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+        const reference::Output expected = reference::Attend(
+            inputs.problem(), inputs.Tensors(), DecisionOf(run.report));
+        ExpectOutputsNear(inputs, expected,
+                          Tolerance(dtype, GetParam().pairs, shape.head_dim));
+      }
+    }
+  }
+}
+
+TEST_P(CpuAttentionSpec, ChoosesTheReferencesOrderListsAndDensityInF32) {
+  for (const Shape& shape : kShapes) {
+    for (const MethodCase& method : Methods()) {
+      const uint32_t seed = 11;
+      SCOPED_TRACE(std::string(shape.name) + " " + method.name + " seed " +
+                   std::to_string(seed));
+      AttentionProblem problem = MakeProblem(shape, DType::kF32, method.options);
+      problem.options.coverage_rows = 5;
+      AttentionCase inputs(problem, seed);
+      const BackendRun run = RunOn(attention_, problem, inputs.Tensors());
+      ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+      const reference::Result expected = reference::Run(problem, inputs.Tensors());
+      EXPECT_EQ(run.report.order, expected.decision.order);
+      EXPECT_EQ(run.report.lists.indices, expected.decision.lists.indices);
+      EXPECT_EQ(run.report.lists.count, expected.decision.lists.count);
+      EXPECT_EQ(run.report.lists.num_masked, expected.decision.lists.num_masked);
+      const AttentionStats& stats = run.report.stats;
+      EXPECT_EQ(stats.executed_blocks, expected.stats.executed_blocks);
+      EXPECT_EQ(stats.lower_blocks, expected.stats.lower_blocks);
+      EXPECT_EQ(stats.causal_blocks, expected.stats.causal_blocks);
+      EXPECT_EQ(stats.method_run, expected.stats.method_run);
+      EXPECT_EQ(stats.dense_fallback, expected.stats.dense_fallback);
+      EXPECT_DOUBLE_EQ(stats.dense_flops, expected.stats.dense_flops);
+      EXPECT_EQ(stats.coverage_rows, expected.stats.coverage_rows);
+      EXPECT_NEAR(stats.coverage, expected.stats.coverage, 1e-5);
+    }
+  }
+}
+
+TEST_P(CpuAttentionSpec, GivesEqualBitsOnEveryRunAndForEveryThreadCount) {
+  AttentionProblem problem = MakeProblem(kShapes[7], DType::kBF16, {});
+  AttentionCase first(problem, 3);
+  ASSERT_TRUE(RunOn(attention_, problem, first.Tensors()).status.ok());
+  for (int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    CpuAttention attention(pool, GetParam().isa, GetParam().pairs);
+    AttentionCase again(problem, 3);
+    ASSERT_TRUE(RunOn(attention, problem, again.Tensors()).status.ok());
+    EXPECT_EQ(first.o_bytes(), again.o_bytes()) << threads << " threads";
+  }
+}
+
+TEST_P(CpuAttentionSpec, ThresholdOneEqualsDense) {
+  for (Method method : {Method::kPbs, Method::kMeanPooling}) {
+    for (Scope scope : {Scope::kKvHead, Scope::kQueryHead}) {
+      AttentionOptions options;
+      options.method = method;
+      options.scope = scope;
+      options.threshold = 1.0f;
+      const AttentionProblem problem = MakeProblem(kShapes[5], DType::kF32, options);
+      AttentionProblem dense = problem;
+      dense.options = {.method = Method::kDense};
+      AttentionCase sparse(problem, 5);
+      ASSERT_TRUE(RunOn(attention_, problem, sparse.Tensors()).status.ok());
+      ExpectOutputsNear(sparse, reference::Run(dense, sparse.Tensors()).output,
+                        Tolerance(DType::kF32, false, 96));
+    }
+  }
+}
+
+TEST_P(CpuAttentionSpec, GivenListsAndOrderAreUsedExactly) {
+  AttentionProblem problem = MakeProblem(kShapes[5], DType::kF32, {});
+  AttentionCase inputs(problem, 9);
+  const BackendRun own = RunOn(attention_, problem, inputs.Tensors());
+  ASSERT_TRUE(own.status.ok());
+  problem.options.use_given_order = true;
+  problem.options.use_given_lists = true;
+  AttentionTensors tensors = inputs.Tensors();
+  // Reversed segments and diagonal-only lists: nothing the method would choose itself.
+  std::vector<int32_t> order(own.report.order);
+  const int32_t body = 701 / 256 * 256;
+  for (int32_t head = 0; head < 2; ++head) {
+    for (int32_t slot = 0; slot < body; ++slot) {
+      order[head * 701 + slot] = slot / 256 * 256 + 255 - slot % 256;
+    }
+  }
+  tensors.order = {order.data(), PackedLayout(701, 1)};
+  const AttentionGeometry g = MakeGeometry(problem);
+  std::vector<uint8_t> mask(static_cast<size_t>(MaskBytes(g)));
+  for (int32_t row = 0; row < 4 * 6; ++row) {
+    const int32_t i = row % 6;
+    for (int32_t j = 0; j < 6; ++j) mask[row * 6 + j] = i / 2 == j / 2;
+  }
+  const auto lists = ListsFromMask(g, mask);
+  ASSERT_TRUE(lists.ok());
+  tensors.lists = lists->View();
+  ASSERT_TRUE(ValidateOrder(g, tensors.order).ok());
+  ASSERT_TRUE(ValidateLists(g, tensors.order, tensors.lists).ok());
+  const BackendRun run = RunOn(attention_, problem, tensors);
+  ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+  EXPECT_EQ(run.report.order, order);
+  EXPECT_EQ(ExpandMask(g, run.report.lists.View()), mask);
+  ExpectOutputsNear(inputs, reference::Run(problem, tensors).output,
+                    Tolerance(DType::kF32, false, 96));
+}
+
+TEST_P(CpuAttentionSpec, RefusesScoresThatOverflowAndStaysUsable) {
+  AttentionProblem problem = MakeProblem(kShapes[7], DType::kF32, {});
+  AttentionCase inputs(problem, 1);
+  auto* q = reinterpret_cast<float*>(inputs.q_bytes().data());
+  auto* k = reinterpret_cast<float*>(inputs.k_bytes().data());
+  q[639 * 128] = 1e30f;
+  k[5 * 128] = 1e30f;
+  const BackendRun run = RunOn(attention_, problem, inputs.Tensors());
+  EXPECT_EQ(run.status.code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(run.status.message(),
+            "attention scores overflow f32: the inputs are too large");
+  AttentionCase good(problem, 1);
+  EXPECT_TRUE(RunOn(attention_, problem, good.Tensors()).status.ok());
+}
+
+TEST_P(CpuAttentionSpec, StopsWhenToldAndRefusesASmallWorkspace) {
+  const AttentionProblem problem = MakeProblem(kShapes[7], DType::kF32, {});
+  AttentionCase inputs(problem, 1);
+  const std::atomic<bool> stop{true};
+  EXPECT_EQ(RunOn(attention_, problem, inputs.Tensors(), {.stop = &stop}).status.code(),
+            StatusCode::kCancelled);
+  const auto plan = attention_.Plan(problem);
+  ASSERT_TRUE(plan.ok());
+  const Status status = attention_.Run(**plan, inputs.Tensors(), {nullptr, 100}, {});
+  EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
+  EXPECT_NE(status.message().find("workspace of 100 bytes is smaller than the planned"),
+            std::string::npos);
+}
+
+INSTANTIATE_TEST_SUITE_P(Tables, CpuAttentionSpec, testing::ValuesIn(RunnableEngines()),
+                         testing_support::CaseName());
+
+TEST(CpuPlanSpec, PackedMemoryGrowsLinearlyAndListsAreUint16) {
+  ThreadPool pool(2);
+  CpuAttention attention(pool, Isa::kScalar, false);
+  const auto memory = [&](int32_t len) {
+    const AttentionProblem problem =
+        MakeProblem({"", 32, 8, 128, {{len, len}}}, DType::kBF16, {});
+    return (*attention.Plan(problem))->memory;
+  };
+  // One KV head of 64K keys: keys and values as f32.
+  EXPECT_EQ(memory(65'536).packed_bytes, 65'536LL * 128 * 4 * 2);
+  EXPECT_EQ(memory(131'072).packed_bytes, 2 * memory(65'536).packed_bytes);
+  // 64K tokens, 512 blocks in 256 segments of 2: rows of 2, 2, 4, 4 ... entries.
+  const int64_t entries = 2 * (2LL * 256 * 257 / 2) * 32;
+  EXPECT_EQ(memory(65'536).lists_bytes, 2 * entries + 2 * 512 * 32);
+}
+
+}  // namespace
+}  // namespace pbs::cpu
