@@ -1,0 +1,28 @@
+// Addresses to listen on: host:port.
+//
+// Threading: stateless.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
+namespace pbs::server {
+
+struct HostPort {
+  std::string host;  // without the brackets of an IPv6 address
+  int32_t port = 0;  // 0 .. 65535; 0 lets the system pick
+
+  // Numeric address or "localhost": needs no resolver.
+  bool IsNumericOrLocalhost() const;
+  // Reachable from this machine only.
+  bool IsLoopback() const;
+};
+
+// "127.0.0.1:50051", "localhost:0", "[::1]:50051", "prefill-0.example:50051".
+// InvalidArgument without the field's name: the caller adds it.
+absl::StatusOr<HostPort> ParseHostPort(absl::string_view text);
+
+}  // namespace pbs::server

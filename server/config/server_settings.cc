@@ -1,0 +1,99 @@
+#include "server/config/server_settings.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "pbs/check.h"
+#include "server/base/attention_options.h"
+
+namespace pbs::server {
+namespace {
+
+// The converters require a config without violations.
+BackendChoice ToBackend(const std::string& name) {
+  if (name == "cpu") return BackendChoice::kCpu;
+  if (name == "cuda") return BackendChoice::kCuda;
+  return BackendChoice::kAuto;
+}
+
+LogLevel ToLogLevel(const std::string& name) {
+  for (LogLevel level : {LogLevel::kDebug, LogLevel::kInfo, LogLevel::kWarning}) {
+    if (name == LogLevelName(level)) return level;
+  }
+  return LogLevel::kError;
+}
+
+std::optional<DType> ToDType(const std::string& name) {
+  const auto dtype = ParseDType(name);
+  if (!dtype.ok()) return std::nullopt;  // "auto"
+  return *dtype;
+}
+
+ModelSettings ToModel(const v1::ModelSource& source) {
+  return {source.name(), source.path(), ToDType(source.compute_dtype()),
+          ToDType(source.kv_dtype()), source.tokens_max()};
+}
+
+ServiceLimits ToLimits(const v1::AdmissionConfig& admission,
+                       const v1::LeaseConfig& lease) {
+  ServiceLimits limits;
+  limits.tokens_max = admission.tokens_max();
+  limits.attend_tokens_max = admission.attend_tokens_max();
+  limits.queue_requests_max = admission.queue_requests_max();
+  limits.upload_seconds_max = admission.upload_seconds_max();
+  limits.upload_requests_max = admission.upload_requests_max();
+  limits.lease_ttl_seconds_default = lease.ttl_seconds_default();
+  limits.lease_ttl_seconds_max = lease.ttl_seconds_max();
+  return limits;
+}
+
+TransportOptions ToTransport(const v1::TransportConfig& config) {
+  TransportOptions options;
+  options.chunk_bytes = config.chunk_bytes();
+  options.concurrent_streams_max = config.concurrent_streams_max();
+  options.memory_quota_bytes = config.memory_quota_bytes();
+  options.stream_window_bytes = config.stream_window_bytes();
+  options.keepalive_seconds = config.keepalive_seconds();
+  options.keepalive_timeout_seconds = config.keepalive_timeout_seconds();
+  options.write_stall_seconds_max = config.write_stall_seconds_max();
+  return options;
+}
+
+AttentionOptions ToAttention(const v1::AttentionOptions& wire) {
+  const auto options = DecodeAttentionOptions(wire, {}, false);
+  PBS_CHECK(options.ok());
+  return *options;
+}
+
+}  // namespace
+
+absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
+  ApplyDefaults(config);
+  const std::vector<std::string> violations = Validate(config);
+  if (!violations.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("the configuration has ",
+                                                   violations.size(), " error(s):\n  ",
+                                                   absl::StrJoin(violations, "\n  ")));
+  }
+  ServerSettings settings;
+  settings.service.listen = config.listen();
+  settings.service.reflection = config.reflection();
+  settings.service.transport = ToTransport(config.transport());
+  settings.service.limits = ToLimits(config.admission(), config.lease());
+  settings.service.default_attention = ToAttention(config.default_attention());
+  settings.metrics_listen = config.metrics_listen();
+  settings.backend = ToBackend(config.backend());
+  settings.vllm_metrics = config.vllm_metrics();
+  for (const v1::ModelSource& model : config.models()) {
+    settings.models.push_back(ToModel(model));
+  }
+  settings.cpu = {config.cpu().threads(), config.cpu().isa()};
+  settings.memory_bytes_max = config.admission().memory_bytes_max();
+  settings.leases_max = config.lease().leases_max();
+  settings.log_level = ToLogLevel(config.log().level());
+  settings.drain_max = absl::Seconds(config.drain_seconds_max());
+  return settings;
+}
+
+}  // namespace pbs::server

@@ -1,0 +1,61 @@
+// ServerSettings: the configuration as plain values, every default applied and every
+// limit checked. Each module takes its own part; nobody below main() sees a protobuf.
+//
+// Threading: a value, immutable after start.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "pbs/dtype.h"
+#include "pbs/v1/server_config.pb.h"
+#include "server/base/log.h"
+#include "server/service/options.h"
+
+namespace pbs::server {
+
+enum class BackendChoice : uint8_t { kAuto, kCpu, kCuda };
+
+struct ModelSettings {
+  std::string name;
+  std::string path;
+  std::optional<DType> compute_dtype;  // unset: what is fastest here
+  std::optional<DType> kv_dtype;       // unset: the compute dtype
+  int32_t tokens_max = 0;              // 0: the model's own limit
+};
+
+struct CpuSettings {
+  int32_t threads = 0;  // 0: the CPUs this process may use
+  std::string isa;      // "auto" or a name
+};
+
+struct ServerSettings {
+  // Version, commit and backend facts are main()'s to fill in.
+  ServiceOptions service;
+  std::string metrics_listen;  // "": off
+  BackendChoice backend = BackendChoice::kAuto;
+  bool vllm_metrics = false;
+  std::vector<ModelSettings> models;
+  CpuSettings cpu;
+  int64_t memory_bytes_max = 0;  // 0: decided at start (docs/OPERATIONS.md)
+  int32_t leases_max = 0;
+  LogLevel log_level = LogLevel::kInfo;
+  absl::Duration drain_max;
+};
+
+// Sets every unset field to its documented default. The one place of the defaults.
+void ApplyDefaults(v1::ServerConfig& config);
+
+// Every violation, each "field value limit"; empty when there is none. Pure: looks at
+// no file, clock or machine. Unset fields are violations: apply defaults first.
+std::vector<std::string> Validate(const v1::ServerConfig& config);
+
+// ApplyDefaults(), Validate() and the conversion. InvalidArgument lists every
+// violation, one per line.
+absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config);
+
+}  // namespace pbs::server

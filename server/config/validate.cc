@@ -1,0 +1,175 @@
+#include <algorithm>
+#include <array>
+#include <set>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "pbs/limits.h"
+#include "server/base/attention_options.h"
+#include "server/config/host_port.h"
+#include "server/config/server_settings.h"
+
+namespace pbs::server {
+namespace {
+
+constexpr size_t kModelNameBytesMax = 64;
+constexpr int32_t kModelsMax = 64;
+constexpr int32_t kThreadsMax = 1024;
+constexpr int32_t kDaySeconds = 86'400;
+constexpr int64_t kMemoryBytesMax = int64_t{1} << 50;
+
+// Collects violations.
+class Checker {
+ public:
+  void Add(std::string violation) { violations_.push_back(std::move(violation)); }
+
+  void Range(const std::string& field, int64_t value, int64_t low, int64_t high) {
+    if (value >= low && value <= high) return;
+    Add(absl::StrCat(field, " ", value, " is outside [", low, ", ", high, "]"));
+  }
+
+  template <size_t kSize>
+  void OneOf(const std::string& field, const std::string& value,
+             const std::array<const char*, kSize>& allowed) {
+    if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return;
+    Add(absl::StrCat(field, " \"", value, "\" is not one of ",
+                     absl::StrJoin(allowed, ", ")));
+  }
+
+  std::vector<std::string> Take() { return std::move(violations_); }
+
+ private:
+  std::vector<std::string> violations_;
+};
+
+constexpr std::array kBackends = {"auto", "cpu", "cuda"};
+constexpr std::array kIsas = {"auto", "scalar", "avx2", "avx512", "avx512_bf16"};
+constexpr std::array kComputeDTypes = {"auto", "f32", "bf16"};
+constexpr std::array kKvDTypes = {"auto", "f32", "f16", "bf16"};
+constexpr std::array kLogLevels = {"debug", "info", "warning", "error"};
+
+bool IsModelName(const std::string& name) {
+  return !name.empty() && name.size() <= kModelNameBytesMax &&
+         std::all_of(name.begin(), name.end(), [](char c) {
+           return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' ||
+                  c == '_' || c == '-';
+         });
+}
+
+void CheckAddresses(const v1::ServerConfig& config, Checker& check) {
+  const auto listen = ParseHostPort(config.listen());
+  if (!listen.ok()) check.Add(absl::StrCat("listen ", listen.status().message()));
+  if (config.metrics_listen().empty()) return;
+  const auto metrics = ParseHostPort(config.metrics_listen());
+  if (!metrics.ok()) {
+    check.Add(absl::StrCat("metrics_listen ", metrics.status().message()));
+    return;
+  }
+  if (!metrics->IsNumericOrLocalhost()) {
+    check.Add(absl::StrCat("metrics_listen \"", config.metrics_listen(),
+                           "\" needs a numeric address or localhost"));
+  }
+  if (listen.ok() && metrics->port != 0 && metrics->port == listen->port &&
+      metrics->host == listen->host) {
+    check.Add(absl::StrCat("metrics_listen \"", config.metrics_listen(),
+                           "\" is also listen; they need different ports"));
+  }
+}
+
+void CheckModels(const v1::ServerConfig& config, Checker& check) {
+  if (config.models_size() > kModelsMax) {
+    check.Range("number of models", config.models_size(), 0, kModelsMax);
+  }
+  std::set<std::string> names;
+  for (int i = 0; i < config.models_size(); ++i) {
+    const v1::ModelSource& model = config.models(i);
+    const std::string field = absl::StrCat("models.", i, ".");
+    if (!IsModelName(model.name())) {
+      check.Add(absl::StrCat(field, "name \"", model.name(),
+                             "\" is not 1 to 64 of [A-Za-z0-9._-]"));
+    } else if (!names.insert(model.name()).second) {
+      check.Add(absl::StrCat(field, "name \"", model.name(),
+                             "\" is taken by an earlier model; names are unique"));
+    }
+    if (model.path().empty()) {
+      check.Add(absl::StrCat(field, "path \"\" is empty; it names a model folder"));
+    }
+    check.OneOf(field + "compute_dtype", model.compute_dtype(), kComputeDTypes);
+    check.OneOf(field + "kv_dtype", model.kv_dtype(), kKvDTypes);
+    check.Range(field + "tokens_max", model.tokens_max(), 0, kSeqLenMax);
+  }
+}
+
+void CheckAdmission(const v1::AdmissionConfig& config, Checker& check) {
+  check.Range("admission.memory_bytes_max", config.memory_bytes_max(), 0,
+              kMemoryBytesMax);
+  check.Range("admission.queue_requests_max", config.queue_requests_max(), 1, 65'536);
+  check.Range("admission.tokens_max", config.tokens_max(), 1, kSeqLenMax);
+  check.Range("admission.attend_tokens_max", config.attend_tokens_max(), 1, kSeqLenMax);
+  check.Range("admission.upload_seconds_max", config.upload_seconds_max(), 1,
+              kDaySeconds);
+  check.Range("admission.upload_requests_max", config.upload_requests_max(), 1, 65'536);
+}
+
+void CheckLease(const v1::LeaseConfig& config, Checker& check) {
+  check.Range("lease.ttl_seconds_max", config.ttl_seconds_max(), 1, kDaySeconds);
+  check.Range("lease.ttl_seconds_default", config.ttl_seconds_default(), 1,
+              std::clamp(config.ttl_seconds_max(), 1, kDaySeconds));
+  check.Range("lease.leases_max", config.leases_max(), 1, 1'000'000);
+}
+
+void CheckTransport(const v1::TransportConfig& config, Checker& check) {
+  check.Range("transport.chunk_bytes", config.chunk_bytes(), kChunkBytesMin,
+              kChunkBytesMax);
+  check.Range("transport.concurrent_streams_max", config.concurrent_streams_max(), 1,
+              1024);
+  check.Range("transport.memory_quota_bytes", config.memory_quota_bytes(), 16 << 20,
+              int64_t{1} << 40);
+  check.Range("transport.stream_window_bytes", config.stream_window_bytes(), 64 << 10,
+              16 << 20);
+  check.Range("transport.keepalive_seconds", config.keepalive_seconds(), 1, 3600);
+  check.Range("transport.keepalive_timeout_seconds", config.keepalive_timeout_seconds(),
+              1, 3600);
+  check.Range("transport.write_stall_seconds_max", config.write_stall_seconds_max(), 1,
+              3600);
+}
+
+void CheckDefaultAttention(const v1::AttentionOptions& wire, Checker& check) {
+  const auto options = DecodeAttentionOptions(wire, {}, false);
+  if (!options.ok()) {
+    check.Add(absl::StrCat("default_attention: ", options.status().message()));
+    return;
+  }
+  if (options->use_given_order || options->use_given_lists) {
+    check.Add(
+        "default_attention: use_given_order and use_given_lists need tensors "
+        "that only a request has; a profile has them false");
+  }
+  // The smallest problem there is: what remains to refuse is the options'.
+  const AttentionProblem problem = {
+      {1, 1, kHeadDims[0], {{1, 1}}}, DType::kF32, *options};
+  if (const pbs::Status status = ValidateProblem(problem); !status.ok()) {
+    check.Add(absl::StrCat("default_attention: ", status.message()));
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> Validate(const v1::ServerConfig& config) {
+  Checker check;
+  CheckAddresses(config, check);
+  check.OneOf("backend", config.backend(), kBackends);
+  CheckModels(config, check);
+  check.Range("cpu.threads", config.cpu().threads(), 0, kThreadsMax);
+  check.OneOf("cpu.isa", config.cpu().isa(), kIsas);
+  CheckAdmission(config.admission(), check);
+  CheckLease(config.lease(), check);
+  CheckTransport(config.transport(), check);
+  check.OneOf("log.level", config.log().level(), kLogLevels);
+  check.Range("drain_seconds_max", config.drain_seconds_max(), 0, kDaySeconds);
+  CheckDefaultAttention(config.default_attention(), check);
+  return check.Take();
+}
+
+}  // namespace pbs::server

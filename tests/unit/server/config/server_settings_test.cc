@@ -1,0 +1,255 @@
+// Spec: server/config/server_settings.h.
+#include "server/config/server_settings.h"
+
+#include <gmock/gmock.h>
+#include <google/protobuf/descriptor.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "pbs/limits.h"
+#include "tests/support/case_name.h"
+
+namespace pbs::server {
+namespace {
+
+using testing::ElementsAre;
+using testing::IsEmpty;
+
+v1::ServerConfig Defaults() {
+  v1::ServerConfig config;
+  ApplyDefaults(config);
+  return config;
+}
+
+v1::ServerConfig OneModel() {
+  v1::ServerConfig config;
+  config.add_models()->set_name("tiny");
+  config.mutable_models(0)->set_path("/models/tiny");
+  ApplyDefaults(config);
+  return config;
+}
+
+TEST(ConfigDefaults, AreValid) { EXPECT_THAT(Validate(Defaults()), IsEmpty()); }
+
+// Every field of `message` that is neither a list nor inside a oneof.
+void ExpectEveryFieldSet(const google::protobuf::Message& message) {
+  const auto& type = *message.GetDescriptor();
+  const auto& fields = *message.GetReflection();
+  for (int i = 0; i < type.field_count(); ++i) {
+    const auto* field = type.field(i);
+    if (field->is_repeated()) continue;
+    EXPECT_TRUE(fields.HasField(message, field)) << field->full_name();
+    if (field->message_type() != nullptr && field->name() != "default_attention") {
+      ExpectEveryFieldSet(fields.GetMessage(message, field));
+    }
+  }
+}
+
+TEST(ConfigDefaults, CoverEveryField) {
+  ExpectEveryFieldSet(Defaults());
+  ExpectEveryFieldSet(OneModel().models(0));
+}
+
+TEST(ConfigDefaults, LeaveWhatIsSet) {
+  v1::ServerConfig config;
+  config.set_listen("localhost:1");
+  config.mutable_default_attention()->mutable_dense();
+  ApplyDefaults(config);
+  EXPECT_EQ(config.listen(), "localhost:1");
+  EXPECT_TRUE(config.default_attention().has_dense());
+}
+
+TEST(ServerSettingsSpec, DefaultsAreThoseOfTheModules) {
+  const auto settings = MakeSettings({});
+  ASSERT_TRUE(settings.ok()) << settings.status();
+  const ServiceOptions expected;
+  EXPECT_EQ(settings->service.listen, expected.listen);
+  EXPECT_EQ(settings->service.default_attention, expected.default_attention);
+  EXPECT_EQ(settings->service.transport.chunk_bytes, expected.transport.chunk_bytes);
+  EXPECT_EQ(settings->service.transport.write_stall_seconds_max,
+            expected.transport.write_stall_seconds_max);
+  EXPECT_EQ(settings->service.limits.tokens_max, expected.limits.tokens_max);
+  EXPECT_EQ(settings->service.limits.lease_ttl_seconds_max,
+            expected.limits.lease_ttl_seconds_max);
+  EXPECT_EQ(settings->metrics_listen, "127.0.0.1:9464");
+  EXPECT_EQ(settings->backend, BackendChoice::kAuto);
+  EXPECT_EQ(settings->memory_bytes_max, 0);
+  EXPECT_EQ(settings->drain_max, absl::Seconds(60));
+}
+
+TEST(ServerSettingsSpec, EveryFieldArrives) {
+  v1::ServerConfig config = OneModel();
+  config.mutable_models(0)->set_compute_dtype("bf16");
+  config.mutable_models(0)->set_kv_dtype("f16");
+  config.mutable_models(0)->set_tokens_max(4096);
+  config.set_backend("cpu");
+  config.mutable_cpu()->set_threads(3);
+  config.mutable_cpu()->set_isa("avx2");
+  config.mutable_admission()->set_queue_requests_max(7);
+  config.mutable_admission()->set_upload_seconds_max(11);
+  config.mutable_lease()->set_leases_max(13);
+  config.mutable_lease()->set_ttl_seconds_default(17);
+  config.mutable_transport()->set_keepalive_seconds(19);
+  config.mutable_log()->set_level("warning");
+  config.mutable_default_attention()->mutable_mean_pooling()->set_threshold(0.5f);
+  const auto settings = MakeSettings(config);
+  ASSERT_TRUE(settings.ok()) << settings.status();
+  ASSERT_EQ(settings->models.size(), 1u);
+  EXPECT_EQ(settings->models[0].name, "tiny");
+  EXPECT_EQ(settings->models[0].compute_dtype, DType::kBF16);
+  EXPECT_EQ(settings->models[0].kv_dtype, DType::kF16);
+  EXPECT_EQ(settings->models[0].tokens_max, 4096);
+  EXPECT_EQ(settings->backend, BackendChoice::kCpu);
+  EXPECT_EQ(settings->cpu.threads, 3);
+  EXPECT_EQ(settings->cpu.isa, "avx2");
+  EXPECT_EQ(settings->service.limits.queue_requests_max, 7);
+  EXPECT_EQ(settings->service.limits.upload_seconds_max, 11);
+  EXPECT_EQ(settings->leases_max, 13);
+  EXPECT_EQ(settings->service.limits.lease_ttl_seconds_default, 17);
+  EXPECT_EQ(settings->service.transport.keepalive_seconds, 19);
+  EXPECT_EQ(settings->log_level, LogLevel::kWarning);
+  EXPECT_EQ(settings->service.default_attention.method, Method::kMeanPooling);
+  EXPECT_EQ(settings->service.default_attention.threshold, 0.5f);
+}
+
+TEST(ServerSettingsSpec, AutoDTypesStayOpen) {
+  const auto settings = MakeSettings(OneModel());
+  ASSERT_TRUE(settings.ok()) << settings.status();
+  EXPECT_EQ(settings->models[0].compute_dtype, std::nullopt);
+  EXPECT_EQ(settings->models[0].kv_dtype, std::nullopt);
+}
+
+TEST(ServerSettingsSpec, EveryViolationIsListedAtOnce) {
+  v1::ServerConfig config = Defaults();
+  config.set_backend("tpu");
+  config.mutable_lease()->set_leases_max(0);
+  config.mutable_log()->set_level("loud");
+  EXPECT_EQ(MakeSettings(config).status(),
+            absl::InvalidArgumentError(
+                "the configuration has 3 error(s):\n"
+                "  backend \"tpu\" is not one of auto, cpu, cuda\n"
+                "  lease.leases_max 0 is outside [1, 1000000]\n"
+                "  log.level \"loud\" is not one of debug, info, warning, error"));
+}
+
+struct ViolationCase {
+  const char* name;
+  std::function<void(v1::ServerConfig&)> change;
+  const char* violation;
+};
+
+class ConfigViolationSpec : public testing::TestWithParam<ViolationCase> {};
+
+TEST_P(ConfigViolationSpec, NamesFieldValueAndLimit) {
+  v1::ServerConfig config = OneModel();
+  GetParam().change(config);
+  EXPECT_THAT(Validate(config), ElementsAre(GetParam().violation));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Addresses, ConfigViolationSpec,
+    testing::Values(
+        ViolationCase{"listen", [](auto& c) { c.set_listen("nowhere"); },
+                      "listen \"nowhere\" is not host:port: no port"},
+        ViolationCase{"metrics_listen", [](auto& c) { c.set_metrics_listen("x"); },
+                      "metrics_listen \"x\" is not host:port: no port"},
+        ViolationCase{"metrics_name",
+                      [](auto& c) { c.set_metrics_listen("a.example:1"); },
+                      "metrics_listen \"a.example:1\" needs a numeric address or "
+                      "localhost"},
+        ViolationCase{"same_port",
+                      [](auto& c) { c.set_metrics_listen("127.0.0.1:50051"); },
+                      "metrics_listen \"127.0.0.1:50051\" is also listen; they need "
+                      "different ports"}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    Models, ConfigViolationSpec,
+    testing::Values(
+        ViolationCase{"empty_name", [](auto& c) { c.mutable_models(0)->set_name(""); },
+                      "models.0.name \"\" is not 1 to 64 of [A-Za-z0-9._-]"},
+        ViolationCase{"odd_name", [](auto& c) { c.mutable_models(0)->set_name("a/b"); },
+                      "models.0.name \"a/b\" is not 1 to 64 of [A-Za-z0-9._-]"},
+        ViolationCase{"duplicate", [](auto& c) { *c.add_models() = c.models(0); },
+                      "models.1.name \"tiny\" is taken by an earlier model; names are "
+                      "unique"},
+        ViolationCase{"no_path", [](auto& c) { c.mutable_models(0)->set_path(""); },
+                      "models.0.path \"\" is empty; it names a model folder"},
+        ViolationCase{"compute_dtype",
+                      [](auto& c) { c.mutable_models(0)->set_compute_dtype("f16"); },
+                      "models.0.compute_dtype \"f16\" is not one of auto, f32, bf16"},
+        ViolationCase{"kv_dtype",
+                      [](auto& c) { c.mutable_models(0)->set_kv_dtype("fp8"); },
+                      "models.0.kv_dtype \"fp8\" is not one of auto, f32, f16, bf16"},
+        ViolationCase{"tokens_max",
+                      [](auto& c) { c.mutable_models(0)->set_tokens_max(-1); },
+                      "models.0.tokens_max -1 is outside [0, 1048576]"}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    Ranges, ConfigViolationSpec,
+    testing::Values(
+        ViolationCase{"threads", [](auto& c) { c.mutable_cpu()->set_threads(1025); },
+                      "cpu.threads 1025 is outside [0, 1024]"},
+        ViolationCase{"isa", [](auto& c) { c.mutable_cpu()->set_isa("sse"); },
+                      "cpu.isa \"sse\" is not one of auto, scalar, avx2, avx512, "
+                      "avx512_bf16"},
+        ViolationCase{"memory",
+                      [](auto& c) { c.mutable_admission()->set_memory_bytes_max(-1); },
+                      "admission.memory_bytes_max -1 is outside [0, 1125899906842624]"},
+        ViolationCase{"queue",
+                      [](auto& c) { c.mutable_admission()->set_queue_requests_max(0); },
+                      "admission.queue_requests_max 0 is outside [1, 65536]"},
+        ViolationCase{
+            "tokens",
+            [](auto& c) { c.mutable_admission()->set_tokens_max(kSeqLenMax + 1); },
+            "admission.tokens_max 1048577 is outside [1, 1048576]"},
+        ViolationCase{"lease_default_past_its_maximum",
+                      [](auto& c) { c.mutable_lease()->set_ttl_seconds_default(601); },
+                      "lease.ttl_seconds_default 601 is outside [1, 600]"},
+        ViolationCase{"chunk_bytes",
+                      [](auto& c) { c.mutable_transport()->set_chunk_bytes(65'535); },
+                      "transport.chunk_bytes 65535 is outside [65536, 4194304]"},
+        ViolationCase{
+            "streams",
+            [](auto& c) { c.mutable_transport()->set_concurrent_streams_max(0); },
+            "transport.concurrent_streams_max 0 is outside [1, 1024]"},
+        ViolationCase{"drain", [](auto& c) { c.set_drain_seconds_max(-1); },
+                      "drain_seconds_max -1 is outside [0, 86400]"}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    Profile, ConfigViolationSpec,
+    testing::Values(
+        ViolationCase{"threshold",
+                      [](auto& c) {
+                        c.mutable_default_attention()->mutable_pbs()->set_threshold(2);
+                      },
+                      "default_attention: threshold 2.000000 is outside (0, 1]"},
+        ViolationCase{
+            "given_order",
+            [](auto& c) {
+              c.mutable_default_attention()->mutable_pbs()->set_use_given_order(true);
+            },
+            "default_attention: use_given_order and use_given_lists need "
+            "tensors that only a request has; a profile has them false"},
+        ViolationCase{
+            "reserved",
+            [](auto& c) { c.mutable_default_attention()->mutable_minference(); },
+            "default_attention: attention method minference is reserved; this "
+            "server runs dense, pbs and mean_pooling"}),
+    testing_support::CaseName());
+
+TEST(ConfigViolations, LimitsThemselvesAreAllowed) {
+  v1::ServerConfig config = OneModel();
+  config.mutable_admission()->set_tokens_max(kSeqLenMax);
+  config.mutable_transport()->set_chunk_bytes(kChunkBytesMax);
+  config.mutable_lease()->set_ttl_seconds_default(600);
+  config.set_drain_seconds_max(0);
+  config.set_metrics_listen("");
+  EXPECT_THAT(Validate(config), IsEmpty());
+}
+
+}  // namespace
+}  // namespace pbs::server
