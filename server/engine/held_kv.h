@@ -21,6 +21,8 @@
 
 namespace pbs::server {
 
+using WaiterId = uint64_t;
+
 class HeldKv {
  public:
   // `bytes` are what the cache costs; they go back to the ledger with this object.
@@ -39,12 +41,19 @@ class HeldKv {
   void Finish(absl::Status status);
 
   // Calls `callback` once, as soon as layer `layer` is ready or the prefill has
-  // finished (then perhaps without that layer: look at status()); at once when that is
-  // so already. Dropping the last reference drops callbacks uncalled.
-  void WhenReady(int32_t layer, absl::AnyInvocable<void()> callback);
+  // finished (then perhaps without that layer: look at status()); at once, and then
+  // returns 0, when that is so already. Dropping the last reference drops callbacks
+  // uncalled.
+  WaiterId WhenReady(int32_t layer, absl::AnyInvocable<void()> callback);
+
+  // True when the callback will never run because of this call; false when it has run,
+  // is running or is unknown (0 is). A reader that goes away must not leave its waiter
+  // behind: readers come and go any number of times while one prefill runs.
+  bool CancelWait(WaiterId id);
 
  private:
   struct Waiter {
+    WaiterId id;
     int32_t layer;
     absl::AnyInvocable<void()> callback;
   };
@@ -56,6 +65,7 @@ class HeldKv {
   int32_t layers_ready_ ABSL_GUARDED_BY(mutex_) = 0;
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  WaiterId last_waiter_ ABSL_GUARDED_BY(mutex_) = 0;
   std::vector<Waiter> waiters_ ABSL_GUARDED_BY(mutex_);
 };
 
