@@ -1,0 +1,39 @@
+#include "server/transfer/finite_scan.h"
+
+#include <algorithm>
+
+namespace pbs::server {
+namespace {
+
+// An exponent of all ones is NaN or infinity. Blocks are tested whole, without a branch
+// per element, so that the loop vectorises; only a hit is searched for its place.
+template <class Word>
+std::optional<int64_t> FirstWithExponent(const Word* words, int64_t count,
+                                         Word exponent) {
+  constexpr int64_t kBlock = 1024;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, count);
+    bool any = false;
+    for (int64_t i = begin; i < end; ++i) any |= (words[i] & exponent) == exponent;
+    if (!any) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      if ((words[i] & exponent) == exponent) return i;
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<int64_t> FirstNonFinite(std::span<const std::byte> bytes, DType dtype) {
+  const int64_t count = static_cast<int64_t>(bytes.size()) / DTypeBytes(dtype);
+  if (dtype == DType::kF32) {
+    return FirstWithExponent(reinterpret_cast<const uint32_t*>(bytes.data()), count,
+                             uint32_t{0x7F800000});
+  }
+  const uint16_t exponent = dtype == DType::kF16 ? 0x7C00 : 0x7F80;
+  return FirstWithExponent(reinterpret_cast<const uint16_t*>(bytes.data()), count,
+                           exponent);
+}
+
+}  // namespace pbs::server

@@ -1,0 +1,19 @@
+// Looks for NaN and infinity in uploaded tensors.
+//
+// Threading: stateless. Memory: none.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "pbs/dtype.h"
+
+namespace pbs::server {
+
+// Index of the first element that is NaN or infinite. Bytes behind the last whole
+// element are not looked at. `bytes` is aligned to the element.
+std::optional<int64_t> FirstNonFinite(std::span<const std::byte> bytes, DType dtype);
+
+}  // namespace pbs::server

@@ -1,0 +1,117 @@
+// Spec: server/transfer/sha256.h and sparsity_digest.h.
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <set>
+#include <string>
+
+#include "server/transfer/sha256.h"
+#include "server/transfer/sparsity_digest.h"
+#include "tests/support/case_name.h"
+
+namespace pbs::server {
+namespace {
+
+std::string HashOf(std::string_view bytes) {
+  Sha256 hash;
+  hash.Add(bytes);
+  return hash.Finish();
+}
+
+// FIPS 180-4 examples.
+TEST(Sha256Spec, EqualsThePublishedValues) {
+  EXPECT_EQ(HashOf(""),
+            "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  EXPECT_EQ(HashOf("abc"),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  EXPECT_EQ(HashOf("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq"),
+            "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+  EXPECT_EQ(HashOf(std::string(1'000'000, 'a')),
+            "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+}
+
+TEST(Sha256Spec, DoesNotDependOnHowTheBytesArePassed) {
+  const std::string text(300, 'x');
+  for (size_t cut : {1, 55, 56, 63, 64, 65, 128, 299}) {
+    Sha256 hash;
+    hash.Add(std::string_view(text).substr(0, cut));
+    hash.Add(std::string_view(text).substr(cut));
+    EXPECT_EQ(hash.Finish(), HashOf(text)) << "cut " << cut;
+  }
+}
+
+TEST(Sha256Spec, FieldsDoNotRunIntoEachOther) {
+  Sha256 first, second;
+  first.AddField("ab");
+  first.AddField("c");
+  second.AddField("a");
+  second.AddField("bc");
+  EXPECT_NE(first.Finish(), second.Finish());
+}
+
+struct ExactCase {
+  const char* name;
+  AttentionOptions options;
+  int32_t num_tokens;
+};
+
+class ExactDigestSpec : public testing::TestWithParam<ExactCase> {};
+
+TEST_P(ExactDigestSpec, WhatRunsDenseIsExactForEveryTenant) {
+  EXPECT_EQ(SparsityDigest(GetParam().options, GetParam().num_tokens, ""), "exact");
+  EXPECT_EQ(SparsityDigest(GetParam().options, GetParam().num_tokens, "salt"), "exact");
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, ExactDigestSpec,
+    testing::Values(ExactCase{"dense", {.method = Method::kDense}, 100'000},
+                    ExactCase{"every_candidate", {.threshold = 1.0f}, 100'000},
+                    ExactCase{"mean_pooling_every_candidate",
+                              {.method = Method::kMeanPooling, .threshold = 1.0f},
+                              100'000},
+                    ExactCase{"prompt_of_one_segment", {}, 256}),
+    testing_support::CaseName());
+
+TEST(SparsityDigestSpec, NamesTheMethodAndIsTheSameInEveryBuild) {
+  EXPECT_EQ(SparsityDigest({}, 257, ""), "pbs-f4bbc23b7bd1e51ac38f69d3ef4341d5");
+  EXPECT_EQ(SparsityDigest({.method = Method::kMeanPooling}, 10, "").substr(0, 13),
+            "mean_pooling-");
+}
+
+struct ChangeCase {
+  const char* name;
+  std::function<void(AttentionOptions&)> change;
+  const char* salt;
+};
+
+class DigestChangeSpec : public testing::TestWithParam<ChangeCase> {};
+
+TEST_P(DigestChangeSpec, EveryOptionThatDecidesTheResultChangesIt) {
+  AttentionOptions options;
+  GetParam().change(options);
+  EXPECT_NE(SparsityDigest(options, 10'000, GetParam().salt),
+            SparsityDigest({}, 10'000, ""));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, DigestChangeSpec,
+    testing::Values(
+        ChangeCase{"method", [](auto& o) { o.method = Method::kMeanPooling; }, ""},
+        ChangeCase{"block_size", [](auto& o) { o.block_size = 64; }, ""},
+        ChangeCase{"segment_size", [](auto& o) { o.segment_size = 512; }, ""},
+        ChangeCase{"threshold", [](auto& o) { o.threshold = 0.90000004f; }, ""},
+        ChangeCase{"scope", [](auto& o) { o.scope = Scope::kQueryHead; }, ""},
+        ChangeCase{"force_first_block", [](auto& o) { o.force_first_block = false; },
+                   ""},
+        ChangeCase{"dense_fallback", [](auto& o) { o.dense_fallback = true; }, ""},
+        ChangeCase{"tenant_salt", [](auto&) {}, "tenant"}),
+    testing_support::CaseName());
+
+TEST(SparsityDigestSpec, WhatIsOnlyMeasuredDoesNotChangeIt) {
+  AttentionOptions options;
+  options.coverage_rows = 64;
+  EXPECT_EQ(SparsityDigest(options, 10'000, ""), SparsityDigest({}, 10'000, ""));
+}
+
+}  // namespace
+}  // namespace pbs::server
