@@ -8,7 +8,8 @@
 //
 // Threading: all methods are safe from any thread and never block on work. Listener
 // calls come from the executor thread (or, for a job that never ran, from the thread
-// that cancelled it), one at a time per job, without a lock held; they must not block.
+// that cancelled it or, at its deadline, the timers' thread), one at a time per job,
+// without a lock held; they must not block. OnDone may come before Submit returns.
 // Memory: a job's bytes are reserved before it is accepted (ReserveAttend/-Prefill) and
 // travel inside it, so that finishing, failing or dropping a job gives them back.
 #pragma once
@@ -18,23 +19,16 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/any_invocable.h"
 #include "absl/status/statusor.h"
-#include "absl/time/time.h"
 #include "pbs/attention.h"
 #include "server/base/host_bytes.h"
 #include "server/engine/byte_ledger.h"
 #include "server/engine/held_kv.h"
-#include "server/model/model.h"
+#include "server/engine/job_terms.h"
+#include "server/engine/served_model.h"
 
 namespace pbs::server {
-
-using JobId = uint64_t;
-
-struct JobTerms {
-  std::string request_id;                        // for logs
-  absl::Time deadline = absl::InfiniteFuture();  // of the RPC
-  int32_t priority = 0;                          // higher first; equal: arrival order
-};
 
 // Wall seconds by stage (docs/PROTOCOL.md, "StageSeconds").
 struct StageTimes {
@@ -87,13 +81,13 @@ class AttendListener {
 struct PrefillJob {
   JobTerms terms;
   const ServedModel* model = nullptr;
-  std::vector<int32_t> tokens;   // valid for the model
-  AttentionOptions attention;    // valid
+  std::vector<int32_t> tokens;  // valid for the model
+  AttentionOptions attention;   // valid
   std::vector<int32_t> logit_positions;
-  int32_t top_logits = 0;        // k best of the last token and of logit_positions
+  int32_t top_logits = 0;  // k best of the last token and of logit_positions
   bool all_logits_last_token = false;
-  std::shared_ptr<HeldKv> kv;    // from ReservePrefill()
-  ByteReservation reservation;   // workspace; from ReservePrefill()
+  std::shared_ptr<HeldKv> kv;   // from ReservePrefill()
+  ByteReservation reservation;  // workspace; from ReservePrefill()
 };
 
 struct ScoredToken {
@@ -120,12 +114,6 @@ class PrefillListener {
   // Layer's attention and MLP have run.
   virtual void OnLayerDone(int32_t layer, double density, double seconds) = 0;
   virtual void OnDone(absl::StatusOr<PrefillResult> result) = 0;
-};
-
-struct Admission {
-  JobId id = 0;
-  int32_t queue_position = 0;    // jobs ahead, the running one included
-  double predicted_seconds = 0;  // until done; 0 without an estimate
 };
 
 struct PrefillReservation {

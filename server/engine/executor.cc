@@ -1,0 +1,315 @@
+#include "server/engine/executor.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "pbs/check.h"
+
+namespace pbs::server {
+namespace {
+
+absl::Status DeadlineStatus(bool started) {
+  return absl::DeadlineExceededError(
+      started ? "the deadline passed while the request ran"
+              : "the deadline passed while the request waited");
+}
+
+WasteReason WasteReasonOf(absl::StatusCode code) {
+  switch (code) {
+    case absl::StatusCode::kDeadlineExceeded:
+      return WasteReason::kDeadline;
+    case absl::StatusCode::kCancelled:
+    case absl::StatusCode::kUnavailable:
+      return WasteReason::kCancelled;
+    default:
+      return WasteReason::kError;
+  }
+}
+
+}  // namespace
+
+double Executor::Record::SecondsLeft() const {
+  return size.prediction.has_value() ? size.prediction->seconds * (1 - progress) : 0;
+}
+
+Executor::Executor(int32_t queue_requests_max, const Clock& clock, TimerQueue& timers,
+                   EngineMetrics& metrics)
+    : queue_requests_max_(queue_requests_max),
+      clock_(clock),
+      timers_(timers),
+      metrics_(metrics) {}
+
+Executor::~Executor() {
+  Shutdown();
+  while (RunOneStep()) {
+  }
+}
+
+// ---- admission
+
+Admission Executor::Place(const JobTerms& terms, const JobSize& size) const {
+  Admission place;
+  double seconds_ahead = 0;
+  for (const auto& [id, record] : records_) {
+    const bool is_ahead = record->terms.priority >= terms.priority || record->started;
+    if (!is_ahead) continue;
+    ++place.queue_position;
+    seconds_ahead += record->SecondsLeft();
+  }
+  if (size.prediction.has_value()) {
+    place.predicted_seconds = seconds_ahead + size.prediction->seconds;
+  }
+  return place;
+}
+
+absl::Status Executor::CheckAdmission(const JobTerms& terms, const JobSize& size,
+                                      const Admission& place) const {
+  if (draining_) {
+    metrics_.Rejected(RejectReason::kDraining).Increment();
+    return absl::UnavailableError("the server is draining");
+  }
+  const absl::Duration left = terms.deadline - clock_.Now();
+  if (left <= absl::ZeroDuration()) {
+    metrics_.Rejected(RejectReason::kDeadline).Increment();
+    return absl::DeadlineExceededError("the deadline has passed");
+  }
+  if (NumWaiting() >= queue_requests_max_) {
+    metrics_.Rejected(RejectReason::kQueueFull).Increment();
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the queue has ", NumWaiting(),
+                     " waiting requests; queue_requests_max is ", queue_requests_max_));
+  }
+  const bool hopeless =
+      size.prediction.has_value() && size.prediction->fresh &&
+      absl::Seconds(kRefusalConfidence * place.predicted_seconds) > left;
+  if (hopeless) {
+    metrics_.Rejected(RejectReason::kDeadline).Increment();
+    return absl::DeadlineExceededError(absl::StrFormat(
+        "the deadline in %.3g s cannot be met: the request would be done in %.3g s, "
+        "with %d ahead of it",
+        absl::ToDoubleSeconds(left), place.predicted_seconds, place.queue_position));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Admission> Executor::Submit(const JobTerms& terms, const JobSize& size,
+                                           std::unique_ptr<Job> job) {
+  MutexLock lock(mutex_);
+  Admission place = Place(terms, size);
+  if (absl::Status status = CheckAdmission(terms, size, place); !status.ok()) {
+    return status;
+  }
+  place.id = ++last_id_;
+  auto record = std::make_unique<Record>();
+  record->terms = terms;
+  record->size = size;
+  record->job = std::move(job);
+  record->admitted = clock_.Now();
+  record->timer = timers_.At(
+      terms.deadline, [this, id = place.id] { Stop(id, StopReason::kDeadline); });
+  records_.emplace(place.id, std::move(record));
+  ++num_unfinished_;
+  UpdateGauges();
+  work_arrived_.NotifyOne();
+  return place;
+}
+
+int32_t Executor::NumWaiting() const {
+  int32_t waiting = 0;
+  for (const auto& [id, record] : records_) waiting += record->started ? 0 : 1;
+  return waiting;
+}
+
+void Executor::UpdateGauges() {
+  int64_t tokens = 0;
+  double seconds = 0;
+  for (const auto& [id, record] : records_) {
+    tokens += record->size.prompt_tokens;
+    seconds += record->SecondsLeft();
+  }
+  const int32_t waiting = NumWaiting();
+  metrics_.waiting.Set(waiting);
+  metrics_.running.Set(static_cast<double>(records_.size()) - waiting);
+  metrics_.backlog_tokens.Set(static_cast<double>(tokens));
+  metrics_.backlog_seconds.Set(seconds);
+}
+
+// ---- running
+
+bool Executor::RunOneStep() {
+  std::vector<std::unique_ptr<Record>> ended;
+  Record* next = nullptr;
+  JobId next_id = 0;
+  bool is_first = false;
+  {
+    MutexLock lock(mutex_);
+    const Decision decision = Decide();
+    for (JobId id : decision.ended) {
+      Record& record = *records_.find(id)->second;
+      if (record.stop_reason == StopReason::kNone) {
+        MarkStopped(record, StopReason::kDeadline);
+      }
+      ended.push_back(Take(id));
+    }
+    if (decision.next.has_value()) {
+      next_id = *decision.next;
+      next = records_.find(next_id)->second.get();
+      is_first = !next->started;
+      next->started = true;
+    }
+    UpdateGauges();
+  }
+  const bool did_something = next != nullptr || !ended.empty();
+  for (auto& record : ended) {
+    Finish(std::move(record), absl::OkStatus());
+  }
+  if (next != nullptr) Step(next_id, *next, is_first);
+  return did_something;
+}
+
+Decision Executor::Decide() const {
+  std::vector<Candidate> candidates;
+  candidates.reserve(records_.size());
+  for (const auto& [id, record] : records_) {
+    candidates.push_back({id, record->terms.priority, record->terms.deadline,
+                          record->stop_reason != StopReason::kNone});
+  }
+  return Pick(candidates, clock_.Now());
+}
+
+// A record that steps is taken out by this thread alone, so `record` stays valid.
+void Executor::Step(JobId id, Record& record, bool is_first) {
+  if (is_first) {
+    const JobTiming timing = {record.admitted, clock_.Now()};
+    metrics_.queue_time.Observe(
+        absl::ToDoubleSeconds(timing.started - timing.admitted));
+    record.job->Start(timing);
+  }
+  const absl::StatusOr<StepResult> result = record.job->Step({&record.stop});
+  std::unique_ptr<Record> ended;
+  {
+    MutexLock lock(mutex_);
+    if (result.ok()) record.progress = result->progress;
+    if (result.ok() && !result->done && record.stop_reason == StopReason::kNone) {
+      UpdateGauges();
+      return;
+    }
+    ended = Take(id);
+    UpdateGauges();
+  }
+  Finish(std::move(ended), result.status());
+}
+
+// ---- ending
+
+std::unique_ptr<Executor::Record> Executor::Take(JobId id) {
+  const auto entry = records_.find(id);
+  PBS_CHECK(entry != records_.end());
+  std::unique_ptr<Record> record = std::move(entry->second);
+  records_.erase(entry);
+  timers_.Cancel(record->timer);
+  return record;
+}
+
+void Executor::MarkStopped(Record& record, StopReason reason) {
+  const bool late = record.terms.deadline <= clock_.Now();
+  record.stop_reason =
+      reason == StopReason::kCancelled && late ? StopReason::kDeadline : reason;
+  record.stop.store(true, std::memory_order_relaxed);
+}
+
+void Executor::Stop(JobId id, StopReason reason) {
+  std::unique_ptr<Record> ended;
+  {
+    MutexLock lock(mutex_);
+    const auto entry = records_.find(id);
+    if (entry == records_.end()) return;
+    Record& record = *entry->second;
+    if (record.stop_reason != StopReason::kNone) return;
+    MarkStopped(record, reason);
+    if (record.started) return;  // the executor's thread ends it
+    ended = Take(id);
+    UpdateGauges();
+  }
+  Finish(std::move(ended), absl::OkStatus());
+}
+
+void Executor::Cancel(JobId id) { Stop(id, StopReason::kCancelled); }
+
+// A reason to stop wins over what the last step said.
+void Executor::Finish(std::unique_ptr<Record> record, const absl::Status& status) {
+  absl::Status final_status = status;
+  switch (record->stop_reason) {
+    case StopReason::kNone:
+      break;
+    case StopReason::kCancelled:
+      final_status = absl::CancelledError("the request was cancelled");
+      break;
+    case StopReason::kDeadline:
+      final_status = DeadlineStatus(record->started);
+      if (!record->started) metrics_.Rejected(RejectReason::kDeadline).Increment();
+      break;
+    case StopReason::kShutdown:
+      final_status = absl::UnavailableError("the server is shutting down");
+      break;
+  }
+  if (!final_status.ok() && record->progress > 0) {
+    metrics_.TokensWasted(WasteReasonOf(final_status.code()))
+        .Increment(record->progress * static_cast<double>(record->size.prompt_tokens));
+  }
+  record->job->Finish(final_status);
+  record.reset();
+
+  std::vector<absl::AnyInvocable<void()>> callbacks;
+  {
+    MutexLock lock(mutex_);
+    --num_unfinished_;
+    if (draining_ && num_unfinished_ == 0) callbacks.swap(on_idle_);
+  }
+  for (auto& callback : callbacks) callback();
+}
+
+void Executor::Drain(absl::AnyInvocable<void()> on_idle) {
+  {
+    MutexLock lock(mutex_);
+    draining_ = true;
+    if (num_unfinished_ > 0) {
+      on_idle_.push_back(std::move(on_idle));
+      return;
+    }
+  }
+  on_idle();
+}
+
+void Executor::Shutdown() {
+  std::vector<JobId> ids;
+  {
+    MutexLock lock(mutex_);
+    draining_ = true;
+    shut_down_ = true;
+    for (const auto& [id, record] : records_) ids.push_back(id);
+    work_arrived_.NotifyAll();
+  }
+  for (JobId id : ids) Stop(id, StopReason::kShutdown);
+}
+
+// ---- the thread
+
+bool Executor::WaitForWork() {
+  MutexLock lock(mutex_);
+  while (records_.empty() && !shut_down_) work_arrived_.Wait(mutex_);
+  return !records_.empty();
+}
+
+ExecutorThread::ExecutorThread(Executor& executor)
+    : executor_(executor), thread_([this] {
+        while (executor_.WaitForWork()) executor_.RunOneStep();
+      }) {}
+
+ExecutorThread::~ExecutorThread() {
+  executor_.Shutdown();
+  thread_.join();
+}
+
+}  // namespace pbs::server

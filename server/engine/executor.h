@@ -1,0 +1,146 @@
+// The executor: a bounded queue of jobs and the rules by which they run and end.
+//
+//   Submit -> [waiting] -> Start -> Step, Step, ... -> Finish
+//
+// Before every step Pick() looks at all jobs, so that a more important one overtakes a
+// long one between two of its steps. A job's deadline is a timer: a waiting job ends at
+// once, a running one at its next look at RunControl::stop.
+//
+// ExecutorThread runs it in a server; a test calls RunOneStep() itself.
+//
+// Threading: all methods are safe from any thread but RunOneStep(), which belongs to
+// one thread. Jobs are called without a lock held. The thread that runs the timer queue
+// must have stopped before the executor is destroyed. Memory: at most
+// queue_requests_max waiting jobs, and those that have started.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "server/base/clock.h"
+#include "server/base/mutex.h"
+#include "server/base/timers.h"
+#include "server/engine/cost_model.h"
+#include "server/engine/job.h"
+#include "server/engine/job_terms.h"
+#include "server/engine/scheduler.h"
+#include "server/telemetry/server_metrics.h"
+
+namespace pbs::server {
+
+// What is known about a job before it runs.
+struct JobSize {
+  int64_t prompt_tokens = 0;             // 0 for raw attention
+  std::optional<Prediction> prediction;  // none while nothing like it was measured
+};
+
+class Executor {
+ public:
+  // A deadline is refused when this share of the predicted time already passes it.
+  static constexpr double kRefusalConfidence = 0.8;
+
+  Executor(int32_t queue_requests_max, const Clock& clock, TimerQueue& timers,
+           EngineMetrics& metrics);
+  // Shutdown(), and ends what is left.
+  ~Executor();
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+
+  // Errors as Engine::SubmitAttend(); the job is then destroyed and Finish() never
+  // called. The job may run, and finish, before this returns.
+  absl::StatusOr<Admission> Submit(const JobTerms& terms, const JobSize& size,
+                                   std::unique_ptr<Job> job);
+
+  // Ends the job with CANCELLED, or DEADLINE_EXCEEDED when its deadline has passed: a
+  // waiting one before this returns, a started one soon. No-op when finished.
+  void Cancel(JobId id);
+
+  // As Engine::Drain().
+  void Drain(absl::AnyInvocable<void()> on_idle);
+
+  // As Drain(), and everything there is ends with UNAVAILABLE.
+  void Shutdown();
+
+  // Ends what must end and runs one step of what Pick() says; false when there was
+  // nothing to do.
+  bool RunOneStep();
+
+ private:
+  friend class ExecutorThread;
+
+  enum class StopReason : uint8_t { kNone, kCancelled, kDeadline, kShutdown };
+
+  // Guarded by mutex_, but for `stop` and, while it steps, `job`.
+  struct Record {
+    JobTerms terms;
+    JobSize size;
+    std::unique_ptr<Job> job;
+    absl::Time admitted;
+    bool started = false;
+    double progress = 0;
+    StopReason stop_reason = StopReason::kNone;
+    std::atomic<bool> stop{false};
+    TimerId timer = 0;
+
+    double SecondsLeft() const;
+  };
+  using Records = std::map<JobId, std::unique_ptr<Record>>;  // in order of arrival
+
+  // The place in the queue of a job that arrives now, and the time until it is done.
+  Admission Place(const JobTerms& terms, const JobSize& size) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status CheckAdmission(const JobTerms& terms, const JobSize& size,
+                              const Admission& place) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  int32_t NumWaiting() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void UpdateGauges() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Decision Decide() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::unique_ptr<Record> Take(JobId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void MarkStopped(Record& record, StopReason reason)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  void Stop(JobId id, StopReason reason);
+  // Runs one step of `record`, and finishes it when that was its last.
+  void Step(JobId id, Record& record, bool is_first);
+  void Finish(std::unique_ptr<Record> record, const absl::Status& status);
+  // Waits for work; false when shut down and nothing is left.
+  bool WaitForWork();
+
+  const int32_t queue_requests_max_;
+  const Clock& clock_;
+  TimerQueue& timers_;
+  EngineMetrics& metrics_;
+
+  mutable Mutex mutex_;
+  CondVar work_arrived_;
+  JobId last_id_ ABSL_GUARDED_BY(mutex_) = 0;
+  Records records_ ABSL_GUARDED_BY(mutex_);
+  int32_t num_unfinished_ ABSL_GUARDED_BY(mutex_) = 0;  // Finish() has not returned
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;
+  std::vector<absl::AnyInvocable<void()>> on_idle_ ABSL_GUARDED_BY(mutex_);
+};
+
+// Runs an executor until destroyed; ends what is left with UNAVAILABLE.
+class ExecutorThread {
+ public:
+  explicit ExecutorThread(Executor& executor);
+  ~ExecutorThread();
+  ExecutorThread(const ExecutorThread&) = delete;
+  ExecutorThread& operator=(const ExecutorThread&) = delete;
+
+ private:
+  Executor& executor_;
+  std::thread thread_;
+};
+
+}  // namespace pbs::server

@@ -1,0 +1,33 @@
+// What runs next: a pure function of the jobs there are and the time.
+//
+// Threading: stateless. Memory: the result's.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "server/engine/job_terms.h"
+
+namespace pbs::server {
+
+// A job that waits, or that is between two of its steps.
+struct Candidate {
+  JobId id = 0;
+  int32_t priority = 0;
+  absl::Time deadline = absl::InfiniteFuture();
+  bool stopped = false;  // somebody has asked it to end
+};
+
+struct Decision {
+  std::vector<JobId> ended;   // stopped, or past their deadline; in order of arrival
+  std::optional<JobId> next;  // runs its next step; none when nothing is left
+};
+
+// `candidates` in order of arrival. The highest priority runs; among equals the
+// earliest arrival, so that a job that has begun goes on until a more important one
+// comes.
+Decision Pick(std::span<const Candidate> candidates, absl::Time now);
+
+}  // namespace pbs::server

@@ -1,0 +1,21 @@
+// A model as the server offers it.
+//
+// Threading: immutable after loading; its name and facts are read from any thread, its
+// weights by the executor only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "server/model/model.h"
+
+namespace pbs::server {
+
+struct ServedModel {
+  std::string name;
+  std::unique_ptr<Model> model;
+  int32_t tokens_max = 0;  // longest prompt: the least of the model's and our limits
+};
+
+}  // namespace pbs::server

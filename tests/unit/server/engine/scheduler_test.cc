@@ -1,0 +1,69 @@
+// Spec: server/engine/scheduler.h.
+#include "server/engine/scheduler.h"
+
+#include <gtest/gtest.h>
+
+#include "tests/support/case_name.h"
+
+namespace pbs::server {
+namespace {
+
+const absl::Time kNow = absl::FromUnixSeconds(1000);
+const absl::Time kPast = kNow - absl::Seconds(1);
+const absl::Time kLater = kNow + absl::Seconds(1);
+const absl::Time kNever = absl::InfiniteFuture();
+
+struct PickCase {
+  const char* name;
+  std::vector<Candidate> candidates;
+  std::vector<JobId> ended;
+  std::optional<JobId> next;
+};
+
+class PickSpec : public testing::TestWithParam<PickCase> {};
+
+TEST_P(PickSpec, DecidesWhatEndsAndWhatRuns) {
+  const Decision decision = Pick(GetParam().candidates, kNow);
+  EXPECT_EQ(decision.ended, GetParam().ended);
+  EXPECT_EQ(decision.next, GetParam().next);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, PickSpec,
+    testing::Values(
+        PickCase{"nothing", {}, {}, std::nullopt},
+        PickCase{"one", {{1, 0, kNever, false}}, {}, 1},
+        PickCase{"equal_priority_in_order_of_arrival",
+                 {{1, 0, kNever, false}, {2, 0, kNever, false}},
+                 {},
+                 1},
+        PickCase{"priority_before_arrival",
+                 {{1, 0, kNever, false}, {2, 5, kNever, false}, {3, 5, kNever, false}},
+                 {},
+                 2},
+        PickCase{"negative_priority_waits",
+                 {{1, -1, kNever, false}, {2, 0, kNever, false}},
+                 {},
+                 2},
+        PickCase{"an_expired_deadline_ends",
+                 {{1, 9, kPast, false}, {2, 0, kLater, false}},
+                 {1},
+                 2},
+        PickCase{
+            "a_deadline_that_is_now_ends", {{1, 0, kNow, false}}, {1}, std::nullopt},
+        PickCase{"a_stopped_job_ends",
+                 {{1, 0, kNever, true}, {2, 0, kNever, false}},
+                 {1},
+                 2},
+        PickCase{"all_ended_keep_their_order",
+                 {{1, 0, kPast, false}, {2, 7, kNever, true}, {3, 0, kPast, true}},
+                 {1, 2, 3},
+                 std::nullopt},
+        PickCase{"an_early_deadline_gives_no_precedence",
+                 {{1, 0, kNever, false}, {2, 0, kLater, false}},
+                 {},
+                 1}),
+    testing_support::CaseName());
+
+}  // namespace
+}  // namespace pbs::server
