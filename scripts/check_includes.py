@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Checks the include ranks of docs/ARCHITECTURE.md: includes only go down.
+
+    python3 scripts/check_includes.py
+
+Exit status 1 lists every include that goes up, sideways between backends, or names a
+library that its room may not see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+INCLUDE = re.compile(r'^\s*#\s*include\s+(?:"([^"]+)"|<([^>]+)>)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """A folder, its rank, and the libraries its files may include."""
+
+    folder: str
+    rank: int
+    libraries: tuple[str, ...] = ()
+    # Rooms of equal or higher rank that it may see all the same.
+    also: tuple[str, ...] = ()
+
+
+# The first room whose folder is a prefix of a path is its room.
+ROOMS = [
+    Room("kernels/include/pbs", 0),
+    Room("kernels/common", 1),
+    Room("kernels/methods", 1),
+    Room("kernels/synthetic", 1),
+    Room("kernels/reference", 1),
+    Room("kernels/cpu", 1, ("tbb", "dnnl"), ("kernels/methods",)),
+    Room("kernels/bench", 2),
+    Room("server/model", 2, ("nlohmann", "xxhash")),
+    Room("proto/wire", 2, ("grpc", "protobuf", "crc32c"), ("proto",)),
+    Room("server/base/grpc_status", 2, ("absl", "grpc", "protobuf"), ("server/base", "proto")),
+    Room("server/base", 2, ("absl", "spdlog", "protobuf"), ("server/base", "proto")),
+    Room("server/telemetry", 3, ("absl", "prometheus"), ("proto",)),
+    Room("server/engine", 4, ("absl",)),
+    Room("server/transfer", 5, ("absl", "grpc", "protobuf"), ("proto",)),
+    Room("server/service", 6, ("absl", "grpc", "protobuf"), ("proto",)),
+    Room("server/config", 7, ("absl", "protobuf"), ("proto",)),
+    Room("server/main.cc", 8, ("absl", "CLI11", "grpc", "protobuf", "prometheus"), ("proto",)),
+    Room("client/cpp/decode", 9, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
+         ("proto",)),
+    Room("client/cpp", 9, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
+         ("proto",)),
+]
+# The client sees the protocol only; its reference decode tier also sees the data plane.
+CLIENT_SEES = ("client/cpp", "proto")
+DECODE_SEES = CLIENT_SEES + ("kernels/include/pbs", "server/model")
+
+LIBRARIES = {
+    "absl/": "absl",
+    "grpc/": "grpc",
+    "grpcpp/": "grpc",
+    "google/protobuf/": "protobuf",
+    "prometheus/": "prometheus",
+    "spdlog/": "spdlog",
+    "nlohmann/": "nlohmann",
+    "xxhash.h": "xxhash",
+    "crc32c/": "crc32c",
+    "tbb/": "tbb",
+    "dnnl": "dnnl",
+    "CLI/": "CLI11",
+    "hwy/": "hwy",
+    "cuda": "cuda",
+}
+# How project includes are spelled -> the folder they name.
+SPELLINGS = [
+    (re.compile(r"^pbs/v1/|^google/rpc/"), "proto"),
+    (re.compile(r"^pbs/"), "kernels/include/pbs"),
+    (re.compile(r"^(common|methods|reference|cpu|synthetic)/"), "kernels/{0}"),
+]
+
+
+def room_of(path: str) -> Room | None:
+    """The room of a path relative to the repository, or None."""
+    return next((room for room in ROOMS if path.startswith(room.folder)), None)
+
+
+def target_of(include: str) -> str | None:
+    """The project path an include names, or None for a library header."""
+    if (ROOT / include).exists():
+        return include
+    for pattern, folder in SPELLINGS:
+        if match := pattern.match(include):
+            return folder.format(*match.groups()) + "/" + include.split("/", 1)[1]
+    return None
+
+
+def may_see(path: str, room: Room, target: str) -> bool:
+    """Whether a file in `room` may include the project path `target`."""
+    if path.startswith("client/cpp/decode"):
+        return target.startswith(DECODE_SEES)
+    if path.startswith("client/"):
+        return target.startswith(CLIENT_SEES)
+    if target.startswith(tuple(f + "/" for f in (room.folder, *room.also))):
+        return True
+    other = room_of(target)
+    return other is not None and other.rank < room.rank
+
+
+def violations(path: pathlib.Path) -> list[str]:
+    """One line for every include of `path` that its rank forbids."""
+    relative = path.relative_to(ROOT).as_posix()
+    room = room_of(relative)
+    if room is None:
+        return []
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        match = INCLUDE.match(line)
+        if not match:
+            continue
+        include = match.group(1) or match.group(2)
+        where = f"{relative}:{number}: {room.folder} (rank {room.rank})"
+        library = next((n for p, n in LIBRARIES.items() if include.startswith(p)), None)
+        if target := target_of(include):
+            if not may_see(relative, room, target):
+                found.append(f"{where} may not include {target}")
+        elif library and library not in room.libraries:
+            found.append(f"{where} may not use {library} ({include})")
+    return found
+
+
+def main() -> int:
+    """Checks every C++ file of the ranked rooms."""
+    files = [
+        path
+        for top in ("kernels", "proto", "server", "client")
+        for path in sorted((ROOT / top).rglob("*"))
+        if path.suffix in {".h", ".cc", ".inc", ".cu", ".cuh"}
+    ]
+    found = [line for path in files for line in violations(path)]
+    print("\n".join(found) or f"includes of {len(files)} files respect the ranks")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
