@@ -82,18 +82,19 @@ std::string FormatLogLine(absl::Time time, LogLevel level, std::string_view even
 
 struct Log::Writer {
   explicit Writer(spdlog::sink_ptr sink)
-      : pool(std::make_shared<spdlog::details::thread_pool>(kQueuedLinesMax, 1)),
-        logger(std::make_shared<spdlog::async_logger>(
-            "pbs", std::move(sink), pool,
-            spdlog::async_overflow_policy::overrun_oldest)) {
+      : logger(nullptr),
+        pool(std::make_shared<spdlog::details::thread_pool>(kQueuedLinesMax, 1)) {
+    logger = std::make_shared<spdlog::async_logger>(
+        "pbs", std::move(sink), pool, spdlog::async_overflow_policy::overrun_oldest);
     logger->set_pattern("%v");
     logger->set_level(spdlog::level::trace);
     logger->flush_on(spdlog::level::trace);
   }
 
-  // shared_ptr: spdlog's queue entries share both.
-  std::shared_ptr<spdlog::details::thread_pool> pool;
+  // shared_ptr: spdlog's queue entries share both. The pool dies first: its destructor
+  // writes what is queued and joins the thread.
   std::shared_ptr<spdlog::async_logger> logger;
+  std::shared_ptr<spdlog::details::thread_pool> pool;
 };
 
 Log::Log(LogLevel level)
