@@ -1,0 +1,219 @@
+// What a model needs from a device: memory, linear layers, pointwise steps, attention.
+//
+// A backend runs its calls in the order they are made and may return before they are
+// done; only the calls that say so wait. Pointers to tensors are device pointers, read
+// and written by backend calls alone (on the CPU they are ordinary memory). Activations
+// are row-major matrices whose rows are contiguous; strides count elements.
+//
+// dtypes: the residual stream is f32. Everything else between two operations is in the
+// *compute dtype*, f32 or bf16 (ComputeDType()); products accumulate in f32.
+//
+// Threading: one caller at a time. Memory: operations allocate nothing that outlives
+// the call; linear layers and attention take a workspace whose size is asked first.
+// Errors: arguments are checked where they enter the system (model loading, planning);
+// operations assert them. A failed call leaves its outputs unspecified and the backend
+// usable.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+
+#include "pbs/attention.h"
+#include "pbs/dtype.h"
+#include "pbs/status.h"
+
+namespace pbs {
+
+// Device memory with one owner. The backend that made it must outlive it.
+class Buffer {
+ public:
+  using FreeFunction = void (*)(void* context, void* data, int64_t bytes);
+
+  Buffer() = default;
+  Buffer(void* data, int64_t bytes, FreeFunction free, void* context)
+      : data_(data), bytes_(bytes), free_(free), context_(context) {}
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)),
+        bytes_(std::exchange(other.bytes_, 0)),
+        free_(other.free_),
+        context_(other.context_) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(free_, other.free_);
+    std::swap(context_, other.context_);
+    return *this;
+  }
+  ~Buffer() {
+    if (data_ != nullptr) free_(context_, data_, bytes_);
+  }
+
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+  // The whole buffer as a workspace.
+  Workspace workspace() const { return {data_, bytes_}; }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+  FreeFunction free_ = nullptr;
+  void* context_ = nullptr;
+};
+
+struct BackendInfo {
+  std::string name;    // "cpu"
+  std::string isa;     // "avx512_bf16"
+  std::string device;  // the processor's own name
+  int32_t num_threads = 0;
+  // bf16 over f32 product speed, measured at start; 0 where bf16 products are missing.
+  double bf16_speedup = 0;
+};
+
+// What becomes of the products of a linear layer.
+enum class LinearEpilogue : uint8_t {
+  kStore,   // y = x W^T + b
+  kAdd,     // y += x W^T + b; y is f32: the residual stream
+  kSwiGlu,  // the first half of W's rows gives g, the second u: y = silu(g) * u
+};
+
+struct LinearSpec {
+  int64_t in_features = 0;            // columns of W and x
+  int64_t out_features = 0;           // rows of W; even for kSwiGlu
+  DType weight_dtype = DType::kF32;   // as the reader delivers it
+  DType compute_dtype = DType::kF32;  // ComputeDType(weight_dtype): x and y
+  LinearEpilogue epilogue = LinearEpilogue::kStore;
+  int64_t x_stride = 0;
+  int64_t y_stride = 0;
+};
+
+// A weight in the layout that the backend multiplies from, and its bias. Only the
+// backend that packed it can use it, and must outlive it.
+struct PackedLinear {
+  virtual ~PackedLinear() = default;
+
+  LinearSpec spec;
+  int64_t bytes = 0;  // device memory held
+};
+
+// Writes `count` rows of a weight, [count, in_features] from `first` on, to host memory
+// `rows`. Called once for every row, in rising order.
+using RowReader = std::function<Status(int64_t first, int64_t count, void* rows)>;
+
+// residual[i] = table[tokens[i]], widened to f32
+struct EmbedOp {
+  const void* table = nullptr;  // [vocab, hidden]
+  DType table_dtype = DType::kF32;
+  const int32_t* tokens = nullptr;  // [rows], each a row of the table
+  int64_t rows = 0;
+  int64_t hidden = 0;
+  float* residual = nullptr;  // [rows, hidden]
+};
+
+// y = x / sqrt(mean(x^2) + epsilon) * weight, row by row
+struct RmsNormOp {
+  const float* x = nullptr;       // [rows, cols]
+  const float* weight = nullptr;  // [cols]
+  float epsilon = 0;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  void* y = nullptr;  // [rows, cols]
+  DType y_dtype = DType::kF32;
+};
+
+// Splits the output of the fused Q, K, V projection: normalises query and key heads
+// (where weights are given), rotates them, and puts queries into `q`, keys and values
+// into the cache.
+struct QkvOp {
+  const void* qkv = nullptr;  // [rows, (num_heads + 2 num_kv_heads) head_dim]
+  DType qkv_dtype = DType::kF32;
+  int64_t rows = 0;
+  int32_t num_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  const float* q_norm = nullptr;  // [head_dim] or null
+  const float* k_norm = nullptr;  // [head_dim] or null
+  float epsilon = 0;
+  // [rows, head_dim / 2]: the rotation of pair (i, i + head_dim / 2).
+  const float* cosines = nullptr;
+  const float* sines = nullptr;
+  DType kv_dtype = DType::kF32;
+  void* q = nullptr;  // [rows, num_heads head_dim], kv_dtype
+  void* k =
+      nullptr;  // row r of head h at (h * kv_head_stride + r * head_dim), kv_dtype
+  void* v = nullptr;
+  int64_t kv_head_stride = 0;
+};
+
+// y = x W^T in f32, from a weight that lies as it was stored: output heads, which may
+// be tied to the embedding table. Meant for few rows.
+struct LogitsOp {
+  const float* x = nullptr;      // [rows, hidden]
+  const void* weight = nullptr;  // [vocab, hidden]
+  DType weight_dtype = DType::kF32;
+  int64_t rows = 0;
+  int64_t hidden = 0;
+  int64_t vocab = 0;
+  float* y = nullptr;  // [rows, vocab]
+};
+
+// target[i] = source[row_index[i]] (or source[i] without an index), converted
+struct CopyRowsOp {
+  const void* source = nullptr;
+  DType source_dtype = DType::kF32;
+  const int32_t* row_index = nullptr;  // [rows] or null
+  int64_t rows = 0;
+  int64_t cols = 0;
+  void* target = nullptr;  // [rows, cols]; must not overlap the source
+  DType target_dtype = DType::kF32;
+};
+
+inline constexpr int kTimeMarks = 8;
+
+class Backend : public AttentionBackend {
+ public:
+  virtual const BackendInfo& info() const = 0;
+
+  // The dtype in which weights stored as `stored` are best multiplied here.
+  virtual DType ComputeDType(DType stored) const = 0;
+
+  // 64-byte aligned, zeroed memory, given back to the system when the buffer dies.
+  // ResourceExhausted when there is not enough. `bytes` >= 0; 0 gives an empty buffer.
+  virtual StatusOr<Buffer> Allocate(int64_t bytes) = 0;
+
+  // Host to device; `source` may be reused on return.
+  virtual Status Upload(const void* source, void* target, int64_t bytes) = 0;
+  // Device to host; waits.
+  virtual Status Download(const void* source, void* target, int64_t bytes) = 0;
+  // Waits for everything called so far.
+  virtual Status Synchronize() = 0;
+
+  // Reads a weight through `read` and packs it; `bias` is empty or [out_features].
+  // Host memory beyond the packed weight: a few hundred rows. Errors of `read` are
+  // passed on; InvalidArgument names a dtype combination without an implementation.
+  virtual StatusOr<std::unique_ptr<PackedLinear>> PackLinear(
+      const LinearSpec& spec, const RowReader& read, std::span<const float> bias) = 0;
+  // Enough for any Linear() of at most `rows` rows.
+  virtual int64_t LinearWorkspaceBytes(const PackedLinear& linear,
+                                       int64_t rows) const = 0;
+  // x [rows, in_features], y [rows, out_features] (half for kSwiGlu); rows >= 1.
+  virtual Status Linear(const PackedLinear& linear, const void* x, int64_t rows,
+                        void* y, Workspace workspace) = 0;
+
+  virtual Status Embed(const EmbedOp& op) = 0;
+  virtual Status RmsNorm(const RmsNormOp& op) = 0;
+  virtual Status Qkv(const QkvOp& op) = 0;
+  virtual Status Logits(const LogitsOp& op) = 0;
+  virtual Status CopyRows(const CopyRowsOp& op) = 0;
+
+  // Stage times: remembers when the work called so far is done, under a number in
+  // [0, kTimeMarks).
+  virtual Status MarkTime(int mark) = 0;
+  // Waits for both marks, which must have been set.
+  virtual StatusOr<double> SecondsBetween(int from, int to) = 0;
+};
+
+}  // namespace pbs

@@ -1,0 +1,41 @@
+// The CPU backend: oneTBB threads, own attention kernels, oneDNN linear layers.
+//
+// Threading and memory: as pbs/backend.h. Calls return when the work is done. Creating
+// a backend sets the OpenMP thread count of the calling thread and of the backend's
+// workers to 1 (oneDNN as packaged is built on OpenMP; the workers are oneTBB's).
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "pbs/backend.h"
+#include "pbs/status.h"
+
+namespace pbs {
+
+enum class ComputePreference : uint8_t {
+  kAuto,  // bf16 weights multiply as bf16 where that is measured faster, else as f32
+  kF32,
+  kBf16,  // bf16 weights multiply as bf16 even where that is slower
+};
+
+// "auto", "f32", "bf16".
+StatusOr<ComputePreference> ParseComputePreference(const std::string& name);
+
+struct CpuBackendOptions {
+  // Workers, the calling thread included: 1 .. kCpuThreadsMax; 0 takes the number of
+  // CPUs this process may run on.
+  int32_t num_threads = 0;
+  // "auto" or a name of cpu/isa.h: caps attention and pointwise steps. Linear layers
+  // follow oneDNN's own detection (its ONEDNN_MAX_CPU_ISA variable caps them).
+  std::string isa = "auto";
+  ComputePreference compute = ComputePreference::kAuto;
+};
+
+inline constexpr int32_t kCpuThreadsMax = 1024;
+
+// InvalidArgument names the option and what is accepted; FailedPrecondition when this
+// CPU lacks the ISA, or bf16 products that were asked for.
+StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuBackendOptions& options);
+
+}  // namespace pbs
