@@ -7,11 +7,9 @@
 #include <vector>
 
 #include "pbs/attention.h"
+#include "server/transfer/kv_format.h"
 
 namespace pbs::server {
-
-inline constexpr int32_t kChunkBytesMin = 64 << 10;
-inline constexpr int32_t kChunkBytesMax = 4 << 20;
 
 struct TransportOptions {
   int32_t chunk_bytes = 1 << 20;             // of a reply that asks for no other size

@@ -72,7 +72,7 @@ TEST_P(RefusedChunkSpec, NamesTensorOffsetExpectationAndSizeAndChangesNothing) {
   ASSERT_TRUE(upload.assembler.Add(Chunk(v1::Q, 0, "abcd")).ok());
   const absl::Status status = upload.assembler.Add(GetParam().chunk);
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(status.message(), GetParam().message);
+  EXPECT_EQ(std::string(status.message()), GetParam().message);
   EXPECT_EQ(upload.q, "abcd......");
   EXPECT_EQ(upload.k, "......");
   EXPECT_EQ(upload.assembler.total_received(), 4);
@@ -128,7 +128,7 @@ TEST(ChunkAssemblerSpec, AnUploadThatEndsEarlyNamesTheTensorAndTheOffset) {
   Upload upload;
   ASSERT_TRUE(upload.assembler.Add(Chunk(v1::Q, 0, "0123456789")).ok());
   ASSERT_TRUE(upload.assembler.Add(Chunk(v1::K, 0, "012")).ok());
-  EXPECT_EQ(upload.assembler.Finish().message(),
+  EXPECT_EQ(std::string(upload.assembler.Finish().message()),
             "tensor K: the upload ended at offset 3 of 6 bytes");
 }
 

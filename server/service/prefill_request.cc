@@ -1,0 +1,154 @@
+#include "server/service/prefill_request.h"
+
+#include <string_view>
+
+#include "absl/strings/str_cat.h"
+#include "server/base/attention_options.h"
+#include "server/base/status.h"
+#include "server/service/request_limits.h"
+#include "server/transfer/sha256.h"
+
+namespace pbs::server {
+namespace {
+
+absl::Status CheckTexts(const v1::PrefillRequest& request) {
+  PBS_ABSL_RETURN_IF_ERROR(CheckText("request_id", request.request_id().size()));
+  PBS_ABSL_RETURN_IF_ERROR(
+      CheckText("idempotency_key", request.idempotency_key().size()));
+  return CheckText("tenant_salt", request.tenant_salt().size());
+}
+
+absl::StatusOr<std::vector<int32_t>> DecodeTokens(const v1::PrefillRequest& request,
+                                                  const PrefillLimits& limits) {
+  const int32_t count = request.token_ids_size();
+  PBS_ABSL_RETURN_IF_ERROR(
+      CheckRange("number of token_ids", count, 1, limits.tokens_max));
+  std::vector<int32_t> tokens;
+  tokens.reserve(static_cast<size_t>(count));
+  for (int32_t i = 0; i < count; ++i) {
+    const uint32_t token = request.token_ids(i);
+    if (token >= static_cast<uint32_t>(limits.vocab_size)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "token_ids[", i, "] is not below vocab_size ", limits.vocab_size));
+    }
+    tokens.push_back(static_cast<int32_t>(token));
+  }
+  return tokens;
+}
+
+absl::StatusOr<AttentionOptions> DecodeAttention(const v1::AttentionOptions& wire,
+                                                 int32_t num_tokens,
+                                                 const PrefillLimits& limits) {
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      AttentionOptions options,
+      DecodeAttentionOptions(wire, limits.default_attention, /*dense_fallback=*/true));
+  if (options.use_given_order || options.use_given_lists) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(options.use_given_order ? "use_given_order" : "use_given_lists",
+                     " true is for Attend only: a prefill brings no tensors"));
+  }
+  AttentionProblem problem;
+  problem.shape = {limits.num_heads,
+                   limits.num_kv_heads,
+                   limits.head_dim,
+                   {{num_tokens, num_tokens}}};
+  problem.options = options;
+  PBS_ABSL_RETURN_IF_ERROR(ToAbsl(ValidateProblem(problem)));
+  return options;
+}
+
+absl::Status DecodeDelivery(const v1::KvDelivery& wire, const PrefillLimits& limits,
+                            PrefillSpec& spec) {
+  switch (wire.delivery_case()) {
+    case v1::KvDelivery::kPush:
+      return absl::UnimplementedError(
+          "delivery push is reserved; this server delivers none, inline and lease");
+    case v1::KvDelivery::kInline: {
+      spec.delivery = Delivery::kInline;
+      PBS_ABSL_ASSIGN_OR_RETURN(
+          spec.inline_format,
+          DecodeKvFormat(wire.inline_(), limits.chunk_bytes_default));
+      return absl::OkStatus();
+    }
+    case v1::KvDelivery::kLease:
+      spec.delivery = Delivery::kLease;
+      if (wire.lease().has_ttl_seconds()) spec.ttl_seconds = wire.lease().ttl_seconds();
+      return absl::OkStatus();
+    case v1::KvDelivery::kNone:
+    case v1::KvDelivery::DELIVERY_NOT_SET:
+      break;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeLogits(const v1::PrefillRequest& request, PrefillSpec& spec) {
+  PBS_ABSL_RETURN_IF_ERROR(
+      CheckRange("top_logits", request.top_logits(), 0, kTopLogitsMax));
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("number of logit_positions",
+                                      request.logit_positions_size(), 0,
+                                      kLogitPositionsMax));
+  if (request.logit_positions_size() > 0 && request.top_logits() == 0) {
+    return absl::InvalidArgumentError(
+        "logit_positions need a top_logits of at least 1, not 0");
+  }
+  const size_t num_tokens = spec.tokens.size();
+  for (int32_t i = 0; i < request.logit_positions_size(); ++i) {
+    const uint32_t position = request.logit_positions(i);
+    if (position >= num_tokens) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("logit_positions[", i, "] ", position,
+                       " is not below the number of token_ids ", num_tokens));
+    }
+    spec.logit_positions.push_back(static_cast<int32_t>(position));
+  }
+  spec.top_logits = request.top_logits();
+  spec.all_logits_last_token = request.all_logits_last_token();
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<PrefillSpec> DecodePrefill(const v1::PrefillRequest& request,
+                                          const PrefillLimits& limits) {
+  PrefillSpec spec;
+  PBS_ABSL_RETURN_IF_ERROR(CheckTexts(request));
+  if (request.has_prefix_ticket()) {
+    return absl::UnimplementedError(
+        "prefix_ticket is reserved: this server reuses no prefixes yet");
+  }
+  PBS_ABSL_RETURN_IF_ERROR(
+      CheckRange("priority", request.priority(), -kPriorityMax, kPriorityMax));
+  PBS_ABSL_ASSIGN_OR_RETURN(spec.tokens, DecodeTokens(request, limits));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      spec.attention,
+      DecodeAttention(request.attention(), request.token_ids_size(), limits));
+  PBS_ABSL_RETURN_IF_ERROR(DecodeDelivery(request.delivery(), limits, spec));
+  PBS_ABSL_RETURN_IF_ERROR(DecodeLogits(request, spec));
+  if (!request.idempotency_key().empty() && spec.delivery != Delivery::kLease) {
+    return absl::InvalidArgumentError(
+        "idempotency_key needs delivery lease: only a lease can be given twice");
+  }
+  spec.request_id = request.request_id();
+  spec.priority = request.priority();
+  spec.idempotency_key = request.idempotency_key();
+  spec.tenant_salt = request.tenant_salt();
+  return spec;
+}
+
+std::string PrefillFingerprint(const v1::PrefillRequest& request,
+                               absl::string_view model_digest) {
+  Sha256 hash;
+  hash.AddField({model_digest.data(), model_digest.size()});
+  hash.AddField({reinterpret_cast<const char*>(request.token_ids().data()),
+                 sizeof(uint32_t) * static_cast<size_t>(request.token_ids_size())});
+  hash.AddField(
+      {reinterpret_cast<const char*>(request.logit_positions().data()),
+       sizeof(uint32_t) * static_cast<size_t>(request.logit_positions_size())});
+  hash.AddField(request.attention().SerializeAsString());
+  hash.AddField(
+      absl::StrCat(request.top_logits(), " ", request.all_logits_last_token()));
+  hash.AddField(request.tenant_salt());
+  return hash.Finish();
+}
+
+}  // namespace pbs::server

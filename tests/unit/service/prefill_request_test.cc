@@ -1,0 +1,234 @@
+// Spec: server/service/prefill_request.h.
+#include "server/service/prefill_request.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <string>
+
+#include "tests/support/case_name.h"
+
+namespace pbs::server {
+namespace {
+
+PrefillLimits Limits() {
+  PrefillLimits limits;
+  limits.tokens_max = 1000;
+  limits.vocab_size = 512;
+  limits.num_heads = 4;
+  limits.num_kv_heads = 2;
+  limits.head_dim = 64;
+  limits.chunk_bytes_default = 1 << 20;
+  return limits;
+}
+
+v1::PrefillRequest GoodRequest() {
+  v1::PrefillRequest request;
+  request.set_request_id("r1");
+  for (uint32_t token : {1, 2, 511}) request.add_token_ids(token);
+  return request;
+}
+
+TEST(DecodePrefillSpec, FillsEveryUnsetFieldWithItsDefault) {
+  const auto spec = DecodePrefill(GoodRequest(), Limits());
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->request_id, "r1");
+  EXPECT_EQ(spec->tokens, (std::vector<int32_t>{1, 2, 511}));
+  EXPECT_EQ(spec->attention.method, Method::kPbs);
+  EXPECT_TRUE(spec->attention.dense_fallback);
+  EXPECT_EQ(spec->delivery, Delivery::kNone);
+  EXPECT_EQ(spec->top_logits, 0);
+  EXPECT_FALSE(spec->ttl_seconds.has_value());
+}
+
+TEST(DecodePrefillSpec, KeepsWhatIsSet) {
+  v1::PrefillRequest request = GoodRequest();
+  request.mutable_attention()->mutable_mean_pooling()->set_threshold(0.5f);
+  request.mutable_attention()->set_dense_fallback(false);
+  request.mutable_delivery()->mutable_inline_()->set_dtype(v1::F16);
+  request.mutable_delivery()->mutable_inline_()->set_layout(v1::NHD);
+  request.mutable_delivery()->mutable_inline_()->set_checksums(false);
+  request.set_top_logits(5);
+  request.add_logit_positions(0);
+  request.add_logit_positions(2);
+  request.set_priority(-100);
+  const auto spec = DecodePrefill(request, Limits());
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->attention.method, Method::kMeanPooling);
+  EXPECT_FALSE(spec->attention.dense_fallback);
+  EXPECT_EQ(spec->delivery, Delivery::kInline);
+  EXPECT_EQ(spec->inline_format.dtype, DType::kF16);
+  EXPECT_EQ(spec->inline_format.layout, KvLayout::kNhd);
+  EXPECT_EQ(spec->inline_format.chunk_bytes, 1 << 20);
+  EXPECT_FALSE(spec->inline_format.checksums);
+  EXPECT_EQ(spec->logit_positions, (std::vector<int32_t>{0, 2}));
+  EXPECT_EQ(spec->priority, -100);
+}
+
+TEST(DecodePrefillSpec, TheServersProfileServesRequestsThatNameNoMethod) {
+  PrefillLimits limits = Limits();
+  limits.default_attention.method = Method::kDense;
+  EXPECT_EQ(DecodePrefill(GoodRequest(), limits)->attention.method, Method::kDense);
+}
+
+struct RefusedCase {
+  const char* name;
+  std::function<void(v1::PrefillRequest&)> change;
+  const char* message;
+  absl::StatusCode code = absl::StatusCode::kInvalidArgument;
+};
+
+class RefusedPrefillSpec : public testing::TestWithParam<RefusedCase> {};
+
+TEST_P(RefusedPrefillSpec, NamesFieldValueAndLimit) {
+  v1::PrefillRequest request = GoodRequest();
+  GetParam().change(request);
+  const auto spec = DecodePrefill(request, Limits());
+  EXPECT_EQ(std::string(spec.status().message()), GetParam().message);
+  EXPECT_EQ(spec.status().code(), GetParam().code);
+}
+
+constexpr auto kUnimplemented = absl::StatusCode::kUnimplemented;
+
+INSTANTIATE_TEST_SUITE_P(
+    Tokens, RefusedPrefillSpec,
+    testing::Values(RefusedCase{"none", [](auto& r) { r.clear_token_ids(); },
+                                "number of token_ids 0 is outside [1, 1000]"},
+                    RefusedCase{"too_many",
+                                [](auto& r) { r.mutable_token_ids()->Resize(1001, 1); },
+                                "number of token_ids 1001 is outside [1, 1000]"},
+                    RefusedCase{"at_vocab_size",
+                                [](auto& r) { r.set_token_ids(1, 512); },
+                                "token_ids[1] is not below vocab_size 512"},
+                    RefusedCase{"huge", [](auto& r) { r.set_token_ids(2, UINT32_MAX); },
+                                "token_ids[2] is not below vocab_size 512"}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    Texts, RefusedPrefillSpec,
+    testing::Values(
+        RefusedCase{"request_id",
+                    [](auto& r) { r.set_request_id(std::string(129, 'x')); },
+                    "request_id has 129 bytes, more than 128"},
+        RefusedCase{"idempotency_key",
+                    [](auto& r) { r.set_idempotency_key(std::string(200, 'x')); },
+                    "idempotency_key has 200 bytes, more than 128"},
+        RefusedCase{"tenant_salt",
+                    [](auto& r) { r.set_tenant_salt(std::string(129, 'x')); },
+                    "tenant_salt has 129 bytes, more than 128"},
+        RefusedCase{"key_without_lease", [](auto& r) { r.set_idempotency_key("k"); },
+                    "idempotency_key needs delivery lease: only a lease can be given "
+                    "twice"}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    Attention, RefusedPrefillSpec,
+    testing::Values(
+        RefusedCase{
+            "threshold",
+            [](auto& r) { r.mutable_attention()->mutable_pbs()->set_threshold(2); },
+            "threshold 2.000000 is outside (0, 1]"},
+        RefusedCase{"segment_size",
+                    [](auto& r) {
+                      r.mutable_attention()->mutable_pbs()->set_segment_size(100);
+                    },
+                    "segment_size 100 is not a multiple of block_size 128"},
+        RefusedCase{"scope",
+                    [](auto& r) {
+                      r.mutable_attention()->mutable_pbs()->set_scope(
+                          static_cast<v1::Scope>(9));
+                    },
+                    "scope 9 is not one of KV_HEAD (1), QUERY_HEAD (2)"},
+        RefusedCase{
+            "given_order",
+            [](auto& r) {
+              r.mutable_attention()->mutable_pbs()->set_use_given_order(true);
+            },
+            "use_given_order true is for Attend only: a prefill brings no tensors"},
+        RefusedCase{
+            "given_lists",
+            [](auto& r) {
+              r.mutable_attention()->mutable_mean_pooling()->set_use_given_lists(true);
+            },
+            "use_given_lists true is for Attend only: a prefill brings no tensors"},
+        RefusedCase{"coverage_rows",
+                    [](auto& r) { r.mutable_attention()->set_coverage_rows(-1); },
+                    "coverage_rows -1 is outside [0, 1024]"},
+        RefusedCase{"xattention",
+                    [](auto& r) { r.mutable_attention()->mutable_xattention(); },
+                    "attention method xattention is reserved; this server runs dense, "
+                    "pbs and mean_pooling",
+                    kUnimplemented}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    DeliveryAndResults, RefusedPrefillSpec,
+    testing::Values(
+        RefusedCase{"push", [](auto& r) { r.mutable_delivery()->mutable_push(); },
+                    "delivery push is reserved; this server delivers none, inline and "
+                    "lease",
+                    kUnimplemented},
+        RefusedCase{"prefix_ticket", [](auto& r) { r.mutable_prefix_ticket(); },
+                    "prefix_ticket is reserved: this server reuses no prefixes yet",
+                    kUnimplemented},
+        RefusedCase{"inline_dtype",
+                    [](auto& r) {
+                      r.mutable_delivery()->mutable_inline_()->set_dtype(v1::I32);
+                    },
+                    "dtype I32 is not one of F32, F16, BF16"},
+        RefusedCase{"inline_layout",
+                    [](auto& r) {
+                      r.mutable_delivery()->mutable_inline_()->set_layout(
+                          static_cast<v1::KvLayout>(7));
+                    },
+                    "layout 7 is not one of NHD (1), HND (2)"},
+        RefusedCase{"inline_chunk_bytes",
+                    [](auto& r) {
+                      r.mutable_delivery()->mutable_inline_()->set_chunk_bytes(65535);
+                    },
+                    "chunk_bytes 65535 is outside [65536, 4194304]"},
+        RefusedCase{"top_logits", [](auto& r) { r.set_top_logits(101); },
+                    "top_logits 101 is outside [0, 100]"},
+        RefusedCase{"negative_top_logits", [](auto& r) { r.set_top_logits(-1); },
+                    "top_logits -1 is outside [0, 100]"},
+        RefusedCase{"positions_without_top", [](auto& r) { r.add_logit_positions(0); },
+                    "logit_positions need a top_logits of at least 1, not 0"},
+        RefusedCase{"too_many_positions",
+                    [](auto& r) {
+                      r.set_top_logits(1);
+                      r.mutable_logit_positions()->Resize(257, 0);
+                    },
+                    "number of logit_positions 257 is outside [0, 256]"},
+        RefusedCase{"position_past_the_prompt",
+                    [](auto& r) {
+                      r.set_top_logits(1);
+                      r.add_logit_positions(3);
+                    },
+                    "logit_positions[0] 3 is not below the number of token_ids 3"},
+        RefusedCase{"priority", [](auto& r) { r.set_priority(101); },
+                    "priority 101 is outside [-100, 100]"}),
+    testing_support::CaseName());
+
+TEST(PrefillFingerprintSpec, DependsOnWhatDecidesTheResultAndOnNothingElse) {
+  const std::string base = PrefillFingerprint(GoodRequest(), "model");
+  const auto with = [](const std::function<void(v1::PrefillRequest&)>& change) {
+    v1::PrefillRequest request = GoodRequest();
+    change(request);
+    return PrefillFingerprint(request, "model");
+  };
+  EXPECT_EQ(with([](auto& r) { r.set_request_id("another"); }), base);
+  EXPECT_EQ(with([](auto& r) { r.set_priority(5); }), base);
+  EXPECT_EQ(
+      with([](auto& r) { r.mutable_delivery()->mutable_lease()->set_ttl_seconds(9); }),
+      base);
+  EXPECT_NE(with([](auto& r) { r.set_token_ids(0, 9); }), base);
+  EXPECT_NE(with([](auto& r) { r.mutable_attention()->mutable_dense(); }), base);
+  EXPECT_NE(with([](auto& r) { r.set_top_logits(1); }), base);
+  EXPECT_NE(with([](auto& r) { r.set_all_logits_last_token(true); }), base);
+  EXPECT_NE(with([](auto& r) { r.add_logit_positions(1); }), base);
+  EXPECT_NE(with([](auto& r) { r.set_tenant_salt("t"); }), base);
+  EXPECT_NE(PrefillFingerprint(GoodRequest(), "other"), base);
+}
+
+}  // namespace
+}  // namespace pbs::server
