@@ -1,0 +1,96 @@
+#include "server/transfer/kv_format.h"
+
+#include "absl/strings/str_cat.h"
+#include "pbs/limits.h"
+#include "server/base/status.h"
+
+namespace pbs::server {
+namespace {
+
+absl::StatusOr<KvLayout> DecodeLayout(v1::KvLayout layout) {
+  switch (layout) {
+    case v1::KV_LAYOUT_UNSPECIFIED:
+    case v1::HND:
+      return KvLayout::kHnd;
+    case v1::NHD:
+      return KvLayout::kNhd;
+    default:
+      return absl::InvalidArgumentError(absl::StrCat(
+          "layout ", static_cast<int>(layout), " is not one of NHD (",
+          static_cast<int>(v1::NHD), "), HND (", static_cast<int>(v1::HND), ")"));
+  }
+}
+
+// The wishes that both messages have.
+template <class Wishes>
+absl::StatusOr<KvFormat> DecodeCommon(const Wishes& wishes,
+                                      int32_t chunk_bytes_default) {
+  KvFormat format;
+  if (wishes.has_dtype()) {
+    PBS_ABSL_ASSIGN_OR_RETURN(format.dtype, DecodeDType("dtype", wishes.dtype()));
+  }
+  PBS_ABSL_ASSIGN_OR_RETURN(format.layout, DecodeLayout(wishes.layout()));
+  format.chunk_bytes =
+      wishes.has_chunk_bytes() ? wishes.chunk_bytes() : chunk_bytes_default;
+  if (format.chunk_bytes < kChunkBytesMin || format.chunk_bytes > kChunkBytesMax) {
+    return absl::InvalidArgumentError(absl::StrCat("chunk_bytes ", format.chunk_bytes,
+                                                   " is outside [", kChunkBytesMin,
+                                                   ", ", kChunkBytesMax, "]"));
+  }
+  if (wishes.has_checksums()) format.checksums = wishes.checksums();
+  return format;
+}
+
+}  // namespace
+
+v1::DType EncodeDType(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return v1::F32;
+    case DType::kF16:
+      return v1::F16;
+    case DType::kBF16:
+      return v1::BF16;
+  }
+  return v1::DTYPE_UNSPECIFIED;
+}
+
+absl::StatusOr<DType> DecodeDType(absl::string_view field, v1::DType dtype) {
+  switch (dtype) {
+    case v1::F32:
+      return DType::kF32;
+    case v1::F16:
+      return DType::kF16;
+    case v1::BF16:
+      return DType::kBF16;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat(field, " ",
+                       v1::DType_IsValid(dtype) ? v1::DType_Name(dtype)
+                                                : absl::StrCat(static_cast<int>(dtype)),
+                       " is not one of F32, F16, BF16"));
+  }
+}
+
+v1::KvLayout EncodeLayout(KvLayout layout) {
+  return layout == KvLayout::kHnd ? v1::HND : v1::NHD;
+}
+
+absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
+                                        int32_t chunk_bytes_default) {
+  PBS_ABSL_ASSIGN_OR_RETURN(KvFormat format,
+                            DecodeCommon(request, chunk_bytes_default));
+  if (request.has_page_tokens()) format.page_tokens = request.page_tokens();
+  if (format.page_tokens < 1 || format.page_tokens > kSeqLenMax) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "page_tokens ", format.page_tokens, " is outside [1, ", kSeqLenMax, "]"));
+  }
+  return format;
+}
+
+absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
+                                        int32_t chunk_bytes_default) {
+  return DecodeCommon(delivery, chunk_bytes_default);
+}
+
+}  // namespace pbs::server

@@ -1,0 +1,46 @@
+// In which form a cache leaves: the checked wishes of a FetchRequest or of an inline
+// delivery, and the dtypes of the wire.
+//
+// Threading: values and stateless functions.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "absl/status/statusor.h"
+#include "pbs/dtype.h"
+#include "pbs/v1/kv.pb.h"
+#include "pbs/v1/prefill.pb.h"
+#include "pbs/v1/types.pb.h"
+
+namespace pbs::server {
+
+inline constexpr int32_t kChunkBytesMin = 64 << 10;
+inline constexpr int32_t kChunkBytesMax = 4 << 20;
+
+v1::DType EncodeDType(DType dtype);
+// F32, F16 or BF16; else InvalidArgument that names `field`, the value and these.
+absl::StatusOr<DType> DecodeDType(absl::string_view field, v1::DType dtype);
+
+enum class KvLayout : uint8_t {
+  kHnd,
+  kNhd
+};  // [heads, tokens, dim], [tokens, heads, dim]
+
+v1::KvLayout EncodeLayout(KvLayout layout);
+
+struct KvFormat {
+  std::optional<DType> dtype;  // unset: as held
+  KvLayout layout = KvLayout::kHnd;
+  int32_t page_tokens = 1;  // chunks begin and end at multiples of it
+  int32_t chunk_bytes = 0;  // of one chunk, at most
+  bool checksums = true;
+};
+
+// `chunk_bytes_default` is the server's. InvalidArgument names field, value and limit.
+absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
+                                        int32_t chunk_bytes_default);
+absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
+                                        int32_t chunk_bytes_default);
+
+}  // namespace pbs::server
