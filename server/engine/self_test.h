@@ -1,0 +1,24 @@
+// The self-test of a backend: small fixed attention problems, every method and dtype,
+// against the f64 reference. A server that fails it must not serve.
+//
+// Threading: uses the backend; call before anything else does.
+// Memory: a few megabytes, given back on return.
+#pragma once
+
+#include <cstdint>
+
+#include "absl/status/statusor.h"
+#include "pbs/attention.h"
+
+namespace pbs::server {
+
+struct SelfTestReport {
+  int32_t num_cases = 0;
+  double worst_f32_error = 0;  // largest |o - reference| over all f32 cases
+};
+
+// Internal names the first case that is outside its tolerance, with the error and the
+// tolerance; a failure of the backend itself is passed on.
+absl::StatusOr<SelfTestReport> RunSelfTest(AttentionBackend& backend);
+
+}  // namespace pbs::server
