@@ -26,6 +26,7 @@
 #include "server/engine/byte_ledger.h"
 #include "server/engine/held_kv.h"
 #include "server/engine/job_terms.h"
+#include "server/engine/logit_scores.h"
 #include "server/engine/served_model.h"
 
 namespace pbs::server {
@@ -88,11 +89,6 @@ struct PrefillJob {
   bool all_logits_last_token = false;
   std::shared_ptr<HeldKv> kv;   // from ReservePrefill()
   ByteReservation reservation;  // workspace; from ReservePrefill()
-};
-
-struct ScoredToken {
-  int32_t token_id = 0;
-  float log_probability = 0;
 };
 
 struct PrefillResult {
