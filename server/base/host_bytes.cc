@@ -12,13 +12,21 @@
 namespace pbs::server {
 namespace {
 
+// Huge pages take a third of the time to fill; below this size they would round the
+// resident memory up noticeably.
+constexpr int64_t kHugePagesMin = 16 << 20;
+
 bool IsMapped(int64_t size) { return size >= HostBytes::kMappedMin; }
 
 void* AllocateZeroed(int64_t size) {
   if (IsMapped(size)) {
     void* data = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return data == MAP_FAILED ? nullptr : data;
+    if (data == MAP_FAILED) return nullptr;
+    if (size >= kHugePagesMin) {
+      madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);  // advice only
+    }
+    return data;
   }
   const auto rounded =
       static_cast<size_t>((size + HostBytes::kAlignment - 1) / HostBytes::kAlignment *
