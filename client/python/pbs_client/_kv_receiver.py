@@ -1,0 +1,226 @@
+"""Puts the chunks of a KV transfer where they belong, and believes none of them.
+
+A transfer is the arrays (layer, K), (layer, V) of each layer in order, each cut into
+chunks that follow one another without gaps. Every chunk is checked against what must
+come next before its bytes are copied - once, into their final place - and against its
+checksum after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pbs_client import _checksum, _messages, dtypes
+from pbs_client._wire import KvChunk
+from pbs_client.errors import CorruptDataError
+from pbs_client.kv import Array, Span
+
+LAYOUT_NUMBERS = _messages.enum_numbers("KvLayout")
+
+_KINDS = ("K", "V")  # in their order of arrival
+_KIND_NUMBERS = _messages.enum_numbers("KvChunk.Kind")
+
+# Called with (layer, k, v) when both arrays of a layer are whole and checked.
+LayerCallback = Callable[[int, Array, Array], None]
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What was asked for.
+
+    Attributes:
+        layout: "HND" or "NHD".
+        epoch: that every chunk must carry.
+        checksums: every chunk must carry its CRC, every layer its digest.
+    """
+
+    layers: Span
+    tokens: Span
+    heads: Span
+    head_dim: int
+    dtype: np.dtype[Any]
+    layout: str
+    epoch: int
+    checksums: bool
+
+    @property
+    def array_shape(self) -> tuple[int, int, int]:
+        """Of one array."""
+        if self.layout == "HND":
+            return self.heads.count, self.tokens.count, self.head_dim
+        return self.tokens.count, self.heads.count, self.head_dim
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of one array."""
+        rows = self.heads.count * self.tokens.count
+        return rows * self.head_dim * self.dtype.itemsize
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return 2 * self.layers.count * self.array_bytes
+
+
+class KvReceiver:
+    """Assembles one transfer. Not thread-safe."""
+
+    def __init__(
+        self,
+        shape: KvShape,
+        on_layer: LayerCallback | None = None,
+        on_bytes: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Allocates every array.
+
+        Args:
+            shape: what was asked for.
+            on_layer: see LayerCallback.
+            on_bytes: called with (bytes received, bytes in all) after each chunk.
+        """
+        self.shape = shape
+        self._on_layer = on_layer
+        self._on_bytes = on_bytes
+        self._arrays = [
+            {kind: np.empty(shape.array_shape, shape.dtype) for kind in _KINDS}
+            for _ in range(shape.layers.count)
+        ]
+        self._layer_idx = 0
+        self._begin_layer()
+
+    @property
+    def next_layer(self) -> int:
+        """The first layer that is not whole; where a broken transfer resumes."""
+        return self.shape.layers.begin + self._layer_idx
+
+    @property
+    def is_complete(self) -> bool:
+        """Every layer is whole and checked."""
+        return self._layer_idx == self.shape.layers.count
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of whole arrays and of the one under way."""
+        whole = 2 * self._layer_idx + _KINDS.index(self._kind)
+        return whole * self.shape.array_bytes + self._offset
+
+    def restart_layer(self) -> None:
+        """Forgets the layer under way, before a transfer resumes at next_layer."""
+        self._begin_layer()
+
+    def add(self, chunk: KvChunk) -> None:
+        """Checks and stores one chunk.
+
+        Raises:
+            CorruptDataError: the chunk is not the one that must come next, its bytes
+                differ from its checksum, or the layer from its digest. The layer is
+                then unusable until restart_layer().
+        """
+        self._check_place(chunk)
+        size = chunk.payload.nbytes
+        target = self._target[self._offset : self._offset + size]
+        target[:] = np.frombuffer(chunk.payload, np.uint8)
+        if self.shape.checksums:
+            self._check_crc(chunk, target)
+        self._offset += size
+        layer_ends = self._kind == "V" and self._offset == self.shape.array_bytes
+        if self.shape.checksums and layer_ends and chunk.layer_digest != self._digest:
+            raise self._corrupt(
+                f"layer digest is {chunk.layer_digest}, not {self._digest}"
+            )
+        if self._offset == self.shape.array_bytes:
+            self._end_array()
+        if self._on_bytes is not None:
+            self._on_bytes(self.received_bytes, self.shape.total_bytes)
+
+    def finish(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """The arrays (k, v) of all layers. CorruptDataError when bytes are missing."""
+        if not self.is_complete:
+            raise self._corrupt("the transfer ended before this byte")
+        return (
+            tuple(arrays["K"] for arrays in self._arrays),
+            tuple(arrays["V"] for arrays in self._arrays),
+        )
+
+    def _begin_layer(self) -> None:
+        self._digest = 0
+        self._begin_array("K")
+
+    def _begin_array(self, kind: str) -> None:
+        self._kind = kind
+        self._offset = 0
+        if not self.is_complete:
+            array = self._arrays[self._layer_idx][kind]
+            self._target = array.reshape(-1).view(np.uint8)
+
+    def _end_array(self) -> None:
+        if self._kind == "K":
+            self._begin_array("V")
+            return
+        layer, arrays = self.next_layer, self._arrays[self._layer_idx]
+        self._layer_idx += 1
+        self._begin_layer()
+        if self._on_layer is not None:
+            self._on_layer(layer, arrays["K"], arrays["V"])
+
+    def _check_place(self, chunk: KvChunk) -> None:
+        shape = self.shape
+        if self.is_complete:
+            raise self._corrupt("a chunk came after the last one")
+        expected = {
+            "ticket_epoch": shape.epoch,
+            "layer": self.next_layer,
+            "kind": _KIND_NUMBERS[self._kind],
+            "dtype": dtypes.to_wire(shape.dtype),
+            "layout": LAYOUT_NUMBERS[shape.layout],
+            "byte_offset": self._offset,
+        }
+        for name, value in expected.items():
+            if getattr(chunk, name) != value:
+                raise self._corrupt(f"{name} is {getattr(chunk, name)}, not {value}")
+        size = chunk.payload.nbytes
+        if not 0 < size <= shape.array_bytes - self._offset:
+            left = shape.array_bytes - self._offset
+            raise self._corrupt(f"the chunk has {size} bytes where {left} are left")
+        self._check_rectangle(chunk)
+
+    def _check_rectangle(self, chunk: KvChunk) -> None:
+        """The chunk's tokens and heads are the ones its bytes belong to."""
+        shape = self.shape
+        heads = Span(chunk.head_begin - shape.heads.begin, chunk.head_count)
+        tokens = Span(chunk.token_begin - shape.tokens.begin, chunk.token_count)
+        outer, inner, inner_max = heads, tokens, shape.tokens.count
+        if shape.layout == "NHD":
+            outer, inner, inner_max = tokens, heads, shape.heads.count
+        row_bytes = shape.head_dim * shape.dtype.itemsize
+        rows_before = outer.begin * inner_max + inner.begin
+        contiguous = outer.count == 1 or inner.count == inner_max
+        if (
+            not contiguous
+            or inner.begin < 0
+            or inner.end > inner_max
+            or rows_before * row_bytes != chunk.byte_offset
+            or outer.count * inner.count * row_bytes != chunk.payload.nbytes
+        ):
+            raise self._corrupt(
+                f"tokens [{chunk.token_begin}, +{chunk.token_count}) of heads "
+                f"[{chunk.head_begin}, +{chunk.head_count}) are not the bytes it holds"
+            )
+
+    def _check_crc(self, chunk: KvChunk, stored: Any) -> None:
+        if chunk.crc32c is None:
+            raise self._corrupt("the chunk has no crc32c")
+        actual = _checksum.crc32c(stored)
+        if actual != chunk.crc32c:
+            raise self._corrupt(f"crc32c is {actual:#010x}, not {chunk.crc32c:#010x}")
+        self._digest = _checksum.extend_digest(self._digest, actual)
+
+    def _corrupt(self, what: str) -> CorruptDataError:
+        layer, kind, offset = self.next_layer, self._kind, self._offset
+        return CorruptDataError(
+            f"KV layer {layer} {kind} at byte {offset}: {what}", layer, kind, offset
+        )

@@ -1,0 +1,132 @@
+"""Fetch: which ranges, and going on where a broken connection left off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pbs_client import _messages, _wire, dtypes
+from pbs_client._kv_receiver import LAYOUT_NUMBERS, KvReceiver, KvShape, LayerCallback
+from pbs_client._transport import Deadline, Transport
+from pbs_client.errors import UnavailableError
+from pbs_client.kv import KvCache, KvDescriptor, Span
+
+_RECONNECT_SECONDS_MAX = 10.0
+
+# As _attend.ProgressCallback: ("download", bytes done, bytes in all).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class FetchPlan:
+    """A described cache and what to take of it."""
+
+    descriptor: KvDescriptor
+    shape: KvShape
+
+    @classmethod
+    def of(
+        cls,
+        descriptor: KvDescriptor,
+        layers: tuple[int, int] | None,
+        tokens: tuple[int, int] | None,
+        heads: tuple[int, int] | None,
+        dtype: np.dtype[Any] | None,
+        layout: str,
+        checksums: bool,
+    ) -> FetchPlan:
+        """The plan. ValueError when a range is empty or outside the cache."""
+        shape = KvShape(
+            layers=_span("layers", layers, descriptor.num_layers),
+            tokens=_span("tokens", tokens, descriptor.num_tokens),
+            heads=_span("heads", heads, descriptor.num_kv_heads),
+            head_dim=descriptor.head_dim,
+            dtype=descriptor.dtype if dtype is None else dtype,
+            layout=layout,
+            epoch=descriptor.ticket.epoch,
+            checksums=checksums,
+        )
+        return cls(descriptor, shape)
+
+    def request(self, layer_begin: int) -> bytes:
+        """The FetchRequest for everything from a layer on."""
+        shape = self.shape
+        request = _messages.FetchRequest(
+            ticket=self.descriptor.ticket.to_message(),
+            layer_begin=layer_begin,
+            layer_count=shape.layers.end - layer_begin,
+            token_begin=shape.tokens.begin,
+            token_count=shape.tokens.count,
+            head_begin=shape.heads.begin,
+            head_count=shape.heads.count,
+            dtype=dtypes.to_wire(shape.dtype),
+            layout=LAYOUT_NUMBERS[shape.layout],
+            checksums=shape.checksums,
+        )
+        return bytes(request.SerializeToString())
+
+    def cache(self, receiver: KvReceiver) -> KvCache:
+        """The whole cache. CorruptDataError when bytes are missing."""
+        k, v = receiver.finish()
+        ticket = self.descriptor.ticket
+        return KvCache(
+            k=k,
+            v=v,
+            layers=self.shape.layers,
+            tokens=self.shape.tokens,
+            heads=self.shape.heads,
+            prompt_tokens=self.descriptor.num_tokens,
+            layout=self.shape.layout,
+            model_digest=ticket.model_digest,
+            sparsity_digest=ticket.sparsity_digest,
+            first_token=self.descriptor.first_token,
+        )
+
+
+def run_fetch(
+    transport: Transport,
+    plan: FetchPlan,
+    resumes: int,
+    deadline: Deadline,
+    on_layer: LayerCallback | None,
+    progress: Progress | None,
+) -> KvCache:
+    """Fetches by the plan; see Client.fetch()."""
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("download", done, total)
+
+    receiver = KvReceiver(plan.shape, on_layer, report)
+    while True:
+        try:
+            _fetch_from(transport, plan, receiver, deadline)
+            return plan.cache(receiver)
+        except UnavailableError:
+            if resumes <= 0:
+                raise
+            resumes -= 1
+        receiver.restart_layer()
+        transport.wait_connected(min(deadline.left(), _RECONNECT_SECONDS_MAX))
+
+
+def _fetch_from(
+    transport: Transport, plan: FetchPlan, receiver: KvReceiver, deadline: Deadline
+) -> None:
+    request = plan.request(receiver.next_layer)
+    path = "/pbs.v1.KvSource/Fetch"
+    with transport.receive(path, request, deadline.left()) as chunks:
+        for chunk in chunks:
+            receiver.add(_wire.decode_kv_chunk(chunk))
+
+
+def _span(name: str, given: tuple[int, int] | None, size: int) -> Span:
+    if given is None:
+        return Span(0, size)
+    begin, count = given
+    if begin < 0 or count < 1 or begin + count > size:
+        raise ValueError(f"{name} [{begin}, +{count}) are not inside [0, {size})")
+    return Span(begin, count)

@@ -1,0 +1,267 @@
+"""Prefill: the request, and reading its stream of events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+
+from pbs_client import _messages, _wire, dtypes
+from pbs_client._kv_receiver import LAYOUT_NUMBERS, KvReceiver, KvShape
+from pbs_client.errors import CorruptDataError, NotFoundError
+from pbs_client.kv import Array, KvCache, KvTicket, Span
+from pbs_client.options import Method, options_message
+from pbs_client.results import (
+    Admitted,
+    LayerProgress,
+    ModelInfo,
+    PositionLogits,
+    PrefillStats,
+    TokenLogit,
+    token_logits,
+)
+
+DELIVERIES = ("none", "inline", "lease")
+
+_ADMITTED, _LAYER, _KV, _DONE = 1, 2, 3, 4  # PrefillEvent
+
+
+@dataclass(frozen=True, eq=False)
+class PrefillResult:
+    """What a prefill returned.
+
+    Attributes:
+        first_token: greedy next token.
+        top_logits: the best next tokens, falling; empty unless asked for.
+        positions: the same behind the prompt positions asked for.
+        last_token_logits: float32 [vocab_size]; None unless asked for.
+        ticket: of the cache; only with delivery "lease".
+        lease_expires_unix_seconds: None without a ticket.
+        kv: the cache; only with delivery "inline".
+        model_digest, sparsity_digest: see KvTicket.
+    """
+
+    first_token: int
+    top_logits: tuple[TokenLogit, ...]
+    positions: tuple[PositionLogits, ...]
+    last_token_logits: Array | None
+    ticket: KvTicket | None
+    lease_expires_unix_seconds: float | None
+    kv: KvCache | None
+    stats: PrefillStats
+    model_digest: str
+    sparsity_digest: str
+
+
+@dataclass(frozen=True)
+class PrefillCallbacks:
+    """Called as the work goes on, from the thread that called prefill().
+
+    Attributes:
+        on_admitted: with the ticket (None unless leased), so that a fetch can follow
+            the work from another thread.
+        on_layer: as each layer's KV is ready.
+    """
+
+    on_admitted: Callable[[Admitted, KvTicket | None], None] | None = None
+    on_layer: Callable[[LayerProgress], None] | None = None
+
+
+def token_ids(tokens: Sequence[int] | Array) -> list[int]:
+    """Token ids as the request holds them.
+
+    Raises:
+        ValueError: not one-dimensional, or an id outside uint32.
+        TypeError: not integers.
+    """
+    array = np.asarray(tokens)
+    if array.ndim != 1:
+        raise ValueError(f"tokens have {array.ndim} dimensions, not 1")
+    if array.size == 0:
+        return []
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"tokens have dtype {array.dtype}, which is not an integer")
+    outside = np.flatnonzero((array < 0) | (array > np.iinfo(np.uint32).max))
+    if outside.size:
+        where = int(outside[0])
+        raise ValueError(f"token {array[where]} at position {where} is no token id")
+    ids: list[int] = array.tolist()
+    return ids
+
+
+def make_request(
+    model: str,
+    tokens: Sequence[int] | Array,
+    method: Method | None,
+    *,
+    dense_fallback: bool | None,
+    coverage_rows: int | None,
+    top_logits: int,
+    last_token_logits: bool,
+    logit_positions: Sequence[int],
+    priority: int,
+    request_id: str,
+    idempotency_key: str,
+    tenant_salt: str,
+) -> Any:
+    """The PrefillRequest without its delivery. Errors as token_ids()."""
+    return _messages.PrefillRequest(
+        request_id=request_id,
+        model=model,
+        token_ids=token_ids(tokens),
+        attention=options_message(
+            method, dense_fallback=dense_fallback, coverage_rows=coverage_rows
+        ),
+        top_logits=top_logits,
+        all_logits_last_token=last_token_logits,
+        logit_positions=list(logit_positions),
+        priority=priority,
+        idempotency_key=idempotency_key,
+        tenant_salt=tenant_salt,
+    )
+
+
+def set_delivery(
+    request: Any,
+    delivery: str,
+    ttl_seconds: int | None,
+    kv_dtype: np.dtype[Any] | None,
+    layout: str,
+    checksums: bool,
+) -> None:
+    """Says how the cache travels. ValueError for an unknown delivery."""
+    if delivery not in DELIVERIES:
+        raise ValueError(f"delivery {delivery!r} is not one of {', '.join(DELIVERIES)}")
+    part = getattr(request.delivery, delivery)
+    part.SetInParent()
+    if delivery == "lease":
+        if ttl_seconds is not None:
+            part.ttl_seconds = ttl_seconds
+    elif delivery == "inline":
+        part.layout = LAYOUT_NUMBERS[layout]
+        part.checksums = checksums
+        if kv_dtype is not None:
+            part.dtype = dtypes.to_wire(kv_dtype)
+
+
+def inline_shape(
+    request: Any,
+    models: Sequence[ModelInfo],
+    epoch: int,
+    dtype: np.dtype[Any] | None,
+    checksums: bool,
+) -> KvShape:
+    """What an inline cache will look like. NotFoundError when no model has the name."""
+    name = request.model
+    found = [m for m in models if m.name == name or (not name and len(models) == 1)]
+    if not found:
+        names = ", ".join(model.name for model in models) or "none"
+        raise NotFoundError(
+            f"model {name!r} is not served; these are: {names}",
+            grpc.StatusCode.NOT_FOUND,
+        )
+    return KvShape(
+        layers=Span(0, found[0].num_layers),
+        tokens=Span(0, len(request.token_ids)),
+        heads=Span(0, found[0].num_kv_heads),
+        head_dim=found[0].head_dim,
+        dtype=dtypes.float_dtype(found[0].kv_dtype) if dtype is None else dtype,
+        layout="HND",
+        epoch=epoch,
+        checksums=checksums,
+    )
+
+
+def read_events(
+    events: Iterator[bytes],
+    callbacks: PrefillCallbacks,
+    receiver: KvReceiver | None,
+) -> PrefillResult:
+    """Reads the stream to its end.
+
+    Args:
+        events: serialized PrefillEvents.
+        callbacks: to call on the way.
+        receiver: takes the KV chunks; None when none may come.
+
+    Raises:
+        CorruptDataError: an event is out of place, or bytes are missing or wrong.
+        PbsError: of the stream.
+    """
+    done: Any = None
+    for event in events:
+        member, body = _wire.decode_oneof(event, "PrefillEvent")
+        if done is not None:
+            raise CorruptDataError("the stream goes on after `done`")
+        if member == _KV and receiver is not None:
+            receiver.add(_wire.decode_kv_chunk(body))
+        elif member == _LAYER:
+            _report_layer(_wire.parse(_messages.LayerDone, body), callbacks)
+        elif member == _ADMITTED:
+            _report_admitted(_wire.parse(_messages.Admitted, body), callbacks)
+        elif member == _DONE:
+            done = _wire.parse(_messages.Done, body)
+        else:
+            raise CorruptDataError(f"unexpected member {member} of PrefillEvent")
+    if done is None:
+        raise CorruptDataError("the stream ended without `done`")
+    return _result(done, None if receiver is None else _cache(receiver, done))
+
+
+def _report_layer(message: Any, callbacks: PrefillCallbacks) -> None:
+    if callbacks.on_layer is not None:
+        progress = LayerProgress(message.index, message.density, message.seconds)
+        callbacks.on_layer(progress)
+
+
+def _report_admitted(message: Any, callbacks: PrefillCallbacks) -> None:
+    if callbacks.on_admitted is not None:
+        ticket = _ticket_of(message)
+        admitted = Admitted(message.queue_position, message.predicted_seconds)
+        callbacks.on_admitted(admitted, ticket)
+
+
+def _ticket_of(message: Any) -> KvTicket | None:
+    if not message.HasField("ticket"):
+        return None
+    return KvTicket.from_message(message.ticket)
+
+
+def _cache(receiver: KvReceiver, done: Any) -> KvCache:
+    k, v = receiver.finish()
+    shape = receiver.shape
+    return KvCache(
+        k=k,
+        v=v,
+        layers=shape.layers,
+        tokens=shape.tokens,
+        heads=shape.heads,
+        prompt_tokens=shape.tokens.count,
+        layout=shape.layout,
+        model_digest=done.model_digest,
+        sparsity_digest=done.sparsity_digest,
+        first_token=done.first_token_id,
+    )
+
+
+def _result(done: Any, kv: KvCache | None) -> PrefillResult:
+    logits = done.last_token_logits
+    if len(logits) % 4:
+        raise CorruptDataError(f"last_token_logits has {len(logits)} bytes")
+    return PrefillResult(
+        first_token=done.first_token_id,
+        top_logits=token_logits(done.top_logits),
+        positions=tuple(
+            PositionLogits(p.position, token_logits(p.top)) for p in done.positions
+        ),
+        last_token_logits=np.frombuffer(logits, np.float32) if logits else None,
+        ticket=_ticket_of(done),
+        lease_expires_unix_seconds=done.lease_expires_unix_ms / 1000 or None,
+        kv=kv,
+        stats=PrefillStats.from_message(done.stats),
+        model_digest=done.model_digest,
+        sparsity_digest=done.sparsity_digest,
+    )

@@ -1,0 +1,177 @@
+"""One gRPC channel, calls of raw bytes, and errors in our own words.
+
+Messages cross grpcio as bytes in both directions: what is sent was built by hand or by
+protobuf before, what is received is read by the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from pbs_client.errors import UnavailableError, from_rpc_error
+
+# A chunk is at most 4 MiB; the largest other reply is the logits of a whole vocabulary.
+RECEIVE_BYTES_MAX = 16 << 20
+# How far a reply may run ahead of its reader, per call.
+_LOOKAHEAD_BYTES = 4 << 20
+_RECONNECT_BACKOFF_MS_MIN = 100
+_RECONNECT_BACKOFF_MS_MAX = 2_000
+
+Metadata = Sequence[tuple[str, str]]
+
+
+class Deadline:
+    """A point in time that several calls share."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self._end = time.monotonic() + timeout_seconds
+
+    def left(self) -> float:
+        """Seconds left, at least 0."""
+        return max(0.0, self._end - time.monotonic())
+
+
+class Transport:
+    """A channel to `target`. Thread-safe, as grpc channels are."""
+
+    def __init__(
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None,
+        metadata: Metadata,
+        options: Sequence[tuple[str, Any]],
+    ) -> None:
+        check_target(target)
+        merged = list({**_channel_options(target), **dict(options)}.items())
+        self.target = target
+        self._metadata = tuple(metadata)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=merged)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=merged)
+
+    def close(self) -> None:
+        """Cancels what is under way and closes the connection."""
+        self._channel.close()
+
+    def wait_connected(self, timeout: float) -> None:
+        """Returns once connected. UnavailableError after `timeout` seconds."""
+        ready = grpc.channel_ready_future(self._channel)
+        try:
+            ready.result(timeout=timeout)
+        except grpc.FutureTimeoutError:
+            raise UnavailableError(
+                f"no connection to {self.target} within {timeout:.1f} s",
+                grpc.StatusCode.UNAVAILABLE,
+            ) from None
+        finally:
+            ready.cancel()
+
+    def unary(self, path: str, request: bytes, timeout: float) -> bytes:
+        """One request, one reply. Raises PbsError."""
+        call = self._channel.unary_unary(path)
+        try:
+            reply = call(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return bytes(reply)
+
+    @contextlib.contextmanager
+    def receive(
+        self,
+        path: str,
+        request: bytes,
+        timeout: float,
+        wait_for_ready: bool = False,
+    ) -> Iterator[Iterator[bytes]]:
+        """One request, a stream of replies that ends with the block at the latest."""
+        call = self._channel.unary_stream(path)(
+            request,
+            timeout=timeout,
+            metadata=self._metadata,
+            wait_for_ready=wait_for_ready,
+        )
+        with _cancelled_at_exit(call):
+            yield _messages_of(call)
+
+    @contextlib.contextmanager
+    def exchange(
+        self, path: str, requests: Iterator[bytes], timeout: float
+    ) -> Iterator[Iterator[bytes]]:
+        """A stream of requests, read by another thread, and a stream of replies."""
+        call = self._channel.stream_stream(path)(
+            requests, timeout=timeout, metadata=self._metadata
+        )
+        with _cancelled_at_exit(call):
+            yield _messages_of(call)
+
+
+def check_target(target: str) -> None:
+    """ValueError unless `target` is host:port or has a gRPC scheme (unix:, dns:)."""
+    if _has_scheme(target):
+        return
+    host, _, port = target.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise ValueError(f"server {target!r} is not HOST:PORT, such as 127.0.0.1:50051")
+
+
+def is_loopback(target: str) -> bool:
+    """Whether `target` names this machine, so that no proxy lies between."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    address = target.rpartition("/")[2] if _has_scheme(target) else target
+    host = address.rpartition(":")[0].removeprefix("ipv4:").removeprefix("ipv6:")
+    host = host.removeprefix("dns:").strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _has_scheme(target: str) -> bool:
+    return target.startswith(
+        ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "xds:")
+    )
+
+
+def _channel_options(target: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        # Pings that probe the bandwidth double the CPU time of a transfer; windows of a
+        # known size make them needless.
+        "grpc.http2.bdp_probe": 0,
+        "grpc.http2.lookahead_bytes": _LOOKAHEAD_BYTES,
+        "grpc.max_receive_message_length": RECEIVE_BYTES_MAX,
+        "grpc.max_send_message_length": -1,  # the server's limit is the one that counts
+        "grpc.enable_retries": 0,  # nothing sent twice; resuming a fetch is ours
+        "grpc.initial_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MIN,
+        "grpc.min_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MIN,
+        "grpc.max_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MAX,
+        # Each client its own connection and its own backoff.
+        "grpc.use_local_subchannel_pool": 1,
+    }
+    if is_loopback(target):
+        options["grpc.enable_http_proxy"] = 0  # http_proxy is for other machines
+    return options
+
+
+@contextlib.contextmanager
+def _cancelled_at_exit(call: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        call.cancel()  # of no effect once the call has ended
+
+
+def _messages_of(call: Any) -> Iterator[bytes]:
+    try:
+        yield from call
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None

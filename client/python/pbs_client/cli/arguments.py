@@ -1,0 +1,314 @@
+"""The arguments of `pbs-client`, and its help."""
+
+from __future__ import annotations
+
+import argparse
+
+from pbs_client import _version
+from pbs_client._transport import check_target
+from pbs_client.cli import commands
+from pbs_client.client import WORK_TIMEOUT_SECONDS
+from pbs_client.dtypes import FLOAT_DTYPES
+from pbs_client.options import SCOPES
+
+_TIMEOUT_SECONDS_MAX = 1_000_000
+_FILE_WANTS = ("o", "lse", "order", "block_mask")
+
+EXIT_CODES = {"usage": 2, "refused": 3, "unreachable": 4, "corrupt": 5}
+
+_DESCRIPTION = """\
+Talks to a pbs-prefill server: prefills prompts with permuted block-sparse attention,
+fetches KV caches, runs raw attention. Results are JSON lines on stdout; a progress bar
+appears on stderr when that is a terminal."""
+
+_EPILOG = """\
+examples:
+  pbs-client models --server 127.0.0.1:50051
+  pbs-client prefill --model llama --tokens prompt.json --method pbs --kv kv.safetensors
+  pbs-client attend --input qkv.safetensors --output out.safetensors --method dense
+
+exit codes:
+  0  done
+  2  wrong usage, or a local file cannot be read or written
+  3  the server refused or failed the request; the message has value and limit
+  4  the server cannot be reached, is not ready, or ran out of time
+  5  received data is corrupt"""
+
+_INFO = "Prints one JSON line: version, backends, methods, limits."
+_MODELS = "Prints the models that the server prefills, one JSON line each."
+_ATTEND = """\
+Runs attention of the tensors in a safetensors file and writes the results to another.
+
+reads:   q [batch, heads, q_len, dim]; k, v [batch, kv_heads, k_len, dim]
+         with cu_seqlens [batch + 1]: q [heads, total_q, dim]; k, v [kv_heads, total_k,
+         dim]; cu_seqlens_k when keys end elsewhere
+         order [batch, heads or kv_heads, k_len]: with --use-order only
+         block_mask [batch, heads, n, n] of 0 and 1 (packed sequences: flat, one after
+         the other): with --use-block-mask only
+writes:  what --want names: o like q, lse f32, order i32, block_mask u8
+prints:  one JSON line: density, lower_density, stages (seconds), backend, isa, ..."""
+
+_PREFILL = """\
+Runs a prompt through a model: the first token, how dense the attention was, where the
+time went, and the KV cache on request.
+
+--kv FILE  writes the cache: layers.N.k, layers.N.v, each [kv_heads, tokens, head_dim];
+           keys carry the rotary embedding
+--lease    leaves the cache on the server and prints its ticket, for a decode tier
+prints:    one JSON line: first_token, top_logits, density (mean over layers), layers,
+           stages (seconds), ticket, ..."""
+
+_GENERATE = """\
+Prefills on the server, fetches the KV cache, and decodes here with transformers,
+greedily. Needs torch and transformers: pip install "pbs-client[hf]".
+
+prints:  one JSON line: tokens, first_token, density, seconds, ..."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; its result has `run`, a function of the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        "pbs-client",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"pbs-client {_version.__version__}"
+    )
+    made = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for name, run, summary, text, groups in (
+        ("info", commands.info, "version, backends, methods, limits", _INFO, ()),
+        ("models", commands.models, "the models it serves", _MODELS, ()),
+        ("attend", commands.attend, "raw attention", _ATTEND, (_method, _attend)),
+        (
+            "prefill",
+            commands.prefill,
+            "a prompt through a model",
+            _PREFILL,
+            (_prompt, _method, _prefill),
+        ),
+        (
+            "generate",
+            commands.generate,
+            "prefill there, decode here",
+            _GENERATE,
+            (_prompt, _method, _generate),
+        ),
+    ):
+        command = made.add_parser(
+            name,
+            help=summary,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        _connection(command)
+        for add_group in groups:
+            add_group(command)
+    return parser
+
+
+def _connection(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("connection")
+    group.add_argument(
+        "--server",
+        type=_target,
+        default="127.0.0.1:50051",
+        metavar="HOST:PORT",
+        help="where pbs-prefilld listens (%(default)s)",
+    )
+    group.add_argument(
+        "--timeout",
+        type=_positive_seconds,
+        default=WORK_TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help="give up after this long; the server refuses at once what cannot be done "
+        "in it (%(default)s)",
+    )
+
+
+def _method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "attention",
+        "What is not given has the server's default, in brackets. An option that\n"
+        "  a method does not have is ignored, with a note on stderr.",
+    )
+    group.add_argument(
+        "--method",
+        choices=("dense", "pbs", "mean_pooling"),
+        help="dense: all blocks; pbs: keys sorted inside segments, then blocks "
+        "selected; mean_pooling: blocks selected [the server's profile: "
+        "`pbs-client info`]",
+    )
+    group.add_argument(
+        "--block-size", type=int, metavar="TOKENS", help="power of two, 16..256 [128]"
+    )
+    group.add_argument(
+        "--segment-size",
+        type=int,
+        metavar="TOKENS",
+        help="pbs: keys move inside segments of this size, a multiple of the block "
+        "size [256]",
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        help="pbs, mean_pooling: attention mass to keep, (0, 1]; higher is nearer to "
+        "dense and slower [0.9]",
+    )
+    group.add_argument(
+        "--scope",
+        choices=SCOPES,
+        help="pbs: one key order per KV head or per query head [kv_head]",
+    )
+    group.add_argument(
+        "--force-first-block",
+        action=argparse.BooleanOptionalAction,
+        help="pbs, mean_pooling: every query reads the first block [yes]",
+    )
+    group.add_argument(
+        "--dense-fallback",
+        action=argparse.BooleanOptionalAction,
+        help="run dense where the selected blocks would not pay [attend: no; prefill, "
+        "generate: yes]",
+    )
+    group.add_argument(
+        "--coverage-rows",
+        type=int,
+        metavar="ROWS",
+        help="measure the exact attention mass kept on this many query rows [0]",
+    )
+
+
+def _attend(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tensors")
+    group.add_argument(
+        "--input", required=True, metavar="FILE", help="safetensors with q, k, v"
+    )
+    group.add_argument(
+        "--output", metavar="FILE", help="safetensors to write; without it only print"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=tuple(FLOAT_DTYPES),
+        help="cast q, k, v first, to nearest even [as in the file]",
+    )
+    group.add_argument(
+        "--use-order", action="store_true", help="pbs: use the file's order"
+    )
+    group.add_argument(
+        "--use-block-mask",
+        action="store_true",
+        help="pbs, mean_pooling: use the file's block_mask",
+    )
+    group.add_argument(
+        "--want",
+        type=_wants,
+        default=("o",),
+        metavar="LIST",
+        help="of o,lse,order,block_mask [o]",
+    )
+    group.add_argument(
+        "--allow-non-finite", action="store_true", help="dense: take NaN and Inf"
+    )
+    group = parser.add_argument_group("timing")
+    group.add_argument(
+        "--warmup", type=int, default=0, metavar="N", help="extra runs before [0]"
+    )
+    group.add_argument(
+        "--repetitions",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs to time; more than 1 adds `iterations` to the output [1]",
+    )
+
+
+def _prompt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    group.add_argument(
+        "--model", default="", metavar="NAME", help="needed when the server has several"
+    )
+    group.add_argument(
+        "--tokens", required=True, metavar="FILE", help="JSON list of token ids"
+    )
+
+
+def _prefill(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("results")
+    group.add_argument(
+        "--top-logits",
+        type=int,
+        default=10,
+        metavar="N",
+        help="best next tokens to print, 0..100 [10]",
+    )
+    group.add_argument("--kv", metavar="FILE", help="write the KV cache, safetensors")
+    group.add_argument(
+        "--kv-dtype", choices=tuple(FLOAT_DTYPES), help="of --kv [as held]"
+    )
+    group.add_argument(
+        "--lease", action="store_true", help="keep the cache on the server"
+    )
+    group.add_argument(
+        "--ttl",
+        type=int,
+        metavar="SECONDS",
+        help="of the lease, from the end of the prefill [the server's default]",
+    )
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument(
+        "--model-path",
+        required=True,
+        metavar="FOLDER",
+        help="the same model as a Hugging Face folder",
+    )
+    group.add_argument(
+        "--max-new-tokens", type=int, required=True, metavar="N", help="at least 1"
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="always decode --max-new-tokens"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=tuple(FLOAT_DTYPES),
+        help="of the model here [as config.json says]",
+    )
+    group.add_argument(
+        "--device", default="cpu", help="a torch device, such as cuda [%(default)s]"
+    )
+
+
+def _target(text: str) -> str:
+    try:
+        check_target(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _positive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < _TIMEOUT_SECONDS_MAX:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds above 0 and below "
+            f"{_TIMEOUT_SECONDS_MAX}"
+        )
+    return seconds
+
+
+def _wants(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in _FILE_WANTS:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is not one of {', '.join(_FILE_WANTS)}"
+            )
+    return names

@@ -1,0 +1,300 @@
+"""What each command of `pbs-client` does with its parsed arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pbs_client import dtypes, safetensors_file
+from pbs_client.block_lists import flat_mask
+from pbs_client.cli.progress import ProgressBar
+from pbs_client.client import Client
+from pbs_client.kv import KvCache
+from pbs_client.options import Dense, MeanPooling, Method, Pbs
+from pbs_client.results import to_json
+
+TOKENS_FILE_BYTES_MAX = 64 << 20
+
+_METHODS: dict[str, Any] = {"dense": Dense, "pbs": Pbs, "mean_pooling": MeanPooling}
+_METHOD_OPTIONS = (
+    "block_size",
+    "segment_size",
+    "threshold",
+    "scope",
+    "force_first_block",
+)
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """`pbs-client info`."""
+    with Client(arguments.server) as client:
+        found = client.info(timeout=arguments.timeout)
+    default = found.default_attention
+    line: dict[str, Any] = to_json(found)
+    if default is not None:
+        names = {kind: name for name, kind in _METHODS.items()}
+        line["default_attention"] = {"method": names[type(default)], **to_json(default)}
+    _print(line)
+
+
+def models(arguments: argparse.Namespace) -> None:
+    """`pbs-client models`."""
+    with Client(arguments.server) as client:
+        for model in client.models(timeout=arguments.timeout):
+            _print(to_json(model))
+
+
+def attend(arguments: argparse.Namespace) -> None:
+    """`pbs-client attend`."""
+    method = _method(arguments)
+    tensors = _read_tensors(arguments)
+    with Client(arguments.server) as client, ProgressBar() as bar:
+        begin = time.monotonic()
+        result = client.attend(
+            **tensors,
+            method=method,
+            want=arguments.want,
+            dense_fallback=arguments.dense_fallback,
+            coverage_rows=arguments.coverage_rows,
+            allow_non_finite=arguments.allow_non_finite,
+            warmup=arguments.warmup,
+            repetitions=arguments.repetitions,
+            timeout=arguments.timeout,
+            progress=bar.update_bytes,
+        )
+        seconds = time.monotonic() - begin
+    if arguments.output is not None:
+        found = {name: getattr(result, name) for name in arguments.want}
+        if isinstance(found.get("block_mask"), tuple):
+            found["block_mask"] = flat_mask(found["block_mask"])
+        safetensors_file.write(arguments.output, found)
+    line = to_json(result.stats)
+    if arguments.repetitions <= 1:
+        del line["iterations"]
+    line = {"method": arguments.method, **line, "seconds": seconds}
+    _print({**line, "output": arguments.output})
+
+
+def prefill(arguments: argparse.Namespace) -> None:
+    """`pbs-client prefill`."""
+    method, tokens = _method(arguments), _read_tokens(arguments.tokens)
+    delivery = "lease" if arguments.lease else "inline" if arguments.kv else "none"
+    layers: list[dict[str, Any]] = []
+    with Client(arguments.server) as client, ProgressBar() as bar:
+        begin = time.monotonic()
+        result = client.prefill(
+            arguments.model,
+            tokens,
+            method,
+            delivery=delivery,
+            ttl_seconds=arguments.ttl,
+            kv_dtype=arguments.kv_dtype,
+            top_logits=arguments.top_logits,
+            dense_fallback=arguments.dense_fallback,
+            coverage_rows=arguments.coverage_rows,
+            timeout=arguments.timeout,
+            on_layer=_layer_bar(client, arguments.model, bar, layers),
+        )
+        cache = result.kv
+        if arguments.kv and result.ticket is not None:
+            cache = client.fetch(
+                result.ticket,
+                dtype=arguments.kv_dtype,
+                timeout=arguments.timeout,
+                progress=bar.update_bytes,
+            )
+        seconds = time.monotonic() - begin
+    if cache is not None:
+        _write_cache(arguments.kv, cache)
+    for layer, ran in zip(layers, result.stats.layer_method):
+        layer["method"] = ran
+    stats = to_json(result.stats)
+    for name in ("layer_density", "layer_method"):
+        del stats[name]  # `layers` has them
+    _print(
+        {
+            "first_token": result.first_token,
+            "top_logits": to_json(result.top_logits),
+            **stats,
+            "layers": layers,
+            "ticket": to_json(result.ticket),
+            "lease_expires_unix_seconds": result.lease_expires_unix_seconds,
+            "model_digest": result.model_digest,
+            "sparsity_digest": result.sparsity_digest,
+            "seconds": seconds,
+            "kv": arguments.kv,
+        }
+    )
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`pbs-client generate`."""
+    from pbs_client import hf  # needs torch and transformers
+
+    method, tokens = _method(arguments), _read_tokens(arguments.tokens)
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {arguments.max_new_tokens} is below 1")
+    clock = _StageClock()
+    # First, and before the lease: loading can take longer than a lease lives.
+    model = hf.load_model(
+        arguments.model_path, dtype=arguments.dtype, device=arguments.device
+    )
+    clock.stage("load_model")
+    with Client(arguments.server) as client, ProgressBar() as bar:
+        result = client.prefill(
+            arguments.model,
+            tokens,
+            method,
+            delivery="lease",
+            dense_fallback=arguments.dense_fallback,
+            coverage_rows=arguments.coverage_rows,
+            timeout=arguments.timeout,
+            on_layer=_layer_bar(client, arguments.model, bar, []),
+        )
+        clock.stage("prefill")
+        assert result.ticket is not None
+        try:
+            cache = client.fetch(
+                result.ticket, timeout=arguments.timeout, progress=bar.update_bytes
+            )
+        finally:
+            client.release(result.ticket)
+        clock.stage("fetch")
+    new_tokens = hf.generate(
+        model,
+        tokens,
+        cache,
+        first_token=result.first_token,
+        max_new_tokens=arguments.max_new_tokens,
+        ignore_eos=arguments.ignore_eos,
+    )
+    clock.stage("decode")
+    _print(
+        {
+            "tokens": new_tokens,
+            "first_token": result.first_token,
+            "prompt_tokens": len(tokens),
+            "density": result.stats.density,
+            "stages": to_json(result.stats.stages),
+            "seconds": clock.seconds,
+            "kv_bytes": cache.nbytes,
+            "model_digest": result.model_digest,
+            "sparsity_digest": result.sparsity_digest,
+        }
+    )
+
+
+class _StageClock:
+    """Seconds between one stage() and the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = time.monotonic()
+
+    def stage(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = now - self._begin
+        self._begin = now
+
+
+def _method(arguments: argparse.Namespace) -> Method | None:
+    """The method that the arguments ask for. ValueError for options without one."""
+    given = {
+        name: getattr(arguments, name)
+        for name in _METHOD_OPTIONS
+        if getattr(arguments, name) is not None
+    }
+    if arguments.method is None:
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise ValueError(f"--{option} needs --method")
+        return None
+    kind = _METHODS[arguments.method]
+    for name in sorted(set(given) - set(kind.__dataclass_fields__)):
+        option = name.replace("_", "-")
+        print(f"note: {arguments.method} has no --{option}; ignored", file=sys.stderr)
+        del given[name]
+    made: Method = kind(**given)
+    return made
+
+
+def _read_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The file's tensors as arguments of Client.attend()."""
+    names = ["q", "k", "v"]
+    optional = ["cu_seqlens", "cu_seqlens_k"]
+    if arguments.use_order:
+        names.append("order")
+    if arguments.use_block_mask:
+        names.append("block_mask")
+    tensors: dict[str, Any] = {}
+    try:
+        tensors = dict(safetensors_file.read(arguments.input, names + optional))
+    except safetensors_file.SafetensorsError as error:
+        raise ValueError(f"{arguments.input}: {error}") from None
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"{arguments.input} has no tensor {name}")
+    for name in ("q", "k", "v"):
+        tensors[name] = _cast(name, tensors[name], arguments.dtype)
+    return tensors
+
+
+def _cast(name: str, array: Any, dtype: str | None) -> Any:
+    """`array` in the asked dtype, rounded to nearest even."""
+    if array.dtype not in dtypes.FLOAT_DTYPES.values():
+        raise ValueError(f"tensor {name} has dtype {array.dtype}, not f32, f16 or bf16")
+    if dtype is None:
+        return array
+    with np.errstate(over="ignore"):  # the server refuses what became infinite
+        return array.astype(dtypes.FLOAT_DTYPES[dtype], copy=False)
+
+
+def _read_tokens(path: str) -> list[int]:
+    """A JSON list of integers. ValueError for anything else."""
+    with Path(path).open("rb") as file:
+        text = file.read(TOKENS_FILE_BYTES_MAX + 1)
+    if len(text) > TOKENS_FILE_BYTES_MAX:
+        raise ValueError(f"{path} has more than {TOKENS_FILE_BYTES_MAX} bytes")
+    try:
+        tokens = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
+        raise ValueError(f"{path} is not a JSON list of integers")
+    return tokens
+
+
+def _layer_bar(
+    client: Client, model: str, bar: ProgressBar, layers: list[dict[str, Any]]
+) -> Any:
+    """An on_layer that draws and collects."""
+    total = 0
+    if bar.is_active:
+        found = client.models()
+        total = sum(m.num_layers for m in found if m.name == model or len(found) == 1)
+
+    def on_layer(progress: Any) -> None:
+        layers.append(to_json(progress))
+        bar.update("prefill", progress.index + 1, total, " layers")
+
+    return on_layer
+
+
+def _write_cache(path: str, cache: KvCache) -> None:
+    metadata = {
+        "prompt_tokens": str(cache.prompt_tokens),
+        "first_token": str(cache.first_token),
+        "model_digest": cache.model_digest,
+        "sparsity_digest": cache.sparsity_digest,
+    }
+    safetensors_file.write(path, cache.tensors(), metadata)
+
+
+def _print(line: dict[str, Any]) -> None:
+    print(json.dumps(line, allow_nan=False), flush=True)

@@ -1,0 +1,84 @@
+"""Element types: wire number <-> NumPy dtype <-> the short names people type.
+
+| name | NumPy | wire |
+|---|---|---|
+| f32 | float32 | F32 |
+| f16 | float16 | F16 |
+| bf16 | ml_dtypes.bfloat16 | BF16 |
+
+The wire also knows i32 (orders), u16 and i64 (block lists). All bytes on the wire are
+little-endian; so must be the machine this runs on.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pbs_client import _messages
+
+if sys.byteorder != "little":
+    raise ImportError("pbs_client needs a little-endian machine")
+
+BF16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+F16: np.dtype[Any] = np.dtype(np.float16)
+F32: np.dtype[Any] = np.dtype(np.float32)
+
+# What q, k, v, o and KV caches may be.
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {"f32": F32, "f16": F16, "bf16": BF16}
+
+_NUMPY_BY_WIRE_NAME: dict[str, np.dtype[Any]] = {
+    "F32": F32,
+    "F16": F16,
+    "BF16": BF16,
+    "I32": np.dtype(np.int32),
+    "U16": np.dtype(np.uint16),
+    "I64": np.dtype(np.int64),
+}
+_NUMBERS = _messages.enum_numbers("DType")
+_WIRE_BY_NUMPY = {dtype: _NUMBERS[name] for name, dtype in _NUMPY_BY_WIRE_NAME.items()}
+_NUMPY_BY_WIRE = {number: dtype for dtype, number in _WIRE_BY_NUMPY.items()}
+
+
+def to_wire(dtype: np.dtype[Any]) -> int:
+    """The DType number of a NumPy dtype. ValueError for one the wire lacks."""
+    try:
+        return _WIRE_BY_NUMPY[dtype]
+    except KeyError:
+        raise ValueError(
+            f"dtype {dtype} does not travel; use float32, float16 or ml_dtypes.bfloat16"
+        ) from None
+
+
+def from_wire(number: int) -> np.dtype[Any] | None:
+    """The NumPy dtype of a DType number; None for a number this client lacks."""
+    return _NUMPY_BY_WIRE.get(number)
+
+
+def float_dtype(dtype: Any) -> np.dtype[Any]:
+    """f32, f16 or bf16 from its short name or anything np.dtype() takes.
+
+    Raises:
+        ValueError: it is none of the three.
+    """
+    known = FLOAT_DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if known is not None:
+        return known
+    try:
+        resolved: np.dtype[Any] = np.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype {dtype!r} is not one of f32, f16, bf16") from None
+    if resolved not in FLOAT_DTYPES.values():
+        raise ValueError(f"dtype {resolved} is not one of f32, f16, bf16")
+    return resolved
+
+
+def short_name(dtype: np.dtype[Any]) -> str:
+    """The name people type: "f32", "f16", "bf16"; NumPy's for any other dtype."""
+    for name, known in FLOAT_DTYPES.items():
+        if known == dtype:
+            return name
+    return dtype.name

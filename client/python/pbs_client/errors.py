@@ -1,0 +1,156 @@
+"""Everything that can go wrong, by what the caller should do about it.
+
+| exception | status code | what to do |
+|---|---|---|
+| InvalidArgumentError | INVALID_ARGUMENT, OUT_OF_RANGE | fix the request |
+| NotFoundError | NOT_FOUND | no such model; or the lease expired, was released |
+| FailedPreconditionError | FAILED_PRECONDITION | do not retry: caches do not fit |
+| ResourceExhaustedError | RESOURCE_EXHAUSTED | wait `retry_after` seconds, try again |
+| UnavailableError | UNAVAILABLE | try another server, or this one later |
+| DeadlineExceededError | DEADLINE_EXCEEDED | allow more time |
+| CorruptDataError | DATA_LOSS, or found here | transfer again |
+| UnimplementedError | UNIMPLEMENTED | this server lacks it |
+| AbortedError | ABORTED | the same work is under way, or was released |
+| CallCancelledError | CANCELLED | - |
+| InternalError | INTERNAL, UNKNOWN, ... | a fault of the server: report it |
+
+Arguments that cannot even be sent raise ValueError or TypeError before any traffic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from pbs_client import _messages
+
+
+class PbsError(Exception):
+    """A request failed.
+
+    Attributes:
+        code: the grpc.StatusCode.
+        message: the server's words (value and limit), or this client's.
+        retry_after: seconds after which the same request can succeed; None when the
+            server did not say.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        code: grpc.StatusCode = grpc.StatusCode.UNKNOWN,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.message}"
+
+
+class InvalidArgumentError(PbsError):
+    """The request is wrong; `message` names field, value and limit."""
+
+
+class NotFoundError(PbsError):
+    """No such model; or the ticket is unknown, foreign, expired or released."""
+
+
+class FailedPreconditionError(PbsError):
+    """The ticket's digests are not those of the cache. Retrying cannot help."""
+
+
+class ResourceExhaustedError(PbsError):
+    """The server has no room now. Try again after `retry_after` seconds."""
+
+
+class UnavailableError(PbsError):
+    """The server is not there, still loading, draining, or the connection broke."""
+
+
+class DeadlineExceededError(PbsError):
+    """The time allowed for the call ran out, or provably would have."""
+
+
+class UnimplementedError(PbsError):
+    """The server does not have this method or option."""
+
+
+class AbortedError(PbsError):
+    """The same idempotency key is at work, or the lease was released meanwhile."""
+
+
+class CallCancelledError(PbsError):
+    """The call was cancelled."""
+
+
+class InternalError(PbsError):
+    """A fault of the server."""
+
+
+class CorruptDataError(PbsError):
+    """Received bytes are not the bytes that were sent, or not where they belong.
+
+    Attributes:
+        layer: of the KV cache; None when the fault is not in one.
+        kind: "K" or "V", or the name of an Attend tensor; None when not known.
+        offset: byte offset of the chunk inside its array; None when not known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        layer: int | None = None,
+        kind: str | None = None,
+        offset: int | None = None,
+    ) -> None:
+        super().__init__(message, grpc.StatusCode.DATA_LOSS)
+        self.layer = layer
+        self.kind = kind
+        self.offset = offset
+
+
+_CLASS_BY_CODE: dict[grpc.StatusCode, type[PbsError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
+    grpc.StatusCode.ABORTED: AbortedError,
+    grpc.StatusCode.CANCELLED: CallCancelledError,
+}
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+def from_rpc_error(error: Any) -> PbsError:
+    """The PbsError of a failed call (a grpc.RpcError that is also a grpc.Call)."""
+    code = error.code()
+    message = error.details() or "no message"
+    if code is grpc.StatusCode.DATA_LOSS:
+        return CorruptDataError(message)
+    kind = _CLASS_BY_CODE.get(code, InternalError)
+    return kind(message, code, _retry_after(error.trailing_metadata()))
+
+
+def _retry_after(trailing_metadata: Any) -> float | None:
+    """Seconds from the RetryInfo in google.rpc error details; None without one."""
+    for key, value in trailing_metadata or ():
+        if key != _DETAILS_KEY:
+            continue
+        try:
+            details = _messages.RpcStatus.FromString(value).details
+            for detail in details:
+                if detail.type_url.rpartition("/")[2] == "google.rpc.RetryInfo":
+                    delay = _messages.RetryInfo.FromString(detail.value).retry_delay
+                    return max(0.0, float(delay.seconds + delay.nanos * 1e-9))
+        except DecodeError:
+            return None  # a proxy's, not ours: the status itself still counts
+    return None

@@ -1,0 +1,287 @@
+"""Hugging Face bridge: a prefilled KV cache into `transformers`, then `generate`.
+
+    model = hf.load_model("/models/llama")
+    tokens = hf.generate(model, prompt, client.fetch(ticket), max_new_tokens=64)
+
+Needs torch and transformers (4.57 or 5.x): pip install "pbs-client[hf]".
+
+transformers takes the position of the next token from the length of the cache. A cache
+of the whole prompt together with the prompt alone therefore computes the last token
+twice, one position late, and decodes wrong tokens without an error. The two right ways:
+
+* the cache of all but the last token with the prompt: nothing else is needed;
+* the whole cache with the prompt and the first token that the prefill returned.
+
+generate_inputs() makes either pair, and check_generate_inputs() refuses any other.
+
+Errors: ImportError says what to install; IncompatibleCacheError (a ValueError) that a
+cache is not one of this model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pbs_client import dtypes
+from pbs_client.kv import Array, KvCache
+
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        f"{error}; pbs_client.hf needs torch and transformers: "
+        'pip install "pbs-client[hf]"'
+    ) from error
+
+
+class IncompatibleCacheError(ValueError):
+    """The KV cache was not made by this model, or not for this prompt."""
+
+
+def load_model(
+    path: str | Path, *, dtype: str | None = None, device: str = "cpu"
+) -> Any:
+    """A causal language model from a Hugging Face folder, ready to decode.
+
+    Args:
+        path: the folder; nothing is downloaded.
+        dtype: "f32", "f16" or "bf16"; None is what its config.json says.
+        device: of torch.
+
+    Raises:
+        ValueError: this transformers release would misread the folder.
+        OSError: it is not a model folder.
+    """
+    check_release_reads(path)
+    chosen = "auto" if dtype is None else _torch_dtype(dtypes.float_dtype(dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=chosen, local_files_only=True
+    )
+    return model.eval().to(device)
+
+
+def check_release_reads(path: str | Path) -> None:
+    """ValueError when transformers < 5 meets a config.json that only 5 understands.
+
+    Release 5 writes `rope_parameters`; release 4 reads such a folder without complaint,
+    with the default rotary base, and decodes wrong tokens.
+    """
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return
+    config = json.loads((Path(path) / "config.json").read_text())
+    if "rope_parameters" in config and "rope_theta" not in config:
+        raise ValueError(
+            f"{path}/config.json states rope_parameters, which transformers "
+            f"{transformers.__version__} ignores; use transformers >= 5"
+        )
+
+
+def check_compatible(model: Any, cache: KvCache, model_digest: str = "") -> None:
+    """Refuses a cache that this model could not have made.
+
+    Args:
+        model: a transformers model, or its config.
+        cache: from Client.fetch() or an inline prefill.
+        model_digest: that the cache must state; "" does not look at it.
+
+    Raises:
+        IncompatibleCacheError: layers, KV heads, head width or digest differ, or the
+            cache is only a part of one.
+    """
+    config = getattr(model, "config", model)
+    heads = config.num_attention_heads
+    expected = {
+        "layers": config.num_hidden_layers,
+        "KV heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "first layer": 0,
+        "first KV head": 0,
+        "first token": 0,
+        "layout": "HND",
+    }
+    actual = {
+        "layers": cache.num_layers,
+        "KV heads": cache.heads.count,
+        "head_dim": cache.head_dim,
+        "first layer": cache.layers.begin,
+        "first KV head": cache.heads.begin,
+        "first token": cache.tokens.begin,
+        "layout": cache.layout,
+    }
+    if model_digest:
+        expected["model_digest"] = model_digest
+        actual["model_digest"] = cache.model_digest
+    for name, value in expected.items():
+        if actual[name] != value:
+            raise IncompatibleCacheError(
+                f"the KV cache has {name} {actual[name]}, the model {value}"
+            )
+
+
+def dynamic_cache(
+    cache: KvCache, num_tokens: int, *, dtype: Any = None, device: Any = "cpu"
+) -> Any:
+    """The first tokens of a KV cache as a transformers DynamicCache.
+
+    Args:
+        cache: whole layers and heads, from token 0.
+        num_tokens: how many to take, 1 .. cache.tokens.count. See the top of this file
+            for which number goes with which input ids.
+        dtype: of torch; None keeps the cache's.
+        device: of torch.
+
+    Raises:
+        ValueError: num_tokens is out of range, or a value does not fit `dtype`.
+    """
+    if not 0 < num_tokens <= cache.tokens.count:
+        raise ValueError(
+            f"num_tokens {num_tokens} is outside [1, {cache.tokens.count}]"
+        )
+    made = transformers.DynamicCache()
+    for layer, (k, v) in enumerate(zip(cache.k, cache.v)):
+        parts = [_layer_tensor(array, num_tokens, dtype, device) for array in (k, v)]
+        made.update(*parts, layer)
+    return made
+
+
+def generate_inputs(
+    model: Any,
+    prompt: Sequence[int] | Array,
+    cache: KvCache,
+    *,
+    first_token: int | None = None,
+    model_digest: str = "",
+) -> dict[str, Any]:
+    """Arguments for `model.generate(**inputs, ...)`: ids and the cache that fits them.
+
+    Args:
+        model: a transformers causal language model.
+        prompt: the ids that were prefilled; at least 2 of them without first_token.
+        cache: of the whole prompt.
+        first_token: the prefill's greedy next token. With it the whole cache is used
+            and the ids are prompt + first_token; without it, the last prompt token is
+            computed again (its logits are the model's own).
+        model_digest: see check_compatible().
+
+    Raises:
+        IncompatibleCacheError: the cache is not of this model or not of this prompt.
+    """
+    check_compatible(model, cache, model_digest)
+    ids = [int(token) for token in prompt]
+    if cache.prompt_tokens != len(ids) or cache.tokens.count != len(ids):
+        raise IncompatibleCacheError(
+            f"the KV cache has {cache.tokens.count} of {cache.prompt_tokens} tokens, "
+            f"the prompt {len(ids)}"
+        )
+    if first_token is not None:
+        ids.append(first_token)
+    if len(ids) < 2:
+        raise ValueError("a prompt of one token needs first_token")
+    made = dynamic_cache(cache, len(ids) - 1, dtype=model.dtype, device=model.device)
+    input_ids = torch.tensor([ids], device=model.device)
+    check_generate_inputs(input_ids, made)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "past_key_values": made,
+    }
+
+
+def check_generate_inputs(input_ids: Any, past_key_values: Any) -> None:
+    """Refuses the pairs that transformers decodes wrongly without saying so.
+
+    Raises:
+        ValueError: the cache covers all of the input ids, or leaves more than the last
+            one to compute.
+    """
+    tokens, cached = input_ids.shape[-1], past_key_values.get_seq_length()
+    if tokens != cached + 1:
+        raise ValueError(
+            f"input_ids have {tokens} tokens and the cache {cached}; the cache must "
+            "have one fewer: crop it by one, or append the first new token to the ids"
+        )
+
+
+def generate(
+    model: Any,
+    prompt: Sequence[int] | Array,
+    cache: KvCache,
+    *,
+    max_new_tokens: int,
+    first_token: int | None = None,
+    ignore_eos: bool = False,
+    model_digest: str = "",
+    **generate_arguments: Any,
+) -> list[int]:
+    """Decodes behind a prefilled prompt, greedily unless told otherwise.
+
+    Args:
+        model: a transformers causal language model.
+        prompt: the ids that were prefilled.
+        cache: of the whole prompt; it is copied, not changed.
+        max_new_tokens: at least 1, first_token included.
+        first_token: see generate_inputs(). It is the first of the returned tokens.
+        ignore_eos: always give max_new_tokens.
+        model_digest: see check_compatible().
+        **generate_arguments: for `model.generate`, such as do_sample=True.
+
+    Returns:
+        The new tokens; the last is an end token unless max_new_tokens came first.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} is below 1")
+    head = [] if first_token is None else [first_token]
+    is_over = not ignore_eos and first_token in _eos_ids(model)
+    left = max_new_tokens - len(head)
+    if left == 0 or is_over:
+        check_compatible(model, cache, model_digest)
+        return head
+    inputs = generate_inputs(
+        model, prompt, cache, first_token=first_token, model_digest=model_digest
+    )
+    arguments = {"do_sample": False, "pad_token_id": 0, **generate_arguments}
+    if ignore_eos:
+        arguments["min_new_tokens"] = left
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=left, **arguments)
+    new_tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return head + new_tokens
+
+
+def _eos_ids(model: Any) -> set[int]:
+    """End tokens of the model's generation settings."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        return set()
+    return {ids} if isinstance(ids, int) else set(ids)
+
+
+def _layer_tensor(array: Array, num_tokens: int, dtype: Any, device: Any) -> Any:
+    """[kv_heads, tokens, dim] -> a torch tensor [1, kv_heads, num_tokens, dim]."""
+    tensor = _to_torch(array)[None, :, :num_tokens]
+    # A copy of its own: generate() appends to the cache.
+    made = tensor.to(device=device, dtype=dtype, copy=True)
+    if made.dtype is torch.float16 and not bool(torch.isfinite(made).all()):
+        raise ValueError(f"a value of the {array.dtype} KV cache does not fit float16")
+    return made
+
+
+def _to_torch(array: Array) -> Any:
+    """A torch tensor that shares memory with `array`."""
+    if array.dtype == dtypes.BF16:  # torch does not know ml_dtypes
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _torch_dtype(dtype: np.dtype[Any]) -> Any:
+    return {
+        dtypes.F32: torch.float32,
+        dtypes.F16: torch.float16,
+        dtypes.BF16: torch.bfloat16,
+    }[dtype]

@@ -1,0 +1,224 @@
+"""KV caches and the tickets that name them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pbs_client import _messages, dtypes
+from pbs_client.errors import CorruptDataError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+LAYOUTS = ("HND", "NHD")
+
+
+@dataclass(frozen=True)
+class KvTicket:
+    """Names a KV cache that a server holds. Whoever has it may fetch and release.
+
+    Attributes:
+        handle: 32 hex digits, unguessable.
+        epoch: of the server process; a restarted server knows none of its old tickets.
+        model_digest: weights, architecture, rotary embedding and dtype.
+        sparsity_digest: "exact", or the method and options that made the cache.
+    """
+
+    handle: str
+    epoch: int
+    model_digest: str = ""
+    sparsity_digest: str = ""
+
+    @classmethod
+    def from_message(cls, message: Any) -> KvTicket:
+        """From a KvTicket message."""
+        return cls(
+            message.handle,
+            message.epoch,
+            message.model_digest,
+            message.sparsity_digest,
+        )
+
+    def to_message(self) -> Any:
+        """As a KvTicket message."""
+        return _messages.KvTicket(**self.__dict__)
+
+    def to_json(self) -> str:
+        """One line of JSON, for handing the ticket to a decode tier."""
+        return json.dumps(self.__dict__)
+
+    @classmethod
+    def from_json(cls, text: str) -> KvTicket:
+        """From to_json(), or the `ticket` object that `pbs-client prefill` prints.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        value = json.loads(text)
+        types = {
+            "handle": str,
+            "epoch": int,
+            "model_digest": str,
+            "sparsity_digest": str,
+        }
+        if not isinstance(value, Mapping) or set(value) != set(types):
+            raise ValueError(f"a ticket is a JSON object of {', '.join(types)}")
+        for name, kind in types.items():
+            if type(value[name]) is not kind:
+                raise ValueError(f"ticket field {name} is not of type {kind.__name__}")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class KvDescriptor:
+    """What a ticket names.
+
+    Attributes:
+        ticket: with its digests filled in.
+        expires_unix_seconds: None while the prefill runs: the time starts when it ends.
+        ttl_seconds: of the lease.
+        complete: the prefill has ended; until then layers_ready tells how far it is.
+        num_tokens: prompt tokens, each with a key and a value in every layer and head.
+        dtype: as held, float32, float16 or ml_dtypes.bfloat16.
+        bytes: as held.
+        first_token: greedy next token; None until complete.
+    """
+
+    ticket: KvTicket
+    expires_unix_seconds: float | None
+    ttl_seconds: int
+    model: str
+    complete: bool
+    num_layers: int
+    layers_ready: int
+    num_kv_heads: int
+    head_dim: int
+    num_tokens: int
+    dtype: np.dtype[Any]
+    bytes: int
+    first_token: int | None
+
+    @classmethod
+    def from_message(cls, message: Any) -> KvDescriptor:
+        """From a KvDescriptor message. CorruptDataError when its sizes are absurd."""
+        dtype = dtypes.from_wire(message.dtype)
+        if dtype is None or dtype not in dtypes.FLOAT_DTYPES.values():
+            raise CorruptDataError(f"descriptor has unknown dtype {message.dtype}")
+        sizes = ("num_layers", "num_kv_heads", "head_dim", "num_tokens")
+        for name in sizes:
+            size = getattr(message, name)
+            if size < 1:
+                raise CorruptDataError(f"descriptor has {name} {size}")
+        lease = message.lease
+        return cls(
+            ticket=KvTicket.from_message(lease.ticket),
+            expires_unix_seconds=lease.expires_unix_ms / 1000 or None,
+            ttl_seconds=lease.ttl_seconds,
+            model=message.model,
+            complete=message.state == _COMPLETE,
+            layers_ready=message.layers_ready,
+            dtype=dtype,
+            bytes=message.bytes,
+            first_token=(
+                message.first_token_id if message.HasField("first_token_id") else None
+            ),
+            **{name: getattr(message, name) for name in sizes},
+        )
+
+
+_COMPLETE = _messages.enum_numbers("KvState")["COMPLETE"]
+
+
+@dataclass(frozen=True)
+class KvLease:
+    """A renewed lease.
+
+    Attributes:
+        expires_unix_seconds: None while the prefill runs.
+    """
+
+    ticket: KvTicket
+    expires_unix_seconds: float | None
+    ttl_seconds: int
+
+    @classmethod
+    def from_message(cls, message: Any) -> KvLease:
+        """From a KvLease message."""
+        return cls(
+            KvTicket.from_message(message.ticket),
+            message.expires_unix_ms / 1000 or None,
+            message.ttl_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """The half-open range [begin, begin + count)."""
+
+    begin: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """One past the last."""
+        return self.begin + self.count
+
+
+@dataclass(frozen=True, eq=False)
+class KvCache:
+    """Keys and values of a prompt, or of ranges of it. Every checksum was checked.
+
+    Keys carry the rotary embedding; both are in token order and not repeated for
+    grouped queries.
+
+    Attributes:
+        k, v: one array per layer, [kv_heads, tokens, head_dim] in layout "HND",
+            [tokens, kv_heads, head_dim] in "NHD".
+        layers, tokens, heads: the ranges that the arrays cover.
+        prompt_tokens: of the whole prompt.
+        model_digest, sparsity_digest: see KvTicket.
+        first_token: greedy next token; None when not known.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    layers: Span
+    tokens: Span
+    heads: Span
+    prompt_tokens: int
+    layout: str = "HND"
+    model_digest: str = ""
+    sparsity_digest: str = ""
+    first_token: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers in the cache."""
+        return len(self.k)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a key."""
+        return int(self.k[0].shape[2])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the elements."""
+        return self.k[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.k + self.v)
+
+    def tensors(self) -> dict[str, Array]:
+        """The arrays by the names files use: layers.N.k, layers.N.v."""
+        named: dict[str, Array] = {}
+        for index, (k, v) in enumerate(zip(self.k, self.v), self.layers.begin):
+            named[f"layers.{index}.k"] = k
+            named[f"layers.{index}.v"] = v
+        return named

@@ -1,0 +1,153 @@
+"""Attention methods and their options, as a request states them.
+
+Every field may be left None: the server then uses its documented default (in brackets
+below). Ranges are the server's to check; it names value and limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Union
+
+from pbs_client import _messages
+
+_SCOPE_NUMBERS = _messages.enum_numbers("Scope")
+SCOPES = ("kv_head", "query_head")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Full causal attention: every block, identity order.
+
+    Attributes:
+        block_size: tokens of the blocks that the reply's lists count in [128].
+    """
+
+    block_size: int | None = None
+
+    def fill(self, options: Any) -> None:
+        """Writes the method into an AttentionOptions message."""
+        options.dense.SetInParent()
+        _set_fields(options.dense, block_size=self.block_size)
+
+
+@dataclass(frozen=True)
+class Pbs:
+    """Permuted block-sparse attention: keys sorted inside segments, blocks selected.
+
+    Attributes:
+        block_size: tokens; a power of two in [16, 256] [128].
+        segment_size: tokens; a multiple of block_size [256].
+        threshold: attention mass to keep per query block, (0, 1]; more is slower and
+            nearer to dense [0.9].
+        scope: "kv_head": one key order per KV head; "query_head": one per query head
+            [kv_head].
+        force_first_block: every query block also reads the block of key 0 [true].
+    """
+
+    block_size: int | None = None
+    segment_size: int | None = None
+    threshold: float | None = None
+    scope: str | None = None
+    force_first_block: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope is not None and self.scope not in SCOPES:
+            raise ValueError(f"scope {self.scope!r} is not one of {', '.join(SCOPES)}")
+
+    def fill(self, options: Any) -> None:
+        """Writes the method into an AttentionOptions message."""
+        options.pbs.SetInParent()
+        _set_fields(
+            options.pbs,
+            block_size=self.block_size,
+            segment_size=self.segment_size,
+            threshold=self.threshold,
+            scope=self.scope and _SCOPE_NUMBERS[self.scope.upper()],
+            force_first_block=self.force_first_block,
+        )
+
+
+@dataclass(frozen=True)
+class MeanPooling:
+    """Block-sparse attention without permutation: blocks selected by pooled mass.
+
+    Attributes:
+        block_size: tokens; a power of two in [16, 256] [128].
+        threshold: attention mass to keep per query block, (0, 1] [0.9].
+        force_first_block: every query block also reads block 0 [true].
+    """
+
+    block_size: int | None = None
+    threshold: float | None = None
+    force_first_block: bool | None = None
+
+    def fill(self, options: Any) -> None:
+        """Writes the method into an AttentionOptions message."""
+        options.mean_pooling.SetInParent()
+        _set_fields(
+            options.mean_pooling,
+            block_size=self.block_size,
+            threshold=self.threshold,
+            force_first_block=self.force_first_block,
+        )
+
+
+Method = Union[Dense, Pbs, MeanPooling]
+
+BLOCK_SIZE_DEFAULT = 128  # of every method; AttentionOptions in the .proto files
+
+
+def options_message(
+    method: Method | None,
+    *,
+    dense_fallback: bool | None = None,
+    coverage_rows: int | None = None,
+) -> Any:
+    """The AttentionOptions message of a request.
+
+    Args:
+        method: None leaves it to the server's default profile.
+        dense_fallback: run a layer dense when its selected blocks would not pay; None
+            is the RPC's default (false in Attend, true in Prefill).
+        coverage_rows: query rows per sequence and head whose exact attention coverage
+            is measured, 0 .. 1024 [0].
+    """
+    message = _messages.AttentionOptions()
+    if method is not None:
+        method.fill(message)
+    _set_fields(message, dense_fallback=dense_fallback, coverage_rows=coverage_rows)
+    return message
+
+
+def method_from_message(message: Any) -> Method | None:
+    """The method that an AttentionOptions message names; None for none or unknown."""
+    name = message.WhichOneof("method")
+    if name == "dense":
+        return Dense(_get(message.dense, "block_size"))
+    if name == "pbs":
+        scope = _get(message.pbs, "scope")
+        return Pbs(
+            block_size=_get(message.pbs, "block_size"),
+            segment_size=_get(message.pbs, "segment_size"),
+            threshold=_get(message.pbs, "threshold"),
+            scope="query_head" if scope == _SCOPE_NUMBERS["QUERY_HEAD"] else "kv_head",
+            force_first_block=_get(message.pbs, "force_first_block"),
+        )
+    if name == "mean_pooling":
+        return MeanPooling(
+            block_size=_get(message.mean_pooling, "block_size"),
+            threshold=_get(message.mean_pooling, "threshold"),
+            force_first_block=_get(message.mean_pooling, "force_first_block"),
+        )
+    return None
+
+
+def _set_fields(message: Any, **values: Any) -> None:
+    for name, value in values.items():
+        if value is not None:
+            setattr(message, name, value)
+
+
+def _get(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None

@@ -1,0 +1,309 @@
+"""What the server says, as plain frozen dataclasses.
+
+Durations are seconds of wall time, sizes bytes, unless a name says otherwise. `to_json`
+of each gives plain dicts and lists for `json.dumps`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pbs_client import _messages, dtypes
+from pbs_client.options import Method, method_from_message
+
+_METHOD_NAMES = {n: k.lower() for k, n in _messages.enum_numbers("Method").items()}
+
+
+def method_name(number: int) -> str:
+    """Such as "dense" or "mean_pooling"; "method_9" for one this client lacks."""
+    return _METHOD_NAMES.get(number, f"method_{number}")
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, tuples and numbers as what json.dumps takes; NaN and Inf as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {f.name: to_json(getattr(value, f.name)) for f in fields}
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    if isinstance(value, np.dtype):
+        return dtypes.short_name(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """Seconds by stage; a stage that did not run is 0."""
+
+    queue: float
+    embed: float
+    qkv: float
+    permute: float
+    select: float
+    attend: float
+    mlp: float
+    copy: float
+    send: float
+
+    @classmethod
+    def from_message(cls, message: Any) -> StageSeconds:
+        """From a StageSeconds message."""
+        return cls(*(getattr(message, f.name) for f in dataclasses.fields(cls)))
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A backend of the server: "cpu", its instruction set, and what it computes."""
+
+    name: str
+    isa: str
+    device: str
+    head_dims: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+    @classmethod
+    def from_message(cls, message: Any) -> BackendInfo:
+        """From a BackendInfo message."""
+        known = (dtypes.from_wire(number) for number in message.dtypes)
+        return cls(
+            message.name,
+            message.isa,
+            message.device,
+            tuple(message.head_dims),
+            tuple(dtypes.short_name(dtype) for dtype in known if dtype is not None),
+        )
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What the server refuses to exceed. Tokens, requests, bytes, seconds by name."""
+
+    tokens_max: int
+    attend_tokens_max: int
+    queue_requests_max: int
+    memory_bytes_max: int
+    chunk_bytes_default: int
+    chunk_bytes_max: int
+    receive_message_bytes_max: int
+    lease_ttl_seconds_default: int
+    lease_ttl_seconds_max: int
+    logit_positions_max: int
+    top_logits_max: int
+
+    @classmethod
+    def from_message(cls, message: Any) -> ServerLimits:
+        """From a ServerLimits message."""
+        return cls(*(getattr(message, f.name) for f in dataclasses.fields(cls)))
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """Version, backends, methods and limits of a server.
+
+    Attributes:
+        epoch: changes with every start of the server; tickets carry it.
+        default_attention: what a request that names no method gets; None when the
+            server did not say or this client lacks it.
+    """
+
+    version: str
+    protocol_version: str
+    commit: str
+    epoch: int
+    backends: tuple[BackendInfo, ...]
+    methods: tuple[str, ...]
+    limits: ServerLimits
+    default_attention: Method | None
+
+    @classmethod
+    def from_message(cls, message: Any) -> ServerInfo:
+        """From a ServerInfo message."""
+        return cls(
+            version=message.version,
+            protocol_version=message.protocol_version,
+            commit=message.commit,
+            epoch=message.epoch,
+            backends=tuple(BackendInfo.from_message(b) for b in message.backends),
+            methods=tuple(method_name(number) for number in message.methods),
+            limits=ServerLimits.from_message(message.limits),
+            default_attention=method_from_message(message.default_attention),
+        )
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model the server prefills.
+
+    Attributes:
+        model_digest: of weights, architecture, rotary embedding and dtype.
+        tokens_max: longest prompt.
+        kv_dtype: of the caches as held; "f32", "f16" or "bf16".
+        eos_token_ids: where decoding should stop.
+    """
+
+    name: str
+    architecture: str
+    model_digest: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    tokens_max: int
+    kv_dtype: str
+    compute_dtype: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_message(cls, message: Any) -> ModelInfo:
+        """From a ModelInfo message."""
+        values = {f.name: getattr(message, f.name) for f in dataclasses.fields(cls)}
+        for name in ("kv_dtype", "compute_dtype"):
+            dtype = dtypes.from_wire(values[name])
+            values[name] = "unknown" if dtype is None else dtypes.short_name(dtype)
+        values["eos_token_ids"] = tuple(message.eos_token_ids)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class IterationTimes:
+    """Seconds of one repetition of a benchmark."""
+
+    permute_seconds: float
+    select_seconds: float
+    attend_seconds: float
+
+
+@dataclass(frozen=True)
+class AttendStats:
+    """What an attention call did and what it cost.
+
+    Attributes:
+        method_run: "dense" also for short prompts and when the fallback fired.
+        dense_fallback: the fallback fired.
+        density: executed blocks over causal blocks; may pass 1 for short pbs prompts.
+        lower_density: the same with only blocks on or below the diagonal.
+        head_density: [num_heads].
+        coverage: mean share of exact attention mass inside the executed blocks, over
+            `coverage_rows` sampled rows.
+        iterations: one per repetition.
+        isa: instruction set that ran, such as "avx512".
+    """
+
+    method_run: str
+    dense_fallback: bool
+    density: float
+    lower_density: float
+    head_density: tuple[float, ...]
+    executed_blocks: int
+    causal_blocks: int
+    executed_flops: float
+    dense_flops: float
+    coverage: float
+    coverage_rows: int
+    stages: StageSeconds
+    iterations: tuple[IterationTimes, ...]
+    backend: str
+    isa: str
+
+    @classmethod
+    def from_message(cls, message: Any) -> AttendStats:
+        """From an AttendStats message."""
+        values = {f.name: getattr(message, f.name) for f in dataclasses.fields(cls)}
+        values["method_run"] = method_name(message.method_run)
+        values["head_density"] = tuple(message.head_density)
+        values["stages"] = StageSeconds.from_message(message.stages)
+        values["iterations"] = tuple(
+            IterationTimes(i.permute_seconds, i.select_seconds, i.attend_seconds)
+            for i in message.iterations
+        )
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The server took a prefill on.
+
+    Attributes:
+        queue_position: requests ahead of this one.
+        predicted_seconds: until done; 0 while the server has no estimate.
+    """
+
+    queue_position: int
+    predicted_seconds: float
+
+
+@dataclass(frozen=True)
+class LayerProgress:
+    """A layer's KV is ready: its index, attention density and seconds."""
+
+    index: int
+    density: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TokenLogit:
+    """A candidate next token and its natural-log probability."""
+
+    token_id: int
+    log_probability: float
+
+
+@dataclass(frozen=True)
+class PositionLogits:
+    """The best next tokens after prompt position `position`, falling."""
+
+    position: int
+    top: tuple[TokenLogit, ...]
+
+
+def token_logits(messages: Any) -> tuple[TokenLogit, ...]:
+    """From repeated TokenLogit messages."""
+    return tuple(TokenLogit(m.token_id, m.log_probability) for m in messages)
+
+
+@dataclass(frozen=True)
+class PrefillStats:
+    """What a prefill did and what it cost.
+
+    Attributes:
+        layer_density: [num_layers]; `density` is its mean.
+        layer_method: what ran per layer; "dense" where it fell back.
+        fallback_layers: layers whose dense fallback fired.
+        executed_flops: of attention; `dense_flops` is what dense would have taken.
+        total_seconds: admission to last layer.
+    """
+
+    prompt_tokens: int
+    stages: StageSeconds
+    layer_density: tuple[float, ...]
+    density: float
+    layer_method: tuple[str, ...]
+    fallback_layers: int
+    executed_flops: float
+    dense_flops: float
+    coverage: float
+    time_to_first_layer_seconds: float
+    total_seconds: float
+    backend: str
+    isa: str
+
+    @classmethod
+    def from_message(cls, message: Any) -> PrefillStats:
+        """From a PrefillStats message."""
+        values = {f.name: getattr(message, f.name) for f in dataclasses.fields(cls)}
+        values["stages"] = StageSeconds.from_message(message.stages)
+        values["layer_density"] = tuple(message.layer_density)
+        values["layer_method"] = tuple(method_name(n) for n in message.layer_method)
+        return cls(**values)
