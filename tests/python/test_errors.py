@@ -1,0 +1,170 @@
+"""Every status code becomes the exception that says what to do."""
+
+from __future__ import annotations
+
+import threading
+
+import grpc
+import pbs_client
+import pytest
+from fake_server import fake_server
+from google.protobuf import duration_pb2
+from pbs_client import _messages, _transport, errors
+
+MODELS = "/pbs.v1.Prefill/ListModels"
+
+
+def failing(code: grpc.StatusCode, message: str, details: bytes | None = None):
+    def handle(requests, context):
+        if details is not None:
+            context.set_trailing_metadata((("grpc-status-details-bin", details),))
+        context.abort(code, message)
+        yield b""
+
+    return handle
+
+
+def call_failing(*status) -> pbs_client.PbsError:
+    handlers = {MODELS: failing(*status)}
+    with fake_server(handlers) as target, pbs_client.Client(target) as client:
+        with pytest.raises(pbs_client.PbsError) as caught:
+            client.models()
+        return caught.value
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("INVALID_ARGUMENT", errors.InvalidArgumentError),
+        ("OUT_OF_RANGE", errors.InvalidArgumentError),
+        ("NOT_FOUND", errors.NotFoundError),
+        ("FAILED_PRECONDITION", errors.FailedPreconditionError),
+        ("RESOURCE_EXHAUSTED", errors.ResourceExhaustedError),
+        ("UNAVAILABLE", errors.UnavailableError),
+        ("DEADLINE_EXCEEDED", errors.DeadlineExceededError),
+        ("UNIMPLEMENTED", errors.UnimplementedError),
+        ("ABORTED", errors.AbortedError),
+        ("CANCELLED", errors.CallCancelledError),
+        ("DATA_LOSS", errors.CorruptDataError),
+        ("INTERNAL", errors.InternalError),
+        ("UNKNOWN", errors.InternalError),
+        ("PERMISSION_DENIED", errors.InternalError),
+    ],
+)
+def test_a_status_code_has_its_exception(code, kind):
+    error = call_failing(grpc.StatusCode[code], "seq_len 9 exceeds 8")
+    assert type(error) is kind
+    assert error.code.name == code
+    assert error.message == "seq_len 9 exceeds 8"
+    assert error.retry_after is None
+    assert str(error) == f"{code}: seq_len 9 exceeds 8"
+
+
+def retry_details(seconds: int, nanos: int) -> bytes:
+    delay = duration_pb2.Duration(seconds=seconds, nanos=nanos).SerializeToString()
+    retry = _messages.RetryInfo()
+    retry.retry_delay.MergeFromString(delay)
+    status = _messages.RpcStatus(code=8, message="full")
+    status.details.add(type_url="type.googleapis.com/google.rpc.DebugInfo", value=b"")
+    status.details.add(
+        type_url="type.googleapis.com/google.rpc.RetryInfo",
+        value=retry.SerializeToString(),
+    )
+    return status.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("details", "retry_after"),
+    [
+        pytest.param(retry_details(2, 500_000_000), 2.5, id="seconds and nanos"),
+        pytest.param(retry_details(0, 0), 0.0, id="at once"),
+        pytest.param(retry_details(-5, 0), 0.0, id="negative"),
+        pytest.param(b"", None, id="empty details"),
+        pytest.param(b"\xff\xff", None, id="malformed details"),
+    ],
+)
+def test_the_server_says_when_to_come_back(details, retry_after):
+    error = call_failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", details)
+    assert error.retry_after == retry_after
+
+
+def test_a_server_that_is_not_there_is_unavailable():
+    with fake_server({}) as target:
+        pass  # now nobody listens there
+    with (
+        pbs_client.Client(target) as client,
+        pytest.raises(pbs_client.UnavailableError),
+    ):
+        client.info()
+
+
+def test_a_server_that_does_not_answer_is_given_up():
+    def wait_for_cancel(requests, context):
+        ended = threading.Event()
+        context.add_callback(ended.set)
+        ended.wait()
+        return
+        yield b""
+
+    with (
+        fake_server({MODELS: wait_for_cancel}) as target,
+        pbs_client.Client(target) as client,
+        pytest.raises(pbs_client.DeadlineExceededError),
+    ):
+        client.models(timeout=0.2)
+
+
+def test_a_method_the_server_lacks_is_unimplemented():
+    with (
+        fake_server({}) as target,
+        pbs_client.Client(target) as client,
+        pytest.raises(pbs_client.UnimplementedError),
+    ):
+        client.info()
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["", "localhost", "localhost:", "localhost:0", "localhost:65536", ":50051"],
+)
+def test_a_target_without_host_and_port_is_refused_before_any_traffic(target):
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        pbs_client.Client(target)
+
+
+@pytest.mark.parametrize(
+    ("target", "loopback"),
+    [
+        ("localhost:1", True),
+        ("127.0.0.1:1", True),
+        ("127.8.8.8:1", True),
+        ("[::1]:1", True),
+        ("ipv4:127.0.0.1:1", True),
+        ("ipv6:[::1]:1", True),
+        ("dns:///localhost:1", True),
+        ("unix:/run/pbs.sock", True),
+        ("10.0.0.1:1", False),
+        ("node.example:1", False),
+        ("dns:///node.example:1", False),
+    ],
+)
+def test_proxies_are_for_other_machines(target, loopback):
+    assert _transport.is_loopback(target) is loopback
+    options = _transport._channel_options(target)
+    assert options.get("grpc.enable_http_proxy") == (0 if loopback else None)
+
+
+def test_an_http_proxy_in_the_environment_does_not_stand_before_loopback(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:1")
+
+    def no_models(requests, context):
+        for _ in requests:
+            pass
+        yield b""
+
+    with (
+        fake_server({MODELS: no_models}) as target,
+        pbs_client.Client(target) as client,
+    ):
+        assert client.models() == ()
