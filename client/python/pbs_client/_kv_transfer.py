@@ -11,7 +11,7 @@ import numpy as np
 from pbs_client import _messages, _wire, dtypes
 from pbs_client._kv_receiver import LAYOUT_NUMBERS, KvReceiver, KvShape, LayerCallback
 from pbs_client._transport import Deadline, Transport
-from pbs_client.errors import UnavailableError
+from pbs_client.errors import DeadlineExceededError, UnavailableError
 from pbs_client.kv import KvCache, KvDescriptor, Span
 
 _RECONNECT_SECONDS_MAX = 10.0
@@ -106,11 +106,21 @@ def run_fetch(
             _fetch_from(transport, plan, receiver, deadline)
             return plan.cache(receiver)
         except UnavailableError:
-            if resumes <= 0:
+            if resumes <= 0 or not _reconnect(transport, plan, deadline):
                 raise
             resumes -= 1
         receiver.restart_layer()
-        transport.wait_connected(min(deadline.left(), _RECONNECT_SECONDS_MAX))
+
+
+def _reconnect(transport: Transport, plan: FetchPlan, deadline: Deadline) -> bool:
+    """Whether the server is back and has the cache; else also as Client.describe()."""
+    ticket = plan.descriptor.ticket.to_message().SerializeToString()
+    seconds = min(deadline.left(), _RECONNECT_SECONDS_MAX)
+    try:
+        transport.unary("/pbs.v1.KvSource/Describe", ticket, seconds, True)
+    except (UnavailableError, DeadlineExceededError):
+        return False
+    return True
 
 
 def _fetch_from(

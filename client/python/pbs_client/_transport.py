@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from pbs_client.errors import UnavailableError, from_rpc_error
+from pbs_client.errors import from_rpc_error
 
 # A chunk is at most 4 MiB; the largest other reply is the logits of a whole vocabulary.
 RECEIVE_BYTES_MAX = 16 << 20
@@ -60,24 +60,25 @@ class Transport:
         """Cancels what is under way and closes the connection."""
         self._channel.close()
 
-    def wait_connected(self, timeout: float) -> None:
-        """Returns once connected. UnavailableError after `timeout` seconds."""
-        ready = grpc.channel_ready_future(self._channel)
-        try:
-            ready.result(timeout=timeout)
-        except grpc.FutureTimeoutError:
-            raise UnavailableError(
-                f"no connection to {self.target} within {timeout:.1f} s",
-                grpc.StatusCode.UNAVAILABLE,
-            ) from None
-        finally:
-            ready.cancel()
+    def unary(
+        self,
+        path: str,
+        request: bytes,
+        timeout: float,
+        wait_for_ready: bool = False,
+    ) -> bytes:
+        """One request, one reply. Raises PbsError.
 
-    def unary(self, path: str, request: bytes, timeout: float) -> bytes:
-        """One request, one reply. Raises PbsError."""
+        With wait_for_ready a server that is not there is waited for, within `timeout`.
+        """
         call = self._channel.unary_unary(path)
         try:
-            reply = call(request, timeout=timeout, metadata=self._metadata)
+            reply = call(
+                request,
+                timeout=timeout,
+                metadata=self._metadata,
+                wait_for_ready=wait_for_ready,
+            )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return bytes(reply)
