@@ -21,6 +21,12 @@ void ByteReservation::ShrinkTo(int64_t bytes) {
   bytes_ = bytes;
 }
 
+ByteReservation ByteReservation::Split(int64_t bytes) {
+  PBS_CHECK(0 <= bytes && bytes <= bytes_);
+  bytes_ -= bytes;
+  return ByteReservation(ledger_, bytes);
+}
+
 void ByteReservation::Reset() {
   ShrinkTo(0);
   ledger_ = nullptr;

@@ -26,6 +26,8 @@ class ByteReservation {
   int64_t bytes() const { return bytes_; }
   // Gives back all but `bytes`; requires 0 <= bytes <= bytes().
   void ShrinkTo(int64_t bytes);
+  // Moves `bytes` of this charge into a reservation of their own; as ShrinkTo().
+  ByteReservation Split(int64_t bytes);
   void Reset();
 
  private:

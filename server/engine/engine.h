@@ -26,8 +26,8 @@
 #include "server/engine/byte_ledger.h"
 #include "server/engine/held_kv.h"
 #include "server/engine/job_terms.h"
-#include "server/engine/logit_scores.h"
 #include "server/engine/served_model.h"
+#include "server/model/sampling.h"
 
 namespace pbs::server {
 
@@ -90,6 +90,8 @@ struct PrefillJob {
   std::shared_ptr<HeldKv> kv;   // from ReservePrefill()
   ByteReservation reservation;  // workspace; from ReservePrefill()
 };
+
+using ScoredToken = TokenScore;
 
 struct PrefillResult {
   int32_t first_token_id = 0;

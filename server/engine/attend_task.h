@@ -1,0 +1,75 @@
+// One raw attention as a job: every warm-up run and every repetition is a step.
+//
+// Threading: as Job. Memory: the job's tensors; outputs and workspace are allocated at
+// the first step, inside what the job's reservation has charged.
+#pragma once
+
+#include <memory>
+
+#include "pbs/backend.h"
+#include "server/base/clock.h"
+#include "server/engine/cost_model.h"
+#include "server/engine/engine.h"
+#include "server/engine/job.h"
+#include "server/telemetry/server_metrics.h"
+
+namespace pbs::server {
+
+// What an Attend holds at its peak, part by part.
+struct AttendBytes {
+  int64_t inputs = 0;  // q, k, v; given order and lists
+  int64_t workspace = 0;
+  int64_t outputs = 0;  // o; wanted lse, order and lists (worst case)
+
+  int64_t Total() const { return inputs + workspace + outputs; }
+};
+
+struct AttendWanted {
+  bool lse = false, order = false, lists = false;
+};
+
+AttendBytes BytesOfAttend(const AttentionPlan& plan, const AttendWanted& wanted);
+
+// Warm-ups and repetitions.
+int32_t NumRuns(const AttendJob& job);
+
+// The key and the size of its work for the cost model.
+CostKey AttendCostKey(const AttentionProblem& problem);
+Work AttendWork(const AttentionGeometry& geometry, int32_t runs);
+
+class AttendTask final : public Job {
+ public:
+  // Borrowed; all must outlive the task.
+  struct Parts {
+    Backend& backend;
+    CostModel& costs;
+    EngineMetrics& metrics;
+    const Clock& clock;
+  };
+
+  // `plan` is the backend's for job.problem.
+  AttendTask(const Parts& parts, AttendJob job, std::unique_ptr<AttentionPlan> plan,
+             AttendListener& listener);
+
+  void Start(const JobTiming& timing) override;
+  absl::StatusOr<StepResult> Step(const RunControl& control) override;
+  void Finish(const absl::Status& status) override;
+
+ private:
+  absl::Status Allocate();
+  absl::Status RunOnce(const RunControl& control, bool is_last);
+  AttentionTensors Tensors();
+  void Measure();
+
+  const Parts parts_;
+  AttendJob job_;
+  const std::unique_ptr<AttentionPlan> plan_;
+  AttendListener& listener_;
+  const int32_t num_runs_;
+  int32_t runs_done_ = 0;
+  double run_seconds_ = 0;  // of all runs
+  Buffer workspace_;
+  AttendResult result_;
+};
+
+}  // namespace pbs::server

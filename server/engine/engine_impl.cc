@@ -1,0 +1,123 @@
+#include "server/engine/engine_impl.h"
+
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "pbs/check.h"
+#include "server/base/status.h"
+#include "server/engine/attend_task.h"
+#include "server/engine/prefill_task.h"
+#include "server/model/prefill_plan.h"
+
+namespace pbs::server {
+
+EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
+    : parts_(parts),
+      executor_(options.queue_requests_max, parts.clock, parts.timers,
+                parts.metrics.engine) {
+  parts_.metrics.engine.memory_budget.Set(
+      static_cast<double>(parts_.ledger.bytes_max()));
+}
+
+absl::StatusOr<ByteReservation> EngineImpl::Charge(int64_t bytes) {
+  absl::StatusOr<ByteReservation> charged = parts_.ledger.Reserve(bytes);
+  if (!charged.ok()) {
+    const bool never = absl::IsInvalidArgument(charged.status());
+    parts_.metrics.engine
+        .Rejected(never ? RejectReason::kTooLarge : RejectReason::kMemory)
+        .Increment();
+  }
+  return charged;
+}
+
+// ---- raw attention
+
+absl::StatusOr<ByteReservation> EngineImpl::ReserveAttend(
+    const AttentionProblem& problem, bool want_lse, bool want_order, bool want_lists) {
+  PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<AttentionPlan> plan,
+                            ToAbsl(parts_.backend.Plan(problem)));
+  const AttendWanted wanted = {want_lse, want_order, want_lists};
+  return Charge(BytesOfAttend(*plan, wanted).Total());
+}
+
+absl::StatusOr<Admission> EngineImpl::SubmitAttend(AttendJob job,
+                                                   AttendListener& listener) {
+  PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<AttentionPlan> plan,
+                            ToAbsl(parts_.backend.Plan(job.problem)));
+  const JobTerms terms = job.terms;
+  JobSize size;
+  size.prediction =
+      costs_.Predict(AttendCostKey(job.problem),
+                     AttendWork(plan->geometry, NumRuns(job)), parts_.clock.Now());
+  const AttendTask::Parts task_parts = {parts_.backend, costs_, parts_.metrics.engine,
+                                        parts_.clock};
+  return executor_.Submit(terms, size,
+                          std::make_unique<AttendTask>(task_parts, std::move(job),
+                                                       std::move(plan), listener));
+}
+
+// ---- prefill
+
+// The cache counts as held until its last owner lets go. shared_ptr: see held_kv.h.
+std::shared_ptr<HeldKv> EngineImpl::Hold(KvCache cache, ByteReservation bytes) {
+  prometheus::Gauge& gauge = parts_.metrics.kv.Held(Tier::kHost);
+  const auto held = static_cast<double>(bytes.bytes());
+  gauge.Increment(held);
+  return std::shared_ptr<HeldKv>(new HeldKv(std::move(cache), std::move(bytes)),
+                                 [&gauge, held](HeldKv* kv) {
+                                   delete kv;
+                                   gauge.Decrement(held);
+                                 });
+}
+
+absl::StatusOr<PrefillReservation> EngineImpl::ReservePrefill(
+    const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
+    int32_t num_logit_rows) {
+  PBS_CHECK(&model.model->backend() == &parts_.backend);
+  // Which rows does not matter to the plan's size.
+  const std::vector<int32_t> rows(static_cast<size_t>(num_logit_rows), 0);
+  PBS_ABSL_ASSIGN_OR_RETURN(const PrefillPlan plan,
+                            ToAbsl(PlanPrefill(*model.model, {.num_tokens = num_tokens,
+                                                              .attention = attention,
+                                                              .logit_rows = rows})));
+  const KvShape shape = model.model->kv_shape(num_tokens);
+  const int64_t workspace = plan.workspace_bytes + LogitScratchBytes(*model.model);
+  // One charge for both, so that two requests cannot each hold half of what they need.
+  PBS_ABSL_ASSIGN_OR_RETURN(ByteReservation all, Charge(shape.bytes() + workspace));
+  PrefillReservation reservation;
+  reservation.workspace = all.Split(workspace);
+  PBS_ABSL_ASSIGN_OR_RETURN(KvCache cache,
+                            ToAbsl(KvCache::Create(shape, parts_.backend)));
+  reservation.kv = Hold(std::move(cache), std::move(all));
+  return reservation;
+}
+
+absl::StatusOr<Admission> EngineImpl::SubmitPrefill(PrefillJob job,
+                                                    PrefillListener& listener) {
+  const Model& model = *job.model->model;
+  const auto num_tokens = static_cast<int32_t>(job.tokens.size());
+  PBS_ABSL_ASSIGN_OR_RETURN(PrefillPlan plan,
+                            ToAbsl(PlanPrefill(model, {.num_tokens = num_tokens,
+                                                       .attention = job.attention,
+                                                       .logit_rows = LogitRows(job)})));
+  if (plan.workspace_bytes > job.reservation.bytes()) {
+    return absl::InternalError("the prefill was reserved with another shape");
+  }
+  const JobTerms terms = job.terms;
+  JobSize size;
+  size.prompt_tokens = num_tokens;
+  size.prediction = costs_.Predict(PrefillCostKey(model, job.attention),
+                                   PrefillWork(num_tokens), parts_.clock.Now());
+  const PrefillTask::Parts task_parts = {costs_, parts_.metrics.engine, parts_.clock};
+  const std::shared_ptr<HeldKv> kv = job.kv;
+  absl::StatusOr<Admission> admission =
+      executor_.Submit(terms, size,
+                       std::make_unique<PrefillTask>(task_parts, std::move(job),
+                                                     std::move(plan), listener));
+  // Whoever follows the cache already must not wait for layers that will never come.
+  if (!admission.ok()) kv->Finish(admission.status());
+  return admission;
+}
+
+}  // namespace pbs::server

@@ -1,0 +1,70 @@
+// The engine on one backend.
+//
+//   Reserve*: plan and charge       Submit*: plan again, predict, hand to the executor
+//
+// Threading and memory: as Engine. The backend is used by the executor's thread; from
+// other threads only to plan and to allocate, which every backend allows.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "pbs/backend.h"
+#include "server/base/clock.h"
+#include "server/base/timers.h"
+#include "server/engine/byte_ledger.h"
+#include "server/engine/cost_model.h"
+#include "server/engine/engine.h"
+#include "server/engine/executor.h"
+#include "server/telemetry/server_metrics.h"
+
+namespace pbs::server {
+
+struct EngineOptions {
+  int32_t queue_requests_max = 64;
+};
+
+// Borrowed; all must outlive the engine. `metrics.kv` counts held caches, and must
+// outlive those too.
+struct EngineParts {
+  Backend& backend;
+  ByteLedger& ledger;
+  const Clock& clock;
+  TimerQueue& timers;
+  ServerMetrics& metrics;
+};
+
+class EngineImpl final : public Engine {
+ public:
+  EngineImpl(const EngineOptions& options, const EngineParts& parts);
+
+  // To be run by an ExecutorThread, or by hand in a test.
+  Executor& executor() { return executor_; }
+
+  absl::StatusOr<ByteReservation> ReserveAttend(const AttentionProblem& problem,
+                                                bool want_lse, bool want_order,
+                                                bool want_lists) override;
+  absl::StatusOr<PrefillReservation> ReservePrefill(const ServedModel& model,
+                                                    int32_t num_tokens,
+                                                    const AttentionOptions& attention,
+                                                    int32_t num_logit_rows) override;
+  absl::StatusOr<Admission> SubmitAttend(AttendJob job,
+                                         AttendListener& listener) override;
+  absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,
+                                          PrefillListener& listener) override;
+  void Cancel(JobId id) override { executor_.Cancel(id); }
+  void Drain(absl::AnyInvocable<void()> on_idle) override {
+    executor_.Drain(std::move(on_idle));
+  }
+
+ private:
+  // Counts refusals.
+  absl::StatusOr<ByteReservation> Charge(int64_t bytes);
+  std::shared_ptr<HeldKv> Hold(KvCache cache, ByteReservation bytes);
+
+  const EngineParts parts_;
+  CostModel costs_;
+  Executor executor_;
+};
+
+}  // namespace pbs::server
