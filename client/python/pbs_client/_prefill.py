@@ -147,6 +147,17 @@ def set_delivery(
             part.dtype = dtypes.to_wire(kv_dtype)
 
 
+def find_model(models: Sequence[ModelInfo], name: str) -> ModelInfo:
+    """The model of that name; for "" the only one. NotFoundError without."""
+    for model in models:
+        if model.name == name or (not name and len(models) == 1):
+            return model
+    names = ", ".join(model.name for model in models) or "none"
+    raise NotFoundError(
+        f"model {name!r} is not served; these are: {names}", grpc.StatusCode.NOT_FOUND
+    )
+
+
 def inline_shape(
     request: Any,
     models: Sequence[ModelInfo],
@@ -154,21 +165,14 @@ def inline_shape(
     dtype: np.dtype[Any] | None,
     checksums: bool,
 ) -> KvShape:
-    """What an inline cache will look like. NotFoundError when no model has the name."""
-    name = request.model
-    found = [m for m in models if m.name == name or (not name and len(models) == 1)]
-    if not found:
-        names = ", ".join(model.name for model in models) or "none"
-        raise NotFoundError(
-            f"model {name!r} is not served; these are: {names}",
-            grpc.StatusCode.NOT_FOUND,
-        )
+    """What an inline cache will look like. NotFoundError as find_model()."""
+    model = find_model(models, request.model)
     return KvShape(
-        layers=Span(0, found[0].num_layers),
+        layers=Span(0, model.num_layers),
         tokens=Span(0, len(request.token_ids)),
-        heads=Span(0, found[0].num_kv_heads),
-        head_dim=found[0].head_dim,
-        dtype=dtypes.float_dtype(found[0].kv_dtype) if dtype is None else dtype,
+        heads=Span(0, model.num_kv_heads),
+        head_dim=model.head_dim,
+        dtype=dtypes.float_dtype(model.kv_dtype) if dtype is None else dtype,
         layout="HND",
         epoch=epoch,
         checksums=checksums,

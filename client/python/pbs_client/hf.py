@@ -29,6 +29,7 @@ import numpy as np
 
 from pbs_client import dtypes
 from pbs_client.kv import Array, KvCache
+from pbs_client.results import ModelInfo
 
 try:
     import torch
@@ -38,6 +39,12 @@ except ImportError as error:
         f"{error}; pbs_client.hf needs torch and transformers: "
         'pip install "pbs-client[hf]"'
     ) from error
+
+
+# Relative error allowed between a key of the first layer as the server computed it and
+# as this model does. bf16 on either side gives up to .01; another rotary base, other
+# weights or another token give about 1.
+_FIRST_LAYER_ERROR_MAX = 0.05
 
 
 class IncompatibleCacheError(ValueError):
@@ -124,6 +131,66 @@ def check_compatible(model: Any, cache: KvCache, model_digest: str = "") -> None
             )
 
 
+def check_first_layer(
+    model: Any, prompt: Sequence[int] | Array, cache: KvCache
+) -> None:
+    """Computes the first layer's K and V of the last token here and compares.
+
+    They depend on the embedding, the first projections and the rotary embedding but on
+    no attention, so they are the same for every method. One decoding step of time.
+
+    Raises:
+        IncompatibleCacheError: they are not alike: other weights, another prompt, or a
+            config that this transformers release reads differently.
+    """
+    last = len(prompt) - 1
+    made = transformers.DynamicCache()
+    with torch.no_grad():
+        model(
+            input_ids=torch.tensor([[int(prompt[last])]], device=model.device),
+            position_ids=torch.tensor([[last]], device=model.device),
+            past_key_values=made,
+            use_cache=True,
+        )
+    layer = made.layers[0]
+    for name, here, there in (
+        ("K", layer.keys, cache.k[0]),
+        ("V", layer.values, cache.v[0]),
+    ):
+        ours = here[0, :, 0].float().cpu()
+        theirs = _to_torch(np.ascontiguousarray(there[:, last])).float()
+        error = float((ours - theirs).norm() / ours.norm().clamp_min(1e-30))
+        if not error <= _FIRST_LAYER_ERROR_MAX:
+            raise IncompatibleCacheError(
+                f"{name} of the first layer and last token is not this model's: off by "
+                f"{error:.3g} (limit {_FIRST_LAYER_ERROR_MAX}): the server has other "
+                "weights or another config, or prefilled another prompt"
+            )
+
+
+def check_same_model(model: Any, info: ModelInfo) -> None:
+    """Refuses a server model that plainly is another one than this.
+
+    Args:
+        model: a transformers model, or its config.
+        info: from Client.models().
+
+    Raises:
+        IncompatibleCacheError: architecture, vocabulary or a size differs.
+    """
+    config = getattr(model, "config", model)
+    for name, here, there in (
+        ("architecture", config.model_type, info.architecture),
+        ("vocab_size", config.vocab_size, info.vocab_size),
+        ("hidden_size", config.hidden_size, info.hidden_size),
+        ("num_layers", config.num_hidden_layers, info.num_layers),
+    ):
+        if here != there:
+            raise IncompatibleCacheError(
+                f"model {info.name} of the server has {name} {there}, the folder {here}"
+            )
+
+
 def dynamic_cache(
     cache: KvCache, num_tokens: int, *, dtype: Any = None, device: Any = "cpu"
 ) -> Any:
@@ -170,7 +237,8 @@ def generate_inputs(
         model_digest: see check_compatible().
 
     Raises:
-        IncompatibleCacheError: the cache is not of this model or not of this prompt.
+        IncompatibleCacheError: the cache is not of this model or not of this prompt
+            (check_compatible(), check_first_layer()).
     """
     check_compatible(model, cache, model_digest)
     ids = [int(token) for token in prompt]
@@ -183,6 +251,7 @@ def generate_inputs(
         ids.append(first_token)
     if len(ids) < 2:
         raise ValueError("a prompt of one token needs first_token")
+    check_first_layer(model, prompt, cache)
     made = dynamic_cache(cache, len(ids) - 1, dtype=model.dtype, device=model.device)
     input_ids = torch.tensor([ids], device=model.device)
     check_generate_inputs(input_ids, made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,8 @@ _INTERRUPTED = 130  # as shells report Ctrl-C
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code that `pbs-client --help` documents."""
     arguments = make_parser().parse_args(argv)
+    # stderr is for our words; gRPC's own log would come between.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         arguments.run(arguments)
     except PbsError as error:

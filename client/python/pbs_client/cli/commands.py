@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pbs_client import dtypes, safetensors_file
+from pbs_client._prefill import find_model
 from pbs_client.block_lists import flat_mask
 from pbs_client.cli.progress import ProgressBar
 from pbs_client.client import Client
@@ -147,6 +148,7 @@ def generate(arguments: argparse.Namespace) -> None:
     )
     clock.stage("load_model")
     with Client(arguments.server) as client, ProgressBar() as bar:
+        hf.check_same_model(model, find_model(client.models(), arguments.model))
         result = client.prefill(
             arguments.model,
             tokens,
@@ -276,8 +278,7 @@ def _layer_bar(
     """An on_layer that draws and collects."""
     total = 0
     if bar.is_active:
-        found = client.models()
-        total = sum(m.num_layers for m in found if m.name == model or len(found) == 1)
+        total = find_model(client.models(), model).num_layers
 
     def on_layer(progress: Any) -> None:
         layers.append(to_json(progress))
