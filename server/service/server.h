@@ -19,28 +19,11 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "server/base/clock.h"
-#include "server/base/log.h"
-#include "server/base/timers.h"
-#include "server/engine/byte_ledger.h"
-#include "server/engine/engine.h"
+#include "server/engine/served_model.h"
 #include "server/service/options.h"
-#include "server/telemetry/server_metrics.h"
-#include "server/transfer/lease_store.h"
+#include "server/service/parts.h"
 
 namespace pbs::server {
-
-// Borrowed; all must outlive the server.
-struct ServiceParts {
-  Engine& engine;
-  LeaseStore& leases;
-  ByteLedger& ledger;  // the engine's
-  ServerMetrics& metrics;
-  Log& log;
-  const Clock& clock;
-  TimerQueue&
-      timers;  // run by a TimerThread, which stops before the server is destroyed
-};
 
 class GrpcServer {
  public:

@@ -25,6 +25,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -113,6 +114,9 @@ class LeaseStore {
   LeaseStore(const LeaseStore&) = delete;
   LeaseStore& operator=(const LeaseStore&) = delete;
 
+  // What every ticket without a lease gets.
+  static absl::Status NotFound();
+
   const LeaseOptions& options() const { return options_; }
   uint64_t epoch() const { return epoch_; }
 
@@ -166,6 +170,7 @@ class LeaseStore {
   std::shared_ptr<Lease> Remove(LeaseMap::iterator entry)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Erase(const std::string& handle, bool only_if_expired);
+  void DropIfExpired(const std::string& idempotency_key);
   void NotifyIfEmpty();
 
   const LeaseOptions options_;

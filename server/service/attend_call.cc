@@ -1,0 +1,194 @@
+#include "server/service/attend_call.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/base/status.h"
+#include "server/service/request_limits.h"
+#include "server/service/wire_status.h"
+
+namespace pbs::server {
+
+AttendCall::AttendCall(ServiceContext& service, grpc::CallbackServerContext& context)
+    : service_(service),
+      context_(context),
+      record_(service.parts, Rpc::kAttend),
+      loop_(*this, service.movers),
+      guard_(service.parts.timers, service.parts.clock, [this](absl::Status reason) {
+        Fail(std::move(reason));
+        // A stalled write ends no other way; before the first write the status gets
+        // out.
+        if (loop_.ticks() % 2 == 1) context_.TryCancel();
+      }) {
+  guard_.WatchWrites(loop_,
+                     absl::Seconds(service.options.transport.write_stall_seconds_max));
+  if (absl::Status status = service.CheckAdmitting(); !status.ok()) {
+    Fail(std::move(status));
+    return;
+  }
+  auto slot = service.TakeUploadSlot();
+  if (!slot.ok()) {
+    Fail(std::move(slot).status());
+    return;
+  }
+  slot_ = *std::move(slot);
+  const int32_t seconds = service.options.limits.upload_seconds_max;
+  guard_.Limit(
+      absl::Seconds(seconds),
+      absl::StrCat("the upload took longer than upload_seconds_max ", seconds));
+  StartRead(&read_);
+}
+
+void AttendCall::OnReadDone(bool ok) {
+  const absl::Status status = ok ? Read() : EndUpload();
+  read_.Clear();
+  if (!status.ok()) {
+    upload_.reset();  // free before the caller is told
+    slot_.Reset();
+    Fail(status);
+    return;
+  }
+  if (ok) StartRead(&read_);
+}
+
+absl::Status AttendCall::Read() {
+  {
+    MutexLock lock(mutex_);
+    if (failure_.has_value()) return *failure_;  // no point in reading on
+  }
+  wire::AttendRequest message;
+  PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeAttendRequest(read_, &message)));
+  if (const auto* header = std::get_if<v1::AttendHeader>(&message)) {
+    return TakeHeader(*header);
+  }
+  const auto* chunk = std::get_if<wire::TensorChunk>(&message);
+  if (chunk == nullptr) {
+    return absl::InvalidArgumentError("a message is neither a header nor a chunk");
+  }
+  if (upload_ == nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "chunk of tensor ", TensorLabel(chunk->tensor), " before the header"));
+  }
+  return upload_->Add(*chunk);
+}
+
+absl::Status AttendCall::TakeHeader(const v1::AttendHeader& header) {
+  if (upload_ != nullptr) {
+    return absl::InvalidArgumentError("a second header in one call");
+  }
+  record_.set_request_id(header.request_id().substr(0, kRequestTextBytesMax));
+  AttendLimits limits;
+  limits.tokens_max = service_.options.limits.attend_tokens_max;
+  limits.default_attention = service_.options.default_attention;
+  PBS_ABSL_ASSIGN_OR_RETURN(spec_, DecodeAttendHeader(header, limits));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      ByteReservation reservation,
+      service_.parts.engine.ReserveAttend(spec_->problem, spec_->want_lse,
+                                          spec_->want_order, spec_->want_lists));
+  terms_.request_id = header.request_id();
+  terms_.deadline = service_.parts.clock.FromSystem(context_.deadline());
+  PBS_ABSL_ASSIGN_OR_RETURN(upload_,
+                            AttendUpload::Create(*spec_, std::move(reservation)));
+  return absl::OkStatus();
+}
+
+absl::Status AttendCall::EndUpload() {
+  guard_.Met();
+  slot_.Reset();
+  if (upload_ == nullptr) {
+    return absl::InvalidArgumentError("the call ended before its header");
+  }
+  PBS_ABSL_RETURN_IF_ERROR(upload_->Finish());
+  MutexLock lock(mutex_);
+  if (failure_.has_value()) return *failure_;
+  ++references_;
+  service_.background.Post([this] { Submit(); });
+  return absl::OkStatus();
+}
+
+void AttendCall::Submit() {
+  absl::StatusOr<AttendJob> job = upload_->MakeJob(std::move(terms_), stop_);
+  upload_.reset();
+  {
+    MutexLock lock(mutex_);
+    ++references_;  // the job's; it may end before SubmitAttend() returns
+  }
+  absl::StatusOr<Admission> admission =
+      job.ok() ? service_.parts.engine.SubmitAttend(*std::move(job), *this)
+               : absl::StatusOr<Admission>(std::move(job).status());
+  if (!admission.ok()) {
+    OnDone(std::move(admission).status());
+  } else if (StoreJob(admission->id)) {
+    service_.parts.engine.Cancel(admission->id);
+  }
+  MutexLock lock(mutex_);
+  --references_;
+  loop_.Wake();
+}
+
+// True when the call failed before the job could be cancelled by its id.
+bool AttendCall::StoreJob(JobId id) {
+  MutexLock lock(mutex_);
+  job_ = id;
+  return failure_.has_value();
+}
+
+void AttendCall::OnCancel() { Fail(absl::CancelledError("the caller went away")); }
+
+void AttendCall::Fail(absl::Status status) {
+  JobId job = 0;
+  {
+    MutexLock lock(mutex_);
+    if (failure_.has_value()) return;
+    failure_ = std::move(status);
+    job = job_;
+    stop_ = true;
+    loop_.Wake();
+  }
+  // Without the lock: a waiting job ends, and calls OnDone(), before this returns.
+  if (job != 0) service_.parts.engine.Cancel(job);
+}
+
+// The lock covers Wake(): once the last reference is gone the call may end at any time.
+void AttendCall::OnDone(absl::StatusOr<AttendResult> result) {
+  MutexLock lock(mutex_);
+  if (result.ok()) {
+    result_ = *std::move(result);
+  } else if (!failure_.has_value()) {
+    failure_ = std::move(result).status();
+  }
+  --references_;
+  loop_.Wake();
+}
+
+NextWrite AttendCall::Next() {
+  {
+    MutexLock lock(mutex_);
+    if (failure_.has_value()) {
+      return references_ > 0 ? NextWrite::Wait() : NextWrite::End(*failure_);
+    }
+    if (references_ > 0 || (reply_ == nullptr && !result_.has_value())) {
+      return NextWrite::Wait();
+    }
+    if (reply_ == nullptr) {
+      reply_ = std::make_unique<AttendReply>(*spec_, service_.options.backend,
+                                             service_.options.transport.chunk_bytes,
+                                             *std::move(result_));
+      result_.reset();
+    }
+  }
+  if (auto message = reply_->Next()) return NextWrite::Message(*std::move(message));
+  return NextWrite::End(absl::OkStatus());
+}
+
+void AttendCall::End(const absl::Status& status) {
+  guard_.Disarm();
+  reply_.reset();
+  {
+    MutexLock lock(mutex_);
+    result_.reset();  // of a job that was done when the call failed
+  }
+  Finish(record_.End(status));
+}
+
+}  // namespace pbs::server

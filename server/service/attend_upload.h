@@ -1,0 +1,72 @@
+// One Attend's way in: from header to a job that the engine takes.
+//
+// Threading: one thread at a time. MakeJob() may take seconds (generator, checks of
+// orders and lists) and belongs on the background thread.
+// Memory: everything is charged before it is allocated, and allocated before the first
+// chunk; dropping the upload frees it.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "proto/wire/messages.h"
+#include "server/engine/engine.h"
+#include "server/service/attend_request.h"
+#include "server/transfer/chunk_assembler.h"
+
+namespace pbs::server {
+
+class AttendUpload {
+ public:
+  // `reservation` is the engine's for `spec`. ResourceExhausted when the system has no
+  // memory after all.
+  static absl::StatusOr<std::unique_ptr<AttendUpload>> Create(
+      AttendSpec spec, ByteReservation reservation);
+
+  const AttendSpec& spec() const { return spec_; }
+
+  // Copies a chunk to its place and looks at the new elements. Errors as
+  // ChunkAssembler::Add(); InvalidArgument names the tensor and index of a NaN or
+  // infinity.
+  absl::Status Add(const wire::TensorChunk& chunk);
+
+  // After the last chunk. InvalidArgument when a tensor is not whole.
+  absl::Status Finish() const { return assembler_.Finish(); }
+
+  // Runs the generator, checks order and lists, and moves everything into a job.
+  // InvalidArgument as ValidateOrder() and ValidateLists(); Cancelled when `stop` turns
+  // true.
+  absl::StatusOr<AttendJob> MakeJob(JobTerms terms, const std::atomic<bool>& stop);
+
+ private:
+  // A block of memory per input tensor; those that the problem lacks stay empty.
+  struct Input {
+    v1::TensorName tensor;
+    HostBytes bytes;
+    int64_t scanned = 0;  // elements known to be finite
+  };
+
+  AttendUpload(AttendSpec spec, ByteReservation reservation)
+      : spec_(std::move(spec)), reservation_(std::move(reservation)) {}
+
+  absl::Status Allocate();
+  absl::Status Generate(const std::atomic<bool>& stop);
+  absl::Status ScanNewElements(Input& input);
+  Input& Find(v1::TensorName tensor);
+
+  AttendSpec spec_;
+  ByteReservation reservation_;
+  std::array<Input, 6> inputs_ = {{{v1::Q, {}},
+                                   {v1::K, {}},
+                                   {v1::V, {}},
+                                   {v1::ORDER, {}},
+                                   {v1::LIST_OFFSETS, {}},
+                                   {v1::LIST_INDICES, {}}}};
+  ChunkAssembler assembler_;
+};
+
+}  // namespace pbs::server

@@ -1,0 +1,63 @@
+// Time limits of one call: timers that cut it, although the call may end first.
+//
+// Threading: safe from any thread. Memory: one small block that the last timer frees.
+#pragma once
+
+#include <functional>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "server/base/clock.h"
+#include "server/base/mutex.h"
+#include "server/base/timers.h"
+#include "server/service/write_loop.h"
+
+namespace pbs::server {
+
+class CallGuard {
+ public:
+  // `cut(reason)` ends the call; it is called on the timer thread, at most once, and
+  // never after Disarm() has returned. It must not call the guard.
+  CallGuard(TimerQueue& timers, const Clock& clock,
+            std::function<void(absl::Status)> cut);
+  ~CallGuard() { Disarm(); }
+  CallGuard(const CallGuard&) = delete;
+  CallGuard& operator=(const CallGuard&) = delete;
+
+  // Cuts the call with DEADLINE_EXCEEDED `message` after `limit`, unless Met() first.
+  // One at a time.
+  void Limit(absl::Duration limit, std::string message);
+  void Met();
+
+  // Cuts the call with CANCELLED when one write stays in flight for `limit`; looks once
+  // per `limit`, so that it costs nothing per message.
+  void WatchWrites(const WriteLoop& loop, absl::Duration limit);
+
+  void Disarm();
+
+ private:
+  struct State {
+    Mutex mutex;
+    std::function<void(absl::Status)> cut ABSL_GUARDED_BY(mutex);  // null: disarmed
+    TimerId limit_timer ABSL_GUARDED_BY(mutex) = 0;
+    TimerId watch_timer ABSL_GUARDED_BY(mutex) = 0;
+  };
+  // What a look at the writes needs; `loop` lives as long as the state is armed.
+  struct Watch {
+    TimerQueue& timers;
+    const Clock& clock;
+    const WriteLoop& loop;
+    absl::Duration limit;
+    uint64_t seen;  // ticks at the last look
+  };
+  static void ScheduleLook(std::shared_ptr<State> state, const Watch& watch);
+  static void Look(const std::shared_ptr<State>& state, Watch watch);
+
+  TimerQueue& timers_;
+  const Clock& clock_;
+  // Shared with the timers: one may be running while the call ends.
+  const std::shared_ptr<State> state_;
+};
+
+}  // namespace pbs::server

@@ -1,0 +1,64 @@
+// KvSource.Fetch: one stream out of a held cache, which may still be filling.
+//
+// gRPC owns the call; it deletes itself in OnDone(), which runs only after Finish().
+// Finish() waits for a callback that the cache may be running.
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include <grpcpp/grpcpp.h>
+
+#include "server/base/mutex.h"
+#include "server/engine/held_kv.h"
+#include "server/service/call_guard.h"
+#include "server/service/call_record.h"
+#include "server/service/service_context.h"
+#include "server/service/transfer_record.h"
+#include "server/service/write_loop.h"
+#include "server/transfer/kv_exporter.h"
+#include "server/transfer/lease_store.h"
+
+namespace pbs::server {
+
+class FetchCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
+                        private WriteLoop::Stream {
+ public:
+  FetchCall(ServiceContext& service, grpc::CallbackServerContext& context,
+            const grpc::ByteBuffer& request);
+
+  void OnWriteDone(bool ok) override { loop_.OnWriteDone(ok); }
+  void OnCancel() override { Fail(absl::CancelledError("the caller went away")); }
+  void OnDone() override { delete this; }
+
+ private:
+  absl::Status Open(const grpc::ByteBuffer& request);
+  void Fail(absl::Status status);
+  // Asks to be woken when the exporter's layer is ready.
+  void AwaitLayer();
+  // OK while chunks may be sent.
+  absl::Status CheckSource() const;
+
+  NextWrite Next() override;
+  void OnBroken() override { Fail(absl::CancelledError("the caller went away")); }
+  void Send(const grpc::ByteBuffer* message) override { StartWrite(message); }
+  void End(const absl::Status& status) override;
+
+  ServiceContext& service_;
+  grpc::CallbackServerContext& context_;
+  CallRecord record_;
+  TransferRecord transfer_;
+  WriteLoop loop_;
+  LeaseView lease_;
+  ByteReservation buffers_;
+  std::unique_ptr<KvExporter> exporter_;
+
+  Mutex mutex_;
+  std::optional<absl::Status> failure_ ABSL_GUARDED_BY(mutex_);
+  bool waiting_ ABSL_GUARDED_BY(mutex_) = false;  // the cache holds our callback
+  uint64_t waiter_ ABSL_GUARDED_BY(mutex_) = 0;
+
+  CallGuard guard_;  // last: its timers look at everything above
+};
+
+}  // namespace pbs::server

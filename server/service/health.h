@@ -1,0 +1,59 @@
+// grpc.health.v1.Health.
+//
+// Our own rather than gRPC's default, which says SERVING from the moment it listens
+// until it is told otherwise, and whose watchers hold up a shutdown.
+//
+// Threading: safe from any thread. Memory: one entry per watcher; HTTP/2 streams are
+// bounded.
+#pragma once
+
+#include <map>
+#include <set>
+#include <string>
+
+#include <grpcpp/grpcpp.h>
+
+#include "grpc/health/v1/health.grpc.pb.h"
+#include "server/base/mutex.h"
+#include "server/service/task_pool.h"
+
+namespace pbs::server {
+
+class HealthWatch;
+
+class HealthService final
+    : public grpc::health::v1::Health::WithRawCallbackMethod_Check<
+          grpc::health::v1::Health::WithRawCallbackMethod_Watch<
+              grpc::health::v1::Health::Service>> {
+ public:
+  using Status = grpc::health::v1::HealthCheckResponse;
+
+  explicit HealthService(TaskPool& movers) : movers_(movers) {}
+
+  // A service is unknown until it is set.
+  void Set(const std::string& service, bool serving);
+  // Ends all watchers; later ones end at once.
+  void EndWatches();
+
+  // What Watch says; SERVICE_UNKNOWN for a name that was never set.
+  Status::ServingStatus Get(const std::string& service) const;
+
+  grpc::ServerUnaryReactor* Check(grpc::CallbackServerContext* context,
+                                  const grpc::ByteBuffer* request,
+                                  grpc::ByteBuffer* response) override;
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* Watch(
+      grpc::CallbackServerContext* context, const grpc::ByteBuffer* request) override;
+
+ private:
+  friend class HealthWatch;
+  bool Add(HealthWatch* watch);  // false after EndWatches()
+  void Remove(HealthWatch* watch);
+
+  TaskPool& movers_;
+  mutable Mutex mutex_;
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;
+  std::map<std::string, bool> serving_ ABSL_GUARDED_BY(mutex_);
+  std::set<HealthWatch*> watches_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace pbs::server

@@ -1,0 +1,25 @@
+// What the server says about itself and its models.
+//
+// Threading: stateless.
+#pragma once
+
+#include <cstdint>
+
+#include "pbs/v1/kv.pb.h"
+#include "pbs/v1/prefill.pb.h"
+#include "server/engine/served_model.h"
+#include "server/service/options.h"
+#include "server/transfer/lease_store.h"
+
+namespace pbs::server {
+
+// Minor versions only add.
+inline constexpr char kProtocolVersion[] = "1.0";
+
+v1::ModelInfo DescribeModel(const ServedModel& model);
+v1::ServerInfo DescribeServer(const ServiceOptions& options, uint64_t epoch,
+                              int64_t memory_bytes_max);
+v1::KvLease DescribeLease(const LeaseView& lease);
+v1::KvDescriptor DescribeKv(const LeaseView& lease);
+
+}  // namespace pbs::server

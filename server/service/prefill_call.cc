@@ -1,0 +1,278 @@
+#include "server/service/prefill_call.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "proto/wire/messages.h"
+#include "server/base/status.h"
+#include "server/service/request_limits.h"
+#include "server/service/wire_status.h"
+#include "server/transfer/sparsity_digest.h"
+
+namespace pbs::server {
+namespace {
+
+// One chunk that gRPC sends and one that is being made.
+constexpr int64_t kBuffersPerCall = 2;
+
+PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model) {
+  const ModelConfig& config = model.model->config();
+  PrefillLimits limits;
+  limits.tokens_max = std::min(model.tokens_max, service.options.limits.tokens_max);
+  limits.vocab_size = config.vocab_size;
+  limits.num_heads = config.num_heads;
+  limits.num_kv_heads = config.num_kv_heads;
+  limits.head_dim = config.head_dim;
+  limits.default_attention = service.options.default_attention;
+  limits.chunk_bytes_default = service.options.transport.chunk_bytes;
+  return limits;
+}
+
+}  // namespace
+
+PrefillCall::PrefillCall(ServiceContext& service, grpc::CallbackServerContext& context,
+                         const grpc::ByteBuffer& request)
+    : service_(service),
+      context_(context),
+      record_(service.parts, Rpc::kPrefill),
+      transfer_(service.parts),
+      loop_(*this, service.movers),
+      guard_(service.parts.timers, service.parts.clock, [this](absl::Status reason) {
+        Fail(std::move(reason));
+        context_.TryCancel();
+      }) {
+  guard_.WatchWrites(loop_,
+                     absl::Seconds(service.options.transport.write_stall_seconds_max));
+  if (absl::Status status = Open(request); !status.ok()) Fail(std::move(status));
+}
+
+absl::Status PrefillCall::Open(const grpc::ByteBuffer& buffer) {
+  PBS_ABSL_RETURN_IF_ERROR(service_.CheckAdmitting());
+  v1::PrefillRequest request;
+  PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeMessage(buffer, &request)));
+  record_.set_request_id(request.request_id().substr(0, kRequestTextBytesMax));
+  PBS_ABSL_RETURN_IF_ERROR(Decode(request));
+  if (spec_.delivery == Delivery::kLease) {
+    PBS_ABSL_ASSIGN_OR_RETURN(const bool exists, BeginLease(request));
+    if (exists) return absl::OkStatus();
+  }
+  return Submit();
+}
+
+absl::Status PrefillCall::Decode(const v1::PrefillRequest& request) {
+  PBS_ABSL_ASSIGN_OR_RETURN(model_, service_.FindModel(request.model()));
+  PBS_ABSL_ASSIGN_OR_RETURN(spec_, DecodePrefill(request, LimitsOf(service_, *model_)));
+  facts_.prompt_tokens = static_cast<int32_t>(spec_.tokens.size());
+  facts_.model_digest = model_->model->digest();
+  facts_.sparsity_digest =
+      SparsityDigest(spec_.attention, facts_.prompt_tokens, spec_.tenant_salt);
+  return absl::OkStatus();
+}
+
+// True when the request's key names work that is done: its reply is on the way.
+absl::StatusOr<bool> PrefillCall::BeginLease(const v1::PrefillRequest& request) {
+  LeaseRequest wanted;
+  wanted.model = model_->name;
+  wanted.model_digest = facts_.model_digest;
+  wanted.sparsity_digest = facts_.sparsity_digest;
+  wanted.ttl_seconds = spec_.ttl_seconds;
+  wanted.idempotency_key = spec_.idempotency_key;
+  if (!spec_.idempotency_key.empty()) {
+    wanted.fingerprint = PrefillFingerprint(request, facts_.model_digest);
+  }
+  absl::StatusOr<BegunLease> begun = service_.parts.leases.Begin(wanted);
+  if (!begun.ok()) {
+    if (absl::IsResourceExhausted(begun.status())) {
+      service_.parts.metrics.engine.Rejected(RejectReason::kLeases).Increment();
+    }
+    return std::move(begun).status();
+  }
+  if (begun->existing.has_value()) {
+    ReplyWithExisting(*begun->existing);
+    return true;
+  }
+  lease_ = std::move(begun->pending);
+  return false;
+}
+
+void PrefillCall::ReplyWithExisting(const LeaseView& lease) {
+  v1::Done done = *lease.done;
+  done.set_lease_expires_unix_ms(absl::ToUnixMillis(lease.expires));
+  MutexLock lock(mutex_);
+  events_.push_back(EncodeAdmitted(&lease.ticket, Admission{}));
+  events_.push_back(EncodeDoneEvent(done));
+  admitted_ = true;
+  ending_ = true;
+  loop_.Wake();
+}
+
+absl::Status PrefillCall::Submit() {
+  const ModelConfig& config = model_->model->config();
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      result_bytes_, service_.Reserve(PrefillResultBytes(spec_, config.vocab_size,
+                                                         config.num_layers)));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      PrefillReservation reserved,
+      service_.parts.engine.ReservePrefill(
+          *model_, facts_.prompt_tokens, spec_.attention,
+          static_cast<int32_t>(spec_.logit_positions.size()) + 1));
+  kv_ = reserved.kv;
+  if (spec_.delivery == Delivery::kInline) {
+    PBS_ABSL_ASSIGN_OR_RETURN(
+        exporter_,
+        KvExporter::Create(kv_, service_.parts.leases.epoch(),
+                           WholeRange(kv_->cache().shape()), spec_.inline_format));
+    PBS_ABSL_ASSIGN_OR_RETURN(
+        buffers_, service_.Reserve(kBuffersPerCall * exporter_->buffer_bytes()));
+  }
+  if (lease_.valid()) lease_.Attach(kv_);
+
+  PrefillJob job;
+  job.terms = {spec_.request_id, service_.parts.clock.FromSystem(context_.deadline()),
+               spec_.priority};
+  job.model = model_;
+  job.tokens = std::move(spec_.tokens);
+  job.attention = spec_.attention;
+  job.logit_positions = spec_.logit_positions;
+  job.top_logits = spec_.top_logits;
+  job.all_logits_last_token = spec_.all_logits_last_token;
+  job.kv = kv_;
+  job.reservation = std::move(reserved.workspace);
+  {
+    MutexLock lock(mutex_);
+    job_runs_ = true;  // it may end before SubmitPrefill() returns
+  }
+  absl::StatusOr<Admission> admission =
+      service_.parts.engine.SubmitPrefill(std::move(job), *this);
+  if (!admission.ok()) {
+    MutexLock lock(mutex_);
+    job_runs_ = false;
+    return std::move(admission).status();
+  }
+  if (!Admit(*admission)) service_.parts.engine.Cancel(admission->id);
+  return absl::OkStatus();
+}
+
+// False when the call failed before the job could be cancelled by its id.
+bool PrefillCall::Admit(const Admission& admission) {
+  MutexLock lock(mutex_);
+  job_ = admission.id;
+  events_.push_front(
+      EncodeAdmitted(lease_.valid() ? &lease_.ticket() : nullptr, admission));
+  admitted_ = true;
+  loop_.Wake();
+  return !failure_.has_value();
+}
+
+void PrefillCall::Fail(absl::Status status) {
+  JobId job = 0;
+  {
+    MutexLock lock(mutex_);
+    if (failure_.has_value()) return;
+    failure_ = std::move(status);
+    job = job_;
+    loop_.Wake();
+  }
+  // Without the lock: a waiting job ends, and calls OnDone(), before this returns.
+  if (job != 0) service_.parts.engine.Cancel(job);
+}
+
+void PrefillCall::PushEvent(grpc::ByteBuffer event) {
+  MutexLock lock(mutex_);
+  events_.push_back(std::move(event));
+  loop_.Wake();
+}
+
+void PrefillCall::OnKvReady(int32_t) {
+  // The holder does not want the cache any more: no point in filling it.
+  if (lease_.valid() && lease_.gone()) {
+    Fail(absl::AbortedError("the lease was released while its prefill ran"));
+    return;
+  }
+  if (exporter_ == nullptr) return;
+  MutexLock lock(mutex_);
+  loop_.Wake();
+}
+
+void PrefillCall::OnLayerDone(int32_t layer, double density, double seconds) {
+  PushEvent(EncodeLayerDone(layer, density, seconds));
+}
+
+// The lock covers Wake(): without a job the call may end at any time.
+void PrefillCall::OnDone(absl::StatusOr<PrefillResult> result) {
+  MutexLock lock(mutex_);
+  if (result.ok()) {
+    result_ = *std::move(result);
+  } else if (!failure_.has_value()) {
+    failure_ = std::move(result).status();
+  }
+  job_runs_ = false;
+  loop_.Wake();
+}
+
+NextWrite PrefillCall::Next() {
+  {
+    MutexLock lock(mutex_);
+    if (failure_.has_value()) {
+      return job_runs_ ? NextWrite::Wait() : NextWrite::End(*failure_);
+    }
+    if (!admitted_) return NextWrite::Wait();
+    if (!events_.empty()) {
+      NextWrite next = NextWrite::Message(std::move(events_.front()));
+      events_.pop_front();
+      return next;
+    }
+    if (ending_) return NextWrite::End(absl::OkStatus());
+  }
+  if (auto chunk = NextChunk()) return NextWrite::Message(*std::move(chunk));
+  std::optional<PrefillResult> result;
+  {
+    MutexLock lock(mutex_);
+    // All layers are ready when the result is, so no chunk is left behind.
+    if (!result_.has_value() || (exporter_ != nullptr && !exporter_->done())) {
+      return NextWrite::Wait();
+    }
+    result.swap(result_);
+  }
+  return FinishResult(*std::move(result));
+}
+
+std::optional<grpc::ByteBuffer> PrefillCall::NextChunk() {
+  if (exporter_ == nullptr || exporter_->done()) return std::nullopt;
+  if (exporter_->layer() >= kv_->layers_ready()) return std::nullopt;
+  const wire::KvChunk chunk = exporter_->Next();
+  transfer_.AddChunk(chunk.payload.size());
+  return wire::EncodeKvEvent(chunk);
+}
+
+NextWrite PrefillCall::FinishResult(PrefillResult result) {
+  if (exporter_ != nullptr) facts_.send_seconds = transfer_.Complete();
+  v1::Done done = EncodeDone(spec_, result, facts_, service_.options.backend);
+  grpc::ByteBuffer event;
+  if (lease_.valid()) {
+    auto stored = lease_.Complete(std::move(done), std::move(result_bytes_));
+    if (!stored.ok()) return NextWrite::End(std::move(stored).status());
+    event = EncodeDoneEvent(**stored);
+  } else {
+    event = EncodeDoneEvent(done);
+  }
+  MutexLock lock(mutex_);
+  ending_ = true;
+  return NextWrite::Message(std::move(event));
+}
+
+void PrefillCall::End(const absl::Status& status) {
+  guard_.Disarm();
+  if (!status.ok() && exporter_ != nullptr) {
+    transfer_.Fail(TransferFailure::kCancelled);
+  }
+  // Free what the call holds before the caller is told that it is over.
+  exporter_.reset();
+  kv_.reset();
+  lease_ = {};
+  result_bytes_.Reset();
+  buffers_.Reset();
+  Finish(record_.End(status));
+}
+
+}  // namespace pbs::server

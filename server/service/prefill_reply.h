@@ -1,0 +1,39 @@
+// PrefillResult -> the messages of a PrefillEvent stream.
+//
+// Threading: stateless.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include <grpcpp/support/byte_buffer.h>
+
+#include "pbs/v1/prefill.pb.h"
+#include "server/engine/engine.h"
+#include "server/service/options.h"
+#include "server/service/prefill_request.h"
+
+namespace pbs::server {
+
+// What the reply says beside the result.
+struct PrefillFacts {
+  int32_t prompt_tokens = 0;
+  std::string model_digest;
+  std::string sparsity_digest;
+  double send_seconds = 0;  // inline delivery: time its chunks took
+};
+
+// Everything but ticket and expiry, which the lease store fills in.
+v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
+                    const PrefillFacts& facts, const BackendFacts& backend);
+
+// An upper bound of what a result and its encoded form take, to be charged before the
+// work is admitted.
+int64_t PrefillResultBytes(const PrefillSpec& spec, int32_t vocab_size,
+                           int32_t num_layers);
+
+grpc::ByteBuffer EncodeAdmitted(const v1::KvTicket* ticket, const Admission& admission);
+grpc::ByteBuffer EncodeLayerDone(int32_t layer, double density, double seconds);
+grpc::ByteBuffer EncodeDoneEvent(const v1::Done& done);
+
+}  // namespace pbs::server

@@ -1,0 +1,148 @@
+#include "server/service/server.h"
+
+#include <climits>
+#include <string>
+#include <utility>
+
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/resource_quota.h>
+
+#include "absl/strings/str_cat.h"
+#include "server/base/status.h"
+#include "server/service/health.h"
+#include "server/service/memory_formula.h"
+#include "server/service/reflection.h"
+#include "server/service/request_limits.h"
+#include "server/service/service_context.h"
+#include "server/service/services.h"
+
+namespace pbs::server {
+namespace {
+
+// SERVING as long as the process listens: for probes that restart, not route.
+constexpr char kLivenessService[] = "liveness";
+constexpr const char* kServiceNames[] = {"pbs.v1.Prefill", "pbs.v1.Attention",
+                                         "pbs.v1.KvSource"};
+// A peer may ping this often, so that clients can keep idle connections alive.
+constexpr int kPeerPingSecondsMin = 10;
+constexpr int kMillis = 1000;
+// gRPC threads that run our callbacks; none of them ever waits.
+constexpr int kQuotaThreads = 256;
+
+absl::Status CheckOptions(const ServiceOptions& options) {
+  const TransportOptions& t = options.transport;
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.chunk_bytes", t.chunk_bytes,
+                                      kChunkBytesMin, kChunkBytesMax));
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.concurrent_streams_max",
+                                      t.concurrent_streams_max, 1, 1 << 20));
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.memory_quota_bytes",
+                                      t.memory_quota_bytes, 1 << 20, INT64_MAX));
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.stream_window_bytes",
+                                      t.stream_window_bytes, 64 << 10, 64 << 20));
+  PBS_ABSL_RETURN_IF_ERROR(
+      CheckRange("transport.keepalive_seconds", t.keepalive_seconds, 1, 86'400));
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.keepalive_timeout_seconds",
+                                      t.keepalive_timeout_seconds, 1, 86'400));
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.write_stall_seconds_max",
+                                      t.write_stall_seconds_max, 1, 86'400));
+  PBS_ABSL_RETURN_IF_ERROR(
+      CheckRange("limits.tokens_max", options.limits.tokens_max, 1, kSeqLenMax));
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("limits.attend_tokens_max",
+                                      options.limits.attend_tokens_max, 1, kSeqLenMax));
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("limits.upload_seconds_max",
+                                      options.limits.upload_seconds_max, 1, 86'400));
+  return CheckRange("limits.upload_requests_max", options.limits.upload_requests_max, 1,
+                    1 << 20);
+}
+
+void SetTransport(const ServiceOptions& options, grpc::ServerBuilder& builder) {
+  const TransportOptions& t = options.transport;
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES,
+                             t.stream_window_bytes);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, t.concurrent_streams_max);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, t.keepalive_seconds * kMillis);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS,
+                             t.keepalive_timeout_seconds * kMillis);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
+                             kPeerPingSecondsMin * kMillis);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  // A compressed message grows before its size is looked at.
+  builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
+  builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
+  builder.SetMaxReceiveMessageSize(
+      static_cast<int>(ReceiveMessageBytesMax(options.limits.tokens_max)));
+  grpc::ResourceQuota quota("pbs");
+  quota.Resize(static_cast<size_t>(t.memory_quota_bytes));
+  quota.SetMaxThreads(kQuotaThreads);
+  builder.SetResourceQuota(quota);
+}
+
+}  // namespace
+
+struct GrpcServer::Impl {
+  Impl(const ServiceOptions& options, const ServiceParts& parts)
+      : context(options, parts),
+        prefill(context),
+        attention(context),
+        source(context),
+        health(context.movers) {}
+
+  void SetServing(bool serving) {
+    health.Set("", serving);
+    for (const char* name : kServiceNames) health.Set(name, serving);
+  }
+
+  ServiceContext context;
+  PrefillService prefill;
+  AttentionService attention;
+  KvSourceService source;
+  HealthService health;
+  int port = 0;
+  std::unique_ptr<grpc::Server> server;  // last: its calls use everything above
+};
+
+absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Create(
+    const ServiceOptions& options, const ServiceParts& parts) {
+  PBS_ABSL_RETURN_IF_ERROR(CheckOptions(options));
+  auto impl = std::make_unique<Impl>(options, parts);
+  grpc::ServerBuilder builder;
+  builder.SetOption(std::make_unique<ReflectionOption>(options.reflection));
+  SetTransport(options, builder);
+  builder.AddListeningPort(options.listen, grpc::InsecureServerCredentials(),
+                           &impl->port);
+  builder.RegisterService(&impl->prefill);
+  builder.RegisterService(&impl->attention);
+  builder.RegisterService(&impl->source);
+  builder.RegisterService(&impl->health);
+  impl->SetServing(false);
+  impl->health.Set(kLivenessService, true);
+  impl->server = builder.BuildAndStart();
+  if (impl->server == nullptr || impl->port == 0) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot listen on ", options.listen,
+                     ": the address is in use or not of this machine"));
+  }
+  return std::unique_ptr<GrpcServer>(new GrpcServer(std::move(impl)));
+}
+
+GrpcServer::GrpcServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+GrpcServer::~GrpcServer() { Shutdown(absl::ZeroDuration()); }
+
+int GrpcServer::port() const { return impl_->port; }
+
+void GrpcServer::SetModels(std::vector<const ServedModel*> models) {
+  impl_->context.SetModels(std::move(models));
+}
+
+void GrpcServer::SetServing(bool serving) { impl_->SetServing(serving); }
+
+void GrpcServer::Drain() { impl_->context.Drain(); }
+
+void GrpcServer::Shutdown(absl::Duration grace) {
+  impl_->health.EndWatches();
+  impl_->server->Shutdown(absl::ToChronoTime(absl::Now() + grace));
+}
+
+}  // namespace pbs::server

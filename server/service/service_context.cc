@@ -1,0 +1,95 @@
+#include "server/service/service_context.h"
+
+#include <utility>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "pbs/check.h"
+#include "server/base/status.h"
+
+namespace pbs::server {
+namespace {
+
+constexpr size_t kNameShownMax = 64;  // bytes of a caller's text in a message
+
+}  // namespace
+
+UploadSlot& UploadSlot::operator=(UploadSlot&& other) noexcept {
+  if (this != &other) {
+    Reset();
+    held_ = std::exchange(other.held_, nullptr);
+  }
+  return *this;
+}
+
+void UploadSlot::Reset() {
+  if (held_ != nullptr) held_->fetch_sub(1);
+  held_ = nullptr;
+}
+
+absl::Status ServiceContext::CheckReady() const {
+  if (models_.load() != nullptr) return absl::OkStatus();
+  return WithRetryAfter(absl::UnavailableError("loading models"), kRetryAfterDefault);
+}
+
+absl::Status ServiceContext::CheckAdmitting() const {
+  if (absl::Status ready = CheckReady(); !ready.ok()) {
+    parts.metrics.engine.Rejected(RejectReason::kLoading).Increment();
+    return ready;
+  }
+  if (!draining_) return absl::OkStatus();
+  parts.metrics.engine.Rejected(RejectReason::kDraining).Increment();
+  return absl::UnavailableError("draining: this server takes no new work");
+}
+
+absl::StatusOr<UploadSlot> ServiceContext::TakeUploadSlot() {
+  const int32_t limit = options.limits.upload_requests_max;
+  if (uploads_.fetch_add(1) < limit) return UploadSlot(&uploads_);
+  uploads_.fetch_sub(1);
+  parts.metrics.engine.Rejected(RejectReason::kUploads).Increment();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("uploads under way reach upload_requests_max ", limit));
+}
+
+absl::StatusOr<ByteReservation> ServiceContext::Reserve(int64_t bytes) {
+  absl::StatusOr<ByteReservation> reservation = parts.ledger.Reserve(bytes);
+  if (!reservation.ok()) {
+    const bool never = absl::IsInvalidArgument(reservation.status());
+    parts.metrics.engine
+        .Rejected(never ? RejectReason::kTooLarge : RejectReason::kMemory)
+        .Increment();
+  }
+  return reservation;
+}
+
+absl::StatusOr<const ServedModel*> ServiceContext::FindModel(
+    const std::string& name) const {
+  const auto& list = models();
+  if (name.empty() && list.size() == 1) return list[0];
+  for (const ServedModel* model : list) {
+    if (model->name == name) return model;
+  }
+  const std::string names =
+      absl::StrJoin(list, ", ", [](std::string* out, const ServedModel* model) {
+        absl::StrAppend(out, "\"", model->name, "\"");
+      });
+  if (list.empty())
+    return absl::NotFoundError("this server has no model: attention only");
+  if (name.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("model is empty, but this server has ", list.size(), ": ", names));
+  }
+  return absl::NotFoundError(absl::StrCat(
+      "no model \"",
+      absl::Utf8SafeCHexEscape(absl::string_view(name).substr(0, kNameShownMax)),
+      "\"; this server has ", names));
+}
+
+void ServiceContext::SetModels(std::vector<const ServedModel*> models) {
+  PBS_CHECK(models_.load() == nullptr);
+  model_list_ = std::move(models);
+  models_.store(&model_list_);
+}
+
+}  // namespace pbs::server

@@ -1,0 +1,200 @@
+#include "server/transfer/kv_exporter.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "pbs/check.h"
+#include "server/base/status.h"
+
+namespace pbs::server {
+namespace {
+
+// [begin, begin + count) inside [0, size), count >= 1. Unset: from 0, to the end.
+absl::Status DecodeRange(absl::string_view what, bool has_begin, int32_t begin,
+                         bool has_count, int32_t count, int32_t size,
+                         int32_t* range_begin, int32_t* range_count) {
+  if (!has_begin) begin = 0;
+  if (begin < 0 || begin >= size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, "_begin ", begin, " is outside [0, ", size - 1, "]"));
+  }
+  if (!has_count) count = size - begin;
+  if (count < 1 || count > size - begin) {
+    return absl::InvalidArgumentError(absl::StrCat(what, "_count ", count,
+                                                   " is outside [1, ", size - begin,
+                                                   "] from ", what, "_begin ", begin));
+  }
+  *range_begin = begin;
+  *range_count = count;
+  return absl::OkStatus();
+}
+
+int64_t PageBytes(const KvRange& range, const KvFormat& format, int64_t row_bytes) {
+  const int64_t tokens = std::min(format.page_tokens, range.token_count);
+  return format.layout == KvLayout::kNhd ? tokens * range.head_count * row_bytes
+                                         : tokens * row_bytes;
+}
+
+}  // namespace
+
+KvRange WholeRange(const KvShape& shape) {
+  return {0, shape.num_layers, 0, shape.capacity, 0, shape.num_kv_heads};
+}
+
+absl::StatusOr<KvRange> DecodeKvRange(const v1::FetchRequest& request,
+                                      const KvShape& shape) {
+  KvRange range;
+  PBS_ABSL_RETURN_IF_ERROR(DecodeRange("layer", request.has_layer_begin(),
+                                       request.layer_begin(), request.has_layer_count(),
+                                       request.layer_count(), shape.num_layers,
+                                       &range.layer_begin, &range.layer_count));
+  PBS_ABSL_RETURN_IF_ERROR(DecodeRange("token", request.has_token_begin(),
+                                       request.token_begin(), request.has_token_count(),
+                                       request.token_count(), shape.capacity,
+                                       &range.token_begin, &range.token_count));
+  PBS_ABSL_RETURN_IF_ERROR(DecodeRange(
+      "head", request.has_head_begin(), request.head_begin(), request.has_head_count(),
+      request.head_count(), shape.num_kv_heads, &range.head_begin, &range.head_count));
+  return range;
+}
+
+absl::StatusOr<std::unique_ptr<KvExporter>> KvExporter::Create(
+    std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,
+    const KvFormat& format) {
+  auto exporter =
+      std::unique_ptr<KvExporter>(new KvExporter(std::move(kv), epoch, range, format));
+  const int64_t page_bytes = PageBytes(range, format, exporter->RowBytes());
+  if (page_bytes > format.chunk_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a page of ", std::min(format.page_tokens, range.token_count), " tokens has ",
+        page_bytes, " bytes, more than chunk_bytes ", format.chunk_bytes));
+  }
+  return exporter;
+}
+
+KvExporter::KvExporter(std::shared_ptr<const HeldKv> kv, uint64_t epoch,
+                       const KvRange& range, const KvFormat& format)
+    : kv_(std::move(kv)),
+      shape_(kv_->cache().shape()),
+      epoch_(epoch),
+      range_(range),
+      format_(format),
+      dtype_(format.dtype.value_or(shape_.dtype)),
+      copies_(dtype_ != shape_.dtype ||
+              (format.layout == KvLayout::kNhd && range.head_count > 1)),
+      layer_(range.layer_begin) {}
+
+int64_t KvExporter::RowBytes() const { return shape_.head_dim * DTypeBytes(dtype_); }
+
+int64_t KvExporter::ArrayBytes() const {
+  return static_cast<int64_t>(range_.token_count) * range_.head_count * RowBytes();
+}
+
+int64_t KvExporter::total_bytes() const {
+  return 2 * range_.layer_count * ArrayBytes();
+}
+
+bool KvExporter::is_whole() const {
+  return range_.layer_count == shape_.num_layers &&
+         range_.token_count == shape_.capacity &&
+         range_.head_count == shape_.num_kv_heads;
+}
+
+wire::KvChunk KvExporter::Next() {
+  PBS_CHECK(!done());
+  wire::KvChunk chunk;
+  chunk.ticket_epoch = epoch_;
+  chunk.layer = layer_;
+  chunk.kind = kind_;
+  chunk.dtype = EncodeDType(dtype_);
+  chunk.layout = EncodeLayout(format_.layout);
+  chunk.byte_offset = static_cast<uint64_t>(byte_offset_);
+  CutNext(chunk);
+  const int64_t bytes =
+      static_cast<int64_t>(chunk.token_count) * chunk.head_count * RowBytes();
+  chunk.payload = copies_ ? Copy(chunk, bytes) : Point(chunk, bytes);
+  byte_offset_ += bytes;
+
+  const bool array_ends = byte_offset_ == ArrayBytes();
+  const bool layer_ends = array_ends && kind_ == v1::KvChunk::V;
+  if (format_.checksums) {
+    chunk.crc32c = wire::Crc32c(wire::BytesOf(chunk.payload.pieces().front()));
+    digest_.Add(*chunk.crc32c);
+    if (layer_ends) chunk.layer_digest = digest_.value();
+  }
+  if (array_ends) {
+    byte_offset_ = 0;
+    kind_ = layer_ends ? v1::KvChunk::K : v1::KvChunk::V;
+  }
+  if (layer_ends) {
+    ++layer_;
+    digest_ = {};
+  }
+  return chunk;
+}
+
+// The largest rectangle from here on that is contiguous in the asked layout, fits
+// chunk_bytes and ends at a page.
+void KvExporter::CutNext(wire::KvChunk& chunk) const {
+  const bool nhd = format_.layout == KvLayout::kNhd;
+  const int64_t row_bytes = RowBytes() * (nhd ? range_.head_count : 1);
+  const int64_t row = byte_offset_ / row_bytes;  // NHD: token; HND: head, then token
+  const int64_t rows_max = format_.chunk_bytes / row_bytes;
+  const auto token = static_cast<int32_t>(row % range_.token_count);
+  const auto head = static_cast<int32_t>(row / range_.token_count);  // NHD: 0
+
+  chunk.token_begin = range_.token_begin + token;
+  chunk.head_begin = range_.head_begin + head;
+  chunk.head_count = nhd ? range_.head_count : 1;
+  const int32_t token_end = range_.token_begin + range_.token_count;
+  int64_t end = token_end;
+  if (token_end - chunk.token_begin > rows_max) {
+    end = (chunk.token_begin + rows_max) / format_.page_tokens * format_.page_tokens;
+  }
+  chunk.token_count = static_cast<int32_t>(end) - chunk.token_begin;
+  // Whole heads go together where they lie together, or are copied anyway.
+  const bool joins = copies_ || range_.token_count == shape_.capacity;
+  if (!nhd && joins && chunk.token_count == range_.token_count) {
+    chunk.head_count = static_cast<int32_t>(
+        std::min<int64_t>(rows_max / range_.token_count, range_.head_count - head));
+  }
+}
+
+const std::byte* KvExporter::Row(int32_t head, int32_t token) const {
+  const KvCache& cache = kv_->cache();
+  const void* plane = kind_ == v1::KvChunk::K ? cache.k(layer_) : cache.v(layer_);
+  const int64_t element = cache.layout().Offset(0, 0, head, token);
+  return static_cast<const std::byte*>(plane) + element * DTypeBytes(shape_.dtype);
+}
+
+wire::Payload KvExporter::Point(const wire::KvChunk& chunk, int64_t bytes) const {
+  return wire::Payload(wire::SliceOf(Row(chunk.head_begin, chunk.token_begin),
+                                     static_cast<size_t>(bytes), kv_));
+}
+
+wire::Payload KvExporter::Copy(const wire::KvChunk& chunk, int64_t bytes) const {
+  grpc::Slice slice(static_cast<size_t>(bytes));
+  auto* target = reinterpret_cast<std::byte*>(const_cast<uint8_t*>(slice.begin()));
+  const auto copy_rows = [&](int32_t head, int32_t token, int64_t rows) {
+    ConvertElements(Row(head, token), shape_.dtype, target, dtype_,
+                    rows * shape_.head_dim);
+    target += rows * RowBytes();
+  };
+  const int32_t head_end = chunk.head_begin + chunk.head_count;
+  if (format_.layout == KvLayout::kHnd) {
+    for (int32_t head = chunk.head_begin; head < head_end; ++head) {
+      copy_rows(head, chunk.token_begin, chunk.token_count);
+    }
+    return wire::Payload(std::move(slice));
+  }
+  const int32_t token_end = chunk.token_begin + chunk.token_count;
+  for (int32_t token = chunk.token_begin; token < token_end; ++token) {
+    for (int32_t head = chunk.head_begin; head < head_end; ++head) {
+      copy_rows(head, token, 1);
+    }
+  }
+  return wire::Payload(std::move(slice));
+}
+
+}  // namespace pbs::server

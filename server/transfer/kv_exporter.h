@@ -1,0 +1,84 @@
+// Turns a held cache into the chunks of kv.proto.
+//
+// Every requested (layer, kind) array leaves as contiguous byte ranges in the asked
+// layout; each is a rectangle of tokens and heads, cut at page boundaries. Where that
+// range lies in the cache as it is asked for, a chunk points into the cache and nothing
+// is copied; else it is laid out anew in a buffer of at most chunk_bytes.
+//
+// Threading: one thread at a time. Memory: a reference to the cache, also from every
+// slice that is still being sent; one buffer per copied chunk.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "pbs/v1/kv.pb.h"
+#include "proto/wire/crc32c.h"
+#include "proto/wire/messages.h"
+#include "server/engine/held_kv.h"
+#include "server/transfer/kv_format.h"
+
+namespace pbs::server {
+
+// A block of a cache. Inside the cache's shape.
+struct KvRange {
+  int32_t layer_begin = 0, layer_count = 0;
+  int32_t token_begin = 0, token_count = 0;
+  int32_t head_begin = 0, head_count = 0;
+};
+
+// The whole of `shape`: a held cache has room for its prompt and no more.
+KvRange WholeRange(const KvShape& shape);
+// The ranges of a request. InvalidArgument names field, value and limit.
+absl::StatusOr<KvRange> DecodeKvRange(const v1::FetchRequest& request,
+                                      const KvShape& shape);
+
+class KvExporter {
+ public:
+  // InvalidArgument when one page of tokens (NHD: of all requested heads; HND: of one)
+  // does not fit chunk_bytes.
+  static absl::StatusOr<std::unique_ptr<KvExporter>> Create(
+      std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,
+      const KvFormat& format);
+
+  bool done() const { return layer_ == range_.layer_begin + range_.layer_count; }
+  // The layer of the next chunk; it must be ready before Next().
+  int32_t layer() const { return layer_; }
+  // Requires !done() and a ready layer().
+  wire::KvChunk Next();
+
+  // What one chunk allocates; 0 when chunks point into the cache.
+  int64_t buffer_bytes() const { return copies_ ? format_.chunk_bytes : 0; }
+  // Payload of all chunks.
+  int64_t total_bytes() const;
+  // Everything the cache has is asked for.
+  bool is_whole() const;
+
+ private:
+  KvExporter(std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,
+             const KvFormat& format);
+
+  // Where the next chunk ends: sets its token and head ranges.
+  void CutNext(wire::KvChunk& chunk) const;
+  // Bytes of one token of one head, in the asked dtype.
+  int64_t RowBytes() const;
+  int64_t ArrayBytes() const;  // of one (layer, kind)
+  wire::Payload Point(const wire::KvChunk& chunk, int64_t bytes) const;
+  wire::Payload Copy(const wire::KvChunk& chunk, int64_t bytes) const;
+  const std::byte* Row(int32_t head, int32_t token) const;
+
+  const std::shared_ptr<const HeldKv> kv_;
+  const KvShape& shape_;
+  const uint64_t epoch_;
+  const KvRange range_;
+  const KvFormat format_;
+  const DType dtype_;  // asked
+  const bool copies_;
+  int32_t layer_;
+  v1::KvChunk::Kind kind_ = v1::KvChunk::K;
+  int64_t byte_offset_ = 0;  // within the (layer, kind) array
+  wire::LayerDigest digest_;
+};
+
+}  // namespace pbs::server
