@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <utility>
 #include <vector>
@@ -45,6 +46,15 @@ class Payload {
   std::vector<grpc::Slice> pieces_;
   size_t size_ = 0;
 };
+
+// A slice of memory that `owner` keeps alive, until the last reference to it is gone.
+template <class Owner>
+grpc::Slice SliceOf(const void* data, size_t size, std::shared_ptr<Owner> owner) {
+  return grpc::Slice(
+      const_cast<void*>(data), size,
+      [](void* held) { delete static_cast<std::shared_ptr<Owner>*>(held); },
+      new std::shared_ptr<Owner>(std::move(owner)));
+}
 
 inline std::span<const std::byte> BytesOf(const grpc::Slice& slice) {
   return {reinterpret_cast<const std::byte*>(slice.begin()), slice.size()};
