@@ -1,0 +1,59 @@
+// The weight files of a model folder: one model.safetensors, or shards named by
+// model.safetensors.index.json.
+//
+// Shards may split a layer anywhere. The index and the shards must agree exactly: every
+// tensor of the index is in the shard it names, every tensor of a shard is in the
+// index, and none is in two. Shard names are plain file names inside the folder; a
+// folder of symbolic links (a hub cache) is fine, a name with '/' or '..' is not.
+//
+// Threading: Read() may be called from many threads. Memory: headers only; every file
+// stays open.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "pbs/status.h"
+#include "server/model/file.h"
+#include "server/model/safetensors.h"
+
+namespace pbs {
+
+inline constexpr int64_t kShardsMax = 512;
+inline constexpr int64_t kIndexBytesMax = 16 << 20;
+inline constexpr int64_t kCheckpointTensorsMax = 65'536;
+
+// Tensor name -> shard file name, from the text of an index file. InvalidArgument names
+// the entry and what is wrong.
+StatusOr<std::map<std::string, std::string>> ParseShardIndex(std::string_view text);
+
+class Checkpoint {
+ public:
+  // Opens and checks every file. NotFound when the folder has no weights.
+  static StatusOr<Checkpoint> Open(const std::string& folder);
+
+  // All tensors, sorted by name.
+  const std::vector<TensorInfo>& tensors() const { return tensors_; }
+  // Null when there is none of that name.
+  const TensorInfo* Find(std::string_view name) const;
+
+  // Bytes [offset, offset + bytes) of a tensor of this checkpoint, as stored. DataLoss
+  // when its file has shrunk.
+  Status Read(const TensorInfo& tensor, int64_t offset, int64_t bytes,
+              void* target) const;
+
+ private:
+  Checkpoint() = default;
+  // Adds a file's tensors; with an index, checks them against it.
+  Status AddShard(const std::string& folder, const std::string& name,
+                  const std::map<std::string, std::string>* index);
+
+  std::vector<File> files_;
+  std::vector<TensorInfo> tensors_;
+  std::map<std::string, size_t, std::less<>> file_of_;  // by tensor name
+};
+
+}  // namespace pbs

@@ -1,0 +1,32 @@
+#include "server/model/kv_cache.h"
+
+#include <utility>
+
+#include "pbs/check.h"
+
+namespace pbs {
+
+int64_t KvShape::plane_bytes() const {
+  return int64_t{num_kv_heads} * capacity * head_dim * DTypeBytes(dtype);
+}
+
+StatusOr<KvCache> KvCache::Create(const KvShape& shape, Backend& backend) {
+  if (shape.capacity < 1 || shape.capacity > kSeqLenMax) {
+    return InvalidArgument("capacity " + std::to_string(shape.capacity) +
+                           " of the KV cache is outside [1, " +
+                           std::to_string(kSeqLenMax) + "]");
+  }
+  PBS_ASSIGN_OR_RETURN(Buffer buffer, backend.Allocate(shape.bytes()));
+  return KvCache(shape, std::move(buffer));
+}
+
+void KvCache::set_num_tokens(int32_t num_tokens) {
+  PBS_CHECK(num_tokens >= 0 && num_tokens <= shape_.capacity);
+  num_tokens_ = num_tokens;
+}
+
+void* KvCache::Plane(int64_t index) const {
+  return static_cast<char*>(buffer_.data()) + index * shape_.plane_bytes();
+}
+
+}  // namespace pbs

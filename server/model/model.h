@@ -1,0 +1,58 @@
+// A model, loaded: its config, its weights on a backend, its digest.
+//
+// Threading: immutable after Load(); running it uses the backend, whose rule is one
+// caller at a time. Memory: weight_bytes(). The backend must outlive the model.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "pbs/backend.h"
+#include "pbs/status.h"
+#include "server/model/kv_cache.h"
+#include "server/model/model_config.h"
+#include "server/model/weights.h"
+
+namespace pbs {
+
+struct ModelOptions {
+  // Of the KV cache, and with it of attention. Default: the compute dtype.
+  std::optional<DType> kv_dtype;
+  LoadControl control;
+};
+
+class Model {
+ public:
+  // Reads `folder` (config.json and safetensors). Errors name the file, and in it the
+  // key or tensor; see model_config.h, checkpoint.h and weights.h. A folder that is not
+  // right leaves nothing behind.
+  static StatusOr<std::unique_ptr<Model>> Load(const std::string& folder,
+                                               const ModelOptions& options,
+                                               Backend& backend);
+
+  const ModelConfig& config() const { return config_; }
+  const ModelWeights& weights() const { return weights_; }
+  Backend& backend() const { return backend_; }
+
+  const std::string& digest() const { return weights_.digest; }
+  int64_t weight_bytes() const { return weights_.bytes; }
+  DType compute_dtype() const { return weights_.compute_dtype; }
+  DType kv_dtype() const { return kv_dtype_; }
+  // The cache of one sequence of up to `capacity` tokens.
+  KvShape kv_shape(int32_t capacity) const;
+  // [head_dim / 2]; see rope.h.
+  const std::vector<double>& inverse_frequencies() const { return frequencies_; }
+
+ private:
+  Model(ModelConfig config, ModelWeights weights, DType kv_dtype, Backend& backend);
+
+  const ModelConfig config_;
+  const ModelWeights weights_;
+  const DType kv_dtype_;
+  const std::vector<double> frequencies_;
+  Backend& backend_;
+};
+
+}  // namespace pbs

@@ -1,0 +1,352 @@
+#include "server/model/prefill.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "pbs/check.h"
+#include "server/model/rope.h"
+
+namespace pbs {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kWord = 4;  // bytes of a float or a token id
+// Rows of rotations computed on the host before they are uploaded.
+constexpr int64_t kRotationRows = 256;
+
+// Hands out aligned pieces of the workspace in the order of the plan.
+class Carver {
+ public:
+  explicit Carver(void* data) : next_(static_cast<char*>(data)) {}
+
+  template <class T = void>
+  T* Take(int64_t bytes) {
+    char* taken = next_;
+    next_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return static_cast<T*>(static_cast<void*>(taken));
+  }
+  char* next() const { return next_; }
+
+ private:
+  char* next_;
+};
+
+const void* Offset(const void* data, int64_t elements, DType dtype) {
+  return static_cast<const char*>(data) + elements * DTypeBytes(dtype);
+}
+void* Offset(void* data, int64_t elements, DType dtype) {
+  return static_cast<char*>(data) + elements * DTypeBytes(dtype);
+}
+
+Status CheckInputs(const Model& model, const PrefillPlan& plan,
+                   const PrefillInputs& inputs, const KvCache& cache,
+                   Workspace workspace) {
+  const PrefillProblem& problem = plan.problem;
+  const auto text = [](int64_t value) { return std::to_string(value); };
+  if (static_cast<int64_t>(inputs.tokens.size()) != problem.num_tokens) {
+    return InvalidArgument(text(static_cast<int64_t>(inputs.tokens.size())) +
+                           " tokens were given; num_tokens is " +
+                           text(problem.num_tokens));
+  }
+  for (size_t i = 0; i < inputs.tokens.size(); ++i) {
+    if (inputs.tokens[i] < 0 || inputs.tokens[i] >= model.config().vocab_size) {
+      return InvalidArgument("the token at position " + text(static_cast<int64_t>(i)) +
+                             " is outside [0, " + text(model.config().vocab_size - 1) +
+                             "]");
+    }
+  }
+  if (cache.shape() != model.kv_shape(cache.shape().capacity)) {
+    return InvalidArgument("the KV cache was made for another model or dtype");
+  }
+  if (problem.past_len + problem.num_tokens > cache.shape().capacity) {
+    return InvalidArgument(
+        "past_len + num_tokens " + text(problem.past_len + problem.num_tokens) +
+        " exceeds the KV cache's capacity " + text(cache.shape().capacity));
+  }
+  if (problem.past_len > cache.num_tokens()) {
+    return InvalidArgument("past_len " + text(problem.past_len) +
+                           " exceeds the tokens in the KV cache, " +
+                           text(cache.num_tokens()));
+  }
+  if (workspace.bytes < plan.workspace_bytes) {
+    return ResourceExhausted("the workspace has " + text(workspace.bytes) +
+                             " bytes; the plan asks for " + text(plan.workspace_bytes));
+  }
+  return OkStatus();
+}
+
+}  // namespace
+
+PrefillRun::PrefillRun(const Model& model, const PrefillPlan& plan,
+                       const PrefillInputs& inputs, KvCache& cache, Workspace workspace)
+    : model_(model),
+      plan_(plan),
+      backend_(model.backend()),
+      cache_(cache),
+      order_(inputs.order),
+      lists_(inputs.lists) {
+  const ModelConfig& config = model.config();
+  const PrefillMemory& memory = plan.memory;
+  const int64_t logit_rows = static_cast<int64_t>(plan.problem.logit_rows.size());
+  const int64_t hidden = config.hidden_size;
+  const int64_t heads = config.attention_features();
+  Carver carver(workspace.data);
+  at_.residual = carver.Take<float>(memory.residual);
+  at_.queries = carver.Take(memory.queries / 2);
+  at_.attended = carver.Take(memory.queries / 2);
+  at_.cosines = carver.Take<float>(memory.rotations / 2);
+  at_.sines = carver.Take<float>(memory.rotations / 2);
+  // Attention and the row tiles take turns in one region.
+  Carver shared(carver.Take(memory.shared()));
+  at_.attention = {shared.next(), memory.attention};
+  at_.tile = shared.Take(plan.row_tile * std::max(hidden, heads) *
+                         DTypeBytes(model.compute_dtype()));
+  at_.wide_tile =
+      shared.Take(plan.row_tile *
+                  int64_t{std::max(config.qkv_features(), config.intermediate_size)} *
+                  DTypeBytes(model.compute_dtype()));
+  at_.linear = {shared.next(), memory.linear};
+  at_.logit_rows = carver.Take<int32_t>(logit_rows * kWord);
+  at_.logit_residual = carver.Take<float>(logit_rows * hidden * kWord);
+  at_.logit_normed = carver.Take<float>(logit_rows * hidden * kWord);
+  at_.logit_attended = carver.Take(logit_rows * heads * DTypeBytes(model.kv_dtype()));
+  at_.logits = carver.Take<float>(logit_rows * config.vocab_size * kWord);
+  at_.tokens = carver.Take<int32_t>(memory.tokens);
+  PBS_CHECK(carver.next() - static_cast<char*>(workspace.data) == plan.workspace_bytes);
+}
+
+StatusOr<std::unique_ptr<PrefillRun>> PrefillRun::Start(const Model& model,
+                                                        const PrefillPlan& plan,
+                                                        const PrefillInputs& inputs,
+                                                        KvCache& cache,
+                                                        Workspace workspace) {
+  PBS_RETURN_IF_ERROR(CheckInputs(model, plan, inputs, cache, workspace));
+  auto run = std::unique_ptr<PrefillRun>(
+      new PrefillRun(model, plan, inputs, cache, workspace));
+  PBS_RETURN_IF_ERROR(run->Embed(inputs.tokens));
+  return run;
+}
+
+Status PrefillRun::Embed(std::span<const int32_t> tokens) {
+  const ModelConfig& config = model_.config();
+  const auto rows = static_cast<int64_t>(tokens.size());
+  PBS_RETURN_IF_ERROR(backend_.MarkTime(0));
+  PBS_RETURN_IF_ERROR(
+      backend_.Upload(plan_.problem.logit_rows.data(), at_.logit_rows,
+                      static_cast<int64_t>(plan_.problem.logit_rows.size()) * kWord));
+  PBS_RETURN_IF_ERROR(backend_.Upload(tokens.data(), at_.tokens, rows * kWord));
+  PBS_RETURN_IF_ERROR(backend_.Embed({.table = model_.weights().embedding.data(),
+                                      .table_dtype = model_.weights().embedding_dtype,
+                                      .tokens = at_.tokens,
+                                      .rows = rows,
+                                      .hidden = config.hidden_size,
+                                      .residual = at_.residual}));
+  const int64_t half = config.head_dim / 2;
+  std::vector<float> cosines(static_cast<size_t>(kRotationRows * half));
+  std::vector<float> sines(cosines.size());
+  for (int64_t row = 0; row < rows; row += kRotationRows) {
+    const int64_t count = std::min(kRotationRows, rows - row);
+    FillRotations(model_.inverse_frequencies(), config.rope.attention_factor,
+                  plan_.problem.past_len + row, count, cosines.data(), sines.data());
+    const int64_t bytes = count * half * kWord;
+    PBS_RETURN_IF_ERROR(
+        backend_.Upload(cosines.data(), at_.cosines + row * half, bytes));
+    PBS_RETURN_IF_ERROR(backend_.Upload(sines.data(), at_.sines + row * half, bytes));
+  }
+  PBS_RETURN_IF_ERROR(backend_.MarkTime(1));
+  PBS_ASSIGN_OR_RETURN(embed_seconds_, backend_.SecondsBetween(0, 1));
+  return OkStatus();
+}
+
+bool PrefillRun::layers_done() const {
+  return next_layer_ == model_.config().num_layers;
+}
+
+Status PrefillRun::CheckStop(const RunControl& control) const {
+  if (control.stop == nullptr || !control.stop->load(std::memory_order_relaxed)) {
+    return OkStatus();
+  }
+  return Cancelled("prefill stopped in layer " + std::to_string(next_layer_) + " of " +
+                   std::to_string(model_.config().num_layers));
+}
+
+Status PrefillRun::RunLayer(PrefillObserver* observer, const RunControl& control) {
+  PBS_CHECK(!layers_done() && !failed_);
+  failed_ = true;  // until the end is reached
+  LayerReport report;
+  report.layer = next_layer_;
+  PBS_RETURN_IF_ERROR(backend_.MarkTime(0));
+  PBS_RETURN_IF_ERROR(RunQkv(next_layer_, control));
+  PBS_RETURN_IF_ERROR(backend_.MarkTime(1));
+  if (observer != nullptr) observer->OnKvReady(next_layer_);
+  PBS_RETURN_IF_ERROR(RunAttention(next_layer_, control, report.attention));
+  PBS_RETURN_IF_ERROR(backend_.MarkTime(2));
+  PBS_RETURN_IF_ERROR(RunMlp(next_layer_, control));
+  PBS_RETURN_IF_ERROR(backend_.MarkTime(3));
+  PBS_ASSIGN_OR_RETURN(report.qkv_seconds, backend_.SecondsBetween(0, 1));
+  PBS_ASSIGN_OR_RETURN(report.mlp_seconds, backend_.SecondsBetween(2, 3));
+  PBS_ASSIGN_OR_RETURN(report.seconds, backend_.SecondsBetween(0, 3));
+  ++next_layer_;
+  failed_ = false;
+  if (layers_done()) {
+    cache_.set_num_tokens(plan_.problem.past_len + plan_.problem.num_tokens);
+  }
+  if (observer != nullptr) observer->OnLayerDone(report);
+  return OkStatus();
+}
+
+Status PrefillRun::RunQkv(int32_t layer_index, const RunControl& control) {
+  const ModelConfig& config = model_.config();
+  const LayerWeights& layer = model_.weights().layers[static_cast<size_t>(layer_index)];
+  const DType compute = model_.compute_dtype();
+  const DType kv = model_.kv_dtype();
+  const int64_t hidden = config.hidden_size;
+  for (int64_t row = 0; row < plan_.problem.num_tokens; row += plan_.row_tile) {
+    PBS_RETURN_IF_ERROR(CheckStop(control));
+    const int64_t rows =
+        std::min<int64_t>(plan_.row_tile, plan_.problem.num_tokens - row);
+    PBS_RETURN_IF_ERROR(backend_.RmsNorm({.x = at_.residual + row * hidden,
+                                          .weight = layer.attention_norm,
+                                          .epsilon = config.rms_norm_epsilon,
+                                          .rows = rows,
+                                          .cols = hidden,
+                                          .y = at_.tile,
+                                          .y_dtype = compute}));
+    PBS_RETURN_IF_ERROR(
+        backend_.Linear(*layer.qkv, at_.tile, rows, at_.wide_tile, at_.linear));
+    const int64_t half = config.head_dim / 2;
+    const int64_t cache_offset = (plan_.problem.past_len + row) * config.head_dim;
+    PBS_RETURN_IF_ERROR(
+        backend_.Qkv({.qkv = at_.wide_tile,
+                      .qkv_dtype = compute,
+                      .rows = rows,
+                      .num_heads = config.num_heads,
+                      .num_kv_heads = config.num_kv_heads,
+                      .head_dim = config.head_dim,
+                      .q_norm = layer.q_norm,
+                      .k_norm = layer.k_norm,
+                      .epsilon = config.rms_norm_epsilon,
+                      .cosines = at_.cosines + row * half,
+                      .sines = at_.sines + row * half,
+                      .kv_dtype = kv,
+                      .q = Offset(at_.queries, row * config.attention_features(), kv),
+                      .k = Offset(cache_.k(layer_index), cache_offset, kv),
+                      .v = Offset(cache_.v(layer_index), cache_offset, kv),
+                      .kv_head_stride = cache_.head_stride()}));
+  }
+  return OkStatus();
+}
+
+Status PrefillRun::RunAttention(int32_t layer, const RunControl& control,
+                                AttentionStats& stats) {
+  const ModelConfig& config = model_.config();
+  const RowLayout token_major =
+      TokenMajorLayout(config.attention_features(), config.head_dim);
+  AttentionTensors tensors;
+  tensors.q = {at_.queries, token_major};
+  tensors.k = {cache_.k(layer), cache_.layout()};
+  tensors.v = {cache_.v(layer), cache_.layout()};
+  tensors.o = {at_.attended, token_major};
+  tensors.order = order_;
+  tensors.lists = lists_;
+  PBS_RETURN_IF_ERROR(backend_.Run(*plan_.attention, tensors, at_.attention, control));
+  AttentionReport report;
+  PBS_RETURN_IF_ERROR(
+      backend_.ReadReport(*plan_.attention, at_.attention, {}, &report));
+  stats = report.stats;
+  return OkStatus();
+}
+
+Status PrefillRun::RunMlp(int32_t layer_index, const RunControl& control) {
+  const ModelConfig& config = model_.config();
+  const LayerWeights& layer = model_.weights().layers[static_cast<size_t>(layer_index)];
+  if (layer_index + 1 < config.num_layers) {
+    return RunMlpRows(layer, at_.residual, at_.attended, plan_.problem.num_tokens,
+                      control);
+  }
+  const auto rows = static_cast<int64_t>(plan_.problem.logit_rows.size());
+  PBS_RETURN_IF_ERROR(backend_.CopyRows({.source = at_.residual,
+                                         .row_index = at_.logit_rows,
+                                         .rows = rows,
+                                         .cols = config.hidden_size,
+                                         .target = at_.logit_residual}));
+  PBS_RETURN_IF_ERROR(backend_.CopyRows({.source = at_.attended,
+                                         .source_dtype = model_.kv_dtype(),
+                                         .row_index = at_.logit_rows,
+                                         .rows = rows,
+                                         .cols = config.attention_features(),
+                                         .target = at_.logit_attended,
+                                         .target_dtype = model_.kv_dtype()}));
+  return RunMlpRows(layer, at_.logit_residual, at_.logit_attended, rows, control);
+}
+
+Status PrefillRun::RunMlpRows(const LayerWeights& layer, float* residual,
+                              const void* attended, int64_t rows,
+                              const RunControl& control) {
+  const ModelConfig& config = model_.config();
+  const DType compute = model_.compute_dtype();
+  const DType kv = model_.kv_dtype();
+  const int64_t hidden = config.hidden_size;
+  const int64_t heads = config.attention_features();
+  for (int64_t row = 0; row < rows; row += plan_.row_tile) {
+    PBS_RETURN_IF_ERROR(CheckStop(control));
+    const int64_t count = std::min<int64_t>(plan_.row_tile, rows - row);
+    float* stream = residual + row * hidden;
+    const void* input = Offset(attended, row * heads, kv);
+    if (kv != compute) {
+      PBS_RETURN_IF_ERROR(backend_.CopyRows({.source = input,
+                                             .source_dtype = kv,
+                                             .rows = count,
+                                             .cols = heads,
+                                             .target = at_.tile,
+                                             .target_dtype = compute}));
+      input = at_.tile;
+    }
+    PBS_RETURN_IF_ERROR(
+        backend_.Linear(*layer.output, input, count, stream, at_.linear));
+    PBS_RETURN_IF_ERROR(backend_.RmsNorm({.x = stream,
+                                          .weight = layer.mlp_norm,
+                                          .epsilon = config.rms_norm_epsilon,
+                                          .rows = count,
+                                          .cols = hidden,
+                                          .y = at_.tile,
+                                          .y_dtype = compute}));
+    PBS_RETURN_IF_ERROR(
+        backend_.Linear(*layer.gate_up, at_.tile, count, at_.wide_tile, at_.linear));
+    PBS_RETURN_IF_ERROR(
+        backend_.Linear(*layer.down, at_.wide_tile, count, stream, at_.linear));
+  }
+  return OkStatus();
+}
+
+Status PrefillRun::ComputeLogits() {
+  PBS_CHECK(layers_done());
+  const ModelConfig& config = model_.config();
+  const ModelWeights& weights = model_.weights();
+  const auto rows = static_cast<int64_t>(plan_.problem.logit_rows.size());
+  PBS_RETURN_IF_ERROR(backend_.RmsNorm({.x = at_.logit_residual,
+                                        .weight = weights.final_norm,
+                                        .epsilon = config.rms_norm_epsilon,
+                                        .rows = rows,
+                                        .cols = config.hidden_size,
+                                        .y = at_.logit_normed,
+                                        .y_dtype = DType::kF32}));
+  return backend_.Logits({.x = at_.logit_normed,
+                          .weight = weights.head_data(),
+                          .weight_dtype = weights.head_dtype,
+                          .rows = rows,
+                          .hidden = config.hidden_size,
+                          .vocab = config.vocab_size,
+                          .y = at_.logits});
+}
+
+Status PrefillRun::ReadLogits(int32_t index, std::span<float> logits) {
+  const int64_t vocab = model_.config().vocab_size;
+  PBS_CHECK(index >= 0 &&
+            index < static_cast<int64_t>(plan_.problem.logit_rows.size()) &&
+            static_cast<int64_t>(logits.size()) == vocab);
+  return backend_.Download(at_.logits + index * vocab, logits.data(), vocab * kWord);
+}
+
+}  // namespace pbs

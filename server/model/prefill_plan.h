@@ -1,0 +1,62 @@
+// What a prefill will do and what memory it takes, decided before anything is
+// allocated.
+//
+// Threading: pure functions; plans are immutable. Device: host-only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "pbs/attention.h"
+#include "pbs/status.h"
+#include "server/model/model.h"
+
+namespace pbs {
+
+// Rows that pass through a linear layer at once: weights are read (and widened) once
+// per tile, and the tile bounds the activations that exist beside the residual stream.
+inline constexpr int32_t kRowTile = 1024;
+inline constexpr int32_t kLogitRowsMax = 1024;
+
+struct PrefillProblem {
+  int32_t num_tokens = 0;  // to run now, at least 1
+  int32_t past_len = 0;    // tokens that the cache holds already
+  AttentionOptions attention = {};
+  // Tokens of this run, counted from its first, whose logits are wanted; at most
+  // kLogitRowsMax, in any order. Empty: the last token.
+  std::vector<int32_t> logit_rows = {};
+};
+
+// Bytes of the workspace by purpose. `attention` and `tiles` + `linear` share a region:
+// they are never alive together.
+struct PrefillMemory {
+  int64_t residual = 0;   // f32 [num_tokens, hidden]
+  int64_t queries = 0;    // and attention output: KV dtype, 2 x [tokens, heads dim]
+  int64_t rotations = 0;  // f32, cosines and sines
+  int64_t attention = 0;  // the backend's attention workspace
+  int64_t tiles = 0;      // activations of one row tile
+  int64_t linear = 0;     // the backend's linear workspace
+  int64_t logits = 0;     // of the wanted rows, and what leads to them
+  int64_t tokens = 0;     // ids
+
+  int64_t shared() const {
+    return attention > tiles + linear ? attention : tiles + linear;
+  }
+  int64_t total() const {
+    return residual + queries + rotations + shared() + logits + tokens;
+  }
+};
+
+struct PrefillPlan {
+  PrefillProblem problem;  // logit_rows filled in
+  std::unique_ptr<AttentionPlan> attention;
+  PrefillMemory memory;
+  int64_t workspace_bytes = 0;  // memory.total(); the KV cache is apart (kv_cache.h)
+  int32_t row_tile = 0;         // min(num_tokens, kRowTile)
+};
+
+// InvalidArgument names field, value and limit; errors of the backend's Plan().
+StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem);
+
+}  // namespace pbs

@@ -1,0 +1,68 @@
+// A model's weights on a backend, read from a checkpoint.
+//
+// Before a byte of tensor data is read, the checkpoint is compared with the config:
+// every tensor the model needs is there with its shape and a dtype we multiply, and
+// there is no other (two are known to be harmless, see weights.cc).
+//
+// Threading: immutable after Load(). Memory: linear layers and the embedding keep their
+// stored dtype; norms and biases become f32. Loading needs a few MiB beyond that.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "pbs/backend.h"
+#include "pbs/status.h"
+#include "server/model/checkpoint.h"
+#include "server/model/model_config.h"
+
+namespace pbs {
+
+struct LayerWeights {
+  std::unique_ptr<PackedLinear> qkv;      // hidden -> queries, keys, values
+  std::unique_ptr<PackedLinear> output;   // adds to the residual
+  std::unique_ptr<PackedLinear> gate_up;  // hidden -> silu(gate) * up
+  std::unique_ptr<PackedLinear> down;     // adds to the residual
+  // Device pointers into ModelWeights::norms.
+  const float* attention_norm = nullptr;  // [hidden]
+  const float* mlp_norm = nullptr;        // [hidden]
+  const float* q_norm = nullptr;          // [head_dim] or null
+  const float* k_norm = nullptr;          // [head_dim] or null
+};
+
+struct ModelWeights {
+  // Of all activations: bf16 when every linear weight multiplies as bf16, else f32.
+  DType compute_dtype = DType::kF32;
+  Buffer embedding;  // [vocab, hidden]
+  DType embedding_dtype = DType::kF32;
+  Buffer head;  // [vocab, hidden]; empty when tied to the embedding
+  DType head_dtype = DType::kF32;
+  Buffer norms;
+  const float* final_norm = nullptr;  // [hidden]
+  std::vector<LayerWeights> layers;
+  int64_t bytes = 0;   // device memory of all of it
+  std::string digest;  // digest.h
+
+  const void* head_data() const {
+    return head.bytes() > 0 ? head.data() : embedding.data();
+  }
+};
+
+struct LoadControl {
+  // Called from time to time with tensor bytes read so far and in all.
+  std::function<void(int64_t done, int64_t total)> progress;
+  // When set and true, loading stops with Cancelled.
+  const std::atomic<bool>* stop = nullptr;
+};
+
+// InvalidArgument names the tensor, what it has and what the config asks for; DataLoss
+// when a file shrinks while it is read; otherwise the backend's errors.
+StatusOr<ModelWeights> LoadWeights(const Checkpoint& checkpoint,
+                                   const ModelConfig& config, Backend& backend,
+                                   const LoadControl& control);
+
+}  // namespace pbs
