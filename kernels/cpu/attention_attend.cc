@@ -124,7 +124,7 @@ void StoreRows(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
   for (int32_t r = 0; r < tile.rows; ++r) {
     float* out = scratch.out + static_cast<int64_t>(r) * g.head_dim;
     const float sum = scratch.row_sum[r];
-    run.kernels.scale(out, sum > 0 ? 1.0f / sum : 0.0f, out, g.head_dim);
+    run.kernels.divide(sum > 0 ? sum : 1.0f, out, g.head_dim);  // no key seen: 0
     const int32_t row = tile.first_row + r;
     auto* target = static_cast<std::byte*>(tensors.o.data) +
                    tensors.o.layout.Offset(unit.sequence, s.q_begin, tile.head, row) *

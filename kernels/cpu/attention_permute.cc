@@ -251,7 +251,7 @@ void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
       run.kernels.add(reinterpret_cast<const float*>(row), mean, g.head_dim);
     }
   }
-  run.kernels.scale(mean, 1.0f / static_cast<float>(g.block_size), mean, g.head_dim);
+  run.kernels.divide(static_cast<float>(g.block_size), mean, g.head_dim);
   if (ScoreRounding(plan.problem) != DType::kF32) {
     uint16_t narrow[kHeadDims.back()];
     RowFromF32(run.kernels, plan.problem.dtype, mean, g.head_dim, narrow);

@@ -76,9 +76,9 @@ struct TileKernels {
   void (*bf16_to_f32)(const uint16_t* source, float* target, int64_t count);
   void (*f32_to_f16)(const float* source, uint16_t* target, int64_t count);
   void (*f32_to_bf16)(const float* source, uint16_t* target, int64_t count);
-  // target[i] += source[i]; target[i] = source[i] * factor
+  // target[i] += source[i]; target[i] /= divisor
   void (*add)(const float* source, float* target, int64_t count);
-  void (*scale)(const float* source, float factor, float* target, int64_t count);
+  void (*divide)(float divisor, float* target, int64_t count);
 };
 
 extern const TileKernels kScalarKernels;

@@ -30,10 +30,7 @@ inline void GemmPairsTile(int32_t depth, const uint32_t* a, int64_t a_stride,
                           bool accumulate) {
   __m512 acc[kRows][kVecs];
   PBS_UNROLL for (int r = 0; r < kRows; ++r) {
-    PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
-      acc[r][v] =
-          accumulate ? _mm512_loadu_ps(c + r * c_stride + v * 16) : _mm512_setzero_ps();
-    }
+    PBS_UNROLL for (int v = 0; v < kVecs; ++v) { acc[r][v] = _mm512_setzero_ps(); }
   }
   for (int32_t k = 0; k < depth; ++k) {
     __m512i column[kVecs];
@@ -50,7 +47,9 @@ inline void GemmPairsTile(int32_t depth, const uint32_t* a, int64_t a_stride,
   }
   PBS_UNROLL for (int r = 0; r < kRows; ++r) {
     PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
-      _mm512_storeu_ps(c + r * c_stride + v * 16, acc[r][v]);
+      float* at = c + r * c_stride + v * 16;
+      if (accumulate) acc[r][v] = _mm512_add_ps(acc[r][v], _mm512_loadu_ps(at));
+      _mm512_storeu_ps(at, acc[r][v]);
     }
   }
 }

@@ -16,32 +16,34 @@ template <int kRows, int kVecs>
 inline void GemmTile(int32_t depth, const float* a, int64_t a_stride, const float* b,
                      float* c, int64_t c_stride, bool accumulate) {
   Vec acc[kRows][kVecs];
-  if (accumulate) {
-    PBS_UNROLL for (int r = 0; r < kRows; ++r) {
-      PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
-        acc[r][v] = Vec::Load(c + r * c_stride + v * Vec::kLanes);
-      }
-    }
-  } else {
-    PBS_UNROLL for (int r = 0; r < kRows; ++r) {
-      PBS_UNROLL for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::Zero();
-    }
+  PBS_UNROLL for (int r = 0; r < kRows; ++r) {
+    PBS_UNROLL for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::Zero();
   }
+  // An accumulating product sums keys: from the last, since a permuted segment has its
+  // largest weights first, and a sum that meets them last rounds less.
+  const int64_t step = accumulate ? -1 : 1;
+  const float* a_at = a + (accumulate ? depth - 1 : 0);
+  const float* b_at = b + (accumulate ? depth - 1 : 0) * int64_t{kVecs * Vec::kLanes};
   for (int32_t k = 0; k < depth; ++k) {
     Vec column[kVecs];
     PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
-      column[v] = Vec::Load(b + k * (kVecs * Vec::kLanes) + v * Vec::kLanes);
+      column[v] = Vec::Load(b_at + v * Vec::kLanes);
     }
     PBS_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Vec x = Vec::Set1(a[r * a_stride + k]);
+      const Vec x = Vec::Set1(a_at[r * a_stride]);
       PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
         acc[r][v] = Vec::Fma(x, column[v], acc[r][v]);
       }
     }
+    a_at += step;
+    b_at += step * (kVecs * Vec::kLanes);
   }
+  // Adding at the end sums a long c block by block, which rounds less than one chain.
   PBS_UNROLL for (int r = 0; r < kRows; ++r) {
     PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
-      acc[r][v].Store(c + r * c_stride + v * Vec::kLanes);
+      float* at = c + r * c_stride + v * Vec::kLanes;
+      if (accumulate) acc[r][v] = Vec::Add(acc[r][v], Vec::Load(at));
+      acc[r][v].Store(at);
     }
   }
 }
@@ -88,9 +90,12 @@ void Gemm(int32_t rows, int32_t cols, int32_t depth, const uint32_t* a,
   }
 }
 
+// Columns that are summed before they join a row's sum: column counts are multiples.
+constexpr int32_t kGroup = 16;
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Masks, scales and exponentiates one row; returns the sum of its probabilities.
+// Scales and exponentiates one row; returns the sum of its probabilities, largest slots
+// last as in GemmTile.
 template <bool kPairs>
 inline float ExponentiateRow(int32_t cols, float scale, float row_max, float* scores,
                              uint32_t* pairs) {
@@ -98,7 +103,7 @@ inline float ExponentiateRow(int32_t cols, float scale, float row_max, float* sc
   const Vec minus_max = Vec::Set1(row_max == kMinusInfinity ? 0.0f : -row_max);
   Vec sum = Vec::Zero();
   if constexpr (kPairs) {
-    for (int32_t j = 0; j < cols; j += 2 * Vec::kLanes) {
+    for (int32_t j = cols - 2 * Vec::kLanes; j >= 0; j -= 2 * Vec::kLanes) {
       const Vec low = Vec::Exp2(Vec::Fma(Vec::Load(scores + j), factor, minus_max));
       const Vec high =
           Vec::Exp2(Vec::Fma(Vec::Load(scores + j + Vec::kLanes), factor, minus_max));
@@ -106,10 +111,14 @@ inline float ExponentiateRow(int32_t cols, float scale, float row_max, float* sc
       sum = Vec::Add(sum, Vec::Add(low, high));
     }
   } else {
-    for (int32_t j = 0; j < cols; j += Vec::kLanes) {
-      const Vec p = Vec::Exp2(Vec::Fma(Vec::Load(scores + j), factor, minus_max));
-      p.Store(scores + j);
-      sum = Vec::Add(sum, p);
+    for (int32_t j = cols - kGroup; j >= 0; j -= kGroup) {
+      Vec part = Vec::Zero();
+      for (int32_t i = j + kGroup - Vec::kLanes; i >= j; i -= Vec::kLanes) {
+        const Vec p = Vec::Exp2(Vec::Fma(Vec::Load(scores + i), factor, minus_max));
+        p.Store(scores + i);
+        part = Vec::Add(part, p);
+      }
+      sum = Vec::Add(sum, part);
     }
   }
   return sum.HorizontalAdd();
@@ -232,10 +241,10 @@ void AddRows(const float* source, float* target, int64_t count) {
   }
 }
 
-void ScaleRows(const float* source, float factor, float* target, int64_t count) {
-  const Vec scale = Vec::Set1(factor);
+void DivideRows(float divisor, float* target, int64_t count) {
+  const Vec by = Vec::Set1(divisor);
   for (int64_t i = 0; i < count; i += Vec::kLanes) {
-    Vec::Mul(Vec::Load(source + i), scale).Store(target + i);
+    Vec::Div(Vec::Load(target + i), by).Store(target + i);
   }
 }
 
@@ -252,7 +261,7 @@ constexpr TileKernels MakeKernels(GemmFunction gemm_pairs) {
       .f32_to_f16 = F32ToF16,
       .f32_to_bf16 = F32ToBf16,
       .add = AddRows,
-      .scale = ScaleRows,
+      .divide = DivideRows,
   };
 }
 

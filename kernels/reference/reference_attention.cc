@@ -24,17 +24,30 @@ void ForEachQuery(const AttentionProblem& problem, const AttentionTensors& tenso
   }
 }
 
+double Dot(const Operands& in, const AttentionGeometry& g, int32_t head, int32_t row,
+           int32_t key, LogitSum logit_sum) {
+  double wide = 0;
+  float narrow = 0;
+  for (int32_t d = 0; d < g.head_dim; ++d) {
+    const double q = in.Q(head, row, d);
+    const double k = in.K(g.KvHead(head), key, d);
+    if (logit_sum == LogitSum::kF64) {
+      wide += q * k;
+    } else {
+      narrow = std::fma(static_cast<float>(q), static_cast<float>(k), narrow);
+    }
+  }
+  return logit_sum == LogitSum::kF64 ? wide : narrow;
+}
+
 // Scaled logits of one query row against every key; keys it must not see are -inf.
 std::vector<double> CausalLogits(const Operands& in, const AttentionGeometry& g,
-                                 int32_t head, int32_t row) {
+                                 int32_t head, int32_t row,
+                                 LogitSum logit_sum = LogitSum::kF64) {
   const SequenceGeometry& s = in.shape();
   std::vector<double> logits(static_cast<size_t>(s.k_len), -INFINITY);
   for (int32_t key = 0; key <= s.query_offset + row; ++key) {
-    double dot = 0;
-    for (int32_t d = 0; d < g.head_dim; ++d) {
-      dot += in.Q(head, row, d) * in.K(g.KvHead(head), key, d);
-    }
-    logits[key] = dot / std::sqrt(g.head_dim);
+    logits[key] = Dot(in, g, head, row, key, logit_sum) / std::sqrt(g.head_dim);
   }
   return logits;
 }
@@ -82,7 +95,7 @@ void CountBlocks(const AttentionGeometry& g, const BlockListsView& lists,
 }  // namespace
 
 Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
-              const Decision& decision) {
+              const Decision& decision, LogitSum logit_sum) {
   const AttentionGeometry g = MakeGeometry(problem);
   const BlockListsView lists = decision.lists.View();
   Output out;
@@ -92,7 +105,7 @@ Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
       problem, tensors, g,
       [&](const Operands& in, int32_t n, int32_t head, int32_t row, int64_t list_row) {
         const SequenceGeometry& s = g.sequences[n];
-        auto logits = CausalLogits(in, g, head, row);
+        auto logits = CausalLogits(in, g, head, row, logit_sum);
         const auto selected =
             SelectedKeys(g, s, OrderOf(g, decision, n, head), lists.Row(list_row));
         double top = -INFINITY;

@@ -13,6 +13,14 @@
 
 namespace pbs::reference {
 
+// How the logits of Attend() are summed over the head dim. An f32 backend differs from
+// f64 logits by the rounding of that sum, which grows with the logits; from f32 logits
+// in the same order of summation it differs by its softmax and output sums only.
+enum class LogitSum {
+  kF64,
+  kF32,  // in head-dim order, rounded after every fused multiply-add
+};
+
 struct Decision {
   std::vector<int32_t> order;
   BlockLists lists;
@@ -41,7 +49,7 @@ Decision Decide(const AttentionProblem& problem, const AttentionTensors& tensors
 
 // Attention under `decision`. A row that sees nothing has o = 0 and lse = -inf.
 Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
-              const Decision& decision);
+              const Decision& decision, LogitSum logit_sum = LogitSum::kF64);
 
 // Mean share of the exact softmax mass inside the selected blocks, over
 // options.coverage_rows rows per sequence and query head (CoverageRow()).
