@@ -168,6 +168,15 @@ def arguments_of(stage: str, instruction: str) -> list[str]:
     return [a for s, i, a in dockerfile() if s == stage and i == instruction]
 
 
+def build_packages() -> list[str]:
+    """The list of scripts/common.sh, which the build stage sources."""
+    ask = "source scripts/common.sh; declare -F install_packages >/dev/null; "
+    ask += 'printf "%s\\n" "${build_packages[@]}"'
+    return subprocess.run(
+        ["bash", "-euc", ask], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+
+
 # ---- the image
 
 
@@ -178,12 +187,23 @@ def test_the_build_stage_installs_the_packages_of_the_scripts_and_no_others():
         "&& rm -rf /var/lib/apt/lists/*"
     ]
     assert not [run for run in arguments_of("build", "RUN") if "apt-get" in run]
-    ask = "source scripts/common.sh; declare -F install_packages; "
-    ask += 'printf "%s\\n" "${build_packages[@]}"'
-    known = subprocess.run(
-        ["bash", "-euc", ask], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert {"install_packages", "g++", "cmake", "ninja-build"} <= set(known)
+    assert {"g++", "cmake", "ninja-build"} <= set(build_packages())
+
+
+def test_the_distribution_has_every_package_of_the_build():
+    if not shutil.which("apt-cache"):
+        pytest.skip("NOT RUN: there is no apt-cache")
+    policy = subprocess.run(
+        ["apt-cache", "policy", *build_packages()],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LC_ALL": "C"},
+    ).stdout
+    found = set(re.findall(r"^(\S+):\n.*\n +Candidate: [^(]", policy, re.MULTILINE))
+    if "g++" not in found:
+        pytest.skip("NOT RUN: apt has no package lists")
+    assert [name for name in build_packages() if name not in found] == []
 
 
 def test_the_runtime_stage_installs_what_the_build_stage_found():
