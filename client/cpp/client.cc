@@ -1,0 +1,253 @@
+#include "client/cpp/client.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "proto/wire/messages.h"
+
+namespace pbs::client {
+namespace {
+
+constexpr char kGetServerInfo[] = "/pbs.v1.Prefill/GetServerInfo";
+constexpr char kListModels[] = "/pbs.v1.Prefill/ListModels";
+constexpr char kPrefill[] = "/pbs.v1.Prefill/Prefill";
+constexpr char kDescribe[] = "/pbs.v1.KvSource/Describe";
+constexpr char kFetch[] = "/pbs.v1.KvSource/Fetch";
+constexpr char kRenew[] = "/pbs.v1.KvSource/Renew";
+constexpr char kRelease[] = "/pbs.v1.KvSource/Release";
+
+// The largest chunk, or the largest other message: a vocabulary's logits.
+constexpr int kReceiveBytesMax = (16 << 20) + (64 << 10);
+constexpr int kKeepaliveMillis = 30'000;
+constexpr int kKeepaliveTimeoutMillis = 20'000;
+
+grpc::ChannelArguments ArgumentsOf(const ClientOptions& options) {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, options.stream_window_bytes);
+  arguments.SetMaxReceiveMessageSize(kReceiveBytesMax);
+  // A long prefill is silent: pings tell a slow server from a dead one.
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMillis);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMillis);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  // A connection per client, and no detour through a proxy named in the environment.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  return arguments;
+}
+
+// What a retry on the same ticket can mend.
+bool IsBroken(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsCancelled(status) ||
+         absl::IsUnknown(status) || absl::IsInternal(status);
+}
+
+template <class Reply, class Request>
+absl::StatusOr<Reply> Ask(const std::shared_ptr<grpc::Channel>& channel,
+                          const char* method, const CallTerms& terms,
+                          const Request& request) {
+  Reply reply;
+  if (absl::Status status = CallUnary(channel, method, terms, request, &reply);
+      !status.ok()) {
+    return status;
+  }
+  return reply;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const ClientOptions& options) {
+  auto channel = grpc::CreateCustomChannel(
+      options.address, grpc::InsecureChannelCredentials(), ArgumentsOf(options));
+  if (!channel->WaitForConnected(
+          absl::ToChronoTime(absl::Now() + options.connect_timeout))) {
+    return absl::UnavailableError(
+        absl::StrCat("no server answers at ", options.address, " within ",
+                     absl::FormatDuration(options.connect_timeout),
+                     "; start one with: pbs-prefilld ", "--listen ", options.address,
+                     " --model NAME=FOLDER"));
+  }
+  return std::unique_ptr<Client>(new Client(options, std::move(channel)));
+}
+
+absl::StatusOr<v1::ServerInfo> Client::GetServerInfo(const CallTerms& terms) {
+  return Ask<v1::ServerInfo>(channel_, kGetServerInfo, terms,
+                             v1::GetServerInfoRequest());
+}
+
+absl::StatusOr<v1::ListModelsResponse> Client::ListModels(const CallTerms& terms) {
+  return Ask<v1::ListModelsResponse>(channel_, kListModels, terms,
+                                     v1::ListModelsRequest());
+}
+
+absl::StatusOr<v1::KvDescriptor> Client::Describe(const v1::KvTicket& ticket,
+                                                  const CallTerms& terms) {
+  return Ask<v1::KvDescriptor>(channel_, kDescribe, terms, ticket);
+}
+
+absl::StatusOr<v1::KvLease> Client::Renew(const v1::KvTicket& ticket,
+                                          std::optional<int32_t> ttl_seconds,
+                                          const CallTerms& terms) {
+  v1::RenewRequest request;
+  *request.mutable_ticket() = ticket;
+  if (ttl_seconds.has_value()) request.set_ttl_seconds(*ttl_seconds);
+  return Ask<v1::KvLease>(channel_, kRenew, terms, request);
+}
+
+absl::Status Client::Release(const v1::KvTicket& ticket, const CallTerms& terms) {
+  v1::ReleaseRequest request;
+  *request.mutable_ticket() = ticket;
+  return Ask<v1::ReleaseResponse>(channel_, kRelease, terms, request).status();
+}
+
+// ---- Fetch
+
+namespace {
+
+KvExpectation ExpectationOf(const v1::FetchRequest& request,
+                            const v1::KvDescriptor& kv) {
+  KvExpectation e;
+  e.epoch = request.ticket().epoch();
+  e.layer_begin = request.layer_begin();
+  e.layer_count = request.has_layer_count() ? request.layer_count()
+                                            : kv.num_layers() - e.layer_begin;
+  e.token_begin = request.token_begin();
+  e.token_count = request.has_token_count() ? request.token_count()
+                                            : kv.num_tokens() - e.token_begin;
+  e.head_begin = request.head_begin();
+  e.head_count = request.has_head_count() ? request.head_count()
+                                          : kv.num_kv_heads() - e.head_begin;
+  e.head_dim = kv.head_dim();
+  e.dtype = request.has_dtype() ? request.dtype() : kv.dtype();
+  e.layout = request.layout() == v1::NHD ? v1::NHD : v1::HND;
+  e.checksums = !request.has_checksums() || request.checksums();
+  return e;
+}
+
+}  // namespace
+
+absl::Status Client::Fetch(v1::FetchRequest request, KvTarget& target,
+                           const CallTerms& terms) {
+  const absl::StatusOr<v1::KvDescriptor> kv = Describe(request.ticket(), terms);
+  if (!kv.ok()) return kv.status();
+  const KvExpectation expected = ExpectationOf(request, *kv);
+  KvReceiver receiver(expected, target);
+  CallTerms attempt_terms = terms;
+  int failures = 0;
+  absl::Status broken = absl::OkStatus();
+  while (true) {
+    const int32_t layer = receiver.layer();
+    request.set_layer_begin(layer);
+    request.set_layer_count(expected.layer_begin + expected.layer_count - layer);
+    const absl::Status status = FetchOnce(request, attempt_terms, receiver);
+    if (status.ok()) return status;
+    // The lease went with whatever broke the stream: that is the reason.
+    if (absl::IsNotFound(status) && !broken.ok()) return broken;
+    if (!IsBroken(status)) return status;
+    failures = receiver.layer() > layer ? 1 : failures + 1;
+    if (failures > options_.resume_attempts) return status;
+    broken = status;
+    receiver.Rewind();
+    attempt_terms.wait_for_ready = true;
+    attempt_terms.deadline =
+        std::min(terms.deadline, absl::Now() + options_.connect_timeout);
+    // Only the way back is timed: Describe() waits for the connection, and says at once
+    // when the lease is gone.
+    if (absl::Status found = Describe(request.ticket(), attempt_terms).status();
+        !found.ok()) {
+      return broken;
+    }
+    attempt_terms = terms;
+  }
+}
+
+absl::Status Client::FetchOnce(const v1::FetchRequest& request, const CallTerms& terms,
+                               KvReceiver& receiver) {
+  RawStream stream(channel_, kFetch, terms);
+  if (stream.Write(wire::EncodeMessage(request))) stream.WritesDone();
+  grpc::ByteBuffer message;
+  while (stream.Read(&message)) {
+    wire::KvChunk chunk;
+    absl::Status status = FromGrpc(wire::DecodeKvChunk(message, &chunk));
+    if (!status.ok()) return absl::DataLossError(status.message());
+    status = receiver.Add(chunk);
+    if (!status.ok()) return status;
+  }
+  absl::Status status = stream.Finish();
+  if (status.ok() && !receiver.complete()) {
+    return absl::DataLossError(absl::StrCat(
+        "the stream ended in layer ", receiver.layer(), " before the last chunk"));
+  }
+  return status;
+}
+
+// ---- Prefill
+
+absl::StatusOr<KvExpectation> Client::ExpectInline(const v1::PrefillRequest& request,
+                                                   const CallTerms& terms) {
+  const absl::StatusOr<v1::ListModelsResponse> models = ListModels(terms);
+  if (!models.ok()) return models.status();
+  for (const v1::ModelInfo& model : models->models()) {
+    if (model.name() != request.model() &&
+        !(request.model().empty() && models->models_size() == 1)) {
+      continue;
+    }
+    const v1::KvDelivery::Inline& wishes = request.delivery().inline_();
+    KvExpectation e;
+    e.layer_count = model.num_layers();
+    e.token_count = request.token_ids_size();
+    e.head_count = model.num_kv_heads();
+    e.head_dim = model.head_dim();
+    e.dtype = wishes.has_dtype() ? wishes.dtype() : model.kv_dtype();
+    e.layout = wishes.layout() == v1::NHD ? v1::NHD : v1::HND;
+    e.checksums = !wishes.has_checksums() || wishes.checksums();
+    return e;
+  }
+  return absl::NotFoundError(
+      absl::StrCat("the server has no model \"", request.model(), "\""));
+}
+
+absl::StatusOr<v1::Done> Client::Prefill(const v1::PrefillRequest& request,
+                                         PrefillObserver& observer, KvTarget* inline_kv,
+                                         const CallTerms& terms) {
+  std::optional<KvReceiver> receiver;
+  if (request.delivery().has_inline_()) {
+    if (inline_kv == nullptr) {
+      return absl::InvalidArgumentError("delivery inline needs a KvTarget");
+    }
+    const absl::StatusOr<KvExpectation> expected = ExpectInline(request, terms);
+    if (!expected.ok()) return expected.status();
+    receiver.emplace(*expected, *inline_kv);
+  }
+  RawStream stream(channel_, kPrefill, terms);
+  if (stream.Write(wire::EncodeMessage(request))) stream.WritesDone();
+  std::optional<v1::Done> done;
+  grpc::ByteBuffer message;
+  while (stream.Read(&message)) {
+    wire::PrefillEvent event;
+    absl::Status status = FromGrpc(wire::DecodePrefillEvent(message, &event));
+    if (!status.ok()) return absl::DataLossError(status.message());
+    if (const auto* admitted = std::get_if<v1::Admitted>(&event)) {
+      observer.OnAdmitted(*admitted);
+    } else if (const auto* layer = std::get_if<v1::LayerDone>(&event)) {
+      observer.OnLayer(*layer);
+    } else if (const auto* chunk = std::get_if<wire::KvChunk>(&event)) {
+      status = receiver.has_value() ? receiver->Add(*chunk)
+                                    : absl::DataLossError("a chunk nobody asked for");
+      if (!status.ok()) return status;
+    } else if (auto* end = std::get_if<v1::Done>(&event)) {
+      done = std::move(*end);
+    }
+  }
+  if (absl::Status status = stream.Finish(); !status.ok()) return status;
+  if (!done.has_value()) return absl::DataLossError("the stream ended without `done`");
+  if (receiver.has_value() && !receiver->complete()) {
+    return absl::DataLossError(absl::StrCat(
+        "the stream ended in layer ", receiver->layer(), " before the last chunk"));
+  }
+  return *std::move(done);
+}
+
+}  // namespace pbs::client

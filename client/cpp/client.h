@@ -1,0 +1,113 @@
+// Typed, blocking client of a prefill node.
+//
+// Tensor bytes go straight from and into the caller's memory: no protobuf message ever
+// holds them.
+//
+// Threading: calls may run in parallel from several threads; each blocks its own.
+// Memory: one chunk per call beside the caller's tensors.
+// Errors: the server's code and message; Unavailable for a server that cannot be
+// reached says what to start.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <grpcpp/grpcpp.h>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "client/cpp/kv_receiver.h"
+#include "client/cpp/raw_stream.h"
+#include "pbs/v1/attention.pb.h"
+#include "pbs/v1/kv.pb.h"
+#include "pbs/v1/prefill.pb.h"
+
+namespace pbs::client {
+
+struct ClientOptions {
+  std::string address = "127.0.0.1:50051";
+  absl::Duration connect_timeout = absl::Seconds(5);
+  int32_t stream_window_bytes = 4 << 20;  // how far the server may send ahead
+  // Broken fetches in a row, without a layer gained, before Fetch() gives up.
+  int32_t resume_attempts = 3;
+};
+
+class PrefillObserver {
+ public:
+  virtual ~PrefillObserver() = default;
+  virtual void OnAdmitted(const v1::Admitted& /*admitted*/) {}
+  virtual void OnLayer(const v1::LayerDone& /*layer*/) {}
+};
+
+// An uploaded tensor. `bytes` must stay as they are until the call returns.
+struct TensorInput {
+  v1::TensorSpec spec;
+  std::span<const std::byte> bytes;
+};
+
+// Where results go.
+class TensorTarget {
+ public:
+  virtual ~TensorTarget() = default;
+  // Memory for the result, `bytes` long. Empty to refuse.
+  virtual std::span<std::byte> Tensor(const v1::TensorSpec& spec, int64_t bytes) = 0;
+};
+
+class Client {
+ public:
+  // Waits until the server answers. Unavailable when it does not.
+  static absl::StatusOr<std::unique_ptr<Client>> Connect(const ClientOptions& options);
+
+  absl::StatusOr<v1::ServerInfo> GetServerInfo(const CallTerms& terms = {});
+  absl::StatusOr<v1::ListModelsResponse> ListModels(const CallTerms& terms = {});
+
+  // `inline_kv` takes the cache of an inline delivery and is not used otherwise.
+  // DataLoss as Fetch().
+  absl::StatusOr<v1::Done> Prefill(const v1::PrefillRequest& request,
+                                   PrefillObserver& observer,
+                                   KvTarget* inline_kv = nullptr,
+                                   const CallTerms& terms = {});
+
+  // `header.tensors` is filled in from `inputs`. InvalidArgument when an input's bytes
+  // are not its shape's.
+  absl::StatusOr<v1::AttendStats> Attend(v1::AttendHeader header,
+                                         std::span<const TensorInput> inputs,
+                                         TensorTarget& target,
+                                         int32_t chunk_bytes = 1 << 20,
+                                         const CallTerms& terms = {});
+
+  absl::StatusOr<v1::KvDescriptor> Describe(const v1::KvTicket& ticket,
+                                            const CallTerms& terms = {});
+  // Fetches what `request` asks for, following a prefill that still runs; a broken
+  // stream is taken up again at the first layer that is not complete. DataLoss when a
+  // chunk is missing, doubled or corrupt: nothing of its layer may be used.
+  absl::Status Fetch(v1::FetchRequest request, KvTarget& target,
+                     const CallTerms& terms = {});
+  absl::StatusOr<v1::KvLease> Renew(const v1::KvTicket& ticket,
+                                    std::optional<int32_t> ttl_seconds,
+                                    const CallTerms& terms = {});
+  absl::Status Release(const v1::KvTicket& ticket, const CallTerms& terms = {});
+
+ private:
+  Client(const ClientOptions& options, std::shared_ptr<grpc::Channel> channel)
+      : options_(options), channel_(std::move(channel)) {}
+
+  absl::Status FetchOnce(const v1::FetchRequest& request, const CallTerms& terms,
+                         KvReceiver& receiver);
+  absl::StatusOr<KvExpectation> ExpectInline(const v1::PrefillRequest& request,
+                                             const CallTerms& terms);
+
+  const ClientOptions options_;
+  const std::shared_ptr<grpc::Channel> channel_;  // gRPC hands it out shared
+};
+
+// Bytes of a tensor's shape; InvalidArgument when it is none.
+absl::StatusOr<int64_t> TensorBytes(const v1::TensorSpec& spec);
+
+}  // namespace pbs::client

@@ -1,0 +1,132 @@
+#include "client/cpp/kv_receiver.h"
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+
+namespace pbs::client {
+namespace {
+
+std::string Where(int32_t layer, v1::KvChunk::Kind kind, uint64_t offset) {
+  const std::string name = v1::KvChunk::Kind_IsValid(kind)
+                               ? v1::KvChunk::Kind_Name(kind)
+                               : absl::StrCat(static_cast<int>(kind));
+  return absl::StrCat("layer ", layer, " ", name, " offset ", offset);
+}
+
+}  // namespace
+
+int64_t KvExpectation::row_bytes() const {
+  return int64_t{head_dim} * (dtype == v1::F32 ? 4 : 2);
+}
+
+int64_t KvExpectation::array_bytes() const {
+  return row_bytes() * token_count * head_count;
+}
+
+absl::Status KvReceiver::Add(const wire::KvChunk& chunk) {
+  if (absl::Status place = CheckPlace(chunk); !place.ok()) return place;
+  if (offset_ == 0) {
+    array_ = target_.Array(layer_, kind_, expected_.array_bytes());
+    if (static_cast<int64_t>(array_.size()) != expected_.array_bytes()) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("no memory for ", expected_.array_bytes(), " bytes of ",
+                       Where(layer_, kind_, 0)));
+    }
+  }
+  const auto copied =
+      array_.subspan(static_cast<size_t>(offset_), chunk.payload.size());
+  chunk.payload.CopyTo(copied.data());
+  offset_ += static_cast<int64_t>(copied.size());
+  bytes_ += static_cast<int64_t>(copied.size());
+  if (expected_.checksums) {
+    if (absl::Status sum = CheckSum(chunk, copied); !sum.ok()) return sum;
+  }
+  return offset_ == expected_.array_bytes() ? EndArray(chunk) : absl::OkStatus();
+}
+
+absl::Status KvReceiver::CheckPlace(const wire::KvChunk& chunk) const {
+  const std::string where = Where(chunk.layer, chunk.kind, chunk.byte_offset);
+  if (complete()) {
+    return absl::DataLossError(absl::StrCat("chunk of ", where, " after the last one"));
+  }
+  if (expected_.epoch.has_value() && chunk.ticket_epoch != *expected_.epoch) {
+    return absl::DataLossError(absl::StrCat("chunk of ", where, " has epoch ",
+                                            chunk.ticket_epoch, ", the ticket has ",
+                                            *expected_.epoch));
+  }
+  if (chunk.layer != layer_ || chunk.kind != kind_ ||
+      chunk.byte_offset != static_cast<uint64_t>(offset_)) {
+    return absl::DataLossError(absl::StrCat("chunk of ", where,
+                                            " is missing its predecessors or was sent "
+                                            "twice; expected ",
+                                            Where(layer_, kind_, offset_)));
+  }
+  if (chunk.dtype != expected_.dtype || chunk.layout != expected_.layout) {
+    return absl::DataLossError(
+        absl::StrCat("chunk of ", where, " has dtype ", static_cast<int>(chunk.dtype),
+                     " and layout ", static_cast<int>(chunk.layout), ", asked were ",
+                     static_cast<int>(expected_.dtype), " and ",
+                     static_cast<int>(expected_.layout)));
+  }
+  const int64_t token = int64_t{chunk.token_begin} - expected_.token_begin;
+  const int64_t head = int64_t{chunk.head_begin} - expected_.head_begin;
+  const int64_t row = expected_.layout == v1::NHD
+                          ? token * expected_.head_count + head
+                          : head * expected_.token_count + token;
+  const int64_t size =
+      int64_t{chunk.token_count} * chunk.head_count * expected_.row_bytes();
+  const auto payload = static_cast<int64_t>(chunk.payload.size());
+  if (row * expected_.row_bytes() != offset_ || size != payload || payload == 0 ||
+      payload > expected_.array_bytes() - offset_) {
+    return absl::DataLossError(absl::StrCat(
+        "chunk of ", where, " with ", payload, " bytes says tokens ", chunk.token_begin,
+        "+", chunk.token_count, " of heads ", chunk.head_begin, "+", chunk.head_count,
+        ", which does not fit there"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status KvReceiver::CheckSum(const wire::KvChunk& chunk,
+                                  std::span<const std::byte> copied) {
+  const std::string where = Where(chunk.layer, chunk.kind, chunk.byte_offset);
+  if (!chunk.crc32c.has_value()) {
+    return absl::DataLossError(absl::StrCat("chunk of ", where, " has no crc32c"));
+  }
+  const uint32_t crc = wire::Crc32c(copied);
+  if (crc != *chunk.crc32c) {
+    return absl::DataLossError(absl::StrCat(
+        "chunk of ", where, " is corrupt: crc32c ", absl::Hex(crc, absl::kZeroPad8),
+        ", sent was ", absl::Hex(*chunk.crc32c, absl::kZeroPad8)));
+  }
+  digest_.Add(crc);
+  return absl::OkStatus();
+}
+
+absl::Status KvReceiver::EndArray(const wire::KvChunk& chunk) {
+  offset_ = 0;
+  if (kind_ == v1::KvChunk::K) {
+    kind_ = v1::KvChunk::V;
+    return absl::OkStatus();
+  }
+  if (expected_.checksums && chunk.layer_digest != digest_.value()) {
+    return absl::DataLossError(absl::StrCat(
+        "layer ", layer_, " is corrupt: digest ", absl::Hex(digest_.value()),
+        ", sent was ",
+        chunk.layer_digest.has_value() ? absl::StrCat(absl::Hex(*chunk.layer_digest))
+                                       : "none"));
+  }
+  digest_ = {};
+  kind_ = v1::KvChunk::K;
+  target_.OnLayer(layer_++);
+  return absl::OkStatus();
+}
+
+void KvReceiver::Rewind() {
+  bytes_ -= offset_ + (kind_ == v1::KvChunk::V ? expected_.array_bytes() : 0);
+  offset_ = 0;
+  kind_ = v1::KvChunk::K;
+  digest_ = {};
+}
+
+}  // namespace pbs::client

@@ -1,0 +1,79 @@
+// Puts the chunks of a cache into the caller's memory and believes none of them: order,
+// place, size, checksum and layer digest are all checked.
+//
+// Threading: one thread. Memory: copies each payload once, into the target.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "absl/status/status.h"
+#include "pbs/v1/kv.pb.h"
+#include "proto/wire/crc32c.h"
+#include "proto/wire/messages.h"
+
+namespace pbs::client {
+
+// Where the arrays of a cache go.
+class KvTarget {
+ public:
+  virtual ~KvTarget() = default;
+  // Memory for one (layer, kind) array, `bytes` long, in the layout that was asked for:
+  // of the requested tokens and heads only. Empty to refuse.
+  virtual std::span<std::byte> Array(int32_t layer, v1::KvChunk::Kind kind,
+                                     int64_t bytes) = 0;
+  // Keys and values of the layer are there and checked.
+  virtual void OnLayer(int32_t /*layer*/) {}
+};
+
+// What must come.
+struct KvExpectation {
+  std::optional<uint64_t> epoch;  // of the ticket
+  int32_t layer_begin = 0, layer_count = 0;
+  int32_t token_begin = 0, token_count = 0;
+  int32_t head_begin = 0, head_count = 0;
+  int32_t head_dim = 0;
+  v1::DType dtype = v1::F32;
+  v1::KvLayout layout = v1::HND;
+  bool checksums = true;
+
+  int64_t row_bytes() const;  // one token of one head
+  int64_t array_bytes() const;
+};
+
+class KvReceiver {
+ public:
+  KvReceiver(const KvExpectation& expected, KvTarget& target)
+      : expected_(expected), target_(target), layer_(expected.layer_begin) {}
+
+  // DataLoss for whatever is not the next chunk, whole and true; the array it was for
+  // is then unspecified. ResourceExhausted when the target refuses.
+  absl::Status Add(const wire::KvChunk& chunk);
+
+  bool complete() const {
+    return layer_ == expected_.layer_begin + expected_.layer_count;
+  }
+  // Layers before this one are complete; a broken transfer resumes here.
+  int32_t layer() const { return layer_; }
+  int64_t bytes() const { return bytes_; }
+  // Forgets the part of layer() that has come.
+  void Rewind();
+
+ private:
+  absl::Status CheckPlace(const wire::KvChunk& chunk) const;
+  absl::Status CheckSum(const wire::KvChunk& chunk, std::span<const std::byte> copied);
+  absl::Status EndArray(const wire::KvChunk& chunk);
+
+  const KvExpectation expected_;
+  KvTarget& target_;
+  int32_t layer_;
+  v1::KvChunk::Kind kind_ = v1::KvChunk::K;
+  int64_t offset_ = 0;  // within the array
+  int64_t bytes_ = 0;   // of complete and running arrays
+  std::span<std::byte> array_;
+  wire::LayerDigest digest_;
+};
+
+}  // namespace pbs::client
