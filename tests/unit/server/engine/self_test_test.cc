@@ -15,7 +15,7 @@ namespace {
 
 using testing::HasSubstr;
 
-std::unique_ptr<Backend> CpuBackend() { return *CreateCpuBackend({.num_threads = 2}); }
+std::unique_ptr<Backend> CpuBackend() { return *CreateCpuBackend({.num_threads = 1}); }
 
 // Passes calls on and then spoils what came out.
 class SpoiledBackend : public AttentionBackend {
