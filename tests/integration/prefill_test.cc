@@ -1,0 +1,104 @@
+// Spec: prefill.proto and kv.proto over real gRPC.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <future>
+
+#include "server/model/prefill.h"
+#include "server/transfer/sparsity_digest.h"
+#include "tests/integration/test_node.h"
+
+namespace pbs::server {
+namespace {
+
+using testing::ElementsAre;
+
+TEST(PrefillSpec, AnswersWithEventsInOrderAndTheFirstToken) {
+  TestNode node;
+  auto client = node.NewClient();
+  v1::PrefillRequest request = PrefillOf(300);
+  request.set_top_logits(3);
+  request.add_logit_positions(7);
+  request.set_all_logits_last_token(true);
+  PrefillEvents events;
+  const auto done = client->Prefill(request, events);
+  ASSERT_TRUE(done.ok()) << done.status();
+  EXPECT_TRUE(events.admitted.has_value());
+  EXPECT_FALSE(events.admitted->has_ticket());
+  ASSERT_EQ(events.layers.size(), 3u);
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(events.layers[i].index(), i);
+  ASSERT_EQ(done->top_logits_size(), 3);
+  EXPECT_EQ(done->top_logits(0).token_id(), done->first_token_id());
+  ASSERT_EQ(done->positions_size(), 1);
+  EXPECT_EQ(done->positions(0).position(), 7u);
+  EXPECT_EQ(done->last_token_logits().size(), 128 * sizeof(float));
+  EXPECT_EQ(done->model_digest(), SharedModel::Get().served.model->digest());
+  EXPECT_EQ(done->stats().prompt_tokens(), 300);
+  EXPECT_EQ(done->stats().layer_density_size(), 3);
+  EXPECT_FALSE(done->has_ticket());
+  EXPECT_TRUE(node.NothingHeld());
+}
+
+// The cache of `request` read by every road: they must agree bit for bit.
+void ExpectSameCache(const KvArrays& a, const KvArrays& b) {
+  ASSERT_EQ(a.arrays.size(), b.arrays.size());
+  for (const auto& [key, bytes] : a.arrays) {
+    ASSERT_EQ(bytes, b.arrays.at(key))
+        << "layer " << key.first << " kind " << key.second;
+  }
+}
+
+KvArrays DirectCache(const v1::PrefillRequest& request) {
+  const Model& model = *SharedModel::Get().served.model;
+  PrefillProblem problem;
+  problem.num_tokens = request.token_ids_size();
+  problem.attention.dense_fallback = true;
+  problem.logit_rows = {request.token_ids_size() - 1};
+  const auto plan = *PlanPrefill(model, problem);
+  KvCache cache = *KvCache::Create(model.kv_shape(problem.num_tokens), model.backend());
+  Buffer workspace = *model.backend().Allocate(plan.workspace_bytes);
+  const std::vector<int32_t> tokens(request.token_ids().begin(),
+                                    request.token_ids().end());
+  PrefillInputs inputs;
+  inputs.tokens = tokens;
+  auto run = *PrefillRun::Start(model, plan, inputs, cache, workspace.workspace());
+  while (!run->layers_done()) EXPECT_TRUE(run->RunLayer(nullptr, {}).ok());
+  KvArrays arrays;
+  for (int32_t layer = 0; layer < cache.shape().num_layers; ++layer) {
+    for (auto kind : {v1::KvChunk::K, v1::KvChunk::V}) {
+      const void* plane = kind == v1::KvChunk::K ? cache.k(layer) : cache.v(layer);
+      const auto target = arrays.Array(layer, kind, cache.shape().plane_bytes());
+      std::memcpy(target.data(), plane, target.size());
+    }
+  }
+  return arrays;
+}
+
+TEST(PrefillSpec, InlineFetchedAndDirectCachesAreEqual) {
+  TestNode node;
+  auto client = node.NewClient();
+  PrefillEvents events;
+
+  v1::PrefillRequest inline_request = PrefillOf(700);
+  inline_request.mutable_delivery()->mutable_inline_()->set_chunk_bytes(64 << 10);
+  KvArrays inlined;
+  ASSERT_TRUE(client->Prefill(inline_request, events, &inlined).ok());
+
+  const auto done = client->Prefill(LeaseOf(700), events);
+  ASSERT_TRUE(done.ok()) << done.status();
+  v1::FetchRequest fetch;
+  *fetch.mutable_ticket() = done->ticket();
+  KvArrays fetched;
+  const absl::Status status = client->Fetch(fetch, fetched);
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_THAT(fetched.layers, ElementsAre(0, 1, 2));
+
+  ExpectSameCache(fetched, inlined);
+  ExpectSameCache(fetched, DirectCache(LeaseOf(700)));
+  ASSERT_TRUE(client->Release(done->ticket()).ok());
+  EXPECT_TRUE(node.NothingHeld());
+}
+
+}  // namespace
+}  // namespace pbs::server

@@ -1,0 +1,192 @@
+// A whole node in this process: real engine, real CPU backend, tiny random model, real
+// gRPC over loopback. Time stands still until a test moves it; steps of the executor
+// are taken by hand or by a thread, as the test likes.
+#pragma once
+
+#include <gtest/gtest.h>
+#include <prometheus/registry.h>
+
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "client/cpp/client.h"
+#include "pbs/cpu_backend.h"
+#include "server/base/random_id.h"
+#include "server/engine/engine_impl.h"
+#include "server/service/server.h"
+#include "server/transfer/lease_store.h"
+#include "tests/support/tiny_model.h"
+
+namespace pbs::server {
+
+// One backend and one model for all tests of a program: loading costs more than a test.
+struct SharedModel {
+  static SharedModel& Get() {
+    static SharedModel model;
+    return model;
+  }
+
+  testing_support::TinyModelFolder folder;
+  std::unique_ptr<Backend> backend;
+  ServedModel served;
+
+ private:
+  SharedModel() {
+    backend = *CreateCpuBackend({.num_threads = 1});
+    served.name = "tiny";
+    served.model = *Model::Load(folder.path(), {}, *backend);
+    served.tokens_max = 4096;
+  }
+};
+
+// Waits for something another thread is about to do. Not a test of time: it ends as
+// soon as the condition holds, and only a failure takes long.
+template <class Condition>
+[[nodiscard]] bool Eventually(const Condition& condition) {
+  const absl::Time give_up = absl::Now() + absl::Seconds(30);
+  while (!condition()) {
+    if (absl::Now() > give_up) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+struct NodeOptions {
+  ServiceOptions service;
+  LeaseOptions leases;
+  int64_t memory_bytes_max = 256 << 20;
+  int32_t queue_requests_max = 16;
+  bool executor_thread = true;  // else the test steps by hand
+  bool ready = true;            // models set, serving
+};
+
+class TestNode {
+ public:
+  explicit TestNode(NodeOptions options = {})
+      : ledger(options.memory_bytes_max),
+        engine({.queue_requests_max = options.queue_requests_max},
+               {*SharedModel::Get().backend, ledger, clock, timers, metrics}),
+        leases(options.leases, RandomU64(), clock, timers, metrics.kv) {
+    options.service.listen = "127.0.0.1:0";
+    auto created = GrpcServer::Create(
+        options.service, {engine, leases, ledger, metrics, log, clock, timers});
+    EXPECT_TRUE(created.ok()) << created.status();
+    server = *std::move(created);
+    if (options.ready) {
+      server->SetModels({&SharedModel::Get().served});
+      server->SetServing(true);
+    }
+    if (options.executor_thread) executor_thread.emplace(engine.executor());
+  }
+  ~TestNode() {
+    if (server != nullptr) Stop();
+  }
+
+  // Everything that was charged must be free once nobody holds a lease.
+  void Stop() {
+    server->Shutdown(absl::ZeroDuration());
+    executor_thread.reset();
+    server.reset();
+  }
+
+  std::string address() const { return "127.0.0.1:" + std::to_string(server->port()); }
+  std::shared_ptr<grpc::Channel> NewChannel() const {
+    grpc::ChannelArguments arguments;
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    arguments.SetMaxReceiveMessageSize(-1);
+    return grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(),
+                                     arguments);
+  }
+  std::unique_ptr<client::Client> NewClient() const {
+    auto connected = client::Client::Connect({.address = address()});
+    EXPECT_TRUE(connected.ok()) << connected.status();
+    return *std::move(connected);
+  }
+
+  // Takes steps by hand until `condition` holds.
+  template <class Condition>
+  [[nodiscard]] bool StepUntil(const Condition& condition) {
+    return Eventually([&] {
+      if (condition()) return true;
+      engine.executor().RunOneStep();
+      return condition();
+    });
+  }
+  // All calls are over and nothing is charged any more.
+  [[nodiscard]] bool NothingHeld() {
+    return Eventually([&] { return ledger.bytes_held() == 0; });
+  }
+  void Advance(absl::Duration duration) {
+    clock.Advance(duration);
+    timers.RunDue();
+  }
+  double Waiting() const { return metrics.engine.waiting.Value(); }
+  double Running() const { return metrics.engine.running.Value(); }
+
+  ManualClock clock;
+  TimerQueue timers{clock};
+  std::ostringstream log_text;
+  Log log{LogLevel::kInfo, log_text};
+  prometheus::Registry registry;
+  ServerMetrics metrics{registry};
+  ByteLedger ledger;
+  EngineImpl engine;
+  LeaseStore leases;
+  std::unique_ptr<GrpcServer> server;
+  std::optional<ExecutorThread> executor_thread;
+};
+
+// ---- requests
+
+inline v1::PrefillRequest PrefillOf(int32_t num_tokens, uint32_t seed = 1) {
+  v1::PrefillRequest request;
+  request.set_request_id("test");
+  std::mt19937 random(seed);
+  for (int32_t i = 0; i < num_tokens; ++i) request.add_token_ids(random() % 128);
+  return request;
+}
+inline v1::PrefillRequest LeaseOf(int32_t num_tokens, uint32_t seed = 1) {
+  v1::PrefillRequest request = PrefillOf(num_tokens, seed);
+  request.mutable_delivery()->mutable_lease();
+  return request;
+}
+
+// A cache in the receiver's memory: arrays by (layer, kind).
+struct KvArrays final : client::KvTarget {
+  std::span<std::byte> Array(int32_t layer, v1::KvChunk::Kind kind,
+                             int64_t bytes) override {
+    auto& array = arrays[{layer, kind}];
+    array.resize(static_cast<size_t>(bytes));
+    return array;
+  }
+  void OnLayer(int32_t layer) override {
+    layers.push_back(layer);
+    if (on_layer) on_layer(layer);
+  }
+
+  std::map<std::pair<int32_t, int>, std::vector<std::byte>> arrays;
+  std::vector<int32_t> layers;
+  std::function<void(int32_t)> on_layer;
+};
+
+struct PrefillEvents final : client::PrefillObserver {
+  void OnAdmitted(const v1::Admitted& event) override {
+    admitted = event;
+    if (on_admitted) on_admitted(event);
+  }
+  void OnLayer(const v1::LayerDone& event) override { layers.push_back(event); }
+
+  std::optional<v1::Admitted> admitted;
+  std::vector<v1::LayerDone> layers;
+  std::function<void(const v1::Admitted&)> on_admitted;
+};
+
+}  // namespace pbs::server
