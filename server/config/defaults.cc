@@ -32,12 +32,13 @@ void ApplyDefaults(v1::ServerConfig& config) {
   if (!config.has_drain_seconds_max()) config.set_drain_seconds_max(60);
   if (!config.has_vllm_metrics()) config.set_vllm_metrics(false);
   for (v1::ModelSource& model : *config.mutable_models()) {
-    if (!model.has_compute_dtype()) model.set_compute_dtype("auto");
     if (!model.has_kv_dtype()) model.set_kv_dtype("auto");
     if (!model.has_tokens_max()) model.set_tokens_max(0);
   }
-  if (!config.cpu().has_threads()) config.mutable_cpu()->set_threads(0);
-  if (!config.cpu().has_isa()) config.mutable_cpu()->set_isa("auto");
+  v1::CpuConfig& cpu = *config.mutable_cpu();
+  if (!cpu.has_threads()) cpu.set_threads(0);
+  if (!cpu.has_isa()) cpu.set_isa("auto");
+  if (!cpu.has_compute_dtype()) cpu.set_compute_dtype("auto");
   ApplyAdmissionDefaults(*config.mutable_admission());
   v1::LeaseConfig& lease = *config.mutable_lease();
   if (!lease.has_ttl_seconds_default()) lease.set_ttl_seconds_default(60);

@@ -31,8 +31,8 @@ std::optional<DType> ToDType(const std::string& name) {
 }
 
 ModelSettings ToModel(const v1::ModelSource& source) {
-  return {source.name(), source.path(), ToDType(source.compute_dtype()),
-          ToDType(source.kv_dtype()), source.tokens_max()};
+  return {source.name(), source.path(), ToDType(source.kv_dtype()),
+          source.tokens_max()};
 }
 
 ServiceLimits ToLimits(const v1::AdmissionConfig& admission,
@@ -88,7 +88,8 @@ absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
   for (const v1::ModelSource& model : config.models()) {
     settings.models.push_back(ToModel(model));
   }
-  settings.cpu = {config.cpu().threads(), config.cpu().isa()};
+  settings.cpu = {config.cpu().threads(), config.cpu().isa(),
+                  config.cpu().compute_dtype()};
   settings.memory_bytes_max = config.admission().memory_bytes_max();
   settings.leases_max = config.lease().leases_max();
   settings.log_level = ToLogLevel(config.log().level());

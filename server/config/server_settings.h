@@ -23,14 +23,14 @@ enum class BackendChoice : uint8_t { kAuto, kCpu, kCuda };
 struct ModelSettings {
   std::string name;
   std::string path;
-  std::optional<DType> compute_dtype;  // unset: what is fastest here
-  std::optional<DType> kv_dtype;       // unset: the compute dtype
-  int32_t tokens_max = 0;              // 0: the model's own limit
+  std::optional<DType> kv_dtype;  // unset: the dtype that the model computes in
+  int32_t tokens_max = 0;         // 0: the model's own limit
 };
 
 struct CpuSettings {
-  int32_t threads = 0;  // 0: the CPUs this process may use
-  std::string isa;      // "auto" or a name
+  int32_t threads = 0;        // 0: the CPUs this process may use
+  std::string isa;            // "auto" or a name
+  std::string compute_dtype;  // "auto", "f32" or "bf16"
 };
 
 struct ServerSettings {

@@ -95,7 +95,6 @@ void CheckModels(const v1::ServerConfig& config, Checker& check) {
     if (model.path().empty()) {
       check.Add(absl::StrCat(field, "path \"\" is empty; it names a model folder"));
     }
-    check.OneOf(field + "compute_dtype", model.compute_dtype(), kComputeDTypes);
     check.OneOf(field + "kv_dtype", model.kv_dtype(), kKvDTypes);
     check.Range(field + "tokens_max", model.tokens_max(), 0, kSeqLenMax);
   }
@@ -163,6 +162,7 @@ std::vector<std::string> Validate(const v1::ServerConfig& config) {
   CheckModels(config, check);
   check.Range("cpu.threads", config.cpu().threads(), 0, kThreadsMax);
   check.OneOf("cpu.isa", config.cpu().isa(), kIsas);
+  check.OneOf("cpu.compute_dtype", config.cpu().compute_dtype(), kComputeDTypes);
   CheckAdmission(config.admission(), check);
   CheckLease(config.lease(), check);
   CheckTransport(config.transport(), check);

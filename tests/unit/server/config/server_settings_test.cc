@@ -80,12 +80,12 @@ TEST(ServerSettingsSpec, DefaultsAreThoseOfTheModules) {
 
 TEST(ServerSettingsSpec, EveryFieldArrives) {
   v1::ServerConfig config = OneModel();
-  config.mutable_models(0)->set_compute_dtype("bf16");
   config.mutable_models(0)->set_kv_dtype("f16");
   config.mutable_models(0)->set_tokens_max(4096);
   config.set_backend("cpu");
   config.mutable_cpu()->set_threads(3);
   config.mutable_cpu()->set_isa("avx2");
+  config.mutable_cpu()->set_compute_dtype("bf16");
   config.mutable_admission()->set_queue_requests_max(7);
   config.mutable_admission()->set_upload_seconds_max(11);
   config.mutable_lease()->set_leases_max(13);
@@ -97,12 +97,12 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   ASSERT_TRUE(settings.ok()) << settings.status();
   ASSERT_EQ(settings->models.size(), 1u);
   EXPECT_EQ(settings->models[0].name, "tiny");
-  EXPECT_EQ(settings->models[0].compute_dtype, DType::kBF16);
   EXPECT_EQ(settings->models[0].kv_dtype, DType::kF16);
   EXPECT_EQ(settings->models[0].tokens_max, 4096);
   EXPECT_EQ(settings->backend, BackendChoice::kCpu);
   EXPECT_EQ(settings->cpu.threads, 3);
   EXPECT_EQ(settings->cpu.isa, "avx2");
+  EXPECT_EQ(settings->cpu.compute_dtype, "bf16");
   EXPECT_EQ(settings->service.limits.queue_requests_max, 7);
   EXPECT_EQ(settings->service.limits.upload_seconds_max, 11);
   EXPECT_EQ(settings->leases_max, 13);
@@ -113,10 +113,9 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   EXPECT_EQ(settings->service.default_attention.threshold, 0.5f);
 }
 
-TEST(ServerSettingsSpec, AutoDTypesStayOpen) {
+TEST(ServerSettingsSpec, AnAutomaticDTypeStaysOpen) {
   const auto settings = MakeSettings(OneModel());
   ASSERT_TRUE(settings.ok()) << settings.status();
-  EXPECT_EQ(settings->models[0].compute_dtype, std::nullopt);
   EXPECT_EQ(settings->models[0].kv_dtype, std::nullopt);
 }
 
@@ -176,9 +175,6 @@ INSTANTIATE_TEST_SUITE_P(
                       "unique"},
         ViolationCase{"no_path", [](auto& c) { c.mutable_models(0)->set_path(""); },
                       "models.0.path \"\" is empty; it names a model folder"},
-        ViolationCase{"compute_dtype",
-                      [](auto& c) { c.mutable_models(0)->set_compute_dtype("f16"); },
-                      "models.0.compute_dtype \"f16\" is not one of auto, f32, bf16"},
         ViolationCase{"kv_dtype",
                       [](auto& c) { c.mutable_models(0)->set_kv_dtype("fp8"); },
                       "models.0.kv_dtype \"fp8\" is not one of auto, f32, f16, bf16"},
@@ -195,6 +191,9 @@ INSTANTIATE_TEST_SUITE_P(
         ViolationCase{"isa", [](auto& c) { c.mutable_cpu()->set_isa("sse"); },
                       "cpu.isa \"sse\" is not one of auto, scalar, avx2, avx512, "
                       "avx512_bf16"},
+        ViolationCase{"compute_dtype",
+                      [](auto& c) { c.mutable_cpu()->set_compute_dtype("f16"); },
+                      "cpu.compute_dtype \"f16\" is not one of auto, f32, bf16"},
         ViolationCase{"memory",
                       [](auto& c) { c.mutable_admission()->set_memory_bytes_max(-1); },
                       "admission.memory_bytes_max -1 is outside [0, 1125899906842624]"},
