@@ -90,6 +90,11 @@ StatusOr<nlohmann::json> ParseJson(std::string_view text, std::string_view what,
     return InvalidArgument(where + std::to_string(text.size()) +
                            " bytes of JSON exceed " + std::to_string(limits.bytes_max));
   }
+  // The parser takes a NUL for the end and would not look at what is behind it.
+  if (const size_t nul = text.find('\0'); nul != std::string_view::npos) {
+    return InvalidArgument(where + "is not valid JSON near byte " +
+                           std::to_string(nul + 1));
+  }
   Checker checker(limits);
   if (!nlohmann::json::sax_parse(text.begin(), text.end(), &checker)) {
     return InvalidArgument(where + checker.problem());

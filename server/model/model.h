@@ -19,8 +19,8 @@ namespace pbs {
 
 struct ModelOptions {
   // Of the KV cache, and with it of attention. Default: the compute dtype.
-  std::optional<DType> kv_dtype;
-  LoadControl control;
+  std::optional<DType> kv_dtype = {};
+  LoadControl control = {};
 };
 
 class Model {

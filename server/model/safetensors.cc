@@ -126,15 +126,18 @@ Status CheckTiling(const std::vector<TensorInfo>& tensors, int64_t data_begin,
                    int64_t file_bytes) {
   std::vector<const TensorInfo*> by_place;
   for (const TensorInfo& tensor : tensors) by_place.push_back(&tensor);
-  std::sort(by_place.begin(), by_place.end(),
-            [](const auto* a, const auto* b) { return a->begin < b->begin; });
+  std::stable_sort(by_place.begin(), by_place.end(),
+                   [](const auto* a, const auto* b) { return a->begin < b->begin; });
   int64_t next = data_begin;
   for (const TensorInfo* tensor : by_place) {
-    if (tensor->begin != next) {
-      return InvalidArgument("tensor " + Quoted(tensor->name) + ": " +
-                             (tensor->begin < next ? "overlaps the one before it by "
-                                                   : "leaves a hole of ") +
-                             std::to_string(std::abs(tensor->begin - next)) +
+    const int64_t gap = tensor->begin - next;
+    const std::string where = "tensor " + Quoted(tensor->name) + ": ";
+    if (gap < 0) {
+      return InvalidArgument(where + "overlaps the one before it by " +
+                             std::to_string(-gap) + " bytes");
+    }
+    if (gap > 0) {
+      return InvalidArgument(where + "leaves a hole of " + std::to_string(gap) +
                              " bytes before it");
     }
     next = tensor->begin + tensor->bytes;

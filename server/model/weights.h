@@ -54,7 +54,7 @@ struct ModelWeights {
 
 struct LoadControl {
   // Called from time to time with tensor bytes read so far and in all.
-  std::function<void(int64_t done, int64_t total)> progress;
+  std::function<void(int64_t done, int64_t total)> progress = {};
   // When set and true, loading stops with Cancelled.
   const std::atomic<bool>* stop = nullptr;
 };

@@ -1,0 +1,599 @@
+// Spec: server/model/model_config.h and rope_config.h.
+#include "server/model/model_config.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "tests/support/case_name.h"
+
+namespace pbs {
+namespace {
+
+using nlohmann::json;
+
+json Llama() {
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"model_type", "llama"},
+          {"vocab_size", 1000},
+          {"hidden_size", 256},
+          {"intermediate_size", 512},
+          {"num_hidden_layers", 4},
+          {"num_attention_heads", 8},
+          {"num_key_value_heads", 2},
+          {"hidden_act", "silu"},
+          {"rms_norm_eps", 1e-5},
+          {"max_position_embeddings", 4096},
+          {"rope_theta", 10000.0},
+          {"eos_token_id", 2}};
+}
+
+json Qwen2() {
+  json config = Llama();
+  config["architectures"] = {"Qwen2ForCausalLM"};
+  config["model_type"] = "qwen2";
+  return config;
+}
+
+json Qwen3() {
+  json config = Llama();
+  config["architectures"] = {"Qwen3ForCausalLM"};
+  config["model_type"] = "qwen3";
+  config["head_dim"] = 128;
+  return config;
+}
+
+json Mistral() {
+  json config = Llama();
+  config["architectures"] = {"MistralForCausalLM"};
+  config["model_type"] = "mistral";
+  config["sliding_window"] = nullptr;
+  return config;
+}
+
+json Llama3Rope() {
+  return {{"rope_type", "llama3"},
+          {"factor", 8.0},
+          {"low_freq_factor", 1.0},
+          {"high_freq_factor", 4.0},
+          {"original_max_position_embeddings", 1024}};
+}
+
+json YarnRope() {
+  return {{"rope_type", "yarn"},
+          {"factor", 4.0},
+          {"original_max_position_embeddings", 2048}};
+}
+
+struct RefusedCase {
+  const char* name;
+  json (*base)();
+  std::function<void(json&)> change;
+  StatusCode code;
+  const char* message;  // behind "config.json: "
+};
+
+void PrintTo(const RefusedCase& c, std::ostream* out) { *out << c.name; }
+
+constexpr StatusCode kInvalid = StatusCode::kInvalidArgument;
+constexpr StatusCode kUnsupported = StatusCode::kUnimplemented;
+
+class RefusedConfigSpec : public testing::TestWithParam<RefusedCase> {};
+
+TEST_P(RefusedConfigSpec, NamesKeyValueAndLimit) {
+  json config = GetParam().base();
+  GetParam().change(config);
+  const auto parsed = ParseModelConfig(config.dump());
+  ASSERT_FALSE(parsed.ok());
+  EXPECT_EQ(parsed.status().message(),
+            std::string("config.json: ") + GetParam().message);
+  EXPECT_EQ(parsed.status().code(), GetParam().code);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Sizes, RefusedConfigSpec,
+    testing::Values(
+        RefusedCase{"vocab_missing", Llama, [](json& c) { c.erase("vocab_size"); },
+                    kInvalid, "vocab_size is missing"},
+        RefusedCase{"vocab_zero", Llama, [](json& c) { c["vocab_size"] = 0; }, kInvalid,
+                    "vocab_size 0 is outside [1, 2097152]"},
+        RefusedCase{"layers_absurd", Llama,
+                    [](json& c) { c["num_hidden_layers"] = 1'000'000'000; }, kInvalid,
+                    "num_hidden_layers 1000000000 is outside [1, 1024]"},
+        RefusedCase{"layers_negative", Llama,
+                    [](json& c) { c["num_hidden_layers"] = -1; }, kInvalid,
+                    "num_hidden_layers -1 is outside [1, 1024]"},
+        RefusedCase{"layers_beyond_64_bits", Llama,
+                    [](json& c) { c["num_hidden_layers"] = UINT64_MAX; }, kInvalid,
+                    "num_hidden_layers 18446744073709551615 is outside [1, 1024]"},
+        RefusedCase{"hidden_fraction", Llama, [](json& c) { c["hidden_size"] = 256.5; },
+                    kInvalid, "hidden_size is of type number, not an integer"},
+        RefusedCase{"hidden_string", Llama, [](json& c) { c["hidden_size"] = "256"; },
+                    kInvalid, "hidden_size is of type string, not an integer"},
+        RefusedCase{"hidden_past_the_limit", Llama,
+                    [](json& c) { c["hidden_size"] = 65537; }, kInvalid,
+                    "hidden_size 65537 is outside [1, 65536]"},
+        RefusedCase{"inner_missing", Llama,
+                    [](json& c) { c.erase("intermediate_size"); }, kInvalid,
+                    "intermediate_size is missing"},
+        RefusedCase{"epsilon_missing", Llama, [](json& c) { c.erase("rms_norm_eps"); },
+                    kInvalid, "rms_norm_eps is missing"},
+        RefusedCase{"epsilon_zero", Llama, [](json& c) { c["rms_norm_eps"] = 0; },
+                    kInvalid, "rms_norm_eps 0 is outside [1e-12, 0.1]"},
+        RefusedCase{"heads_missing", Llama,
+                    [](json& c) { c.erase("num_attention_heads"); }, kInvalid,
+                    "num_attention_heads is missing"},
+        RefusedCase{"heads_past_the_limit", Llama,
+                    [](json& c) { c["num_attention_heads"] = 1025; }, kInvalid,
+                    "num_attention_heads 1025 is outside [1, 1024]"},
+        RefusedCase{"kv_heads_do_not_divide", Llama,
+                    [](json& c) { c["num_key_value_heads"] = 3; }, kInvalid,
+                    "num_attention_heads 8 is not a multiple of num_key_value_heads 3"},
+        RefusedCase{"more_kv_heads_than_heads", Llama,
+                    [](json& c) { c["num_key_value_heads"] = 16; }, kInvalid,
+                    "num_key_value_heads 16 is outside [1, 8]"},
+        RefusedCase{"qwen2_kv_heads_missing", Qwen2,
+                    [](json& c) { c.erase("num_key_value_heads"); }, kInvalid,
+                    "num_key_value_heads is missing"},
+        RefusedCase{"qwen3_head_dim_missing", Qwen3,
+                    [](json& c) { c.erase("head_dim"); }, kInvalid,
+                    "head_dim is missing"},
+        RefusedCase{"head_dim_zero", Llama, [](json& c) { c["head_dim"] = 0; },
+                    kInvalid, "head_dim 0 is outside [1, 256]"},
+        RefusedCase{"head_dim_without_a_kernel", Llama,
+                    [](json& c) { c["head_dim"] = 80; }, kUnsupported,
+                    "head_dim 80 is not one of 32, 64, 96, 128, 256"},
+        RefusedCase{"hidden_not_a_multiple", Llama,
+                    [](json& c) { c["hidden_size"] = 250; }, kInvalid,
+                    "hidden_size 250 is not a multiple of num_attention_heads 8, and "
+                    "head_dim is missing"},
+        RefusedCase{"positions_missing", Llama,
+                    [](json& c) { c.erase("max_position_embeddings"); }, kInvalid,
+                    "max_position_embeddings is missing"},
+        RefusedCase{"eos_outside_the_vocabulary", Llama,
+                    [](json& c) {
+                      c["eos_token_id"] = {2, 1000};
+                    },
+                    kInvalid,
+                    "eos_token_id \"1000\" is not a token below vocab_size 1000"},
+        RefusedCase{"eos_string", Llama, [](json& c) { c["eos_token_id"] = "x"; },
+                    kInvalid,
+                    "eos_token_id \"\"x\"\" is not a token below vocab_size 1000"}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    Features, RefusedConfigSpec,
+    testing::Values(
+        RefusedCase{"type_missing", Llama, [](json& c) { c.erase("model_type"); },
+                    kInvalid, "model_type is missing"},
+        RefusedCase{"type_unknown", Llama, [](json& c) { c["model_type"] = "gemma3"; },
+                    kUnsupported,
+                    "model_type \"gemma3\" is not one of llama, mistral, qwen2, qwen3"},
+        RefusedCase{
+            "no_language_model_head", Llama,
+            [](json& c) { c["architectures"] = {"LlamaForSequenceClassification"}; },
+            kUnsupported,
+            "architectures holds \"\"LlamaForSequenceClassification\"\"; "
+            "model_type llama is served as LlamaForCausalLM"},
+        RefusedCase{"activation", Llama, [](json& c) { c["hidden_act"] = "gelu"; },
+                    kUnsupported, "hidden_act \"gelu\" is not supported, only silu"},
+        RefusedCase{"quantised", Llama,
+                    [](json& c) {
+                      c["quantization_config"] = {{"quant_method", "fp8"}};
+                    },
+                    kUnsupported,
+                    "quantization_config is set: quantised weights are not supported"},
+        RefusedCase{"partial_rotation", Llama,
+                    [](json& c) { c["partial_rotary_factor"] = 0.5; }, kUnsupported,
+                    "partial_rotary_factor 0.5 is not supported, only 1"},
+        RefusedCase{"mrope", Qwen2, [](json& c) { c["use_mrope"] = true; },
+                    kUnsupported, "use_mrope true is not supported"},
+        RefusedCase{"mistral_attention_bias", Mistral,
+                    [](json& c) { c["attention_bias"] = true; }, kUnsupported,
+                    "attention_bias true is unknown for mistral"},
+        RefusedCase{"qwen_mlp_bias", Qwen2, [](json& c) { c["mlp_bias"] = true; },
+                    kUnsupported, "mlp_bias true is unknown for qwen2"},
+        RefusedCase{"tied_not_boolean", Llama,
+                    [](json& c) { c["tie_word_embeddings"] = 1; }, kInvalid,
+                    "tie_word_embeddings is of type number, not a boolean"},
+        RefusedCase{
+            "layer_types_sliding", Qwen2,
+            [](json& c) {
+              c["layer_types"] = {"full_attention", "full_attention",
+                                  "sliding_attention", "full_attention"};
+            },
+            kUnsupported,
+            "layer_types holds \"\"sliding_attention\"\"; only full_attention is "
+            "supported"},
+        RefusedCase{"layer_types_too_few", Qwen2,
+                    [](json& c) { c["layer_types"] = {"full_attention"}; }, kInvalid,
+                    "layer_types has 1 entries for 4 layers"},
+        RefusedCase{
+            "qwen_sliding_window", Qwen2,
+            [](json& c) {
+              c["use_sliding_window"] = true;
+              c["sliding_window"] = 2048;
+              c["max_window_layers"] = 2;
+            },
+            kUnsupported,
+            "sliding_window 2048 is shorter than the 4096 positions; windows are "
+            "not supported"},
+        RefusedCase{
+            "mistral_sliding_window", Mistral,
+            [](json& c) { c["sliding_window"] = 1024; }, kUnsupported,
+            "sliding_window 1024 is shorter than the 4096 positions; windows are "
+            "not supported"},
+        RefusedCase{"mistral_window_missing", Mistral,
+                    [](json& c) { c.erase("sliding_window"); }, kInvalid,
+                    "sliding_window is missing"},
+        RefusedCase{"llama_sliding_window", Llama,
+                    [](json& c) { c["sliding_window"] = 16; }, kUnsupported,
+                    "sliding_window 16 is shorter than the 4096 positions; windows are "
+                    "not supported"},
+        RefusedCase{"dual_chunk_without_size", Qwen2,
+                    [](json& c) {
+                      c["dual_chunk_attention_config"] = {{"local_size", 8}};
+                    },
+                    kInvalid, "dual_chunk_attention_config: chunk_size is missing"},
+        RefusedCase{
+            "dual_chunk_local_beyond_chunk", Qwen2,
+            [](json& c) {
+              c["dual_chunk_attention_config"] = {{"chunk_size", 1024},
+                                                  {"local_size", 1024}};
+            },
+            kInvalid,
+            "dual_chunk_attention_config: local_size 1024 is outside [0, 1023]"}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    Rope, RefusedConfigSpec,
+    testing::Values(
+        RefusedCase{"theta_missing", Llama, [](json& c) { c.erase("rope_theta"); },
+                    kInvalid, "rope_theta is missing"},
+        RefusedCase{"theta_one", Llama, [](json& c) { c["rope_theta"] = 1; }, kInvalid,
+                    "rope_theta 1 is outside [1.5, 1e+12]"},
+        RefusedCase{"theta_contradicts", Llama,
+                    [](json& c) {
+                      c["rope_parameters"] = {{"rope_type", "default"},
+                                              {"rope_theta", 500000.0}};
+                    },
+                    kInvalid,
+                    "rope_parameters: rope_theta 500000 contradicts the other one, "
+                    "10000"},
+        RefusedCase{"spellings_contradict", Llama,
+                    [](json& c) {
+                      c["rope_parameters"] = Llama3Rope();
+                      c["rope_scaling"] = Llama3Rope();
+                      c["rope_scaling"]["factor"] = 32.0;
+                    },
+                    kInvalid, "rope_parameters and rope_scaling contradict each other"},
+        RefusedCase{"types_contradict", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = {
+                          {"rope_type", "linear"}, {"type", "yarn"}, {"factor", 2}};
+                    },
+                    kInvalid,
+                    "rope_scaling: rope_type \"linear\" contradicts type \"yarn\""},
+        RefusedCase{"type_missing", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = {{"factor", 2}};
+                    },
+                    kInvalid, "rope_scaling: rope_type is missing"},
+        RefusedCase{"not_an_object", Llama, [](json& c) { c["rope_scaling"] = 2; },
+                    kInvalid, "rope_scaling is of type number, not an object"},
+        RefusedCase{"dynamic", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = {{"type", "dynamic"}, {"factor", 2}};
+                    },
+                    kUnsupported,
+                    "rope_scaling: rope_type \"dynamic\" is refused: its frequencies "
+                    "depend on the length, so cached keys would change meaning during "
+                    "decoding"},
+        RefusedCase{
+            "longrope", Llama,
+            [](json& c) {
+              c["rope_parameters"] = {{"rope_type", "longrope"}};
+            },
+            kUnsupported,
+            "rope_parameters: rope_type \"longrope\" is refused: its frequencies "
+            "depend on the length, so cached keys would change meaning during "
+            "decoding"},
+        RefusedCase{"unknown_type", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = {{"type", "mrope"}};
+                    },
+                    kUnsupported,
+                    "rope_scaling: rope_type \"mrope\" is not one of default, linear, "
+                    "llama3, yarn"},
+        RefusedCase{"unknown_key", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = YarnRope();
+                      c["rope_scaling"]["finetuned"] = true;
+                    },
+                    kInvalid,
+                    "rope_scaling: unknown key \"finetuned\" for rope_type yarn"},
+        RefusedCase{"linear_without_factor", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = {{"type", "linear"}};
+                    },
+                    kInvalid, "rope_scaling: factor is missing"},
+        RefusedCase{"linear_factor_below_one", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = {{"type", "linear"}, {"factor", 0.5}};
+                    },
+                    kInvalid, "rope_scaling: factor 0.5 is outside [1, 10000]"},
+        RefusedCase{"llama3_without_original", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = Llama3Rope();
+                      c["rope_scaling"].erase("original_max_position_embeddings");
+                    },
+                    kInvalid,
+                    "rope_scaling: original_max_position_embeddings is missing"},
+        RefusedCase{"llama3_band_upside_down", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = Llama3Rope();
+                      c["rope_scaling"]["low_freq_factor"] = 4.0;
+                    },
+                    kInvalid,
+                    "rope_scaling: low_freq_factor 4 is not below high_freq_factor 4"},
+        RefusedCase{"yarn_without_original", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = {{"type", "yarn"}, {"factor", 4}};
+                    },
+                    kInvalid,
+                    "rope_scaling: original_max_position_embeddings is missing"},
+        RefusedCase{"yarn_betas_upside_down", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = YarnRope();
+                      c["rope_scaling"]["beta_slow"] = 64;
+                    },
+                    kInvalid, "rope_scaling: beta_slow 64 exceeds beta_fast 32"},
+        RefusedCase{
+            "partial_inside", Llama,
+            [](json& c) {
+              c["rope_parameters"] = {{"rope_type", "default"},
+                                      {"rope_theta", 10000.0},
+                                      {"partial_rotary_factor", 0.25}};
+            },
+            kUnsupported,
+            "rope_parameters: partial_rotary_factor 0.25 is not supported, only "
+            "1"}),
+    testing_support::CaseName());
+
+struct TextCase {
+  const char* name;
+  std::string text;
+  const char* message;
+};
+
+void PrintTo(const TextCase& c, std::ostream* out) { *out << c.name; }
+
+class ConfigTextSpec : public testing::TestWithParam<TextCase> {};
+
+TEST_P(ConfigTextSpec, RefusesTextThatIsNoSoundJson) {
+  const auto parsed = ParseModelConfig(GetParam().text);
+  EXPECT_EQ(parsed.status().message(), GetParam().message);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, ConfigTextSpec,
+    testing::Values(TextCase{"empty", "", "config.json: is not valid JSON near byte 1"},
+                    TextCase{"cut_off", "{\"vocab_size\": ",
+                             "config.json: is not valid JSON near byte 16"},
+                    TextCase{"an_array", "[1]", "config.json: is not an object"},
+                    TextCase{"bad_utf8", "{\"\xff\": 1}",
+                             "config.json: is not valid JSON near byte 3"},
+                    TextCase{"text_behind_a_nul", std::string("{}\0{\"a\": 1}", 11),
+                             "config.json: is not valid JSON near byte 3"},
+                    TextCase{"infinite", "{\"rope_theta\": 1e999}",
+                             "config.json: is not valid JSON near byte 20"},
+                    TextCase{"repeated_key", "{\"vocab_size\": 1, \"vocab_size\": 2}",
+                             "config.json: key \"vocab_size\" appears twice"},
+                    TextCase{"repeated_inside",
+                             "{\"rope_scaling\": {\"a\": 1, \"a\": 1}}",
+                             "config.json: key \"a\" appears twice"},
+                    TextCase{"deep", std::string(100'000, '['),
+                             "config.json: is nested deeper than 16"},
+                    TextCase{"huge", std::string((1 << 20) + 1, ' '),
+                             "config.json: 1048577 bytes of JSON exceed 1048576"}),
+    testing_support::CaseName());
+
+struct AcceptedCase {
+  const char* name;
+  json (*base)();
+  std::function<void(json&)> change;
+  std::function<bool(const ModelConfig&)> holds;
+};
+
+void PrintTo(const AcceptedCase& c, std::ostream* out) { *out << c.name; }
+
+class AcceptedConfigSpec : public testing::TestWithParam<AcceptedCase> {};
+
+TEST_P(AcceptedConfigSpec, MeansWhatHuggingFaceMeans) {
+  json config = GetParam().base();
+  GetParam().change(config);
+  const auto parsed = ParseModelConfig(config.dump());
+  ASSERT_TRUE(parsed.ok()) << parsed.status().ToString();
+  EXPECT_TRUE(GetParam().holds(*parsed)) << CanonicalArchitecture(*parsed);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, AcceptedConfigSpec,
+    testing::Values(
+        AcceptedCase{"llama", Llama, [](json&) {},
+                     [](const ModelConfig& m) {
+                       return m.head_dim == 32 && m.num_kv_heads == 2 && !m.qkv_bias &&
+                              !m.output_bias && !m.qk_norm && !m.tied_embeddings &&
+                              m.max_tokens == 4096 && m.rope.theta == 10000 &&
+                              m.qkv_features() == 12 * 32;
+                     }},
+        AcceptedCase{"llama_biases", Llama,
+                     [](json& c) {
+                       c["attention_bias"] = true;
+                       c["mlp_bias"] = true;
+                     },
+                     [](const ModelConfig& m) {
+                       return m.qkv_bias && m.output_bias && m.mlp_bias;
+                     }},
+        AcceptedCase{"llama_kv_heads_default_to_heads", Llama,
+                     [](json& c) { c.erase("num_key_value_heads"); },
+                     [](const ModelConfig& m) { return m.num_kv_heads == 8; }},
+        AcceptedCase{"null_is_absent", Qwen2,
+                     [](json& c) {
+                       c["num_key_value_heads"] = nullptr;
+                       c["head_dim"] = nullptr;
+                       c["rope_scaling"] = nullptr;
+                     },
+                     [](const ModelConfig& m) {
+                       return m.num_kv_heads == 8 && m.head_dim == 32;
+                     }},
+        AcceptedCase{"head_dim_differs_from_hidden_over_heads", Llama,
+                     [](json& c) { c["head_dim"] = 128; },
+                     [](const ModelConfig& m) {
+                       return m.attention_features() == 1024 && m.hidden_size == 256;
+                     }},
+        AcceptedCase{"qwen2_has_qkv_biases_only", Qwen2, [](json&) {},
+                     [](const ModelConfig& m) {
+                       return m.qkv_bias && !m.output_bias && !m.qk_norm;
+                     }},
+        AcceptedCase{"qwen3_has_qk_norms", Qwen3, [](json&) {},
+                     [](const ModelConfig& m) {
+                       return !m.qkv_bias && m.qk_norm && m.head_dim == 128;
+                     }},
+        AcceptedCase{"mistral", Mistral, [](json&) {},
+                     [](const ModelConfig& m) { return !m.qkv_bias; }},
+        AcceptedCase{"tied", Llama, [](json& c) { c["tie_word_embeddings"] = true; },
+                     [](const ModelConfig& m) { return m.tied_embeddings; }},
+        AcceptedCase{"eos_list", Llama,
+                     [](json& c) {
+                       c["eos_token_id"] = {2, 7};
+                     },
+                     [](const ModelConfig& m) {
+                       return m.eos_token_ids == std::vector<int32_t>{2, 7};
+                     }},
+        AcceptedCase{"no_eos", Llama, [](json& c) { c.erase("eos_token_id"); },
+                     [](const ModelConfig& m) { return m.eos_token_ids.empty(); }},
+        AcceptedCase{"window_as_long_as_the_positions", Mistral,
+                     [](json& c) { c["sliding_window"] = 4096; },
+                     [](const ModelConfig& m) { return m.max_tokens == 4096; }},
+        AcceptedCase{"window_not_used", Qwen2,
+                     [](json& c) {
+                       c["sliding_window"] = 16;
+                       c["use_sliding_window"] = false;
+                     },
+                     [](const ModelConfig& m) { return m.max_tokens == 4096; }},
+        AcceptedCase{"window_above_the_last_layer", Qwen2,
+                     [](json& c) {
+                       c["sliding_window"] = 16;
+                       c["use_sliding_window"] = true;
+                       c["max_window_layers"] = 4;
+                     },
+                     [](const ModelConfig& m) { return m.max_tokens == 4096; }},
+        AcceptedCase{"full_attention_layers", Qwen3,
+                     [](json& c) {
+                       c["layer_types"] = json::array();
+                       for (int i = 0; i < 4; ++i) {
+                         c["layer_types"].push_back("full_attention");
+                       }
+                     },
+                     [](const ModelConfig& m) { return m.num_layers == 4; }},
+        AcceptedCase{"dual_chunk_serves_its_first_chunk", Qwen2,
+                     [](json& c) {
+                       c["max_position_embeddings"] = 1'010'000;
+                       c["dual_chunk_attention_config"] = {{"chunk_size", 262144},
+                                                           {"local_size", 8192}};
+                     },
+                     [](const ModelConfig& m) { return m.max_tokens == 253'952; }},
+        AcceptedCase{"positions_beyond_our_limit", Llama,
+                     [](json& c) { c["max_position_embeddings"] = 10'485'760; },
+                     [](const ModelConfig& m) { return m.max_tokens == kSeqLenMax; }}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    Rope, AcceptedConfigSpec,
+    testing::Values(
+        AcceptedCase{"new_spelling", Llama,
+                     [](json& c) {
+                       c.erase("rope_theta");
+                       c["rope_parameters"] = Llama3Rope();
+                       c["rope_parameters"]["rope_theta"] = 500000.0;
+                     },
+                     [](const ModelConfig& m) {
+                       return m.rope.type == RopeType::kLlama3 &&
+                              m.rope.theta == 500000 && m.rope.factor == 8 &&
+                              m.rope.original_max_position == 1024;
+                     }},
+        AcceptedCase{
+            "both_spellings_that_agree", Llama,
+            [](json& c) {
+              c["rope_parameters"] = Llama3Rope();
+              c["rope_scaling"] = Llama3Rope();
+              c["rope_parameters"]["rope_theta"] = 10000.0;
+            },
+            [](const ModelConfig& m) { return m.rope.type == RopeType::kLlama3; }},
+        AcceptedCase{"old_type_key", Llama,
+                     [](json& c) {
+                       c["rope_scaling"] = {{"type", "linear"}, {"factor", 4}};
+                     },
+                     [](const ModelConfig& m) {
+                       return m.rope.type == RopeType::kLinear && m.rope.factor == 4 &&
+                              m.max_tokens == 4096;
+                     }},
+        AcceptedCase{
+            "yarn_defaults", Llama, [](json& c) { c["rope_scaling"] = YarnRope(); },
+            [](const ModelConfig& m) {
+              return m.rope.beta_fast == 32 && m.rope.beta_slow == 1 &&
+                     m.rope.truncate &&
+                     std::abs(m.rope.attention_factor - (0.1 * std::log(4.0) + 1)) <
+                         1e-12 &&
+                     m.max_tokens == 4 * 2048;
+            }},
+        AcceptedCase{"yarn_given_attention_factor", Llama,
+                     [](json& c) {
+                       c["rope_scaling"] = YarnRope();
+                       c["rope_scaling"]["attention_factor"] = 1.5;
+                       c["rope_scaling"]["truncate"] = false;
+                     },
+                     [](const ModelConfig& m) {
+                       return m.rope.attention_factor == 1.5 && !m.rope.truncate;
+                     }},
+        AcceptedCase{"yarn_mscales", Llama,
+                     [](json& c) {
+                       c["rope_scaling"] = YarnRope();
+                       c["rope_scaling"]["mscale"] = 2.0;
+                       c["rope_scaling"]["mscale_all_dim"] = 1.0;
+                     },
+                     [](const ModelConfig& m) {
+                       const double log4 = std::log(4.0);
+                       return std::abs(m.rope.attention_factor -
+                                       (0.2 * log4 + 1) / (0.1 * log4 + 1)) < 1e-12;
+                     }}),
+    testing_support::CaseName());
+
+TEST(CanonicalArchitectureSpec, ChangesWithEverythingThatChangesTheResult) {
+  const auto canonical = [](const json& config) {
+    return CanonicalArchitecture(*ParseModelConfig(config.dump()));
+  };
+  const std::string plain = canonical(Llama());
+  json same = Llama();
+  same["eos_token_id"] = 5;
+  same["max_position_embeddings"] = 8192;
+  same["transformers_version"] = "9";
+  EXPECT_EQ(canonical(same), plain);
+  for (const auto& [key, value] :
+       std::map<std::string, json>{{"rope_theta", 10001.0},
+                                   {"rms_norm_eps", 2e-5},
+                                   {"num_key_value_heads", 4},
+                                   {"tie_word_embeddings", true},
+                                   {"attention_bias", true},
+                                   {"rope_scaling", YarnRope()}}) {
+    json changed = Llama();
+    changed[key] = value;
+    EXPECT_NE(canonical(changed), plain) << key;
+  }
+  EXPECT_NE(canonical(Mistral()), plain);
+}
+
+}  // namespace
+}  // namespace pbs
