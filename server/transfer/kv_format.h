@@ -30,7 +30,7 @@ enum class KvLayout : uint8_t {
 v1::KvLayout EncodeLayout(KvLayout layout);
 
 struct KvFormat {
-  std::optional<DType> dtype;  // unset: as held
+  std::optional<DType> dtype = {};  // unset: as held
   KvLayout layout = KvLayout::kHnd;
   int32_t page_tokens = 1;  // chunks begin and end at multiples of it
   int32_t chunk_bytes = 0;  // of one chunk, at most

@@ -1,0 +1,38 @@
+// Held caches with known contents, for tests of what carries them.
+#pragma once
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "pbs/cpu_backend.h"
+#include "server/engine/held_kv.h"
+
+namespace pbs::testing_support {
+
+inline Backend& OneThreadBackend() {
+  static const std::unique_ptr<Backend> backend = *CreateCpuBackend({.num_threads = 1});
+  return *backend;
+}
+
+// Element i of plane p (K of layer 0, V of layer 0, K of layer 1 ...) is a value of its
+// own that f16 and bf16 hold exactly.
+inline float KvElement(int64_t plane, int64_t element) {
+  return static_cast<float>((plane * 31 + element) % 256) - 128;
+}
+
+inline std::shared_ptr<server::HeldKv> MakeHeldKv(const KvShape& shape) {
+  KvCache cache = *KvCache::Create(shape, OneThreadBackend());
+  for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
+    for (int kind = 0; kind < 2; ++kind) {
+      void* plane = kind == 0 ? cache.k(layer) : cache.v(layer);
+      const int64_t count = shape.plane_bytes() / DTypeBytes(shape.dtype);
+      std::vector<float> values(static_cast<size_t>(count));
+      for (int64_t i = 0; i < count; ++i) values[i] = KvElement(2 * layer + kind, i);
+      ConvertElements(values.data(), DType::kF32, plane, shape.dtype, count);
+    }
+  }
+  return std::make_shared<server::HeldKv>(std::move(cache), server::ByteReservation());
+}
+
+}  // namespace pbs::testing_support
