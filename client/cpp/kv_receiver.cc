@@ -110,11 +110,12 @@ absl::Status KvReceiver::EndArray(const wire::KvChunk& chunk) {
     return absl::OkStatus();
   }
   if (expected_.checksums && chunk.layer_digest != digest_.value()) {
-    return absl::DataLossError(absl::StrCat(
-        "layer ", layer_, " is corrupt: digest ", absl::Hex(digest_.value()),
-        ", sent was ",
-        chunk.layer_digest.has_value() ? absl::StrCat(absl::Hex(*chunk.layer_digest))
-                                       : "none"));
+    return absl::DataLossError(
+        absl::StrCat("layer ", layer_, " is corrupt: digest ",
+                     absl::Hex(digest_.value(), absl::kZeroPad8), ", sent was ",
+                     chunk.layer_digest.has_value()
+                         ? absl::StrCat(absl::Hex(*chunk.layer_digest, absl::kZeroPad8))
+                         : "none"));
   }
   digest_ = {};
   kind_ = v1::KvChunk::K;
