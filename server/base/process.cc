@@ -1,5 +1,6 @@
 #include "server/base/process.h"
 
+#include <malloc.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -141,6 +142,15 @@ int32_t UsableCpus(const SystemRoot& root) {
     cpus = std::min(cpus, GroupCpus(place, folder).value_or(cpus));
   });
   return std::max(1, static_cast<int32_t>(std::ceil(cpus)));
+}
+
+void TuneMalloc() {
+  constexpr int kMmapThreshold = 8 << 20;   // bytes; above the largest chunk
+  constexpr int kTrimThreshold = 32 << 20;  // bytes free at an arena's end
+  constexpr int kArenasMax = 4;
+  mallopt(M_MMAP_THRESHOLD, kMmapThreshold);
+  mallopt(M_TRIM_THRESHOLD, kTrimThreshold);
+  mallopt(M_ARENA_MAX, kArenasMax);
 }
 
 std::optional<int64_t> ParseKilobyteLine(std::string_view text, std::string_view name) {

@@ -32,6 +32,11 @@ int64_t MemoryLimitBytes(const SystemRoot& root = {});
 // control groups, rounded up.
 int32_t UsableCpus(const SystemRoot& root = {});
 
+// Tunes glibc's allocator for a server that allocates and frees chunks of up to 4 MiB
+// at a high rate from many threads: by default it maps and unmaps each one, and keeps
+// an arena per thread. Call before other threads start.
+void TuneMalloc();
+
 // ---- the parsers, public for their tests
 
 // Bytes of a "Name:   123 kB" line of /proc/self/status or /proc/meminfo.
