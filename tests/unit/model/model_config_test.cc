@@ -1,95 +1,22 @@
-// Spec: server/model/model_config.h and rope_config.h.
+// Spec: server/model/model_config.h.
 #include "server/model/model_config.h"
 
 #include <gtest/gtest.h>
 
-#include <functional>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "tests/support/case_name.h"
+#include "tests/unit/model/config_cases.h"
 
 namespace pbs {
 namespace {
 
-using nlohmann::json;
-
-json Llama() {
-  return {{"architectures", {"LlamaForCausalLM"}},
-          {"model_type", "llama"},
-          {"vocab_size", 1000},
-          {"hidden_size", 256},
-          {"intermediate_size", 512},
-          {"num_hidden_layers", 4},
-          {"num_attention_heads", 8},
-          {"num_key_value_heads", 2},
-          {"hidden_act", "silu"},
-          {"rms_norm_eps", 1e-5},
-          {"max_position_embeddings", 4096},
-          {"rope_theta", 10000.0},
-          {"eos_token_id", 2}};
-}
-
-json Qwen2() {
-  json config = Llama();
-  config["architectures"] = {"Qwen2ForCausalLM"};
-  config["model_type"] = "qwen2";
-  return config;
-}
-
-json Qwen3() {
-  json config = Llama();
-  config["architectures"] = {"Qwen3ForCausalLM"};
-  config["model_type"] = "qwen3";
-  config["head_dim"] = 128;
-  return config;
-}
-
-json Mistral() {
-  json config = Llama();
-  config["architectures"] = {"MistralForCausalLM"};
-  config["model_type"] = "mistral";
-  config["sliding_window"] = nullptr;
-  return config;
-}
-
-json Llama3Rope() {
-  return {{"rope_type", "llama3"},
-          {"factor", 8.0},
-          {"low_freq_factor", 1.0},
-          {"high_freq_factor", 4.0},
-          {"original_max_position_embeddings", 1024}};
-}
-
-json YarnRope() {
-  return {{"rope_type", "yarn"},
-          {"factor", 4.0},
-          {"original_max_position_embeddings", 2048}};
-}
-
-struct RefusedCase {
-  const char* name;
-  json (*base)();
-  std::function<void(json&)> change;
-  StatusCode code;
-  const char* message;  // behind "config.json: "
-};
-
-void PrintTo(const RefusedCase& c, std::ostream* out) { *out << c.name; }
-
-constexpr StatusCode kInvalid = StatusCode::kInvalidArgument;
-constexpr StatusCode kUnsupported = StatusCode::kUnimplemented;
+using namespace config_cases;  // NOLINT: the tables below read as prose
 
 class RefusedConfigSpec : public testing::TestWithParam<RefusedCase> {};
 
-TEST_P(RefusedConfigSpec, NamesKeyValueAndLimit) {
-  json config = GetParam().base();
-  GetParam().change(config);
-  const auto parsed = ParseModelConfig(config.dump());
-  ASSERT_FALSE(parsed.ok());
-  EXPECT_EQ(parsed.status().message(),
-            std::string("config.json: ") + GetParam().message);
-  EXPECT_EQ(parsed.status().code(), GetParam().code);
-}
+TEST_P(RefusedConfigSpec, NamesKeyValueAndLimit) { ExpectRefused(GetParam()); }
 
 INSTANTIATE_TEST_SUITE_P(
     Sizes, RefusedConfigSpec,
@@ -246,121 +173,6 @@ INSTANTIATE_TEST_SUITE_P(
             "dual_chunk_attention_config: local_size 1024 is outside [0, 1023]"}),
     testing_support::CaseName());
 
-INSTANTIATE_TEST_SUITE_P(
-    Rope, RefusedConfigSpec,
-    testing::Values(
-        RefusedCase{"theta_missing", Llama, [](json& c) { c.erase("rope_theta"); },
-                    kInvalid, "rope_theta is missing"},
-        RefusedCase{"theta_one", Llama, [](json& c) { c["rope_theta"] = 1; }, kInvalid,
-                    "rope_theta 1 is outside [1.5, 1e+12]"},
-        RefusedCase{"theta_contradicts", Llama,
-                    [](json& c) {
-                      c["rope_parameters"] = {{"rope_type", "default"},
-                                              {"rope_theta", 500000.0}};
-                    },
-                    kInvalid,
-                    "rope_parameters: rope_theta 500000 contradicts the other one, "
-                    "10000"},
-        RefusedCase{"spellings_contradict", Llama,
-                    [](json& c) {
-                      c["rope_parameters"] = Llama3Rope();
-                      c["rope_scaling"] = Llama3Rope();
-                      c["rope_scaling"]["factor"] = 32.0;
-                    },
-                    kInvalid, "rope_parameters and rope_scaling contradict each other"},
-        RefusedCase{"types_contradict", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = {
-                          {"rope_type", "linear"}, {"type", "yarn"}, {"factor", 2}};
-                    },
-                    kInvalid,
-                    "rope_scaling: rope_type \"linear\" contradicts type \"yarn\""},
-        RefusedCase{"type_missing", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = {{"factor", 2}};
-                    },
-                    kInvalid, "rope_scaling: rope_type is missing"},
-        RefusedCase{"not_an_object", Llama, [](json& c) { c["rope_scaling"] = 2; },
-                    kInvalid, "rope_scaling is of type number, not an object"},
-        RefusedCase{"dynamic", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = {{"type", "dynamic"}, {"factor", 2}};
-                    },
-                    kUnsupported,
-                    "rope_scaling: rope_type \"dynamic\" is refused: its frequencies "
-                    "depend on the length, so cached keys would change meaning during "
-                    "decoding"},
-        RefusedCase{
-            "longrope", Llama,
-            [](json& c) {
-              c["rope_parameters"] = {{"rope_type", "longrope"}};
-            },
-            kUnsupported,
-            "rope_parameters: rope_type \"longrope\" is refused: its frequencies "
-            "depend on the length, so cached keys would change meaning during "
-            "decoding"},
-        RefusedCase{"unknown_type", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = {{"type", "mrope"}};
-                    },
-                    kUnsupported,
-                    "rope_scaling: rope_type \"mrope\" is not one of default, linear, "
-                    "llama3, yarn"},
-        RefusedCase{"unknown_key", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = YarnRope();
-                      c["rope_scaling"]["finetuned"] = true;
-                    },
-                    kInvalid,
-                    "rope_scaling: unknown key \"finetuned\" for rope_type yarn"},
-        RefusedCase{"linear_without_factor", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = {{"type", "linear"}};
-                    },
-                    kInvalid, "rope_scaling: factor is missing"},
-        RefusedCase{"linear_factor_below_one", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = {{"type", "linear"}, {"factor", 0.5}};
-                    },
-                    kInvalid, "rope_scaling: factor 0.5 is outside [1, 10000]"},
-        RefusedCase{"llama3_without_original", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = Llama3Rope();
-                      c["rope_scaling"].erase("original_max_position_embeddings");
-                    },
-                    kInvalid,
-                    "rope_scaling: original_max_position_embeddings is missing"},
-        RefusedCase{"llama3_band_upside_down", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = Llama3Rope();
-                      c["rope_scaling"]["low_freq_factor"] = 4.0;
-                    },
-                    kInvalid,
-                    "rope_scaling: low_freq_factor 4 is not below high_freq_factor 4"},
-        RefusedCase{"yarn_without_original", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = {{"type", "yarn"}, {"factor", 4}};
-                    },
-                    kInvalid,
-                    "rope_scaling: original_max_position_embeddings is missing"},
-        RefusedCase{"yarn_betas_upside_down", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = YarnRope();
-                      c["rope_scaling"]["beta_slow"] = 64;
-                    },
-                    kInvalid, "rope_scaling: beta_slow 64 exceeds beta_fast 32"},
-        RefusedCase{
-            "partial_inside", Llama,
-            [](json& c) {
-              c["rope_parameters"] = {{"rope_type", "default"},
-                                      {"rope_theta", 10000.0},
-                                      {"partial_rotary_factor", 0.25}};
-            },
-            kUnsupported,
-            "rope_parameters: partial_rotary_factor 0.25 is not supported, only "
-            "1"}),
-    testing_support::CaseName());
-
 struct TextCase {
   const char* name;
   std::string text;
@@ -399,24 +211,9 @@ INSTANTIATE_TEST_SUITE_P(
                              "config.json: 1048577 bytes of JSON exceed 1048576"}),
     testing_support::CaseName());
 
-struct AcceptedCase {
-  const char* name;
-  json (*base)();
-  std::function<void(json&)> change;
-  std::function<bool(const ModelConfig&)> holds;
-};
-
-void PrintTo(const AcceptedCase& c, std::ostream* out) { *out << c.name; }
-
 class AcceptedConfigSpec : public testing::TestWithParam<AcceptedCase> {};
 
-TEST_P(AcceptedConfigSpec, MeansWhatHuggingFaceMeans) {
-  json config = GetParam().base();
-  GetParam().change(config);
-  const auto parsed = ParseModelConfig(config.dump());
-  ASSERT_TRUE(parsed.ok()) << parsed.status().ToString();
-  EXPECT_TRUE(GetParam().holds(*parsed)) << CanonicalArchitecture(*parsed);
-}
+TEST_P(AcceptedConfigSpec, MeansWhatHuggingFaceMeans) { ExpectAccepted(GetParam()); }
 
 INSTANTIATE_TEST_SUITE_P(
     Cases, AcceptedConfigSpec,
@@ -508,67 +305,6 @@ INSTANTIATE_TEST_SUITE_P(
         AcceptedCase{"positions_beyond_our_limit", Llama,
                      [](json& c) { c["max_position_embeddings"] = 10'485'760; },
                      [](const ModelConfig& m) { return m.max_tokens == kSeqLenMax; }}),
-    testing_support::CaseName());
-
-INSTANTIATE_TEST_SUITE_P(
-    Rope, AcceptedConfigSpec,
-    testing::Values(
-        AcceptedCase{"new_spelling", Llama,
-                     [](json& c) {
-                       c.erase("rope_theta");
-                       c["rope_parameters"] = Llama3Rope();
-                       c["rope_parameters"]["rope_theta"] = 500000.0;
-                     },
-                     [](const ModelConfig& m) {
-                       return m.rope.type == RopeType::kLlama3 &&
-                              m.rope.theta == 500000 && m.rope.factor == 8 &&
-                              m.rope.original_max_position == 1024;
-                     }},
-        AcceptedCase{
-            "both_spellings_that_agree", Llama,
-            [](json& c) {
-              c["rope_parameters"] = Llama3Rope();
-              c["rope_scaling"] = Llama3Rope();
-              c["rope_parameters"]["rope_theta"] = 10000.0;
-            },
-            [](const ModelConfig& m) { return m.rope.type == RopeType::kLlama3; }},
-        AcceptedCase{"old_type_key", Llama,
-                     [](json& c) {
-                       c["rope_scaling"] = {{"type", "linear"}, {"factor", 4}};
-                     },
-                     [](const ModelConfig& m) {
-                       return m.rope.type == RopeType::kLinear && m.rope.factor == 4 &&
-                              m.max_tokens == 4096;
-                     }},
-        AcceptedCase{
-            "yarn_defaults", Llama, [](json& c) { c["rope_scaling"] = YarnRope(); },
-            [](const ModelConfig& m) {
-              return m.rope.beta_fast == 32 && m.rope.beta_slow == 1 &&
-                     m.rope.truncate &&
-                     std::abs(m.rope.attention_factor - (0.1 * std::log(4.0) + 1)) <
-                         1e-12 &&
-                     m.max_tokens == 4 * 2048;
-            }},
-        AcceptedCase{"yarn_given_attention_factor", Llama,
-                     [](json& c) {
-                       c["rope_scaling"] = YarnRope();
-                       c["rope_scaling"]["attention_factor"] = 1.5;
-                       c["rope_scaling"]["truncate"] = false;
-                     },
-                     [](const ModelConfig& m) {
-                       return m.rope.attention_factor == 1.5 && !m.rope.truncate;
-                     }},
-        AcceptedCase{"yarn_mscales", Llama,
-                     [](json& c) {
-                       c["rope_scaling"] = YarnRope();
-                       c["rope_scaling"]["mscale"] = 2.0;
-                       c["rope_scaling"]["mscale_all_dim"] = 1.0;
-                     },
-                     [](const ModelConfig& m) {
-                       const double log4 = std::log(4.0);
-                       return std::abs(m.rope.attention_factor -
-                                       (0.2 * log4 + 1) / (0.1 * log4 + 1)) < 1e-12;
-                     }}),
     testing_support::CaseName());
 
 TEST(CanonicalArchitectureSpec, ChangesWithEverythingThatChangesTheResult) {
