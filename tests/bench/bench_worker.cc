@@ -1,0 +1,157 @@
+// The project's half of a side-by-side benchmark: prepares cases and times them one run
+// at a time on request, so that a driver can interleave them with a peer's runs.
+//
+// stdin, one command a line, words as key=value:
+//   attention name=A method=dense|pbs|mean_pooling dtype=f32|f16|bf16 len=4096 heads=8
+//             kv_heads=8 head_dim=128 data=structured|noise isa=auto segment=256
+//             threshold=0.9 density=0.485     (a density forces lists of that density)
+//   linear    name=B rows=512 in=4096 out=4096 dtype=f32|bf16
+//   model     path=FOLDER compute=auto|f32|bf16
+//   prefill   name=C len=8192 method=... segment= threshold= density=   (of the model)
+//   run A     -> wall and CPU seconds, and what the case measured
+//   memory    -> peak of resident memory since the last call, and what is resident now
+//   drop A
+// stdout, one JSON line per command: {"ok":true,...} or {"error":"..."}.
+//
+// usage: bench_worker [--threads N]
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+#include <fstream>
+#include <iostream>
+#include <sstream>
+
+#include "pbs/cpu_backend.h"
+#include "server/model/model.h"
+#include "tests/bench/bench_case.h"
+
+namespace pbs::bench {
+namespace {
+
+double ProcessCpuSeconds() {
+  timespec now{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+}
+
+// A "Vm...:" line of /proc/self/status, in bytes.
+int64_t StatusBytes(const std::string& field) {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with(field + ":"))
+      return std::stoll(line.substr(field.size() + 1)) * 1024;
+  }
+  return 0;
+}
+
+class Worker {
+ public:
+  explicit Worker(int threads) : threads_(threads) {}
+
+  // The reply's fields, or why there are none.
+  StatusOr<std::string> Do(const std::string& command, const Words& words) {
+    const std::string name = words.Text("name", "");
+    if (command == "model") return LoadModel(words);
+    if (command == "memory") return Memory();
+    if (command == "drop") {
+      cases_.erase(name);
+      return std::string("\"ok\":true");
+    }
+    if (command == "run") return Time(name);
+    if (command == "attention") return Keep(name, MakeAttentionCase(words, threads_));
+    if (command == "linear") return Keep(name, MakeLinearCase(words, threads_));
+    if (command == "prefill") {
+      if (model_ == nullptr)
+        return InvalidArgument("prefill needs a model command first");
+      return Keep(name, MakePrefillCase(words, *model_));
+    }
+    return InvalidArgument("unknown command " + command);
+  }
+
+ private:
+  StatusOr<std::string> LoadModel(const Words& words) {
+    cases_.clear();
+    model_.reset();
+    PBS_ASSIGN_OR_RETURN(const ComputePreference compute,
+                         ParseComputePreference(words.Text("compute", "auto")));
+    PBS_ASSIGN_OR_RETURN(
+        backend_, CreateCpuBackend({.num_threads = threads_, .compute = compute}));
+    PBS_ASSIGN_OR_RETURN(model_, Model::Load(words.Text("path", ""), {}, *backend_));
+    std::ostringstream out;
+    out << "\"ok\":true,\"weight_bytes\":" << model_->weight_bytes()
+        << ",\"compute\":\"" << DTypeName(model_->compute_dtype()) << "\",\"kv\":\""
+        << DTypeName(model_->kv_dtype()) << "\"";
+    return out.str();
+  }
+
+  StatusOr<std::string> Memory() {
+    std::ostringstream out;
+    out << "\"ok\":true,\"peak_bytes\":" << StatusBytes("VmHWM")
+        << ",\"resident_bytes\":" << StatusBytes("VmRSS");
+    std::ofstream("/proc/self/clear_refs") << "5";  // resets the peak
+    return out.str();
+  }
+
+  StatusOr<std::string> Keep(const std::string& name, CaseOr made) {
+    if (!made.ok()) return made.status();
+    cases_[name] = *std::move(made);
+    return std::string("\"ok\":true");
+  }
+
+  StatusOr<std::string> Time(const std::string& name) {
+    const auto found = cases_.find(name);
+    if (found == cases_.end()) return NotFound("no case " + name);
+    const double cpu_begin = ProcessCpuSeconds();
+    const auto begin = std::chrono::steady_clock::now();
+    PBS_RETURN_IF_ERROR(found->second->Run());
+    const std::chrono::duration<double> wall = std::chrono::steady_clock::now() - begin;
+    std::ostringstream out;
+    out << "\"ok\":true,\"wall\":" << wall.count()
+        << ",\"cpu\":" << ProcessCpuSeconds() - cpu_begin << found->second->Details();
+    return out.str();
+  }
+
+  const int threads_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Model> model_;
+  std::map<std::string, std::unique_ptr<Case>> cases_;
+};
+
+void Serve(int threads) {
+  Worker worker(threads);
+  for (std::string line; std::getline(std::cin, line);) {
+    std::istringstream in(line);
+    std::string command;
+    in >> command;
+    Words words;
+    for (std::string word; in >> word;) {
+      const size_t equals = word.find('=');
+      if (equals == std::string::npos) {
+        words.Set("name", word);
+      } else {
+        words.Set(word.substr(0, equals), word.substr(equals + 1));
+      }
+    }
+    const StatusOr<std::string> fields = worker.Do(command, words);
+    if (fields.ok()) {
+      std::cout << "{" << *fields << "}" << std::endl;
+    } else {
+      std::cout << "{\"error\":\"" << fields.status().message() << "\"}" << std::endl;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pbs::bench
+
+int main(int argc, char** argv) {
+  int threads = 1;
+  if (argc == 3 && std::strcmp(argv[1], "--threads") == 0) threads = std::atoi(argv[2]);
+  if ((argc != 1 && argc != 3) || threads < 1) {
+    std::fprintf(stderr, "usage: bench_worker [--threads N]\n");
+    return 2;
+  }
+  pbs::bench::Serve(threads);
+  return 0;
+}
