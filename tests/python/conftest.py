@@ -1,0 +1,22 @@
+"""Fixtures of several test files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pbs_client import Client
+from real_server import RECALL_MODEL, RunningServer, running_server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    """A server with the bundled model, named recall."""
+    with running_server("--model", f"recall={RECALL_MODEL}") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[Client]:
+    with Client(server.target) as connected:
+        yield connected

@@ -1,0 +1,79 @@
+"""Runs the real pbs-prefilld for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECALL_MODEL = REPOSITORY / "tests" / "data" / "recall-llama"
+
+_START_SECONDS_MAX = 120
+_STOP_SECONDS_MAX = 60
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that serves: where it listens, and its process."""
+
+    target: str
+    process: subprocess.Popen[str]
+
+
+def server_binary() -> Path:
+    """PBS_PREFILLD, or pbs-prefilld in PBS_BIN, or that of the default build."""
+    folder = Path(os.environ.get("PBS_BIN", REPOSITORY / "build" / "bin"))
+    binary = Path(os.environ.get("PBS_PREFILLD", folder / "pbs-prefilld"))
+    if not binary.exists():
+        raise FileNotFoundError(
+            f"{binary} does not exist: build pbs-prefilld, or set PBS_PREFILLD"
+        )
+    return binary
+
+
+@contextlib.contextmanager
+def running_server(*flags: str) -> Iterator[RunningServer]:
+    """Starts pbs-prefilld on free ports and waits until it serves; stops it after."""
+    command = [str(server_binary()), "--backend", "cpu", "--metrics-listen", "off"]
+    process = subprocess.Popen(
+        [*command, "--listen", "127.0.0.1:0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    serving: queue.Queue[str | None] = queue.Queue()
+    log: list[str] = []
+    reader = threading.Thread(target=_read_log, args=(process, log, serving))
+    reader.start()
+    try:
+        target = serving.get(timeout=_START_SECONDS_MAX)
+        assert target is not None, "the server stopped:\n" + "".join(log)
+        yield RunningServer(target, process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS_MAX)
+        finally:
+            process.kill()
+            reader.join()
+    assert process.returncode == 0, "the server did not drain:\n" + "".join(log)
+
+
+def _read_log(
+    process: subprocess.Popen[str], log: list[str], serving: queue.Queue[str | None]
+) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        log.append(line)
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if event.get("event") == "serving":
+                serving.put(event["listen"])
+    serving.put(None)
