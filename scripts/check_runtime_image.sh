@@ -3,7 +3,7 @@
 # nothing but the packages that the image would install, the server copied in, then run
 # as the image and the pod run it: read-only root, a small /tmp, no privileges, process 1
 # of its own namespaces. It must print its version, accept the base's configuration,
-# serve the bundled model on the image's addresses and drain on SIGTERM. Minutes: 1.
+# serve the bundled model on the image's addresses and drain on SIGTERM. Minutes: 2.
 #
 #   scripts/check_runtime_image.sh [PROGRAM]     (default: the build folder's server)
 #
