@@ -67,6 +67,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
       ->allow_extra_args(false);
   app.add_option("--model", flags.models, "NAME=PATH of a model folder; repeatable")
       ->allow_extra_args(false);
+  app.option_defaults()->take_last();  // of the flags below
   app.add_option("--listen", flags.listen, "host:port [127.0.0.1:50051]");
   app.add_option("--metrics-listen", flags.metrics_listen,
                  "host:port [127.0.0.1:9464]; \"off\" for none");

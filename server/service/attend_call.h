@@ -57,6 +57,7 @@ class AttendCall final
   void End(const absl::Status& status) override;
 
   ServiceContext& service_;
+  const OpenCalls::Call open_{service_.open_calls};
   grpc::CallbackServerContext& context_;
   CallRecord record_;
   WriteLoop loop_;

@@ -45,6 +45,7 @@ class FetchCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   void End(const absl::Status& status) override;
 
   ServiceContext& service_;
+  const OpenCalls::Call open_{service_.open_calls};
   grpc::CallbackServerContext& context_;
   CallRecord record_;
   TransferRecord transfer_;

@@ -64,6 +64,7 @@ class PrefillCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   NextWrite FinishResult(PrefillResult result);
 
   ServiceContext& service_;
+  const OpenCalls::Call open_{service_.open_calls};
   grpc::CallbackServerContext& context_;
   CallRecord record_;
   TransferRecord transfer_;

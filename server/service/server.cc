@@ -142,7 +142,8 @@ void GrpcServer::Drain() { impl_->context.Drain(); }
 
 void GrpcServer::Shutdown(absl::Duration grace) {
   impl_->health.EndWatches();
-  impl_->server->Shutdown(absl::ToChronoTime(absl::Now() + grace));
+  impl_->context.open_calls.WaitForNone(grace);
+  impl_->server->Shutdown(absl::ToChronoTime(absl::Now()));
 }
 
 }  // namespace pbs::server

@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "server/engine/served_model.h"
+#include "server/service/open_calls.h"
 #include "server/service/options.h"
 #include "server/service/parts.h"
 #include "server/service/task_pool.h"
@@ -41,6 +42,7 @@ class ServiceContext {
 
   const ServiceOptions options;
   const ServiceParts parts;
+  OpenCalls open_calls;
   TaskPool movers{2};      // make chunks when the executor has published something
   TaskPool background{1};  // checks and generators that take longer than a call may
 

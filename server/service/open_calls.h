@@ -1,0 +1,50 @@
+// Counts the calls under way, so that a shutdown can end as soon as the last one has:
+// gRPC's own waits for idle connections too, whose peers may not look for seconds.
+//
+// Threading: safe from any thread. Memory: none.
+#pragma once
+
+#include <cstdint>
+
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "server/base/mutex.h"
+
+namespace pbs::server {
+
+class OpenCalls {
+ public:
+  // One call, from its construction on.
+  class Call {
+   public:
+    explicit Call(OpenCalls& calls) : calls_(calls) { calls_.Add(1); }
+    ~Call() { calls_.Add(-1); }
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+
+   private:
+    OpenCalls& calls_;
+  };
+
+  // Returns once no call is open, or after `limit`.
+  void WaitForNone(absl::Duration limit) {
+    const absl::Time until = absl::Now() + limit;
+    MutexLock lock(mutex_);
+    while (open_ > 0 && absl::Now() < until) {
+      changed_.WaitFor(mutex_, absl::ToDoubleSeconds(until - absl::Now()));
+    }
+  }
+
+ private:
+  void Add(int32_t count) {
+    MutexLock lock(mutex_);
+    open_ += count;
+    if (open_ == 0) changed_.NotifyAll();
+  }
+
+  Mutex mutex_;
+  CondVar changed_;
+  int32_t open_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+}  // namespace pbs::server
