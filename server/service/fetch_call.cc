@@ -38,6 +38,8 @@ FetchCall::FetchCall(ServiceContext& service, grpc::CallbackServerContext& conte
     Fail(std::move(status));
     return;
   }
+  // The first chunk may be a long time away: tell the caller that he was let in.
+  StartSendInitialMetadata();
   loop_.Wake();
 }
 
