@@ -34,7 +34,8 @@ install -D -m 644 "$repo/deploy/kustomize/base/server.json" \
 mkdir "$root/models"
 cp -r "$repo/tests/data/recall-llama" "$root/models/"
 chmod -R a+rX "$root/models"
-say "$(du -shx "$root" | cut -f1) unpacked, of it the server $(du -h "$root/usr/local/bin/pbs-prefilld" | cut -f1)"
+server_size=$(du -h "$root/usr/local/bin/pbs-prefilld" | cut -f1)
+say "$(du -shx "$root" | cut -f1) unpacked, of it the server $server_size"
 
 # in_image COMMAND...: as the container engine would start it. `exec` all along, so the
 # command is process 1 of its namespaces and signals reach it.
