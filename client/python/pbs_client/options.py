@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Union
 
+import numpy as np
+
 from pbs_client import _messages
 
 _SCOPE_NUMBERS = _messages.enum_numbers("Scope")
@@ -150,4 +152,8 @@ def _set_fields(message: Any, **values: Any) -> None:
 
 
 def _get(message: Any, name: str) -> Any:
-    return getattr(message, name) if message.HasField(name) else None
+    """A field, None when unset; a float32 as the shortest number that rounds to it."""
+    if not message.HasField(name):
+        return None
+    value = getattr(message, name)
+    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -19,14 +19,20 @@ from pbs_client.errors import (
     UnimplementedError,
 )
 
+_QUIET = {
+    "GRPC_VERBOSITY": "NONE",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 _INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code that `pbs-client --help` documents."""
     arguments = make_parser().parse_args(argv)
-    # stderr is for our words; gRPC's own log would come between.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # stderr is for our words; those of libraries would come between.
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         arguments.run(arguments)
     except PbsError as error:
