@@ -48,8 +48,11 @@ class KvTicket:
         return _messages.KvTicket(**self.__dict__)
 
     def to_json(self) -> str:
-        """One line of JSON, for handing the ticket to a decode tier."""
-        return json.dumps(self.__dict__)
+        """One line of JSON, for handing the ticket to a decode tier.
+
+        The epoch is a string: readers that know only doubles would round it.
+        """
+        return json.dumps({**self.__dict__, "epoch": str(self.epoch)})
 
     @classmethod
     def from_json(cls, text: str) -> KvTicket:
@@ -59,18 +62,15 @@ class KvTicket:
             ValueError: it is not one.
         """
         value = json.loads(text)
-        types = {
-            "handle": str,
-            "epoch": int,
-            "model_digest": str,
-            "sparsity_digest": str,
-        }
-        if not isinstance(value, Mapping) or set(value) != set(types):
-            raise ValueError(f"a ticket is a JSON object of {', '.join(types)}")
-        for name, kind in types.items():
-            if type(value[name]) is not kind:
-                raise ValueError(f"ticket field {name} is not of type {kind.__name__}")
-        return cls(**value)
+        names = ("handle", "epoch", "model_digest", "sparsity_digest")
+        if not isinstance(value, Mapping) or set(value) != set(names):
+            raise ValueError(f"a ticket is a JSON object of {', '.join(names)}")
+        for name in names:
+            if not isinstance(value[name], str):
+                raise ValueError(f"ticket field {name} is not a string")
+        if not value["epoch"].isdecimal() or int(value["epoch"]) >= 1 << 64:
+            raise ValueError("ticket field epoch is not a decimal 64-bit number")
+        return cls(**{**value, "epoch": int(value["epoch"])})
 
 
 @dataclass(frozen=True)

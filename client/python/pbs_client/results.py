@@ -16,6 +16,7 @@ import numpy as np
 from pbs_client import _messages, dtypes
 from pbs_client.options import Method, method_from_message
 
+_EXACT_INTEGER_MAX = 1 << 53
 _METHOD_NAMES = {n: k.lower() for k, n in _messages.enum_numbers("Method").items()}
 
 
@@ -25,7 +26,10 @@ def method_name(number: int) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, tuples and numbers as what json.dumps takes; NaN and Inf as null."""
+    """Dataclasses, tuples and numbers as what json.dumps takes.
+
+    NaN and Inf become null; integers that a double cannot hold become strings.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         return {f.name: to_json(getattr(value, f.name)) for f in fields}
@@ -35,6 +39,8 @@ def to_json(value: Any) -> Any:
         return dtypes.short_name(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if type(value) is int and abs(value) > _EXACT_INTEGER_MAX:
+        return str(value)
     return value
 
 

@@ -124,7 +124,9 @@ def prefill(arguments: argparse.Namespace) -> None:
             "top_logits": to_json(result.top_logits),
             **stats,
             "layers": layers,
-            "ticket": to_json(result.ticket),
+            "ticket": None
+            if result.ticket is None
+            else json.loads(result.ticket.to_json()),
             "lease_expires_unix_seconds": result.lease_expires_unix_seconds,
             "model_digest": result.model_digest,
             "sparsity_digest": result.sparsity_digest,
