@@ -23,11 +23,13 @@ class _Handlers(grpc.GenericRpcHandler):
 
 
 @contextlib.contextmanager
-def fake_server(handlers: dict[str, Handler]) -> Iterator[str]:
+def fake_server(
+    handlers: dict[str, Handler], target: str = "127.0.0.1:0"
+) -> Iterator[str]:
     """Serves `handlers` by full method name; gives the target to connect to."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
     server.add_generic_rpc_handlers((_Handlers(handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(target)
     server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pbs_client
 import pytest
 from attention_reference import allowed_by, attention
-from pbs_client import Client, Dense, MeanPooling, Pbs
+from pbs_client import Client, Dense, MeanPooling, Pbs, safetensors_file
+from pbs_client.cli import main
 
 # |o - reference|. f32: sums of a few hundred terms of size 1, reordered. f16 and bf16:
 # the output's rounding, 2^-11 and 2^-8 of values up to 4, and as much again for
@@ -249,3 +252,49 @@ def test_a_nan_is_refused_with_its_position_unless_allowed(client):
         client.attend(q, k, v, Dense())
     result = client.attend(q, k, v, Dense(), allow_non_finite=True)
     assert np.isnan(result.o[:, :, 7:, 3]).all()
+
+
+# ---- the console script
+
+
+def run_script(capsys, server, path, *words) -> tuple[dict, dict]:
+    """Runs `pbs-client attend` on a file; gives its line and the tensors written."""
+    out = path.with_name("out.safetensors")
+    files = ["--input", str(path), "--output", str(out)]
+    capsys.readouterr()
+    assert main(["attend", "--server", server.target, *files, *words]) == 0
+    return json.loads(capsys.readouterr().out), safetensors_file.read(out)
+
+
+def test_the_script_times_repetitions(capsys, server, tmp_path):
+    path = tmp_path / "in.safetensors"
+    q, k, v = tensors(2, 1, 300, 300, 64)
+    safetensors_file.write(path, {"q": q, "k": k, "v": v})
+    once, _ = run_script(capsys, server, path, "--method", "pbs")
+    assert "iterations" not in once
+    thrice, _ = run_script(
+        capsys, server, path, "--method", "pbs", "--repetitions", "3"
+    )
+    assert len(thrice["iterations"]) == 3
+    assert thrice["stages"]["attend"] > 0
+    assert thrice["method_run"] == "pbs"
+    assert 0 < thrice["lower_density"] <= thrice["density"]
+
+
+def test_the_script_casts_packs_and_takes_its_own_mask_back(capsys, server, tmp_path):
+    path = tmp_path / "in.safetensors"
+    q, k, v = (a[0] for a in tensors(2, 1, 420, 420, 64, "f16"))
+    ends = np.array([0, 100, 420], np.int64)
+    given = {"q": q, "k": k, "v": v, "cu_seqlens": ends}
+    safetensors_file.write(path, given)
+    words = ["--method", "mean_pooling", "--block-size", "64", "--dtype", "bf16"]
+    words += ["--want", "o,lse,block_mask"]
+    line, first = run_script(capsys, server, path, *words)
+    assert first["o"].dtype == ml_dtypes.bfloat16
+    assert first["lse"].shape == (2, 420)
+    assert first["block_mask"].shape == (2 * (2 * 2 + 5 * 5),)
+    safetensors_file.write(path, {**given, "block_mask": first["block_mask"]})
+    again, second = run_script(capsys, server, path, *words, "--use-block-mask")
+    assert again["density"] == line["density"]
+    for name, array in first.items():
+        np.testing.assert_array_equal(second[name], array)

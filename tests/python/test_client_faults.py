@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import grpc
 import numpy as np
 import pbs_client
@@ -335,9 +337,22 @@ def test_a_ticket_survives_json():
     assert pbs_client.KvTicket.from_json(TICKET.to_json()) == TICKET
 
 
+def test_a_tickets_epoch_is_a_string_in_json():
+    assert json.loads(TICKET.to_json())["epoch"] == str(EPOCH)
+
+
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"handle": 1}', TICKET.to_json().replace("1311", '"1311')]
+    "text",
+    [
+        pytest.param("[]", id="a list"),
+        pytest.param("{}", id="an empty object"),
+        pytest.param("{", id="no JSON"),
+        pytest.param(TICKET.to_json().replace('"0', '0, "x": "0'), id="an extra field"),
+        pytest.param(TICKET.to_json().replace(f'"{EPOCH}"', "5"), id="a number"),
+        pytest.param(TICKET.to_json().replace(str(EPOCH), "-1"), id="a negative epoch"),
+        pytest.param(TICKET.to_json().replace(str(EPOCH), str(1 << 64)), id="65 bits"),
+    ],
 )
 def test_text_that_is_no_ticket_is_refused(text):
-    with pytest.raises(ValueError, match=r"ticket|JSON|delimiter"):
+    with pytest.raises(ValueError, match=r"ticket|Expecting"):
         pbs_client.KvTicket.from_json(text)

@@ -168,3 +168,34 @@ def test_an_http_proxy_in_the_environment_does_not_stand_before_loopback(monkeyp
         pbs_client.Client(target) as client,
     ):
         assert client.models() == ()
+
+
+def test_waiting_for_health_ends_when_the_server_serves():
+    def watch(requests, context):
+        yield b"\x08\x02"  # NOT_SERVING
+        yield b"\x08\x01"  # SERVING
+        context.abort(grpc.StatusCode.INTERNAL, "the client should have left")
+
+    with (
+        fake_server({"/grpc.health.v1.Health/Watch": watch}) as target,
+        pbs_client.Client(target) as client,
+    ):
+        client.wait_until_serving(timeout=30)
+
+
+def test_waiting_for_health_waits_for_a_server_that_is_yet_to_start():
+    with fake_server({}) as target:
+        pass  # now nobody listens there
+    with pbs_client.Client(target) as client:
+        waiter = threading.Thread(target=lambda: client.wait_until_serving(timeout=30))
+        waiter.start()
+        handlers = {"/grpc.health.v1.Health/Watch": lambda *_: iter([b"\x08\x01"])}
+        with fake_server(handlers, target):
+            waiter.join()
+
+
+def test_waiting_for_health_has_an_end():
+    with fake_server({}) as target:
+        pass
+    with pbs_client.Client(target) as client, pytest.raises(pbs_client.PbsError):
+        client.wait_until_serving(timeout=0.2)
