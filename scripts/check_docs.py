@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Checks that the documentation is complete and its links are alive.
+
+    python3 scripts/check_docs.py
+
+Every metric of server/telemetry, every field of ServerConfig and every command-line flag
+of the server must be in docs/OPERATIONS.md; every relative link of every Markdown file
+must lead to a file; every figure table of docs/BENCHMARKS.md must name a results file
+that exists.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OPERATIONS = ROOT / "docs/OPERATIONS.md"
+
+
+def tracked(suffix: str) -> list[pathlib.Path]:
+    """Tracked and new files with a suffix."""
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.split("\n")
+    return [ROOT / n for n in names if n.endswith(suffix) and (ROOT / n).exists()]
+
+
+def metrics() -> set[str]:
+    """Names of all exported metrics."""
+    text = "".join(p.read_text() for p in (ROOT / "server").rglob("*.cc"))
+    return set(re.findall(r'"((?:pbs_|vllm:)[a-z0-9_]+)"', text))
+
+
+def config_fields() -> set[str]:
+    """Dotted paths of all scalar fields of ServerConfig."""
+    text = re.sub(r"//.*", "", (ROOT / "proto/pbs/v1/server_config.proto").read_text())
+    messages = {
+        name: re.findall(r"(?:optional|repeated)?\s*([\w.]+)\s+(\w+)\s*=\s*\d+;", body)
+        for name, body in re.findall(r"message (\w+) \{(.*?)\n\}", text, re.S)
+    }
+
+    def walk(message: str, prefix: str):
+        for kind, field in messages[message]:
+            name = prefix + field
+            if kind in messages:
+                repeated = re.search(rf"repeated {kind} {field}\b", text)
+                yield from walk(kind, name + ("[]." if repeated else "."))
+            else:
+                yield name
+
+    return set(walk("ServerConfig", ""))
+
+
+def server_flags() -> set[str]:
+    """Flags that pbs-prefilld accepts."""
+    text = (ROOT / "server/main.cc").read_text()
+    return set(re.findall(r'add_(?:option|flag)\(\s*"(--[a-z-]+)"', text))
+
+
+def dead_links() -> list[str]:
+    """Relative links of Markdown files that lead nowhere."""
+    dead = []
+    for page in tracked(".md"):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            if not (page.parent / target).exists():
+                dead.append(f"{page.relative_to(ROOT)}: link to {target} is dead")
+        for target in re.findall(r"`((?:docs|scripts|tests|deploy)/[\w./-]+\.\w+)`", text):
+            if not (ROOT / target).exists() and not (page.parent / target).exists():
+                dead.append(f"{page.relative_to(ROOT)}: names {target}, which is missing")
+    return dead
+
+
+def main() -> int:
+    """Prints what is missing."""
+    text = OPERATIONS.read_text()
+    wanted = {"metric": metrics(), "setting": config_fields(), "flag": server_flags()}
+    found = [
+        f"docs/OPERATIONS.md: {kind} {name} is not documented"
+        for kind, names in wanted.items()
+        for name in sorted(names)
+        if not re.search(re.escape(name) + r"(?![a-z0-9_])", text)
+    ]
+    found += dead_links()
+    counts = ", ".join(f"{len(names)} {kind}s" for kind, names in wanted.items())
+    print("\n".join(found) or f"documentation covers {counts}; all links are alive")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+# shellcheck shell=bash
+# Shared by the scripts of this folder: where things are, how we speak, what a build needs.
+# shellcheck disable=SC2034  # used by the scripts that source this file
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+build_dir=${PBS_BUILD_DIR:-$repo/build}
+jobs=$(nproc)
+
+# What a build and its tests need; Debian 12, Debian 13 and Ubuntu 24.04 use these names.
+build_packages=(
+  g++ cmake ninja-build pkg-config ca-certificates ccache
+  libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
+  prometheus-cpp-dev nlohmann-json3-dev libcli11-dev libspdlog-dev
+  libtbb-dev libdnnl-dev libxxhash-dev
+  libgtest-dev libgmock-dev
+)
+
+say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then
+    "$@"
+  elif command -v sudo >/dev/null; then
+    sudo "$@"
+  else
+    fail "packages are missing and there is no sudo; as root, run: $*"
+  fi
+}
+
+# install_packages NAME...: installs those that are missing.
+install_packages() {
+  if ! command -v apt-get >/dev/null; then
+    fail "this system has no apt-get. Install the equivalents of: $*
+then run: cmake --preset release && ninja -C build"
+  fi
+  local missing=() name
+  for name in "$@"; do
+    dpkg-query -W -f='${Status}' "$name" 2>/dev/null | grep -q '^install ok installed$' ||
+      missing+=("$name")
+  done
+  [ ${#missing[@]} -eq 0 ] && return
+  say "installing ${missing[*]}"
+  as_root apt-get update -qq
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    -o DPkg::Lock::Timeout=300 "${missing[@]}" >/dev/null
+}
+
+# build_targets TARGET...: configures once and builds.
+build_targets() {
+  if [ ! -f "$build_dir/build.ninja" ]; then
+    say "configuring $build_dir"
+    (cd "$repo" && cmake --preset release -B "$build_dir" >"$build_dir.configure.log" 2>&1) || {
+      tail -20 "$build_dir.configure.log" >&2
+      fail "configuring failed; the whole log is $build_dir.configure.log"
+    }
+    mv "$build_dir.configure.log" "$build_dir/configure.log"
+  fi
+  say "building with $jobs jobs (the first time takes some minutes)"
+  ninja -C "$build_dir" -j "$jobs" "$@" >&2
+}
+
+# python_environment DIR PACKAGE...: a virtual environment with the client and PACKAGEs.
+python_environment() {
+  local dir=$1
+  shift
+  install_packages python3 python3-venv
+  if [ ! -x "$dir/bin/python" ]; then
+    say "making a Python environment in $dir"
+    python3 -m venv "$dir"
+  fi
+  "$dir/bin/pip" install -q "$repo/client/python" "$@" ||
+    fail "pip could not install the Python client's packages; is a package index reachable?"
+}

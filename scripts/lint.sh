@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Layout and lint checks, nothing changed on disk.
+#
+#   scripts/lint.sh          clang-format, shellcheck, yamllint, ruff, structure checks
+#   scripts/lint.sh --tidy   also clang-tidy over every source (some ten minutes)
+#   scripts/lint.sh --fix    reformats C++ in place instead
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+. "$(dirname "$0")/common.sh"
+cd "$repo"
+
+install_packages clang-format-16 shellcheck yamllint python3
+mapfile -t sources < <(git ls-files '*.h' '*.cc' '*.inc')
+if [ "${1:-}" = --fix ]; then
+  clang-format-16 -i "${sources[@]}"
+  exit
+fi
+
+say "clang-format"
+clang-format-16 --dry-run --Werror "${sources[@]}"
+say "shellcheck, yamllint"
+mapfile -t shell < <(git ls-files '*.sh' .ci/run)
+shellcheck -x "${shell[@]}"
+mapfile -t yaml < <(git ls-files '*.yaml' '*.yml')
+yamllint -c deploy/yamllint.yaml "${yaml[@]}"
+say "ruff"
+install_packages python3-venv
+[ -x "$build_dir/lint-venv/bin/ruff" ] || {
+  python3 -m venv "$build_dir/lint-venv"
+  "$build_dir/lint-venv/bin/pip" install -q ruff
+}
+"$build_dir/lint-venv/bin/ruff" check -q --select E,F,I,B,UP --ignore E501 \
+  client/python scripts tests
+say "structure and documentation"
+python3 scripts/check_includes.py
+python3 scripts/check_structure.py
+python3 scripts/check_docs.py
+
+if [ "${1:-}" = --tidy ]; then
+  install_packages clang-tidy-16
+  build_targets pbs_proto
+  say "clang-tidy over $(printf '%s\n' "${sources[@]}" | grep -c '\.cc$') files"
+  printf '%s\n' "${sources[@]}" | grep -E '^(kernels|server|client|proto/wire)/.*\.cc$' |
+    grep -v tile_kernels_ | xargs -P "$jobs" -n 4 clang-tidy-16 -p "$build_dir" --quiet
+fi
