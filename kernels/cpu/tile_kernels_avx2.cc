@@ -35,7 +35,7 @@ struct Vec {
 
   // As in the AVX-512 table; 2^n by building the exponent bits.
   static Vec Exp2(Vec x) {
-    const __m256 normal = _mm256_cmp_ps(x.v, _mm256_set1_ps(-126.0f), _CMP_GE_OQ);
+    const __m256 normal = _mm256_cmp_ps(x.v, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
     const __m256 n =
         _mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256 f = _mm256_sub_ps(x.v, n);

@@ -23,7 +23,7 @@ struct Vec {
   static Vec Max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   float HorizontalMax() const { return v; }
   float HorizontalAdd() const { return v; }
-  static Vec Exp2(Vec x) { return {x.v >= -126.0f ? std::exp2(x.v) : 0.0f}; }
+  static Vec Exp2(Vec x) { return {x.v < -126.0f ? 0.0f : std::exp2(x.v)}; }
   static Vec KeepSeen(Vec scores, const int32_t* positions, int32_t last) {
     return {*positions <= last ? scores.v : -INFINITY};
   }

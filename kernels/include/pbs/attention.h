@@ -21,6 +21,10 @@
 // plan.workspace_bytes, then ReadReport(). Plan() is host-only and pure. Run()
 // allocates nothing and, on a device, only enqueues.
 //
+// Inputs that are not finite are the caller's to refuse. Dense attention passes them
+// on: NaN in a query or key reaches the rows that see it; in a value, also other rows
+// that read its key block (0 * NaN), as in any tiled kernel.
+//
 // Threading: a backend may be used from one thread at a time. Plans are immutable.
 // Determinism: on one backend and ISA, equal inputs give equal bits on every run.
 #pragma once

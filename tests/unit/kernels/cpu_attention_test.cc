@@ -372,6 +372,27 @@ TEST_P(CpuAttentionSpec, RefusesScoresThatOverflowAndStaysUsable) {
   EXPECT_TRUE(RunOn(attention_, problem, good.Tensors()).status.ok());
 }
 
+// A NaN in V also reaches earlier rows of its tile (0 * NaN): pbs/attention.h.
+TEST_P(CpuAttentionSpec, NanInAQueryOrKeyReachesExactlyTheRowsThatSeeIt) {
+  AttentionProblem problem = MakeProblem(kShapes[3], DType::kF32, {});
+  problem.options.method = Method::kDense;
+  AttentionCase inputs(problem, 1);
+  auto* q = reinterpret_cast<float*>(inputs.q_bytes().data());
+  auto* k = reinterpret_cast<float*>(inputs.k_bytes().data());
+  q[50 * 64 + 3] = NAN;   // head 0, query 50
+  k[200 * 64 + 3] = NAN;  // key 200, both heads
+  ASSERT_TRUE(RunOn(attention_, problem, inputs.Tensors()).status.ok());
+  for (int32_t head = 0; head < 2; ++head) {
+    for (int64_t row = 0; row < 256; ++row) {
+      const bool sees = row >= 200 || (head == 0 && row == 50);
+      ASSERT_EQ(std::isnan(inputs.O(head, row, 0)), sees)
+          << "head " << head << " row " << row;
+      ASSERT_EQ(std::isnan(inputs.Lse(head, row)), sees)
+          << "head " << head << " row " << row;
+    }
+  }
+}
+
 TEST_P(CpuAttentionSpec, StopsWhenToldAndRefusesASmallWorkspace) {
   const AttentionProblem problem = MakeProblem(kShapes[7], DType::kF32, {});
   AttentionCase inputs(problem, 1);
