@@ -8,11 +8,11 @@
 // dtypes: the residual stream is f32. Everything else between two operations is in the
 // *compute dtype*, f32 or bf16 (ComputeDType()); products accumulate in f32.
 //
-// Threading: one caller at a time; but info(), Plan(), Allocate(), LinearWorkspaceBytes()
-// and the end of a Buffer are safe from any thread at any time: requests are admitted
-// while another one runs.
-// Memory: operations allocate nothing that outlives the call; linear layers and attention
-// take a workspace whose size is asked first.
+// Threading: one caller at a time; but info(), Plan(), Allocate(),
+// LinearWorkspaceBytes() and the end of a Buffer are safe from any thread at any time:
+// requests are admitted while another one runs.
+// Memory: operations allocate nothing that outlives the call; linear layers and
+// attention take a workspace whose size is asked first.
 // Errors: arguments are checked where they enter the system (model loading, planning);
 // operations assert them. A failed call leaves its outputs unspecified and the backend
 // usable.
