@@ -67,15 +67,13 @@ void FetchCall::Fail(absl::Status status) {
   loop_.Wake();
 }
 
-// A dead prefill abandons its lease, so both are true then: the reason comes first.
 absl::Status FetchCall::CheckSource() const {
-  const bool gone = lease_.gone->load(std::memory_order_acquire);
-  if (const absl::Status prefill = lease_.kv->status(); !prefill.ok()) {
-    return absl::UnavailableError(
-        absl::StrCat("the prefill of this ticket ended early: ",
-                     absl::StatusCodeToString(prefill.code())));
-  }
-  return gone ? LeaseStore::NotFound() : absl::OkStatus();
+  const LeaseEnd end = lease_.end->load();
+  if (end == LeaseEnd::kGone) return LeaseStore::NotFound();
+  const absl::Status prefill = lease_.kv->status();
+  if (end == LeaseEnd::kNone && prefill.ok()) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("the prefill of this ticket ended early: ",
+                                             absl::StatusCodeToString(prefill.code())));
 }
 
 NextWrite FetchCall::Next() {

@@ -26,7 +26,7 @@ PendingLease& PendingLease::operator=(PendingLease&& other) noexcept {
     Abandon();
     store_ = std::exchange(other.store_, nullptr);
     ticket_ = std::move(other.ticket_);
-    gone_ = std::move(other.gone_);
+    end_ = std::move(other.end_);
   }
   return *this;
 }
@@ -63,7 +63,7 @@ absl::StatusOr<std::shared_ptr<const v1::Done>> PendingLease::Complete(
 
 void PendingLease::Abandon() {
   LeaseStore* const store = std::exchange(store_, nullptr);
-  if (store != nullptr) store->Erase(ticket_.handle(), /*only_if_expired=*/false);
+  if (store != nullptr) store->Abandon(ticket_.handle());
 }
 
 // ---- LeaseStore
@@ -84,7 +84,7 @@ LeaseStore::LeaseStore(const LeaseOptions& options, uint64_t epoch, const Clock&
 LeaseStore::~LeaseStore() {
   MutexLock lock(mutex_);
   for (const auto& [handle, lease] : leases_) {
-    lease->gone->store(true, std::memory_order_relaxed);
+    lease->end->store(LeaseEnd::kGone);
     timers_.Cancel(lease->timer);
   }
 }
@@ -101,7 +101,7 @@ absl::StatusOr<int32_t> LeaseStore::CheckTtl(std::optional<int32_t> ttl_seconds)
 absl::StatusOr<BegunLease> LeaseStore::Begin(const LeaseRequest& request) {
   PBS_ABSL_ASSIGN_OR_RETURN(const int32_t ttl, CheckTtl(request.ttl_seconds));
   // The key's lease may be over although its timer has not run yet.
-  DropIfExpired(request.idempotency_key);
+  ExpireKey(request.idempotency_key);
   MutexLock lock(mutex_);
   if (const auto key = handle_of_key_.find(request.idempotency_key);
       !request.idempotency_key.empty() && key != handle_of_key_.end()) {
@@ -128,20 +128,20 @@ absl::StatusOr<BegunLease> LeaseStore::Begin(const LeaseRequest& request) {
   auto lease = std::make_shared<Lease>();
   lease->request = request;
   lease->ttl_seconds = ttl;
-  lease->gone = std::make_shared<std::atomic<bool>>(false);
+  lease->end = std::make_shared<std::atomic<LeaseEnd>>(LeaseEnd::kNone);
   if (!request.idempotency_key.empty()) {
     handle_of_key_.emplace(request.idempotency_key, handle);
   }
   BegunLease begun;
   begun.pending.store_ = this;
   begun.pending.ticket_ = MakeTicket(handle, *lease);
-  begun.pending.gone_ = lease->gone;
+  begun.pending.end_ = lease->end;
   leases_.emplace(handle, std::move(lease));
   metrics_.leases.Set(static_cast<double>(leases_.size()));
   return begun;
 }
 
-void LeaseStore::DropIfExpired(const std::string& idempotency_key) {
+void LeaseStore::ExpireKey(const std::string& idempotency_key) {
   std::string handle;
   {
     MutexLock lock(mutex_);
@@ -149,7 +149,7 @@ void LeaseStore::DropIfExpired(const std::string& idempotency_key) {
     if (key == handle_of_key_.end()) return;
     handle = key->second;
   }
-  Erase(handle, /*only_if_expired=*/true);
+  Expire(handle);
 }
 
 absl::StatusOr<LeaseView> LeaseStore::Find(const v1::KvTicket& ticket) {
@@ -174,7 +174,7 @@ absl::Status LeaseStore::Release(const v1::KvTicket& ticket) {
   {
     MutexLock lock(mutex_);
     PBS_ABSL_ASSIGN_OR_RETURN(const auto entry, Locate(ticket));
-    removed = Remove(entry);
+    removed = Remove(entry, LeaseEnd::kGone);
   }
   NotifyIfEmpty();
   return absl::OkStatus();
@@ -219,7 +219,7 @@ LeaseView LeaseStore::MakeView(const std::string& handle, const Lease& lease) co
           lease.done,
           lease.expires,
           lease.ttl_seconds,
-          lease.gone};
+          lease.end};
 }
 
 absl::StatusOr<LeaseStore::LeaseMap::iterator> LeaseStore::Locate(
@@ -240,13 +240,13 @@ absl::StatusOr<LeaseStore::LeaseMap::iterator> LeaseStore::Locate(
 void LeaseStore::StartTime(const std::string& handle, Lease& lease) {
   timers_.Cancel(lease.timer);
   lease.expires = clock_.Now() + absl::Seconds(lease.ttl_seconds);
-  lease.timer = timers_.At(lease.expires,
-                           [this, handle] { Erase(handle, /*only_if_expired=*/true); });
+  lease.timer = timers_.At(lease.expires, [this, handle] { Expire(handle); });
 }
 
-std::shared_ptr<LeaseStore::Lease> LeaseStore::Remove(LeaseMap::iterator entry) {
+std::shared_ptr<LeaseStore::Lease> LeaseStore::Remove(LeaseMap::iterator entry,
+                                                      LeaseEnd end) {
   std::shared_ptr<Lease> lease = std::move(entry->second);
-  lease->gone->store(true, std::memory_order_relaxed);
+  lease->end->store(end);
   timers_.Cancel(lease->timer);
   handle_of_key_.erase(lease->request.idempotency_key);
   leases_.erase(entry);
@@ -255,17 +255,26 @@ std::shared_ptr<LeaseStore::Lease> LeaseStore::Remove(LeaseMap::iterator entry) 
   return lease;
 }
 
-void LeaseStore::Erase(const std::string& handle, bool only_if_expired) {
+void LeaseStore::Expire(const std::string& handle) {
   std::shared_ptr<Lease> removed;  // freed after the lock is released
   {
     MutexLock lock(mutex_);
     const auto entry = leases_.find(handle);
     if (entry == leases_.end()) return;
-    if (only_if_expired) {
-      if (entry->second->expires > clock_.Now()) return;  // renewed meanwhile
-      metrics_.lease_expired.Increment();
-    }
-    removed = Remove(entry);
+    if (entry->second->expires > clock_.Now()) return;  // renewed meanwhile
+    metrics_.lease_expired.Increment();
+    removed = Remove(entry, LeaseEnd::kGone);
+  }
+  NotifyIfEmpty();
+}
+
+void LeaseStore::Abandon(const std::string& handle) {
+  std::shared_ptr<Lease> removed;  // freed after the lock is released
+  {
+    MutexLock lock(mutex_);
+    const auto entry = leases_.find(handle);
+    if (entry == leases_.end()) return;
+    removed = Remove(entry, LeaseEnd::kAbandoned);
   }
   NotifyIfEmpty();
 }

@@ -14,7 +14,7 @@
 // have stopped before the store is destroyed.
 // Memory: at most leases_max entries. The caches are charged where they are allocated;
 // the store drops its reference at once on release and expiry, and whoever still reads
-// one sees `gone` and lets go.
+// one sees `end` and lets go.
 #pragma once
 
 #include <atomic>
@@ -55,6 +55,13 @@ struct LeaseRequest {
   std::string fingerprint;             // equal requests have equal ones
 };
 
+// What became of a lease that somebody still reads.
+enum class LeaseEnd : uint8_t {
+  kNone,
+  kGone,       // released or expired
+  kAbandoned,  // its prefill ended early
+};
+
 // A lease as it was when asked for.
 struct LeaseView {
   v1::KvTicket ticket;
@@ -63,8 +70,8 @@ struct LeaseView {
   std::shared_ptr<const v1::Done> done;  // null while the prefill runs
   absl::Time expires;                    // InfiniteFuture while it runs
   int32_t ttl_seconds = 0;
-  // Turns true when the lease is released or expires; a reader then stops.
-  std::shared_ptr<const std::atomic<bool>> gone;
+  // A reader looks at it and stops. Shared: it outlives the lease.
+  std::shared_ptr<const std::atomic<LeaseEnd>> end;
 };
 
 class LeaseStore;
@@ -80,7 +87,7 @@ class PendingLease {
   bool valid() const { return store_ != nullptr; }
   const v1::KvTicket& ticket() const { return ticket_; }
   // Released by its holder while the prefill runs.
-  bool gone() const { return gone_->load(std::memory_order_relaxed); }
+  bool gone() const { return end_->load() != LeaseEnd::kNone; }
 
   // From here on the ticket finds the lease.
   void Attach(std::shared_ptr<HeldKv> kv);
@@ -96,7 +103,7 @@ class PendingLease {
 
   LeaseStore* store_ = nullptr;
   v1::KvTicket ticket_;
-  std::shared_ptr<const std::atomic<bool>> gone_;
+  std::shared_ptr<const std::atomic<LeaseEnd>> end_;
 };
 
 // Either a new lease or, by idempotency, one that is complete.
@@ -153,7 +160,7 @@ class LeaseStore {
     absl::Time expires = absl::InfiniteFuture();
     TimerId timer = 0;
     int64_t bytes_to_export = 0;
-    std::shared_ptr<std::atomic<bool>> gone;
+    std::shared_ptr<std::atomic<LeaseEnd>> end;
   };
   using LeaseMap = std::unordered_map<std::string, std::shared_ptr<Lease>>;
 
@@ -167,10 +174,11 @@ class LeaseStore {
   void StartTime(const std::string& handle, Lease& lease)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Takes the lease out; the caller drops it after the lock is released.
-  std::shared_ptr<Lease> Remove(LeaseMap::iterator entry)
+  std::shared_ptr<Lease> Remove(LeaseMap::iterator entry, LeaseEnd end)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Erase(const std::string& handle, bool only_if_expired);
-  void DropIfExpired(const std::string& idempotency_key);
+  void Expire(const std::string& handle);
+  void Abandon(const std::string& handle);
+  void ExpireKey(const std::string& idempotency_key);
   void NotifyIfEmpty();
 
   const LeaseOptions options_;

@@ -98,10 +98,10 @@ TEST_F(LeaseStoreSpec, TimeCountsFromCompletion) {
 TEST_F(LeaseStoreSpec, ExpiryFreesAndIsCounted) {
   const v1::KvTicket ticket = Hold(Request());
   const std::weak_ptr<HeldKv> cache = store_.Find(ticket)->kv;
-  const auto gone = store_.Find(ticket)->gone;
+  const auto end = store_.Find(ticket)->end;
   Advance(absl::Seconds(60));
   EXPECT_TRUE(cache.expired());
-  EXPECT_TRUE(*gone);
+  EXPECT_EQ(end->load(), LeaseEnd::kGone);
   EXPECT_EQ(store_.size(), 0);
   EXPECT_EQ(metrics_.lease_expired.Value(), 1);
   EXPECT_EQ(metrics_.leases.Value(), 0);
@@ -186,11 +186,14 @@ TEST_F(LeaseStoreSpec, ADigestThatTheTicketStatesMustBeTheLeases) {
 
 TEST_F(LeaseStoreSpec, ALeaseDroppedBeforeCompletionIsNoMore) {
   v1::KvTicket ticket;
+  std::shared_ptr<const std::atomic<LeaseEnd>> end;
   {
     const PendingLease pending = Run(Request("key"));
     ticket = pending.ticket();
-    ASSERT_TRUE(store_.Find(ticket).ok());
+    end = store_.Find(ticket)->end;
+    EXPECT_EQ(end->load(), LeaseEnd::kNone);
   }
+  EXPECT_EQ(end->load(), LeaseEnd::kAbandoned);
   EXPECT_TRUE(absl::IsNotFound(store_.Find(ticket).status()));
   EXPECT_EQ(store_.size(), 0);
   EXPECT_FALSE(store_.Begin(Request("key"))->existing.has_value());
