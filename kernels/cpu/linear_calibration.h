@@ -2,7 +2,7 @@
 //
 // CPUID cannot say: AVX512-BF16 multiplies at twice the f32 rate on some designs and at
 // half of it on others. So a short product is timed in both dtypes when a backend
-// starts (about 50 ms on one thread).
+// starts (30 to 100 ms of CPU time on one thread).
 //
 // Threading: call from one thread while the machine is not saturated by this process.
 #pragma once

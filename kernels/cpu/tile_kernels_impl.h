@@ -4,8 +4,8 @@
 //
 // Vec must offer: kLanes, Load, Store, Set1, Zero, Fma(a, b, c) = a * b + c, Add, Sub,
 // Mul, Div, Max, HorizontalMax, HorizontalAdd, Exp2 (2^x for x <= 0, exactly 0 below
-// -126, NaN for NaN), and KeepSeen(scores, positions, last) = positions <= last ? scores : -inf.
-// kTileRows x kTileVecs is the register tile.
+// -126, NaN for NaN), and KeepSeen(scores, positions, last) = positions <= last ?
+// scores : -inf. kTileRows x kTileVecs is the register tile.
 
 #define PBS_UNROLL _Pragma("GCC unroll 16")
 
