@@ -5,6 +5,7 @@
 #include "pbs/cpu_backend.h"
 #include "tests/bench/bench_case.h"
 #include "tests/bench/forced_lists.h"
+#include "tests/bench/options.h"
 
 namespace pbs::bench {
 namespace {
@@ -52,15 +53,9 @@ class AttentionBench final : public Case {
                      .head_dim = words.Integer("head_dim", 128),
                      .sequences = {{len, len}}};
     PBS_ASSIGN_OR_RETURN(problem.dtype, ParseDType(words.Text("dtype", "f32")));
-    const std::string method = words.Text("method", "pbs");
-    problem.options.method = method == "dense"          ? Method::kDense
-                             : method == "mean_pooling" ? Method::kMeanPooling
-                                                        : Method::kPbs;
-    problem.options.segment_size = words.Integer("segment", 256);
-    problem.options.threshold = static_cast<float>(words.Real("threshold", 0.9));
+    problem.options = OptionsOf(words);
     const double density = words.Real("density", 0);
     if (density > 0) {
-      problem.options.use_given_lists = true;
       lists_ = ForcedLists(MakeGeometry(problem), density);
       tensors_.lists = lists_.View();
     }

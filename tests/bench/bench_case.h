@@ -47,5 +47,6 @@ using CaseOr = StatusOr<std::unique_ptr<Case>>;
 CaseOr MakeAttentionCase(const Words& words, int threads);
 CaseOr MakeLinearCase(const Words& words, int threads);
 CaseOr MakePrefillCase(const Words& words, const Model& model);
+CaseOr MakeRecallCase(const Words& words, const Model& model);  // not warmed up
 
 }  // namespace pbs::bench

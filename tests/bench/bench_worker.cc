@@ -8,6 +8,7 @@
 //   linear    name=B rows=512 in=4096 out=4096 dtype=f32|bf16
 //   model     path=FOLDER compute=auto|f32|bf16
 //   prefill   name=C len=8192 method=... segment= threshold= density=   (of the model)
+//   recall    name=D prompts=FILE method=... threshold= order=identity density=
 //   run A     -> wall and CPU seconds, and what the case measured
 //   memory    -> peak of resident memory since the last call, and what is resident now
 //   drop A
@@ -61,10 +62,10 @@ class Worker {
     if (command == "run") return Time(name);
     if (command == "attention") return Keep(name, MakeAttentionCase(words, threads_));
     if (command == "linear") return Keep(name, MakeLinearCase(words, threads_));
-    if (command == "prefill") {
-      if (model_ == nullptr)
-        return InvalidArgument("prefill needs a model command first");
-      return Keep(name, MakePrefillCase(words, *model_));
+    if (command == "prefill" || command == "recall") {
+      if (model_ == nullptr) return InvalidArgument(command + " needs a model first");
+      return Keep(name, command == "prefill" ? MakePrefillCase(words, *model_)
+                                             : MakeRecallCase(words, *model_));
     }
     return InvalidArgument("unknown command " + command);
   }

@@ -10,22 +10,10 @@
 #include "server/model/sampling.h"
 #include "tests/bench/bench_case.h"
 #include "tests/bench/forced_lists.h"
+#include "tests/bench/options.h"
 
 namespace pbs::bench {
 namespace {
-
-AttentionOptions OptionsOf(const Words& words) {
-  AttentionOptions options;
-  const std::string method = words.Text("method", "pbs");
-  options.method = method == "dense"          ? Method::kDense
-                   : method == "mean_pooling" ? Method::kMeanPooling
-                                              : Method::kPbs;
-  options.segment_size = words.Integer("segment", 256);
-  options.threshold = static_cast<float>(words.Real("threshold", 0.9));
-  options.use_given_lists = words.Real("density", 0) > 0;
-  options.dense_fallback = options.method != Method::kDense && !options.use_given_lists;
-  return options;
-}
 
 class PrefillBench final : public Case, private PrefillObserver {
  public:
@@ -33,8 +21,11 @@ class PrefillBench final : public Case, private PrefillObserver {
 
   Status Prepare(const Words& words) {
     const int32_t len = words.Integer("len", 4096);
+    AttentionOptions options = OptionsOf(words);
+    options.dense_fallback =
+        options.method != Method::kDense && !options.use_given_lists;
     PBS_ASSIGN_OR_RETURN(
-        plan_, PlanPrefill(model_, {.num_tokens = len, .attention = OptionsOf(words)}));
+        plan_, PlanPrefill(model_, {.num_tokens = len, .attention = options}));
     if (const double density = words.Real("density", 0); density > 0) {
       lists_ = ForcedLists(plan_.attention->geometry, density);
     }
