@@ -37,7 +37,6 @@ ROOMS = [
     Room("kernels/synthetic", 1),
     Room("kernels/reference", 1),
     Room("kernels/cpu", 1, ("tbb", "dnnl"), ("kernels/methods",)),
-    Room("kernels/bench", 2),
     Room("server/model", 2, ("nlohmann", "xxhash")),
     Room("proto/wire", 2, ("grpc", "protobuf"), ("proto",)),
     Room("server/base/grpc_status", 2, ("absl", "grpc", "protobuf"), ("server/base", "proto")),
