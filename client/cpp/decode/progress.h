@@ -1,0 +1,30 @@
+// One line of progress on stderr, rewritten in place, where that is a terminal.
+//
+// Threading: safe from any thread.
+#pragma once
+
+#include <mutex>
+#include <string>
+
+namespace pbs::decode {
+
+class Progress {
+ public:
+  // Shows nothing when `quiet` or when stderr is not a terminal.
+  explicit Progress(bool quiet);
+  ~Progress() { Clear(); }
+
+  void Show(const std::string& line);
+  // Before anything else is written to the terminal.
+  void Clear();
+
+ private:
+  const bool shown_;
+  std::mutex mutex_;
+  bool has_line_ = false;
+};
+
+// "[######....] 6/10", the share done of `total`.
+std::string Bar(int done, int total);
+
+}  // namespace pbs::decode

@@ -1,0 +1,319 @@
+// Spec: pbs-decode, the reference decode tier, as a process beside a server process.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "client/cpp/client.h"
+#include "pbs/cpu_backend.h"
+#include "proto/wire/messages.h"
+#include "server/model/decode.h"
+#include "server/model/prefill.h"
+#include "server/model/sampling.h"
+#include "tests/support/case_name.h"
+#include "tests/support/grpc_proxy.h"
+#include "tests/support/run_process.h"
+#include "tests/support/server_process.h"
+#include "tests/support/tiny_model.h"
+
+namespace pbs {
+namespace {
+
+using testing::HasSubstr;
+using testing_support::GrpcProxy;
+using testing_support::ProcessResult;
+using testing_support::ReadFile;
+using testing_support::RunProcess;
+using testing_support::ScratchFolder;
+using testing_support::ServerProcess;
+using testing_support::TinyModelFolder;
+
+constexpr char kRecallModel[] = "tests/data/recall-llama";
+constexpr int kNewTokens = 12;
+
+std::vector<int32_t> Prompt(int num_tokens) {
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < num_tokens; ++i) tokens.push_back((i * 37 + i / 7) % 128);
+  return tokens;
+}
+
+std::string Text(const std::vector<int32_t>& tokens) {
+  return nlohmann::json(tokens).dump();
+}
+
+// What one process that does everything decodes.
+std::vector<int32_t> DecodeInOneProcess(const std::string& folder,
+                                        std::span<const int32_t> prompt,
+                                        std::span<const int32_t> then_tokens) {
+  const auto backend = *CreateCpuBackend({.num_threads = 1});
+  const auto model = *Model::Load(folder, {}, *backend);
+  const auto num_tokens = static_cast<int32_t>(prompt.size());
+  const PrefillPlan plan =
+      *PlanPrefill(*model, {.num_tokens = num_tokens,
+                            .attention = {.method = Method::kDense},
+                            .logit_rows = {num_tokens - 1}});
+  KvCache cache = *KvCache::Create(model->kv_shape(num_tokens + 64), *backend);
+  Buffer workspace = *backend->Allocate(plan.workspace_bytes);
+  const auto run = *PrefillRun::Start(*model, plan, {.tokens = prompt}, cache,
+                                      workspace.workspace());
+  while (!run->layers_done()) EXPECT_TRUE(run->RunLayer(nullptr, {}).ok());
+  EXPECT_TRUE(run->ComputeLogits().ok());
+  std::vector<float> logits(static_cast<size_t>(model->config().vocab_size));
+  EXPECT_TRUE(run->ReadLogits(0, logits).ok());
+  int32_t next = Argmax(logits);
+  const auto decoder = *Decoder::Create(*model, cache);
+  for (const int32_t token : then_tokens) next = Argmax(*decoder->Step(token));
+  std::vector<int32_t> tokens = {next};
+  while (static_cast<int>(tokens.size()) < kNewTokens) {
+    tokens.push_back(next = Argmax(*decoder->Step(next)));
+  }
+  return tokens;
+}
+
+// A chunk of values with one exponent bit of every fourth byte turned, its checksum as
+// it was.
+grpc::ByteBuffer CorruptValues(const std::string& method, grpc::ByteBuffer reply) {
+  wire::KvChunk chunk;
+  if (method != "/pbs.v1.KvSource/Fetch" || !wire::DecodeKvChunk(reply, &chunk).ok() ||
+      chunk.kind != v1::KvChunk::V) {
+    return reply;
+  }
+  std::vector<std::byte> bytes(chunk.payload.size());
+  chunk.payload.CopyTo(bytes.data());
+  for (size_t i = 3; i < bytes.size(); i += 4) bytes[i] ^= std::byte{0x02};
+  chunk.payload = wire::Payload(grpc::Slice(bytes.data(), bytes.size()));
+  return wire::EncodeKvChunk(chunk);
+}
+
+class DecodeSpec : public testing::Test {
+ protected:
+  void Start(const std::string& model) {
+    server_ = std::make_unique<ServerProcess>(
+        PBS_PREFILLD, std::vector<std::string>{"--threads", "1", "--metrics-listen",
+                                               "off", "--model", model});
+    const nlohmann::json serving = server_->WaitForEvent("serving");
+    ASSERT_TRUE(serving.is_object()) << "the server did not start";
+    address_ = serving.value("listen", "");
+  }
+  void StartTiny() { Start("tiny=" + folder_.path()); }
+
+  // With the tiny model, one thread, twelve tokens.
+  ProcessResult Decode(std::vector<std::string> arguments) const {
+    for (const auto& [flag, value] : std::vector<std::pair<std::string, std::string>>{
+             {"--server", address_},
+             {"--model-path", folder_.path()},
+             {"--max-new-tokens", std::to_string(kNewTokens)},
+             {"--threads", "1"}}) {
+      if (std::ranges::find(arguments, flag) != arguments.end()) continue;
+      arguments.insert(arguments.end(), {flag, value});
+    }
+    arguments.insert(arguments.end(), {"--ignore-eos", "--json"});
+    return RunProcess(PBS_DECODE, arguments);
+  }
+  std::string PromptFile(int num_tokens) const {
+    return scratch_.Write("prompt.json", Text(Prompt(num_tokens)));
+  }
+  std::unique_ptr<client::Client> Connect() const {
+    return *client::Client::Connect({.address = address_});
+  }
+  static v1::KvTicket TicketOf(const nlohmann::json& report) {
+    v1::KvTicket ticket;
+    const nlohmann::json& fields = report.at("ticket");
+    ticket.set_handle(fields.at("handle").get<std::string>());
+    ticket.set_epoch(std::stoull(fields.at("epoch").get<std::string>()));
+    ticket.set_model_digest(fields.at("model_digest").get<std::string>());
+    ticket.set_sparsity_digest(fields.at("sparsity_digest").get<std::string>());
+    return ticket;
+  }
+
+  const TinyModelFolder folder_;
+  const ScratchFolder scratch_;
+  std::unique_ptr<ServerProcess> server_;
+  std::string address_;
+};
+
+TEST_F(DecodeSpec, DecodesWhatOneProcessWouldHaveDecoded) {
+  StartTiny();
+  const ProcessResult result =
+      Decode({"--tokens", PromptFile(300), "--method", "dense"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const auto report = nlohmann::json::parse(result.out);
+  EXPECT_EQ(report["tokens"], DecodeInOneProcess(folder_.path(), Prompt(300), {}));
+  EXPECT_EQ(report["prompt_tokens"], 300);
+  EXPECT_EQ(report["model"], "tiny");
+  EXPECT_EQ(report["density"], 1.0);
+  EXPECT_EQ(report["kv_bytes"], 2 * 3 * 2 * 300 * 32 * 4);
+}
+
+TEST_F(DecodeSpec, FeedsTokensBehindThePrompt) {
+  StartTiny();
+  const std::vector<int32_t> question = {5, 99, 3};
+  const ProcessResult result =
+      Decode({"--tokens", PromptFile(200), "--method", "dense", "--then-tokens",
+              scratch_.Write("question.json", Text(question)), "--output",
+              scratch_.File("answer.json")});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const auto expected = DecodeInOneProcess(folder_.path(), Prompt(200), question);
+  EXPECT_EQ(nlohmann::json::parse(result.out)["tokens"], expected);
+  EXPECT_EQ(nlohmann::json::parse(ReadFile(scratch_.File("answer.json"))), expected);
+}
+
+TEST_F(DecodeSpec, AnswersTheBundledPromptFromASparsePrefill) {
+  Start(std::string("recall=") + kRecallModel);
+  const std::string prompt = std::string(kRecallModel) + "/prompt_8k.json";
+  const std::string question = std::string(kRecallModel) + "/prompt_8k.question.json";
+  const ProcessResult result = Decode({"--model-path", kRecallModel, "--tokens", prompt,
+                                       "--then-tokens", question, "--method", "pbs",
+                                       "--threshold", "0.9", "--max-new-tokens", "1"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const auto report = nlohmann::json::parse(result.out);
+  EXPECT_EQ(report["tokens"],
+            nlohmann::json::parse(
+                ReadFile(std::string(kRecallModel) + "/prompt_8k.answer.json")));
+  EXPECT_LT(report["density"].get<double>(), 0.95);
+}
+
+TEST_F(DecodeSpec, GivesTheLeaseBack) {
+  StartTiny();
+  const ProcessResult result = Decode({"--tokens", PromptFile(50)});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const v1::KvTicket ticket = TicketOf(nlohmann::json::parse(result.out));
+  EXPECT_EQ(Connect()->Describe(ticket).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST_F(DecodeSpec, DecodesAgainFromATicketThatWasKept) {
+  StartTiny();
+  const ProcessResult first = Decode({"--tokens", PromptFile(50), "--keep-lease"});
+  ASSERT_EQ(first.exit_status, 0) << first.err;
+  const auto report = nlohmann::json::parse(first.out);
+  const ProcessResult second =
+      Decode({"--ticket", scratch_.Write("ticket.json", report["ticket"].dump())});
+  ASSERT_EQ(second.exit_status, 0) << second.err;
+  const auto again = nlohmann::json::parse(second.out);
+  EXPECT_EQ(again["tokens"], report["tokens"]);
+  EXPECT_TRUE(again["density"].is_null());
+  EXPECT_EQ(Connect()->Describe(TicketOf(report)).status().code(),
+            absl::StatusCode::kNotFound);
+}
+
+TEST_F(DecodeSpec, RefusesACorruptChunkOfValues) {
+  StartTiny();
+  GrpcProxy proxy(address_, CorruptValues);
+  const ProcessResult result =
+      Decode({"--server", proxy.address(), "--tokens", PromptFile(300)});
+  EXPECT_EQ(result.exit_status, 1);
+  EXPECT_EQ(result.out, "");
+  EXPECT_THAT(result.err, HasSubstr("DATA_LOSS"));
+  EXPECT_THAT(result.err, HasSubstr("layer 0"));
+}
+
+TEST_F(DecodeSpec, WithoutChecksumsACorruptChunkChangesTheAnswer) {
+  StartTiny();
+  GrpcProxy proxy(address_, CorruptValues);
+  const std::string prompt = PromptFile(300);
+  const ProcessResult whole = Decode({"--tokens", prompt, "--checksums", "off"});
+  const ProcessResult corrupt =
+      Decode({"--server", proxy.address(), "--tokens", prompt, "--checksums", "off"});
+  ASSERT_EQ(whole.exit_status, 0) << whole.err;
+  ASSERT_EQ(corrupt.exit_status, 0) << corrupt.err;
+  EXPECT_NE(nlohmann::json::parse(corrupt.out)["tokens"],
+            nlohmann::json::parse(whole.out)["tokens"]);
+}
+
+TEST_F(DecodeSpec, RefusesTheCacheOfAnotherModel) {
+  StartTiny();
+  const TinyModelFolder other({.seed = 2});
+  const ProcessResult result =
+      Decode({"--model-path", other.path(), "--tokens", PromptFile(50)});
+  EXPECT_EQ(result.exit_status, 1);
+  EXPECT_THAT(result.err, HasSubstr("FAILED_PRECONDITION"));
+  EXPECT_THAT(result.err, HasSubstr("digest"));
+}
+
+struct RefusalCase {
+  const char* name;
+  const char* tokens;  // the file's text
+  std::vector<std::string> arguments;
+  int exit_status;
+  const char* message;
+};
+
+class RefusedDecodeSpec : public DecodeSpec,
+                          public testing::WithParamInterface<RefusalCase> {};
+
+TEST_P(RefusedDecodeSpec, EndsWithTheReason) {
+  StartTiny();
+  std::vector<std::string> arguments = GetParam().arguments;
+  arguments.insert(arguments.end(),
+                   {"--tokens", scratch_.Write("prompt.json", GetParam().tokens)});
+  const ProcessResult result = Decode(arguments);
+  EXPECT_EQ(result.exit_status, GetParam().exit_status);
+  EXPECT_EQ(result.out, "");
+  EXPECT_THAT(result.err, HasSubstr(GetParam().message));
+  EXPECT_TRUE(Connect()->GetServerInfo().ok());
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Reasons, RefusedDecodeSpec,
+    testing::Values(
+        RefusalCase{"unknown_model", "[1]", {"--model", "x"}, 1, "it serves tiny"},
+        RefusalCase{"no_server", "[1]", {"--server", "127.0.0.1:1"}, 1, "127.0.0.1:1"},
+        RefusalCase{
+            "missing_model_folder", "[1]", {"--model-path", "/nowhere"}, 1, "/nowhere"},
+        RefusalCase{"tokens_not_a_list", "{}", {}, 1, "not a JSON list"},
+        RefusalCase{"tokens_empty", "[]", {}, 1, "at least one"},
+        RefusalCase{"token_out_of_range",
+                    "[3, 128]",
+                    {},
+                    1,
+                    "element 1 is 128; a token id is a whole number below "
+                    "vocab_size 128"},
+        RefusalCase{"token_negative", "[-1]", {}, 1, "element 0 is -1"},
+        RefusalCase{"token_not_whole", "[1.5]", {}, 1, "element 0 is 1.5"},
+        RefusalCase{"too_long",
+                    "[1]",
+                    {"--max-new-tokens", "8193"},
+                    1,
+                    "need 8193 positions; the model has 8192"},
+        RefusalCase{"bad_threshold",
+                    "[1]",
+                    {"--method", "pbs", "--threshold", "1.5"},
+                    1,
+                    "threshold"},
+        RefusalCase{
+            "no_new_tokens", "[1]", {"--max-new-tokens", "0"}, 2, "--max-new-tokens"},
+        RefusalCase{"unknown_method", "[1]", {"--method", "magic"}, 2, "magic"},
+        RefusalCase{"misplaced_option",
+                    "[1]",
+                    {"--method", "dense", "--scope", "kv_head"},
+                    2,
+                    "--scope needs --method pbs"},
+        RefusalCase{"tokens_and_ticket", "[1]", {"--ticket", "x"}, 2, "--ticket"}),
+    testing_support::CaseName());
+
+TEST_F(DecodeSpec, RefusesWhatIsNoTicket) {
+  StartTiny();
+  for (const char* text :
+       {"", "[]", "{}",
+        R"({"handle":"x","epoch":"-1","model_digest":"","sparsity_digest":""})",
+        R"({"handle":"x","epoch":5,"model_digest":"","sparsity_digest":""})"}) {
+    const ProcessResult result =
+        Decode({"--ticket", scratch_.Write("ticket.json", text)});
+    EXPECT_EQ(result.exit_status, 1) << text;
+    EXPECT_THAT(result.err, HasSubstr("ticket.json")) << text;
+  }
+}
+
+TEST_F(DecodeSpec, AForeignTicketIsNotFound) {
+  StartTiny();
+  const ProcessResult result = Decode(
+      {"--ticket",
+       scratch_.Write(
+           "ticket.json",
+           R"({"handle":"0123456789abcdef0123456789abcdef","epoch":"7","model_digest":"","sparsity_digest":""})")});
+  EXPECT_EQ(result.exit_status, 1);
+  EXPECT_THAT(result.err, HasSubstr("NOT_FOUND"));
+}
+
+}  // namespace
+}  // namespace pbs
