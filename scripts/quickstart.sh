@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a decoded answer: installs what is missing, builds, serves the bundled
-# model on the CPU, prefills a prompt of 8191 tokens with PBS-Attn, hands the KV cache to
+# model on the CPU, prefills a prompt of 8190 tokens with PBS-Attn, hands the KV cache to
 # a separate decode process, checks its answer, and stops. A second run takes seconds.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
@@ -50,7 +50,9 @@ printf '\nright: the decode tier answered %s from the transferred KV cache\n' "$
 say "some of its metrics"
 exec 3<>"/dev/tcp/${metrics%:*}/${metrics##*:}"
 printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3
-grep -aE '^pbs_(prompt_tokens_total|attention_flops_(computed|dense)_total|kv_transfer_bytes_total|kv_leases|requests_total)' <&3
+names='prompt_tokens_total|attention_flops_(computed|dense)_total'
+names+='|kv_transfer_bytes_total|kv_leases|requests_total{code="OK"'
+grep -aE "^pbs_($names)" <&3 | grep -v ' 0$' | sort
 exec 3>&-
 
 say "stopping (SIGTERM drains, then exits)"

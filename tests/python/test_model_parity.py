@@ -1,7 +1,7 @@
 """The model against transformers, on tiny random models of every served family.
 
 Runs build/tests/model_dump (PBS_MODEL_DUMP, or next to PBS_BIN) on the folders of
-scripts/make_tiny_models.py.
+scripts/make_tiny_models.py, and pbs-decode beside a server of all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from safetensors.torch import load_file  # noqa: E402
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_tiny_models  # noqa: E402
+
+from real_server import running_server  # noqa: E402
 
 pytestmark = pytest.mark.peers
 
@@ -95,6 +97,31 @@ def test_f32_prefill_and_greedy_tokens_equal_transformers(name, tiny_models):
     assert logits <= LOGITS_F32_MAX
     assert kv <= KV_F32_MAX
     assert line["greedy"] == greedy
+
+
+@pytest.fixture(scope="session")
+def server_of_all(tiny_models):
+    flags = [f"--model={name}={tiny_models(name)}" for name in make_tiny_models.MODELS]
+    with running_server(*flags, "--set", "cpu.compute_dtype=f32") as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", make_tiny_models.MODELS)
+def test_the_decode_tier_continues_a_served_prefill_as_transformers_does(
+    name, tiny_models, server_of_all
+):
+    folder = tiny_models(name)
+    expected = json.loads((folder / "expected.json").read_text())
+    tokens = folder / "prompt.json"
+    tokens.write_text(json.dumps(expected["prompt"]))
+    new_tokens = len(expected["greedy"])
+    binary = dump_binary().parent.parent / "bin/pbs-decode"
+    command = f"""{binary} --server {server_of_all.target} --model {name} --json
+        --model-path {folder} --tokens {tokens} --max-new-tokens {new_tokens}
+        --method dense --compute-dtype f32"""
+    done = subprocess.run(command.split(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == expected["greedy"]
 
 
 @pytest.mark.parametrize("method", ["pbs", "mean_pooling"])
