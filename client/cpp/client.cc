@@ -150,17 +150,29 @@ absl::Status Client::Fetch(v1::FetchRequest request, KvTarget& target,
     if (failures > options_.resume_attempts) return status;
     broken = status;
     receiver.Rewind();
-    attempt_terms.wait_for_ready = true;
+    // Only the way back is timed.
     attempt_terms.deadline =
         std::min(terms.deadline, absl::Now() + options_.connect_timeout);
-    // Only the way back is timed: Describe() waits for the connection, and says at once
-    // when the lease is gone.
-    if (absl::Status found = Describe(request.ticket(), attempt_terms).status();
-        !found.ok()) {
-      return broken;
-    }
+    if (!AwaitReturn(request.ticket(), attempt_terms).ok()) return broken;
     attempt_terms = terms;
   }
+}
+
+// Waits for the connection; not OK when the server does not come back or the lease is
+// gone. A call that begins while the broken connection is being taken down falls with
+// it, hence the tries.
+absl::Status Client::AwaitReturn(const v1::KvTicket& ticket, CallTerms terms) {
+  constexpr int kTries = 6;
+  absl::Duration pause = absl::Milliseconds(5);
+  terms.wait_for_ready = true;
+  absl::Status status;
+  for (int i = 0; i < kTries; ++i) {
+    status = Describe(ticket, terms).status();
+    if (!IsBroken(status)) return status;
+    absl::SleepFor(pause);
+    pause *= 2;
+  }
+  return status;
 }
 
 absl::Status Client::FetchOnce(const v1::FetchRequest& request, const CallTerms& terms,

@@ -100,6 +100,7 @@ class Client {
 
   absl::Status FetchOnce(const v1::FetchRequest& request, const CallTerms& terms,
                          KvReceiver& receiver);
+  absl::Status AwaitReturn(const v1::KvTicket& ticket, CallTerms terms);
   absl::StatusOr<KvExpectation> ExpectInline(const v1::PrefillRequest& request,
                                              const CallTerms& terms);
 

@@ -237,7 +237,7 @@ TEST(StalledReaderSpec, IsCutAndItsCacheFreedAfterTheLeaseIsGone) {
   options.service.transport.write_stall_seconds_max = 30;
   TestNode node(options);
   const v1::Done done = PrefillWithLease(node, LeaseOf(4000));
-  auto stub = v1::KvSource::NewStub(node.NewChannel());
+  auto stub = v1::KvSource::NewStub(node.NewNarrowChannel());
   grpc::ClientContext context;
   auto reader = stub->Fetch(&context, FetchOf(done.ticket()));  // and reads nothing
   ASSERT_TRUE(Eventually([&] { return node.metrics.kv.transfer_bytes.Value() > 0; }));

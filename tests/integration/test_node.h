@@ -113,6 +113,14 @@ class TestNode {
     return grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(),
                                      arguments);
   }
+  // Its window stays at 64 KiB a stream: what nobody reads stays with the server.
+  std::shared_ptr<grpc::Channel> NewNarrowChannel() const {
+    grpc::ChannelArguments arguments;
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+    return grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(),
+                                     arguments);
+  }
   std::unique_ptr<client::Client> NewClient() const {
     auto connected = client::Client::Connect({.address = address()});
     EXPECT_TRUE(connected.ok()) << connected.status();

@@ -1,0 +1,76 @@
+// A client that stops half way and waits to be killed.
+//
+//   hanging_client ADDRESS upload             part of an Attend's tensors
+//   hanging_client ADDRESS prefill            a prefill of 3000 tokens, nothing read
+//   hanging_client ADDRESS inline             the same with its cache in the stream
+//   hanging_client ADDRESS fetch HANDLE EPOCH a fetch, nothing read
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include <grpcpp/grpcpp.h>
+
+#include "pbs/v1/attention.grpc.pb.h"
+#include "pbs/v1/kv.grpc.pb.h"
+#include "pbs/v1/prefill.grpc.pb.h"
+
+namespace {
+
+using namespace pbs;
+
+[[noreturn]] void Hang() {
+  while (true) pause();
+}
+
+[[noreturn]] void Upload(const std::shared_ptr<grpc::Channel>& channel) {
+  grpc::ClientContext context;
+  auto stream = v1::Attention::NewStub(channel)->Attend(&context);
+  v1::AttendRequest message;
+  for (v1::TensorName tensor : {v1::Q, v1::K, v1::V}) {
+    v1::TensorSpec& spec = *message.mutable_header()->add_tensors();
+    spec.set_tensor(tensor);
+    spec.set_dtype(v1::F32);
+    for (int64_t axis : {1, 8, 2048, 64}) spec.add_shape(axis);
+  }
+  stream->Write(message);
+  message.mutable_chunk()->set_tensor(v1::Q);
+  message.mutable_chunk()->set_data(std::string(1 << 20, '\0'));
+  stream->Write(message);
+  Hang();
+}
+
+[[noreturn]] void Prefill(const std::shared_ptr<grpc::Channel>& channel,
+                          bool inline_kv) {
+  grpc::ClientContext context;
+  v1::PrefillRequest request;
+  for (uint32_t i = 0; i < 3000; ++i) request.add_token_ids(i % 128);
+  if (inline_kv) request.mutable_delivery()->mutable_inline_();
+  auto reader = v1::Prefill::NewStub(channel)->Prefill(&context, request);
+  Hang();
+}
+
+[[noreturn]] void Fetch(const std::shared_ptr<grpc::Channel>& channel,
+                        const char* handle, const char* epoch) {
+  grpc::ClientContext context;
+  v1::FetchRequest request;
+  request.mutable_ticket()->set_handle(handle);
+  request.mutable_ticket()->set_epoch(std::strtoull(epoch, nullptr, 10));
+  auto reader = v1::KvSource::NewStub(channel)->Fetch(&context, request);
+  Hang();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 2 ? argv[2] : "";
+  if (argc < 3) return 2;
+  const auto channel = grpc::CreateChannel(argv[1], grpc::InsecureChannelCredentials());
+  if (what == "upload") Upload(channel);
+  if (what == "prefill" || what == "inline") Prefill(channel, what == "inline");
+  if (what == "fetch" && argc == 5) Fetch(channel, argv[3], argv[4]);
+  std::fprintf(stderr, "hanging_client: see the first lines of its source\n");
+  return 2;
+}
