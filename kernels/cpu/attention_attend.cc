@@ -86,9 +86,15 @@ void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& til
   if (range[0] > tile.first_position + tile.rows - 1) return;  // wholly later
   const GemmFunction gemm =
       plan.format.pairs ? run.kernels.gemm_pairs : run.kernels.gemm;
-  gemm(tile.rows, g.block_size, plan.depth, scratch.query, plan.depth,
-       run.PackedKeys(unit) + block * run.BlockWords(), scratch.scores, g.block_size,
-       false);
+  const uint32_t* values = run.PackedValues(unit) + block * run.BlockWords();
+  gemm({.rows = tile.rows,
+        .cols = g.block_size,
+        .depth = plan.depth,
+        .a = scratch.query,
+        .a_stride = plan.depth,
+        .b = run.PackedKeys(unit) + block * run.BlockWords(),
+        .c = scratch.scores,
+        .c_stride = g.block_size});
   const bool short_block =
       (block + 1) * g.block_size > run.Sequence(unit).k_len;  // has padding
   const bool masked = short_block || range[1] > tile.first_position;
@@ -107,12 +113,16 @@ void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& til
        .row_sum = scratch.row_sum,
        .out = scratch.out});
   const int32_t depth = plan.format.pairs ? g.block_size / 2 : g.block_size;
-  const uint32_t* weights = plan.format.pairs
-                                ? scratch.pairs
-                                : reinterpret_cast<const uint32_t*>(scratch.scores);
-  gemm(tile.rows, g.head_dim, depth, weights, depth,
-       run.PackedValues(unit) + block * run.BlockWords(), scratch.out, g.head_dim,
-       true);
+  gemm({.rows = tile.rows,
+        .cols = g.head_dim,
+        .depth = depth,
+        .a = plan.format.pairs ? scratch.pairs
+                               : reinterpret_cast<const uint32_t*>(scratch.scores),
+        .a_stride = depth,
+        .b = values,
+        .c = scratch.out,
+        .c_stride = g.head_dim,
+        .accumulate = true});
 }
 
 void StoreRows(const AttentionRun& run, const Unit& unit, const QueryTile& tile,

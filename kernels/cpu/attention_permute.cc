@@ -83,8 +83,14 @@ void ScoreKeyTile(AttentionRun& run, const Unit& unit, int64_t tile, int worker)
                plan.geometry.head_dim, rows + static_cast<int64_t>(i) * plan.depth);
   }
   float* out = ScoreTile(run, unit, scores, tile);
-  GemmOf(run)(keys, scores.padded, plan.depth, rows, plan.depth, scores.proxies(), out,
-              scores.padded, false);
+  GemmOf(run)({.rows = keys,
+               .cols = scores.padded,
+               .depth = plan.depth,
+               .a = rows,
+               .a_stride = plan.depth,
+               .b = scores.proxies(),
+               .c = out,
+               .c_stride = scores.padded});
   const float root = std::sqrt(static_cast<float>(plan.geometry.head_dim));
   run.kernels.proxy_softmax({.keys = keys,
                              .proxies = scores.padded,

@@ -25,9 +25,14 @@ double RowCoverage(const AttentionRun& run, const Unit& unit, int32_t head, int3
   const float root = std::sqrt(static_cast<float>(g.head_dim));
   const int64_t slots = static_cast<int64_t>(s.num_key_blocks) * g.block_size;
   for (int32_t block = 0; block < s.num_key_blocks; ++block) {
-    gemm(1, g.block_size, plan.depth, query, plan.depth,
-         run.PackedKeys(unit) + block * run.BlockWords(),
-         logits + static_cast<int64_t>(block) * g.block_size, g.block_size, false);
+    gemm({.rows = 1,
+          .cols = g.block_size,
+          .depth = plan.depth,
+          .a = query,
+          .a_stride = plan.depth,
+          .b = run.PackedKeys(unit) + block * run.BlockWords(),
+          .c = logits + static_cast<int64_t>(block) * g.block_size,
+          .c_stride = g.block_size});
   }
   float top = -INFINITY;
   for (int64_t slot = 0; slot < slots; ++slot) {

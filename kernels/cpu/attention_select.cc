@@ -72,9 +72,14 @@ void ScoreTileOfBlocks(AttentionRun& run, const Unit& unit, int64_t index, int w
   const float* queries =
       PooledQueries(run, unit, member) + static_cast<int64_t>(first) * g.head_dim;
   run.kernels.gemm(
-      rows, padded, g.head_dim, reinterpret_cast<const uint32_t*>(queries), g.head_dim,
-      reinterpret_cast<const uint32_t*>(run.Pooled(unit) + plan.Pooled(s).keys), logits,
-      padded, false);
+      {.rows = rows,
+       .cols = padded,
+       .depth = g.head_dim,
+       .a = reinterpret_cast<const uint32_t*>(queries),
+       .a_stride = g.head_dim,
+       .b = reinterpret_cast<const uint32_t*>(run.Pooled(unit) + plan.Pooled(s).keys),
+       .c = logits,
+       .c_stride = padded});
   const int32_t head = run.QueryHead(unit, member);
   for (int32_t i = 0; i < rows; ++i) {
     const SelectionRow rule = RowRule(run, unit, s.first_query_block + first + i);

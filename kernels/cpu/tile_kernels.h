@@ -53,9 +53,18 @@ struct ProxyTile {
 };
 
 // c[rows, cols] = a[rows, depth] b (+ c when accumulate); strides in words.
-using GemmFunction = void (*)(int32_t rows, int32_t cols, int32_t depth,
-                              const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                              float* c, int64_t c_stride, bool accumulate);
+struct Product {
+  int32_t rows;
+  int32_t cols;
+  int32_t depth;
+  const uint32_t* a;
+  int64_t a_stride;
+  const uint32_t* b;
+  float* c;
+  int64_t c_stride;
+  bool accumulate = false;
+};
+using GemmFunction = void (*)(const Product& product);
 
 struct TileKernels {
   int32_t panel_width;

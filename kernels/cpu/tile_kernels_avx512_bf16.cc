@@ -71,26 +71,20 @@ void GemmPairsPanel(int32_t rows, int32_t depth, const uint32_t* a, int64_t a_st
 }
 
 template <int kVecs>
-void GemmPairsLastPanel(int32_t width, int32_t rows, int32_t depth, const uint32_t* a,
-                        int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride,
-                        bool accumulate) {
+void GemmPairsLastPanel(const Product& x, int32_t col, int32_t width,
+                        const uint32_t* b) {
   if (width == kVecs * 16) {
-    GemmPairsPanel<kTileRows, kVecs>(rows, depth, a, a_stride, b, c, c_stride,
-                                     accumulate);
+    GemmPairsPanel<kTileRows, kVecs>(x.rows, x.depth, x.a, x.a_stride, b, x.c + col,
+                                     x.c_stride, x.accumulate);
   } else if constexpr (kVecs > 1) {
-    GemmPairsLastPanel<kVecs - 1>(width, rows, depth, a, a_stride, b, c, c_stride,
-                                  accumulate);
+    GemmPairsLastPanel<kVecs - 1>(x, col, width, b);
   }
 }
 
-void GemmPairs(int32_t rows, int32_t cols, int32_t depth, const uint32_t* a,
-               int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride,
-               bool accumulate) {
-  for (int32_t col = 0; col < cols; col += kPanelWidth) {
-    const int32_t width = cols - col < kPanelWidth ? cols - col : kPanelWidth;
-    GemmPairsLastPanel<kTileVecs>(width, rows, depth, a, a_stride, b, c + col, c_stride,
-                                  accumulate);
-    b += static_cast<int64_t>(width) * depth;
+void GemmPairs(const Product& x) {
+  for (int32_t col = 0; col < x.cols; col += kPanelWidth) {
+    const int32_t width = x.cols - col < kPanelWidth ? x.cols - col : kPanelWidth;
+    GemmPairsLastPanel<kTileVecs>(x, col, width, x.b + int64_t{col} * x.depth);
   }
 }
 

@@ -66,27 +66,20 @@ void GemmPanel(int32_t rows, int32_t depth, const float* a, int64_t a_stride,
 }
 
 template <int kVecs>
-void GemmLastPanel(int32_t width, int32_t rows, int32_t depth, const float* a,
-                   int64_t a_stride, const float* b, float* c, int64_t c_stride,
-                   bool accumulate) {
+void GemmLastPanel(const Product& x, int32_t col, int32_t width, const uint32_t* b) {
   if (width == kVecs * Vec::kLanes) {
-    GemmPanel<kTileRows, kVecs>(rows, depth, a, a_stride, b, c, c_stride, accumulate);
+    GemmPanel<kTileRows, kVecs>(x.rows, x.depth, reinterpret_cast<const float*>(x.a),
+                                x.a_stride, reinterpret_cast<const float*>(b),
+                                x.c + col, x.c_stride, x.accumulate);
   } else if constexpr (kVecs > 1) {
-    GemmLastPanel<kVecs - 1>(width, rows, depth, a, a_stride, b, c, c_stride,
-                             accumulate);
+    GemmLastPanel<kVecs - 1>(x, col, width, b);
   }
 }
 
-void Gemm(int32_t rows, int32_t cols, int32_t depth, const uint32_t* a,
-          int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride,
-          bool accumulate) {
-  const float* a_rows = reinterpret_cast<const float*>(a);
-  const float* panel = reinterpret_cast<const float*>(b);
-  for (int32_t col = 0; col < cols; col += kPanelWidth) {
-    const int32_t width = cols - col < kPanelWidth ? cols - col : kPanelWidth;
-    GemmLastPanel<kTileVecs>(width, rows, depth, a_rows, a_stride, panel, c + col,
-                             c_stride, accumulate);
-    panel += static_cast<int64_t>(width) * depth;
+void Gemm(const Product& x) {
+  for (int32_t col = 0; col < x.cols; col += kPanelWidth) {
+    const int32_t width = x.cols - col < kPanelWidth ? x.cols - col : kPanelWidth;
+    GemmLastPanel<kTileVecs>(x, col, width, x.b + int64_t{col} * x.depth);
   }
 }
 
@@ -142,31 +135,43 @@ inline float RowMaximum(int32_t cols, const int32_t* positions, int32_t last,
   return top.HorizontalMax();
 }
 
+// Rows whose maxima are found before the first of them is exponentiated: the chains of
+// dependent steps of one row then overlap with its neighbours'.
+constexpr int32_t kSoftmaxRows = 8;
+
+// Multiplies a row's sum and output by 2^(old_max - new_max).
+inline void Rescale(const SoftmaxTile& tile, int32_t r, float new_max) {
+  const Vec shrink = Vec::Exp2(Vec::Set1(tile.row_max[r] - new_max));
+  float* out = tile.out + static_cast<int64_t>(r) * tile.head_dim;
+  for (int32_t d = 0; d < tile.head_dim; d += Vec::kLanes) {
+    Vec::Mul(Vec::Load(out + d), shrink).Store(out + d);
+  }
+  float lanes[Vec::kLanes];
+  shrink.Store(lanes);
+  tile.row_sum[r] *= lanes[0];
+  tile.row_max[r] = new_max;
+}
+
 template <bool kPairs>
 void SoftmaxRows(const SoftmaxTile& tile) {
-  for (int32_t r = 0; r < tile.rows; ++r) {
-    float* scores = tile.scores + static_cast<int64_t>(r) * tile.cols;
-    const float top =
-        RowMaximum(tile.cols, tile.positions, tile.first_query + r, scores) *
-        tile.scale;
-    const float old_max = tile.row_max[r];
-    const float new_max = old_max > top ? old_max : top;
-    uint32_t* pairs =
-        kPairs ? tile.pairs + static_cast<int64_t>(r) * (tile.cols / 2) : nullptr;
-    const float sum =
-        ExponentiateRow<kPairs>(tile.cols, tile.scale, new_max, scores, pairs);
-    if (new_max > old_max) {
-      const Vec shrink = Vec::Exp2(Vec::Set1(old_max - new_max));
-      float* out = tile.out + static_cast<int64_t>(r) * tile.head_dim;
-      for (int32_t d = 0; d < tile.head_dim; d += Vec::kLanes) {
-        Vec::Mul(Vec::Load(out + d), shrink).Store(out + d);
-      }
-      float lanes[Vec::kLanes];
-      shrink.Store(lanes);
-      tile.row_sum[r] *= lanes[0];
-      tile.row_max[r] = new_max;
+  for (int32_t first = 0; first < tile.rows; first += kSoftmaxRows) {
+    const int32_t end =
+        first + kSoftmaxRows < tile.rows ? first + kSoftmaxRows : tile.rows;
+    float tops[kSoftmaxRows];
+    for (int32_t r = first; r < end; ++r) {
+      tops[r - first] = RowMaximum(tile.cols, tile.positions, tile.first_query + r,
+                                   tile.scores + static_cast<int64_t>(r) * tile.cols) *
+                        tile.scale;
     }
-    tile.row_sum[r] += sum;
+    for (int32_t r = first; r < end; ++r) {
+      const float top = tops[r - first];
+      if (top > tile.row_max[r]) Rescale(tile, r, top);
+      uint32_t* pairs =
+          kPairs ? tile.pairs + static_cast<int64_t>(r) * (tile.cols / 2) : nullptr;
+      tile.row_sum[r] += ExponentiateRow<kPairs>(
+          tile.cols, tile.scale, tile.row_max[r],
+          tile.scores + static_cast<int64_t>(r) * tile.cols, pairs);
+    }
   }
 }
 
