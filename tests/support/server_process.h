@@ -50,6 +50,7 @@ class ServerProcess {
   ServerProcess(const ServerProcess&) = delete;
   ServerProcess& operator=(const ServerProcess&) = delete;
 
+  pid_t pid() const { return pid_; }
   void Signal(int signal) const { EXPECT_EQ(kill(pid_, signal), 0); }
 
   // Its exit status, or 1000 + the signal that ended it. Waits for its end.

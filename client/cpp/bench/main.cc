@@ -1,0 +1,120 @@
+// pbs-bench: how fast tensors go to a running pbs-prefilld and come back, beside raw
+// TCP in the same run.
+//
+// Exit status: 0 when everything was measured and right, 1 when it was not, 2 for a
+// wrong command line.
+#include <malloc.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "client/cpp/bench/options.h"
+#include "client/cpp/bench/report.h"
+#include "client/cpp/bench/session.h"
+#include "client/cpp/bench/tcp_peer.h"
+
+namespace pbs::bench {
+namespace {
+
+constexpr int kExitFailed = 1;
+constexpr int kExitUsage = 2;
+
+struct Flags {
+  BenchOptions options;
+  std::string output;
+};
+
+void AddFlags(CLI::App& app, Flags& flags) {
+  BenchOptions& o = flags.options;
+  app.option_defaults()->take_last();
+  app.add_option("--server", o.server, "host:port [127.0.0.1:50051]");
+  app.add_option(
+      "--server-pid", o.server_pid,
+      "its process, on this machine, whose CPU time counts; 0 = unknown [0]");
+  app.add_option("--model", o.model, "whose cache is fetched [the server's only one]");
+  app.add_option("--direction", o.direction, "upload, download or both [both]")
+      ->check(CLI::IsMember({"upload", "download", "both"}));
+  app.add_option("--streams", o.streams, "calls in parallel, a list [1,2]")
+      ->delimiter(',')
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("--checksums", o.checksums, "of downloads: on, off or both [both]")
+      ->check(CLI::IsMember({"on", "off", "both"}));
+  app.add_option("--mib", o.mib, "MiB of one transfer [256]");
+  app.add_option("--rounds", o.rounds, "times that each kind of transfer runs [15]");
+  app.add_option("--chunk-bytes", o.chunk_bytes, "payload of a chunk [1048576]");
+  app.add_option("--stream-window-bytes", o.stream_window_bytes,
+                 "what the server may send ahead per stream [4194304]");
+  app.add_option(
+      "--output", flags.output,
+      "file for the JSON; the table is then on stdout [JSON on stdout, table "
+      "on stderr]");
+}
+
+// As pbs-prefilld does: by default glibc maps and unmaps each received chunk.
+void TuneMalloc() {
+  mallopt(M_MMAP_THRESHOLD, 8 << 20);
+  mallopt(M_TRIM_THRESHOLD, 32 << 20);
+}
+
+// One line that overwrites itself, where a person watches.
+void Say(const std::string& text) {
+  if (isatty(STDERR_FILENO) == 0) return;
+  std::fprintf(stderr, "\r%-60s%s", text.c_str(), text.empty() ? "\r" : "");
+}
+
+absl::Status Write(const nlohmann::ordered_json& report, const std::string& output) {
+  const std::string text = absl::StrCat(report.dump(2), "\n");
+  const std::string table = Table(report);
+  std::FILE* file = output.empty() ? stdout : std::fopen(output.c_str(), "we");
+  if (file == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--output ", output, " cannot be written"));
+  }
+  bool written = std::fputs(text.c_str(), file) >= 0;
+  written = (output.empty() ? std::fflush(file) : std::fclose(file)) == 0 && written;
+  std::fputs(table.c_str(), output.empty() ? stderr : stdout);
+  return written ? absl::OkStatus()
+                 : absl::UnavailableError("the JSON could not be written whole");
+}
+
+absl::Status Run(const Flags& flags, const std::string& command) {
+  const auto tcp = TcpPeer::Start();  // before gRPC has threads
+  if (!tcp.ok()) return tcp.status();
+  const auto result = RunSession(flags.options, **tcp, Say);
+  Say("");
+  if (!result.ok()) return result.status();
+  return Write(Report(flags.options, command, *result), flags.output);
+}
+
+}  // namespace
+
+int Main(int argc, char** argv) {
+  CLI::App app("Throughput of a prefill node's data plane, beside raw TCP");
+  Flags flags;
+  AddFlags(app, flags);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kExitUsage;
+  }
+  absl::Status status = Validate(flags.options);
+  const int exit_status = status.ok() ? kExitFailed : kExitUsage;
+  if (status.ok()) {
+    TuneMalloc();
+    std::string command = "pbs-bench";
+    for (int i = 1; i < argc; ++i) absl::StrAppend(&command, " ", argv[i]);
+    status = Run(flags, command);
+  }
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "pbs-bench: %s: %s\n",
+               absl::StatusCodeToString(status.code()).c_str(),
+               std::string(status.message()).c_str());
+  return exit_status;
+}
+
+}  // namespace pbs::bench
+
+int main(int argc, char** argv) { return pbs::bench::Main(argc, argv); }

@@ -1,0 +1,33 @@
+// Times a transfer and sums up samples.
+//
+// Threading: one thread; Measure() starts one per stream and joins them.
+#pragma once
+
+#include <sys/types.h>
+
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "client/cpp/bench/transfer.h"
+
+namespace pbs::bench {
+
+struct Sample {
+  double seconds = 0;  // from the start of the first stream to the end of the last
+  double client_cpu_seconds = 0;
+  std::optional<double> peer_cpu_seconds;  // none when the peer's process is not known
+};
+
+// One transfer: prepared, timed, checked. `peer` is the process at the other end, or 0.
+absl::StatusOr<Sample> Measure(Transfer& transfer, pid_t peer);
+
+struct Spread {
+  double median = 0, min = 0, max = 0;
+};
+
+// Requires values.
+Spread SpreadOf(std::vector<double> values);
+
+}  // namespace pbs::bench

@@ -1,0 +1,41 @@
+// One run of the benchmark: everything is prepared and verified once, then every kind
+// of transfer runs once per round, in turn, so that a machine whose speed drifts slows
+// all of them alike.
+//
+// Threading: one thread. Memory: two blocks of --mib here, one in the TCP peer, and at
+// the server one cache and one upload.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "client/cpp/bench/measure.h"
+#include "client/cpp/bench/options.h"
+#include "client/cpp/bench/tcp_peer.h"
+#include "client/cpp/bench/transfer.h"
+#include "pbs/v1/prefill.pb.h"
+
+namespace pbs::bench {
+
+// A kind of transfer and its samples, one per round.
+struct Cell {
+  TransferLabel label;
+  int64_t bytes = 0;  // of one transfer
+  std::vector<Sample> samples;
+};
+
+struct SessionResult {
+  v1::ServerInfo server;
+  std::optional<v1::KvDescriptor> kv;  // of the cache that was fetched
+  std::vector<Cell> cells;
+};
+
+// `say` is told what goes on, in a few words.
+absl::StatusOr<SessionResult> RunSession(
+    const BenchOptions& options, const TcpPeer& tcp,
+    const std::function<void(const std::string&)>& say);
+
+}  // namespace pbs::bench

@@ -1,0 +1,56 @@
+// The raw TCP peer: a process that receives into and sends from memory over loopback,
+// with nothing but recv() and send(). The kernel's copy into place is its only one.
+//
+// Threading: Start() before this process has threads; a TcpConnection belongs to one
+// thread at a time, on each side.
+// Memory: the peer holds as many resident bytes per connection as it is told.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <utility>
+
+#include "absl/status/statusor.h"
+
+namespace pbs::bench {
+
+class TcpConnection {
+ public:
+  explicit TcpConnection(int fd) : fd_(fd) {}
+  TcpConnection(TcpConnection&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  ~TcpConnection();
+
+  // Sends `bytes` in chunks to the start of the peer's memory; returns when the peer
+  // has them.
+  absl::Status Upload(std::span<const std::byte> bytes, size_t chunk_bytes);
+  // Fills `bytes` from the start of the peer's memory.
+  absl::Status Download(std::span<std::byte> bytes, size_t chunk_bytes);
+
+ private:
+  friend class TcpPeer;
+  int fd_;
+};
+
+class TcpPeer {
+ public:
+  static absl::StatusOr<std::unique_ptr<TcpPeer>> Start();
+  ~TcpPeer();  // ends the process
+  TcpPeer(const TcpPeer&) = delete;
+  TcpPeer& operator=(const TcpPeer&) = delete;
+
+  pid_t pid() const { return pid_; }
+  // `memory_bytes`: the longest transfer of this connection.
+  absl::StatusOr<TcpConnection> Connect(int64_t memory_bytes) const;
+
+ private:
+  TcpPeer(pid_t pid, uint16_t port) : pid_(pid), port_(port) {}
+
+  const pid_t pid_;
+  const uint16_t port_;
+};
+
+}  // namespace pbs::bench

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Measures the data plane on this machine: builds what is missing, makes a model whose KV
+# cache is large and whose prefill is short, serves it, runs pbs-bench beside raw TCP and
+# writes docs/results/data_plane_<machine>.json.
+#
+#   scripts/bench_dataplane.sh                     about a minute
+#   MACHINE=epyc-9654 scripts/bench_dataplane.sh   another name for the file
+#   OUTPUT=/tmp/x.json scripts/bench_dataplane.sh --rounds 5 --streams 1
+#
+# Arguments go to pbs-bench. Run it on an idle machine: a neighbour costs both sides, and
+# the goals are about both.
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+. "$(dirname "$0")/common.sh"
+cd "$repo"
+
+run_dir=$build_dir/bench_dataplane
+model=$run_dir/model
+
+machine_name() {
+  local cpu
+  cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)
+  printf '%s-%s-cores' "${cpu:-$(uname -m)}" "$(nproc)" | tr '[:upper:]' '[:lower:]' |
+    sed 's/([a-z]*)//g; s/[^a-z0-9]\{1,\}/-/g'
+}
+output=${OUTPUT:-docs/results/data_plane_${MACHINE:-$(machine_name)}.json}
+
+install_packages "${build_packages[@]}" python3
+python3 -c 'import numpy' 2>/dev/null || install_packages python3-numpy
+build_targets pbs-prefilld pbs-bench
+mkdir -p "$run_dir" "$(dirname "$output")"
+[ -f "$model/config.json" ] ||
+  python3 "$repo/scripts/make_random_model.py" --out "$model" --dtype f32 \
+    --hidden-size 64 --intermediate-size 64 --layers 8 --heads 64 --kv-heads 64 \
+    --head-dim 128 --vocab-size 256 --positions 8192 --tied
+
+say "starting the server"
+"$build_dir/bin/pbs-prefilld" --backend cpu --model "kv=$model" --listen 127.0.0.1:0 \
+  --metrics-listen off >"$run_dir/server.log" 2>&1 &
+server=$!
+trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
+address=
+for _ in $(seq 300); do
+  address=$(sed -n 's/.*"event":"serving".*"listen":"\([^"]*\)".*/\1/p' "$run_dir/server.log")
+  [ -n "$address" ] && break
+  kill -0 "$server" 2>/dev/null || {
+    cat "$run_dir/server.log" >&2
+    fail "the server stopped"
+  }
+  sleep 0.1
+done
+[ -n "$address" ] || fail "the server is not serving after 30 s; see $run_dir/server.log"
+
+say "measuring"
+"$build_dir/bin/pbs-bench" --server "$address" --server-pid "$server" \
+  --output "$output" "$@"
+echo "written to $output" >&2

@@ -1,0 +1,228 @@
+// Spec: pbs-bench, the data plane's benchmark, as a process beside a server process.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "proto/wire/messages.h"
+#include "tests/support/case_name.h"
+#include "tests/support/grpc_proxy.h"
+#include "tests/support/run_process.h"
+#include "tests/support/server_process.h"
+#include "tests/support/tiny_model.h"
+
+namespace pbs {
+namespace {
+
+using nlohmann::json;
+using testing::HasSubstr;
+using testing_support::GrpcProxy;
+using testing_support::ProcessResult;
+using testing_support::ReadFile;
+using testing_support::RunProcess;
+using testing_support::ScratchFolder;
+using testing_support::ServerProcess;
+using testing_support::TinyModelFolder;
+
+// Flips a bit of what travels without a checksum.
+grpc::ByteBuffer CorruptUnchecked(const std::string&, grpc::ByteBuffer reply) {
+  wire::KvChunk chunk;
+  if (!wire::DecodeKvChunk(reply, &chunk).ok() || chunk.payload.size() == 0 ||
+      chunk.crc32c.has_value()) {
+    return reply;
+  }
+  std::vector<std::byte> bytes(chunk.payload.size());
+  chunk.payload.CopyTo(bytes.data());
+  bytes.back() ^= std::byte{1};
+  chunk.payload = wire::Payload(grpc::Slice(bytes.data(), bytes.size()));
+  return wire::EncodeKvChunk(chunk);
+}
+
+class BenchSpec : public testing::Test {
+ protected:
+  void SetUp() override {
+    const json serving = server_.WaitForEvent("serving");
+    ASSERT_TRUE(serving.is_object()) << "the server did not start";
+    address_ = serving.value("listen", "");
+  }
+
+  ProcessResult Bench(std::vector<std::string> arguments) const {
+    if (std::ranges::find(arguments, "--server") == arguments.end()) {
+      arguments.insert(arguments.end(), {"--server", address_});
+    }
+    arguments.insert(arguments.end(),
+                     {"--mib", "1", "--rounds", "2", "--chunk-bytes", "65536"});
+    return RunProcess(PBS_BENCH, arguments);
+  }
+
+  const TinyModelFolder folder_;
+  ServerProcess server_{PBS_PREFILLD,
+                        {"--threads", "1", "--metrics-listen", "off", "--model",
+                         "tiny=" + folder_.path()}};
+  std::string address_;
+};
+
+void ExpectSpread(const json& cell, const char* field) {
+  SCOPED_TRACE(field);
+  ASSERT_TRUE(cell.contains(field));
+  const json& spread = cell[field];
+  ASSERT_TRUE(spread.is_object()) << spread;
+  EXPECT_GT(spread.value("min", -1.0), 0);
+  EXPECT_GE(spread.value("median", -1.0), spread.value("min", -1.0));
+  EXPECT_GE(spread.value("max", -1.0), spread.value("median", -1.0));
+}
+
+TEST_F(BenchSpec, MeasuresEveryKindOfTransferBesideRawTcp) {
+  const ProcessResult result = Bench({"--server-pid", std::to_string(server_.pid())});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const json report = json::parse(result.out);
+  EXPECT_EQ(report["benchmark"], "data_plane");
+  for (const char* field : {"date", "command", "commit"}) {
+    EXPECT_NE(report.value(field, ""), "") << field;
+  }
+  EXPECT_NE(report["machine"].value("cpu", ""), "");
+  EXPECT_GT(report["machine"].value("cores", 0), 0);
+  EXPECT_EQ(report["setting"]["rounds"], 2);
+  EXPECT_EQ(report["setting"]["chunk_bytes"], 65536);
+  EXPECT_EQ(report["cache"]["model"], "tiny");
+
+  std::vector<std::string> kinds;
+  for (const json& cell : report["cells"]) {
+    SCOPED_TRACE(cell.dump());
+    std::string kind = cell.value("direction", "") + " " + cell.value("peer", "") +
+                       " " + std::to_string(cell.value("streams", 0));
+    if (cell.contains("checksums")) kind += cell["checksums"] ? " on" : " off";
+    kinds.push_back(std::move(kind));
+    EXPECT_NEAR(cell.value("bytes", 0.0), 1 << 20, 1 << 10);
+    ExpectSpread(cell, "gb_per_second");
+    ExpectSpread(cell, "client_cpu_seconds_per_gb");
+    ExpectSpread(cell, "cpu_seconds_per_gb");
+    if (cell["peer"] != "pbs") continue;
+    ExpectSpread(cell, "ratio_to_tcp");
+    EXPECT_TRUE(cell["meets_ratio"].is_boolean());
+    EXPECT_TRUE(cell["meets_cpu"].is_boolean());
+  }
+  EXPECT_THAT(kinds, testing::ElementsAre(
+                         "upload pbs 1", "upload tcp 1", "upload pbs 2", "upload tcp 2",
+                         "download pbs 1 on", "download pbs 1 off", "download tcp 1",
+                         "download pbs 2 on", "download pbs 2 off", "download tcp 2"));
+}
+
+TEST_F(BenchSpec, WritesTheJsonToAFileAndTheTableToStdout) {
+  const ScratchFolder scratch;
+  const ProcessResult result = Bench({"--direction", "upload", "--streams", "1",
+                                      "--output", scratch.File("report.json")});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  EXPECT_EQ(json::parse(ReadFile(scratch.File("report.json")))["cells"].size(), 2u);
+  EXPECT_THAT(result.out, HasSubstr("x TCP"));
+  EXPECT_EQ(result.err, "");
+}
+
+TEST_F(BenchSpec, WithoutTheServersProcessItsCpuTimeIsUnknown) {
+  const ProcessResult result = Bench({"--direction", "download", "--streams", "1"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  for (const json& cell : json::parse(result.out)["cells"]) {
+    ExpectSpread(cell, "client_cpu_seconds_per_gb");
+    EXPECT_EQ(cell["cpu_seconds_per_gb"].is_null(), cell["peer"] == "pbs");
+  }
+}
+
+TEST_F(BenchSpec, GivesTheLeaseBack) {
+  ASSERT_EQ(Bench({"--direction", "download", "--streams", "1"}).exit_status, 0);
+  server_.Signal(SIGTERM);
+  EXPECT_EQ(server_.WaitForEvent("draining").value("leases", -1), 0);
+}
+
+TEST_F(BenchSpec, RefusesToReportATransferOfWrongBytes) {
+  GrpcProxy proxy(address_, CorruptUnchecked);
+  const ProcessResult result =
+      Bench({"--server", proxy.address(), "--direction", "download", "--checksums",
+             "off", "--streams", "1"});
+  EXPECT_EQ(result.exit_status, 1);
+  EXPECT_EQ(result.out, "");
+  EXPECT_THAT(result.err, HasSubstr("DATA_LOSS: a fetch brought other bytes"));
+}
+
+// ---- refusals
+
+struct RefusalCase {
+  const char* name;
+  std::vector<std::string> arguments;
+  const char* message;
+};
+
+class BenchUsageSpec : public testing::TestWithParam<RefusalCase> {};
+
+TEST_P(BenchUsageSpec, SaysWhatIsWrong) {
+  const ProcessResult result = RunProcess(PBS_BENCH, GetParam().arguments);
+  EXPECT_EQ(result.exit_status, 2);
+  EXPECT_EQ(result.out, "");
+  EXPECT_THAT(result.err, HasSubstr(GetParam().message));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Flags, BenchUsageSpec,
+    testing::Values(
+        RefusalCase{"unknown_flag", {"--frob"}, "--frob"},
+        RefusalCase{"no_mib", {"--mib", "0"}, "--mib 0 is outside [1, 4096]"},
+        RefusalCase{"no_rounds", {"--rounds=0"}, "--rounds 0 is outside [1, 1000]"},
+        RefusalCase{"too_many_rounds", {"--rounds=1001"}, "--rounds 1001 is outside"},
+        RefusalCase{"no_streams", {"--streams", "0"}, "--streams 0 is outside [1, 16]"},
+        RefusalCase{
+            "too_many_streams", {"--streams", "1,17"}, "--streams 17 is outside"},
+        RefusalCase{"streams_twice", {"--streams", "2,2"}, "--streams 2 is given more"},
+        RefusalCase{"small_chunks",
+                    {"--chunk-bytes", "65535"},
+                    "--chunk-bytes 65535 is outside [65536, 4194304]"},
+        RefusalCase{"large_window",
+                    {"--stream-window-bytes", "67108865"},
+                    "--stream-window-bytes 67108865 is outside [65536, 67108864]"},
+        RefusalCase{"negative_pid",
+                    {"--server-pid", "-1"},
+                    "--server-pid -1 is outside [0, 2147483647]"},
+        RefusalCase{"direction", {"--direction", "up"}, "--direction: up not in"},
+        RefusalCase{"checksums", {"--checksums", "yes"}, "--checksums: yes not in"}),
+    testing_support::CaseName());
+
+class BenchRefusalSpec : public BenchSpec,
+                         public testing::WithParamInterface<RefusalCase> {};
+
+TEST_P(BenchRefusalSpec, SaysWhatTheServerCannotDo) {
+  const ProcessResult result = Bench(GetParam().arguments);
+  EXPECT_EQ(result.exit_status, 1);
+  EXPECT_EQ(result.out, "");
+  EXPECT_THAT(result.err, HasSubstr(GetParam().message));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Reasons, BenchRefusalSpec,
+    testing::Values(
+        RefusalCase{"unknown_model",
+                    {"--model", "huge", "--direction", "download"},
+                    "NOT_FOUND: --model \"huge\" is none of the server's 1 models"},
+        RefusalCase{"more_streams_than_layers",
+                    {"--direction", "download", "--streams", "4"},
+                    "--streams 4 exceeds the 3 layers of model tiny"},
+        RefusalCase{"output",
+                    {"--output", "/nowhere/x", "--direction", "upload"},
+                    "--output /nowhere/x cannot be written"}),
+    testing_support::CaseName());
+
+TEST(BenchAloneSpec, WithoutAServerSaysWhatToStart) {
+  const ProcessResult result = RunProcess(PBS_BENCH, {"--server", "127.0.0.1:1"});
+  EXPECT_EQ(result.exit_status, 1);
+  EXPECT_THAT(result.err, HasSubstr("UNAVAILABLE: no server answers at 127.0.0.1:1"));
+}
+
+TEST(BenchAloneSpec, HelpNamesEveryFlag) {
+  const ProcessResult result = RunProcess(PBS_BENCH, {"--help"});
+  EXPECT_EQ(result.exit_status, 0);
+  for (const char* flag : {"--server ", "--server-pid", "--model", "--direction",
+                           "--streams", "--checksums", "--mib", "--rounds",
+                           "--chunk-bytes", "--stream-window-bytes", "--output"}) {
+    EXPECT_THAT(result.out, HasSubstr(flag));
+  }
+}
+
+}  // namespace
+}  // namespace pbs
