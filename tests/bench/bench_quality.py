@@ -18,10 +18,10 @@ import tempfile
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from bench_common import ROOT, Worker, write_results
+
 sys.path.insert(0, str(ROOT / "tests/quality"))
 import recall_task  # noqa: E402
-from bench_cpu import Worker, commit, machine  # noqa: E402
 
 # Length -> key-value pairs in the context, as the model was trained.
 PAIRS = {1024: 64, 2048: 96, 4096: 96, 8192: 96}
@@ -100,7 +100,6 @@ def main() -> int:
     )
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build")
     parser.add_argument("--model", type=pathlib.Path, default=ROOT / "tests/data/recall-llama")
-    parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--prompts", type=int, default=8, help="prompts per length")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(PAIRS))
     parser.add_argument("--seed", type=int, default=2510)
@@ -123,17 +122,15 @@ def main() -> int:
                 )
     worker.close()
     missed = missed_bars(results)
-    if arguments.out:
-        document = {
-            "machine": machine(),
-            "commit": commit(),
-            "command": " ".join(sys.argv[1:]),
+    write_results(
+        "quality",
+        {
             "questions": arguments.prompts * QUESTIONS,
             "seed": arguments.seed,
             "results": results,
             "missed_bars": missed,
-        }
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+        },
+    )
     print("\n".join(missed) or "every bar is met", file=sys.stderr)
     return 1 if missed else 0
 

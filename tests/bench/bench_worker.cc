@@ -7,7 +7,7 @@
 //             threshold=0.9 density=0.485     (a density forces lists of that density)
 //   linear    name=B rows=512 in=4096 out=4096 dtype=f32|bf16
 //   model     path=FOLDER compute=auto|f32|bf16
-//   prefill   name=C len=8192 method=... segment= threshold= density=   (of the model)
+//   prefill   name=C len=8192 method=... segment= threshold= density= warmup=0|1
 //   recall    name=D prompts=FILE method=... threshold= order=identity density=
 //   run A     -> wall and CPU seconds, and what the case measured
 //   memory    -> peak of resident memory since the last call, and what is resident now

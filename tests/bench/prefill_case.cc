@@ -102,7 +102,7 @@ class PrefillBench final : public Case, private PrefillObserver {
 CaseOr MakePrefillCase(const Words& words, const Model& model) {
   auto bench = std::make_unique<PrefillBench>(model);
   PBS_RETURN_IF_ERROR(bench->Prepare(words));
-  PBS_RETURN_IF_ERROR(bench->Run());  // warms up
+  if (words.Integer("warmup", 1) != 0) PBS_RETURN_IF_ERROR(bench->Run());
   return CaseOr(std::move(bench));
 }
 

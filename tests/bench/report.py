@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""Writes the tables and plots of docs/BENCHMARKS.md and README.md from docs/results/.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is in between is
+replaced. A results file that does not exist leaves its table as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
+from bench_common import RESULTS, ROOT  # noqa: E402
+
+PAGE = ROOT / "docs/BENCHMARKS.md"
+README = ROOT / "README.md"
+plt.rcParams.update(
+    {
+        "svg.hashsalt": "pbs",  # the same plot is the same file
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; columns after the first are right-aligned."""
+    rule = ["---"] + ["--:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def source(name: str, results: dict) -> str:
+    """Where the figures are from."""
+    cpu = results["machine"].get("model name") or results["machine"].get("cpu", "?")
+    cores = results["machine"].get("cpus") or results["machine"].get("cores")
+    flags = ", ".join(results["machine"].get("flags", []))
+    flags = f" ({flags})" if flags else ""
+    return (
+        f"[`docs/results/{name}.json`](results/{name}.json): {cpu}, {cores} cores{flags}, commit "
+        f"`{results['commit'][:12]}`, `{results['command'].strip()}`."
+    )
+
+
+def goal(value: float, limit: float) -> str:
+    """The ratio, and whether it reaches the goal."""
+    return f"{value:.2f}x {'>=' if value >= limit else '**<**'} {limit}"
+
+
+# ---- attention and linear layers
+
+
+DENSE_GOALS = {("f32", "auto"): 1.2, ("bf16", "auto"): 2.2, ("f32", "avx2"): 1.1,
+               ("bf16", "avx2"): 1.05}
+
+
+def attention(results: dict) -> str:
+    """Dense beside torch, then the sparse methods beside our dense."""
+    peers, sparse = [], []
+    for group in results["groups"]:
+        cases, length = group["cases"], group["length"]
+        isa = "AVX2" if group["isa"] == "avx2" else "best"
+        dense, torch = cases["dense"], cases["torch SDPA"]
+        flops = dense["dense_flops"] * 1e-9
+        limit = DENSE_GOALS[group["dtype"], group["isa"]]
+        peers.append(
+            [f"{group['dtype']}, {isa}", f"{length}", f"{flops / torch['cpu']:.0f}",
+             f"{flops / dense['cpu']:.0f}", goal(dense["speedup_cpu"], limit)]
+        )
+        for label, case in cases.items():
+            if label in ("dense", "torch SDPA"):
+                continue
+            density = case["density"]
+            gain = dense["cpu"] / case["cpu"]
+            overhead = (case["permute"] + case["select"]) / case["wall"]
+            # A dense fallback computes every block, whatever the density it measured.
+            sparse.append(
+                [f"{label}, {group['dtype']}", f"{length}", f"{density:.3f}", f"{gain:.2f}x",
+                 f"{gain * density:.2f}", f"{100 * overhead:.1f} %",
+                 f"{case['speedup_cpu']:.2f}x"]
+            )
+    head = ["dtype, ISA", "L", "torch SDPA, GFLOP/s", "ours, dense", "ratio, goal"]
+    sparse_head = ["method", "L", "density", "over our dense", "x density",
+                   "order + select", "over torch"]
+    return table(head, peers) + "\n\n" + table(sparse_head, sparse)
+
+
+def plot_attention(results: dict) -> None:
+    """Speed over torch by length."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+    for axis, dtype in zip(axes, ("f32", "bf16")):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for group in results["groups"]:
+            if group["dtype"] != dtype or group["isa"] != "auto":
+                continue
+            for label, case in group["cases"].items():
+                name = re.sub(r"lists forced to .*", "published densities", label)
+                lines.setdefault(name, []).append((group["length"], case.get("speedup_cpu", 1)))
+        for name, points in lines.items():
+            axis.plot(*zip(*points), marker="o", markersize=3, label=name)
+        axis.set(xscale="log", title=f"attention, {dtype}", xlabel="prompt tokens")
+        ticks = [points[0] for points in lines["dense"]]
+        axis.set_xticks(ticks, [f"{t // 1024}K" for t in ticks], minor=False)
+        axis.minorticks_off()
+    axes[0].set_ylabel("CPU time of torch SDPA / ours")
+    axes[1].legend(frameon=False, fontsize=8)
+    save(figure, "cpu_attention")
+
+
+def linear(results: dict) -> str:
+    """Linear layers beside torch."""
+    rows = []
+    for group in results["groups"]:
+        ours, torch = group["cases"]["ours"], group["cases"]["torch"]
+        n, wide, out = group["shape"]
+        flops = 2e-9 * n * wide * out
+        limit = 1.0 if group["dtype"] == "f32" else 0.9
+        rows.append(
+            [f"{group['dtype']}, {group['threads']} threads", f"{n} x {wide} x {out}",
+             f"{flops / torch['wall']:.0f}", f"{flops / ours['wall']:.0f}",
+             goal(ours["speedup_cpu"], limit)]
+        )
+    return table(["dtype", "rows x in x out", "torch, GFLOP/s", "ours", "ratio, goal"], rows)
+
+
+# ---- prefill
+
+
+def prefill(results: dict) -> str:
+    """Time to first token by method."""
+    rows = []
+    for group in results["groups"]:
+        for label, case in group["cases"].items():
+            ratio = case.get("speedup_cpu", 1.0)
+            share = (case["permute"] + case["select"] + case["attend"]) / case["wall"]
+            rows.append(
+                [f"{group['length']}", label, f"{case['ttft']:.2f} s", f"{case['density']:.3f}",
+                 f"{100 * share:.0f} %",
+                 goal(ratio, 0.97) if "real" in label else f"{ratio:.2f}x"]
+            )
+    head = ["L", "method", "TTFT", "density", "attention's share", "over dense"]
+    return table(head, rows)
+
+
+def memory(results: dict) -> str:
+    """Planned and measured bytes."""
+    rows = []
+    for row in results["rows"]:
+        planned, measured = row["planned_bytes"], row["measured_bytes"]
+        rows.append(
+            [f"{row['length']}", f"{planned / 1e6:.1f}", f"{measured / 1e6:.1f}",
+             f"{100 * (measured / planned - 1):+.2f} %"]
+        )
+    return table(["L", "planned, MB", "measured, MB", "difference (goal: 5 %)"], rows)
+
+
+# ---- quality
+
+
+def quality(results: dict) -> str:
+    """Accuracy and density by configuration and length."""
+    lengths = list(results["results"])
+    names = list(results["results"][lengths[0]])
+    rows = []
+    for name in names:
+        cells = [results["results"][length][name] for length in lengths]
+        rows.append([name] + [f"{c['accuracy']:.3f} ({c['density']:.2f})" for c in cells])
+    text = table(["accuracy (density)", *[f"L = {length}" for length in lengths]], rows)
+    missed = results["missed_bars"]
+    verdict = "Every bar is met." if not missed else "Bars missed:\n\n" + "\n".join(
+        f"* {bar}" for bar in missed
+    )
+    return f"{text}\n\n{verdict}"
+
+
+def plot_quality(results: dict) -> None:
+    """Accuracy over density, a panel per length."""
+    styles = {
+        "pbs": ("o", "PBS-Attn, KV-head scope"),
+        "query-head": ("s", "PBS-Attn, query-head scope"),
+        "identity": ("v", "identity order"),
+        "random": ("x", "random blocks"),
+        "mean_pooling": ("^", "mean pooling"),
+    }
+    lengths = list(results["results"])
+    figure, axes = plt.subplots(1, len(lengths), figsize=(2.6 * len(lengths), 2.8), sharey=True)
+    for axis, length in zip(axes, lengths):
+        rows = results["results"][length]
+        for key, (marker, label) in styles.items():
+            points = [
+                (row["density"], row["accuracy"])
+                for name, row in rows.items()
+                if (key in name if key != "pbs" else re.fullmatch(r"pbs [\d.]+", name))
+            ]
+            axis.plot(*zip(*sorted(points)), marker=marker, markersize=4, label=label)
+        axis.axhline(rows["dense"]["accuracy"], color="gray", linewidth=0.8, linestyle="--")
+        axis.set(title=f"L = {length}", xlabel="density")
+    axes[0].set_ylabel("retrieval accuracy")
+    axes[-1].legend(frameon=False, fontsize=7)
+    save(figure, "quality")
+
+
+# ---- data plane
+
+
+def data_plane(results: dict) -> str:
+    """Rates and CPU time beside raw TCP."""
+    rows = []
+    for cell in results["cells"]:
+        if cell["peer"] != "pbs":
+            continue
+        rate, cpu = cell["gb_per_second"]["median"], cell["cpu_seconds_per_gb"]["median"]
+        ratio = cell["ratio_to_tcp"]["median"]
+        rows.append(
+            [f"{cell['direction']}, checksums {'on' if cell['checksums'] else 'off'}",
+             f"{cell['streams']}", f"{rate / ratio:.2f}", f"{rate:.2f}", goal(ratio, 0.75),
+             f"{cpu:.2f} {'<=' if cpu <= 0.45 else '**>**'} 0.45"]
+        )
+    head = ["direction", "streams", "raw TCP, GB/s", "ours, GB/s", "ratio, goal", "CPU-s/GB, goal"]
+    return table(head, rows)
+
+
+# ---- the README's table
+
+
+def headline(all_results: dict[str, dict]) -> str:
+    """What a reader should know first, from every results file."""
+    rows = []
+    if "cpu_attention" in all_results:
+        groups = all_results["cpu_attention"]["groups"]
+        longest = max((g for g in groups if g["dtype"] == "f32"), key=lambda g: g["length"])
+        cases, length = longest["cases"], longest["length"]
+        pbs = cases["pbs"]
+        rows += [
+            [f"attention, {length} tokens, f32: dense beside torch SDPA",
+             f"{cases['dense']['speedup_cpu']:.2f}x"],
+            ["the same with PBS-Attn, structured heads, density "
+             f"{pbs['density']:.2f}, selection included", f"{pbs['speedup_cpu']:.2f}x"],
+        ]
+    if "cpu_prefill" in all_results:
+        group = max(all_results["cpu_prefill"]["groups"], key=lambda g: g["length"])
+        label = next(name for name in group["cases"] if name.startswith("density replay"))
+        rows.append([f"time to first token, {group['length']} tokens, {label} beside dense",
+                     f"{group['cases'][label]['speedup_cpu']:.2f}x"])
+    if "quality" in all_results:
+        cell = all_results["quality"]["results"]["4096"]
+        rows.append(["retrieval at 4096 tokens, trained model: dense / PBS-Attn at 0.9 (density "
+                     f"{cell['pbs 0.9']['density']:.2f})",
+                     f"{cell['dense']['accuracy']:.3f} / {cell['pbs 0.9']['accuracy']:.3f}"])
+    if "cpu_memory" in all_results:
+        worst = max(abs(row["measured_bytes"] / row["planned_bytes"] - 1)
+                    for row in all_results["cpu_memory"]["rows"])
+        rows.append(["memory of a prefill: measured peak beside the plan",
+                     f"within {100 * worst:.1f} %"])
+    if "data_plane" in all_results:
+        for cell in all_results["data_plane"]["cells"]:
+            if cell["peer"] == "pbs" and cell["streams"] == 1 and (
+                cell["checksums"] or cell["direction"] == "upload"):
+                rows.append([f"{cell['direction']} over gRPC beside raw TCP, one stream",
+                             f"{cell['gb_per_second']['median']:.2f} GB/s, "
+                             f"{cell['ratio_to_tcp']['median']:.2f}x"])
+    return table(["on the CPU", ""], rows)
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    """Writes docs/results/NAME.svg."""
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+TABLES = {
+    "cpu_attention": (attention, plot_attention),
+    "cpu_linear": (linear, None),
+    "cpu_prefill": (prefill, None),
+    "cpu_memory": (memory, None),
+    "quality": (quality, plot_quality),
+    "data_plane": (data_plane, None),
+}
+
+
+def fill(page: pathlib.Path, name: str, body: str) -> None:
+    """Replaces the table `name` of a page."""
+    block = f"<!-- table: {name} -->\n{body}\n<!-- end -->"
+    pattern = rf"<!-- table: {name} -->.*?<!-- end -->"
+    text, count = re.subn(pattern, lambda _: block, page.read_text(), flags=re.S)
+    if count != 1:
+        raise SystemExit(f"{page}: {count} places for table {name}")
+    page.write_text(text)
+
+
+def main() -> int:
+    """Rewrites the pages."""
+    read = {}
+    for name, (make, plot) in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            print(f"{path.relative_to(ROOT)} does not exist; its table stays", file=sys.stderr)
+            continue
+        read[name] = results = json.loads(path.read_text())
+        fill(PAGE, name, f"{make(results)}\n\n{source(name, results)}")
+        if plot:
+            plot(results)
+    fill(README, "headline", headline(read))
+    print(f"wrote {PAGE.relative_to(ROOT)}, {README.relative_to(ROOT)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
