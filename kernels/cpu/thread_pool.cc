@@ -1,32 +1,37 @@
 #include "cpu/thread_pool.h"
 
-#include <tbb/global_control.h>
-#include <tbb/parallel_for.h>
-#include <tbb/task_arena.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "pbs/check.h"
 
 namespace pbs::cpu {
+namespace {
 
-struct ThreadPool::Arena {
-  explicit Arena(int num_threads)
-      : allowed(tbb::global_control::max_allowed_parallelism,
-                static_cast<size_t>(num_threads)),
-        tasks(num_threads) {}
-  // oneTBB otherwise stops at the CPUs it counts, which a container's quota may hide.
-  tbb::global_control allowed;
-  tbb::task_arena tasks;
+struct Work {
+  const int64_t count;
+  void (*const call)(void* context, int64_t index, int worker);
+  void* const context;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> running{0};
 };
 
-ThreadPool::ThreadPool(int num_threads)
-    : num_threads_(num_threads), arena_(std::make_unique<Arena>(num_threads)) {
-  PBS_CHECK(num_threads >= 1);
+// One task per worker: each drains the shared counter, so work is handed out in order
+// and a worker index is one task's alone.
+void Drain(void* opaque_work, int worker) {
+  auto& work = *static_cast<Work*>(opaque_work);
+  work.running.load(std::memory_order_acquire);
+  for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;)
+    work.call(work.context, i, worker);
+  work.running.fetch_sub(1, std::memory_order_release);
 }
 
-ThreadPool::~ThreadPool() = default;
+}  // namespace
+
+ThreadPool::ThreadPool(int num_threads)
+    : num_threads_(num_threads), arena_(num_threads) {
+  PBS_CHECK(num_threads >= 1);
+}
 
 void ThreadPool::Run(int64_t count, Call call, void* context) {
   const int workers = static_cast<int>(std::min<int64_t>(num_threads_, count));
@@ -34,19 +39,12 @@ void ThreadPool::Run(int64_t count, Call call, void* context) {
     for (int64_t i = 0; i < count; ++i) call(context, i, 0);
     return;
   }
-  std::atomic<int64_t> next{0};
-  arena_->tasks.execute([&] {
-    // One task per worker: each drains the shared counter, so work is handed out in
-    // order and a worker index is one task's alone.
-    tbb::parallel_for(
-        0, workers,
-        [&](int worker) {
-          for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-            call(context, i, worker);
-          }
-        },
-        tbb::simple_partitioner());
-  });
+  Work work = {.count = count, .call = call, .context = context};
+  // The caller comes before the tasks and the tasks before the caller; see
+  // worker_arena.h.
+  work.running.store(workers, std::memory_order_release);
+  arena_.RunTasks(workers, Drain, &work);
+  PBS_CHECK(work.running.load(std::memory_order_acquire) == 0);
 }
 
 }  // namespace pbs::cpu

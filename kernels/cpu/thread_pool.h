@@ -5,8 +5,9 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <type_traits>
+
+#include "cpu/worker_arena.h"
 
 namespace pbs::cpu {
 
@@ -14,9 +15,6 @@ class ThreadPool {
  public:
   // num_threads >= 1, the calling thread included.
   explicit ThreadPool(int num_threads);
-  ~ThreadPool();
-  ThreadPool(const ThreadPool&) = delete;
-  ThreadPool& operator=(const ThreadPool&) = delete;
 
   int num_threads() const { return num_threads_; }
 
@@ -38,9 +36,8 @@ class ThreadPool {
   using Call = void (*)(void* context, int64_t index, int worker);
   void Run(int64_t count, Call call, void* context);
 
-  struct Arena;
   const int num_threads_;
-  std::unique_ptr<Arena> arena_;
+  WorkerArena arena_;
 };
 
 }  // namespace pbs::cpu
