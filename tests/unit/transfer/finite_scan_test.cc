@@ -52,8 +52,9 @@ TEST(FiniteScanSpec, DoesNotLookAtABrokenLastElement) {
 
 TEST(FiniteScanSpec, EveryF16AndBf16PatternIsJudgedAsItsFloat) {
   for (uint32_t bits = 0; bits <= 0xFFFF; ++bits) {
-    const std::vector<f16> half = {f16{static_cast<uint16_t>(bits)}};
-    const std::vector<bf16> brain = {bf16{static_cast<uint16_t>(bits)}};
+    // As many as are tested at once.
+    const std::vector<f16> half(1024, f16{static_cast<uint16_t>(bits)});
+    const std::vector<bf16> brain(1024, bf16{static_cast<uint16_t>(bits)});
     ASSERT_EQ(FirstNonFinite(Bytes(half), DType::kF16).has_value(),
               !std::isfinite(ToFloat(half[0])));
     ASSERT_EQ(FirstNonFinite(Bytes(brain), DType::kBF16).has_value(),
