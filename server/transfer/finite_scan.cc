@@ -5,17 +5,24 @@
 namespace pbs::server {
 namespace {
 
-// An exponent of all ones is NaN or infinity. Blocks are tested whole, without a branch
-// per element, so that the loop vectorises; only a hit is searched for its place.
+// An exponent of all ones is NaN or infinity: adding its lowest bit carries into the
+// sign. Blocks of constant length are tested whole, without a branch per element, so
+// that the loop vectorises; only a hit, and the rest, is searched element by element.
 template <class Word>
 std::optional<int64_t> FirstWithExponent(const Word* words, int64_t count,
                                          Word exponent) {
   constexpr int64_t kBlock = 1024;
+  constexpr Word kSign = Word{1} << (8 * sizeof(Word) - 1);
+  const Word lowest = exponent & static_cast<Word>(-exponent);
   for (int64_t begin = 0; begin < count; begin += kBlock) {
+    if (count - begin >= kBlock) {
+      Word carries = 0;
+      for (int64_t i = begin; i < begin + kBlock; ++i) {
+        carries |= static_cast<Word>((words[i] & exponent) + lowest);
+      }
+      if ((carries & kSign) == 0) continue;
+    }
     const int64_t end = std::min(begin + kBlock, count);
-    bool any = false;
-    for (int64_t i = begin; i < end; ++i) any |= (words[i] & exponent) == exponent;
-    if (!any) continue;
     for (int64_t i = begin; i < end; ++i) {
       if ((words[i] & exponent) == exponent) return i;
     }
