@@ -34,14 +34,13 @@ absl::Status KvReceiver::Add(const wire::KvChunk& chunk) {
                        Where(layer_, kind_, 0)));
     }
   }
-  const auto copied =
-      array_.subspan(static_cast<size_t>(offset_), chunk.payload.size());
-  chunk.payload.CopyTo(copied.data());
-  offset_ += static_cast<int64_t>(copied.size());
-  bytes_ += static_cast<int64_t>(copied.size());
+  // First, while the bytes are in the caches: the copy may go past them.
   if (expected_.checksums) {
-    if (absl::Status sum = CheckSum(chunk, copied); !sum.ok()) return sum;
+    if (absl::Status sum = CheckSum(chunk); !sum.ok()) return sum;
   }
+  chunk.payload.CopyInto(array_.data() + offset_, array_.size());
+  offset_ += static_cast<int64_t>(chunk.payload.size());
+  bytes_ += static_cast<int64_t>(chunk.payload.size());
   return offset_ == expected_.array_bytes() ? EndArray(chunk) : absl::OkStatus();
 }
 
@@ -87,13 +86,15 @@ absl::Status KvReceiver::CheckPlace(const wire::KvChunk& chunk) const {
   return absl::OkStatus();
 }
 
-absl::Status KvReceiver::CheckSum(const wire::KvChunk& chunk,
-                                  std::span<const std::byte> copied) {
+absl::Status KvReceiver::CheckSum(const wire::KvChunk& chunk) {
   const std::string where = Where(chunk.layer, chunk.kind, chunk.byte_offset);
   if (!chunk.crc32c.has_value()) {
     return absl::DataLossError(absl::StrCat("chunk of ", where, " has no crc32c"));
   }
-  const uint32_t crc = wire::Crc32c(copied);
+  uint32_t crc = 0;
+  for (const grpc::Slice& piece : chunk.payload.pieces()) {
+    crc = wire::ExtendCrc32c(crc, wire::BytesOf(piece));
+  }
   if (crc != *chunk.crc32c) {
     return absl::DataLossError(absl::StrCat(
         "chunk of ", where, " is corrupt: crc32c ", absl::Hex(crc, absl::kZeroPad8),

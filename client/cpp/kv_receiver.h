@@ -63,7 +63,7 @@ class KvReceiver {
 
  private:
   absl::Status CheckPlace(const wire::KvChunk& chunk) const;
-  absl::Status CheckSum(const wire::KvChunk& chunk, std::span<const std::byte> copied);
+  absl::Status CheckSum(const wire::KvChunk& chunk);
   absl::Status EndArray(const wire::KvChunk& chunk);
 
   const KvExpectation expected_;

@@ -71,8 +71,10 @@ constexpr uint32_t Apply(const BitMatrix& matrix, uint32_t state) {
   return result;
 }
 
-// What 2^log2_bytes zero bytes do to the register, as a table per register byte.
-constexpr std::array<std::array<uint32_t, 256>, 4> MakeSkipTables(int log2_bytes) {
+// What a number of zero bytes does to the register, as a table per register byte.
+using SkipTables = std::array<std::array<uint32_t, 256>, 4>;
+
+constexpr SkipTables MakeSkipTables(int log2_bytes) {
   BitMatrix matrix{};
   for (uint32_t i = 0; i < 32; ++i) {
     const uint32_t bit = 1u << i;
@@ -83,7 +85,7 @@ constexpr std::array<std::array<uint32_t, 256>, 4> MakeSkipTables(int log2_bytes
     for (size_t i = 0; i < 32; ++i) squared[i] = Apply(matrix, matrix[i]);
     matrix = squared;
   }
-  std::array<std::array<uint32_t, 256>, 4> tables{};
+  SkipTables tables{};
   for (uint32_t k = 0; k < 4; ++k) {
     for (uint32_t byte = 0; byte < 256; ++byte) {
       tables[k][byte] = Apply(matrix, byte << (8 * k));
@@ -92,20 +94,20 @@ constexpr std::array<std::array<uint32_t, 256>, 4> MakeSkipTables(int log2_bytes
   return tables;
 }
 
-constexpr int kLog2StreamBytes = 12;
-constexpr size_t kStreamBytes = size_t{1} << kLog2StreamBytes;
-constexpr auto kSkipStream = MakeSkipTables(kLog2StreamBytes);
-
-uint32_t SkipStream(uint32_t state) {
-  return kSkipStream[0][state & 0xFF] ^ kSkipStream[1][(state >> 8) & 0xFF] ^
-         kSkipStream[2][(state >> 16) & 0xFF] ^ kSkipStream[3][state >> 24];
+uint32_t Skip(const SkipTables& tables, uint32_t state) {
+  return tables[0][state & 0xFF] ^ tables[1][(state >> 8) & 0xFF] ^
+         tables[2][(state >> 16) & 0xFF] ^ tables[3][state >> 24];
 }
 
 // The instruction takes 3 cycles and one may start in each, so three neighbouring
-// streams run at once; registers are linear, so the first two join by skipping.
-__attribute__((target("sse4.2"))) uint32_t UpdateSse42(uint32_t state,
-                                                       const std::byte* data,
-                                                       size_t size) {
+// streams run at once; registers are linear, so the first two join by skipping. Takes
+// as many whole threes as there are off `data` and `size`.
+template <int kLog2StreamBytes>
+__attribute__((target("sse4.2"))) uint32_t UpdateThrees(uint32_t state,
+                                                        const std::byte*& data,
+                                                        size_t& size) {
+  constexpr size_t kStreamBytes = size_t{1} << kLog2StreamBytes;
+  static constexpr SkipTables kSkipStream = MakeSkipTables(kLog2StreamBytes);
   for (; size >= 3 * kStreamBytes; size -= 3 * kStreamBytes) {
     uint64_t first = state, second = 0, third = 0;
     for (const std::byte* end = data + kStreamBytes; data < end; data += 8) {
@@ -113,10 +115,21 @@ __attribute__((target("sse4.2"))) uint32_t UpdateSse42(uint32_t state,
       second = _mm_crc32_u64(second, Load64(data + kStreamBytes));
       third = _mm_crc32_u64(third, Load64(data + 2 * kStreamBytes));
     }
-    state = SkipStream(static_cast<uint32_t>(first)) ^ static_cast<uint32_t>(second);
-    state = SkipStream(state) ^ static_cast<uint32_t>(third);
+    state =
+        Skip(kSkipStream, static_cast<uint32_t>(first)) ^ static_cast<uint32_t>(second);
+    state = Skip(kSkipStream, state) ^ static_cast<uint32_t>(third);
     data += 2 * kStreamBytes;
   }
+  return state;
+}
+
+// Long streams for what lies in one piece, short ones for what is left of it and for
+// payloads that arrive in small pieces.
+__attribute__((target("sse4.2"))) uint32_t UpdateSse42(uint32_t state,
+                                                       const std::byte* data,
+                                                       size_t size) {
+  state = UpdateThrees<12>(state, data, size);
+  state = UpdateThrees<8>(state, data, size);
   for (; size >= 8; size -= 8, data += 8) {
     state = static_cast<uint32_t>(_mm_crc32_u64(state, Load64(data)));
   }

@@ -2,7 +2,7 @@
 //
 // Threading: values, as safe as the slices they hold references to.
 // Memory:    a slice lives as long as anything refers to it; nothing here copies bytes
-//            but CopyTo().
+//            but CopyTo() and CopyInto().
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,8 @@
 #include <vector>
 
 #include <grpcpp/support/slice.h>
+
+#include "proto/wire/stream_copy.h"
 
 namespace pbs::wire {
 
@@ -38,6 +40,16 @@ class Payload {
   void CopyTo(std::byte* target) const {
     for (const grpc::Slice& piece : pieces_) {
       std::memcpy(target, piece.begin(), piece.size());
+      target += piece.size();
+    }
+  }
+  // The same into a part of `tensor_bytes` bytes that are used when all of them are
+  // there.
+  void CopyInto(std::byte* target, size_t tensor_bytes) const {
+    if (tensor_bytes < kStreamedBytesMin) return CopyTo(target);
+    for (const grpc::Slice& piece : pieces_) {
+      StreamCopy(target, reinterpret_cast<const std::byte*>(piece.begin()),
+                 piece.size());
       target += piece.size();
     }
   }

@@ -61,8 +61,8 @@ TEST(Crc32cSpec, HardwareAndTablesAgreeOnEveryLengthAroundTheStreamSizes) {
   const std::vector<std::byte> bytes = RandomBytes(3 * 4096 * 2 + 64, 1);
   const std::span<const std::byte> all(bytes);
   for (size_t begin : {0, 1, 7}) {
-    for (size_t size :
-         {0, 1, 7, 8, 9, 4095, 12287, 12288, 12289, 24576, 24577, 24600}) {
+    for (size_t size : {0, 1, 7, 8, 9, 767, 768, 769, 1536, 4095, 12287, 12288, 12289,
+                        13056, 24576, 24577, 24600}) {
       const auto part = all.subspan(begin, size);
       EXPECT_EQ(ExtendCrc32c(7, part), ExtendCrc32cPortable(7, part))
           << "begin " << begin << " size " << size;
