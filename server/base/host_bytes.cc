@@ -43,6 +43,8 @@ HostBytes& HostBytes::operator=(HostBytes&& other) noexcept {
     Reset();
     data_ = std::exchange(other.data_, nullptr);
     size_ = std::exchange(other.size_, 0);
+    cache_ = std::exchange(other.cache_, nullptr);
+    capacity_ = std::exchange(other.capacity_, 0);
   }
   return *this;
 }
@@ -58,15 +60,29 @@ absl::StatusOr<HostBytes> HostBytes::Allocate(int64_t size) {
   return HostBytes(static_cast<std::byte*>(data), size);
 }
 
+absl::StatusOr<HostBytes> HostBytes::Reuse(int64_t size, BlockCache& cache) {
+  if (size < kHugePagesMin) return Allocate(size);
+  const std::span<std::byte> kept = cache.Take(size);
+  absl::StatusOr<HostBytes> bytes =
+      kept.empty() ? Allocate(size) : HostBytes(kept.data(), size);
+  if (!bytes.ok()) return bytes;
+  bytes->cache_ = &cache;
+  bytes->capacity_ = kept.empty() ? size : static_cast<int64_t>(kept.size());
+  return bytes;
+}
+
 void HostBytes::Reset() {
   if (data_ == nullptr) return;
-  if (IsMapped(size_)) {
+  if (cache_ != nullptr) {
+    cache_->Keep({data_, static_cast<size_t>(capacity_)});
+  } else if (IsMapped(size_)) {
     munmap(data_, static_cast<size_t>(size_));
   } else {
     std::free(data_);
   }
   data_ = nullptr;
   size_ = 0;
+  cache_ = nullptr;
 }
 
 }  // namespace pbs::server

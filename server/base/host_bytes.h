@@ -4,8 +4,8 @@
 // back to the operating system at once; small ones come from the heap.
 //
 // Threading: a value; as safe as std::unique_ptr.
-// Memory: zero-filled, 64-byte aligned. A mapping takes physical pages when first
-// written.
+// Memory: 64-byte aligned and, but for Reuse(), zero-filled. A mapping takes physical
+// pages when first written.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "server/base/block_cache.h"
 
 namespace pbs::server {
 
@@ -31,6 +32,9 @@ class HostBytes {
   // `size` zero bytes; 0 gives an empty block. Requires size >= 0. ResourceExhausted
   // when the system has no memory to give.
   static absl::StatusOr<HostBytes> Allocate(int64_t size);
+  // The same with any content, for what is overwritten whole. Large blocks come from
+  // `cache` and go back to it; it must outlive them.
+  static absl::StatusOr<HostBytes> Reuse(int64_t size, BlockCache& cache);
 
   int64_t size() const { return size_; }
   bool empty() const { return size_ == 0; }
@@ -49,6 +53,9 @@ class HostBytes {
 
   std::byte* data_ = nullptr;
   int64_t size_ = 0;
+  // Where the block goes in the end, and how long it is in truth.
+  BlockCache* cache_ = nullptr;
+  int64_t capacity_ = 0;
 };
 
 }  // namespace pbs::server

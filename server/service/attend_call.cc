@@ -87,8 +87,9 @@ absl::Status AttendCall::TakeHeader(const v1::AttendHeader& header) {
                                           spec_->want_order, spec_->want_lists));
   terms_.request_id = header.request_id();
   terms_.deadline = service_.parts.clock.FromSystem(context_.deadline());
-  PBS_ABSL_ASSIGN_OR_RETURN(upload_,
-                            AttendUpload::Create(*spec_, std::move(reservation)));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      upload_,
+      AttendUpload::Create(*spec_, std::move(reservation), service_.upload_blocks));
   return absl::OkStatus();
 }
 

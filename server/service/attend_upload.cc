@@ -30,17 +30,17 @@ void* SequenceStart(HostBytes& bytes, const RowLayout& layout, int32_t sequence,
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<AttendUpload>> AttendUpload::Create(
-    AttendSpec spec, ByteReservation reservation) {
+    AttendSpec spec, ByteReservation reservation, BlockCache& blocks) {
   auto upload = std::unique_ptr<AttendUpload>(
       new AttendUpload(std::move(spec), std::move(reservation)));
-  PBS_ABSL_RETURN_IF_ERROR(upload->Allocate());
+  PBS_ABSL_RETURN_IF_ERROR(upload->Allocate(blocks));
   return upload;
 }
 
-absl::Status AttendUpload::Allocate() {
+absl::Status AttendUpload::Allocate(BlockCache& blocks) {
   for (const UploadSpec& upload : spec_.uploads) {
     Input& input = Find(upload.tensor);
-    PBS_ABSL_ASSIGN_OR_RETURN(input.bytes, HostBytes::Allocate(upload.bytes));
+    PBS_ABSL_ASSIGN_OR_RETURN(input.bytes, HostBytes::Reuse(upload.bytes, blocks));
     assembler_.Expect(upload.tensor, input.bytes.span());
   }
   if (!spec_.generator.has_value()) return absl::OkStatus();

@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "proto/wire/messages.h"
+#include "server/base/block_cache.h"
 #include "server/engine/engine.h"
 #include "server/service/attend_request.h"
 #include "server/transfer/chunk_assembler.h"
@@ -22,10 +23,10 @@ namespace pbs::server {
 
 class AttendUpload {
  public:
-  // `reservation` is the engine's for `spec`. ResourceExhausted when the system has no
-  // memory after all.
+  // `reservation` is the engine's for `spec`; tensors come from `blocks`, which must
+  // outlive upload and job. ResourceExhausted when the system has no memory after all.
   static absl::StatusOr<std::unique_ptr<AttendUpload>> Create(
-      AttendSpec spec, ByteReservation reservation);
+      AttendSpec spec, ByteReservation reservation, BlockCache& blocks);
 
   const AttendSpec& spec() const { return spec_; }
 
@@ -53,7 +54,7 @@ class AttendUpload {
   AttendUpload(AttendSpec spec, ByteReservation reservation)
       : spec_(std::move(spec)), reservation_(std::move(reservation)) {}
 
-  absl::Status Allocate();
+  absl::Status Allocate(BlockCache& blocks);
   absl::Status Generate(const std::atomic<bool>& stop);
   absl::Status ScanNewElements(Input& input);
   Input& Find(v1::TensorName tensor);

@@ -3,6 +3,7 @@
 // Threading: safe from any thread.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -11,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "server/base/block_cache.h"
 #include "server/engine/served_model.h"
 #include "server/service/open_calls.h"
 #include "server/service/options.h"
@@ -18,6 +20,10 @@
 #include "server/service/task_pool.h"
 
 namespace pbs::server {
+
+// Freed tensors that are kept for the next upload: at most this, and an eighth of the
+// ledger.
+inline constexpr int64_t kUploadBlockBytesMax = int64_t{512} << 20;
 
 // One of upload_requests_max; gives it back when destroyed. Move-only.
 class UploadSlot {
@@ -42,6 +48,8 @@ class ServiceContext {
 
   const ServiceOptions options;
   const ServiceParts parts;
+  BlockCache upload_blocks{
+      std::min(kUploadBlockBytesMax, parts.ledger.bytes_max() / 8)};
   OpenCalls open_calls;
   TaskPool movers{2};      // make chunks when the executor has published something
   TaskPool background{1};  // checks and generators that take longer than a call may
