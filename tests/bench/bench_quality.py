@@ -17,7 +17,6 @@ import sys
 import tempfile
 
 import numpy as np
-
 from bench_common import ROOT, Worker, write_results
 
 sys.path.insert(0, str(ROOT / "tests/quality"))

@@ -21,7 +21,6 @@ from safetensors.torch import load_file  # noqa: E402
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_tiny_models  # noqa: E402
-
 from real_server import running_server  # noqa: E402
 
 pytestmark = pytest.mark.peers
