@@ -126,6 +126,8 @@ absl::Status PrefillCall::Submit() {
         buffers_, service_.Reserve(kBuffersPerCall * exporter_->buffer_bytes()));
   }
   if (lease_.valid()) lease_.Attach(kv_);
+  facts_.planned_bytes = kv_->cache().shape().bytes() + reserved.workspace.bytes() +
+                         result_bytes_.bytes() + buffers_.bytes();
 
   PrefillJob job;
   job.terms = {spec_.request_id, service_.parts.clock.FromSystem(context_.deadline()),

@@ -67,6 +67,7 @@ v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
   stats.set_total_seconds(result.total_seconds);
   stats.set_backend(backend.name);
   stats.set_isa(backend.isa);
+  stats.set_planned_bytes(facts.planned_bytes);
   return done;
 }
 

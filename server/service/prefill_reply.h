@@ -20,7 +20,8 @@ struct PrefillFacts {
   int32_t prompt_tokens = 0;
   std::string model_digest;
   std::string sparsity_digest;
-  double send_seconds = 0;  // inline delivery: time its chunks took
+  double send_seconds = 0;    // inline delivery: time its chunks took
+  int64_t planned_bytes = 0;  // charged to the ledger
 };
 
 // Everything but ticket and expiry, which the lease store fills in.

@@ -3,11 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <functional>
 #include <future>
 
 #include "server/model/prefill.h"
 #include "server/transfer/sparsity_digest.h"
 #include "tests/integration/test_node.h"
+#include "tests/support/case_name.h"
 
 namespace pbs::server {
 namespace {
@@ -99,6 +101,43 @@ TEST(PrefillSpec, InlineFetchedAndDirectCachesAreEqual) {
   ASSERT_TRUE(client->Release(done->ticket()).ok());
   EXPECT_TRUE(node.NothingHeld());
 }
+
+struct PlannedCase {
+  const char* name;
+  std::function<void(v1::KvDelivery&)> deliver;
+};
+
+class PlannedBytesSpec : public testing::TestWithParam<PlannedCase> {};
+
+TEST_P(PlannedBytesSpec, AreWhatTheLedgerHeldForTheRequest) {
+  TestNode node({.executor_thread = false});
+  v1::PrefillRequest request = PrefillOf(500);
+  request.set_top_logits(5);
+  GetParam().deliver(*request.mutable_delivery());
+  auto client = node.NewClient();
+  KvArrays arrays;
+  PrefillEvents events;
+  auto result = std::async(std::launch::async,
+                           [&] { return client->Prefill(request, events, &arrays); });
+  ASSERT_TRUE(Eventually([&] { return node.Waiting() == 1; }));
+  const int64_t held = node.ledger.bytes_held();
+  ASSERT_TRUE(node.StepUntil([&] {
+    return result.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+  }));
+  const auto done = result.get();
+  ASSERT_TRUE(done.ok()) << done.status();
+  EXPECT_EQ(done->stats().planned_bytes(), held);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Deliveries, PlannedBytesSpec,
+    testing::Values(PlannedCase{"none", [](auto&) {}},
+                    PlannedCase{"lease", [](auto& d) { d.mutable_lease(); }},
+                    PlannedCase{"inline_as_held", [](auto& d) { d.mutable_inline_(); }},
+                    PlannedCase{
+                        "inline_laid_out_anew",
+                        [](auto& d) { d.mutable_inline_()->set_layout(v1::NHD); }}),
+    testing_support::CaseName());
 
 }  // namespace
 }  // namespace pbs::server

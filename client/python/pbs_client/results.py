@@ -289,6 +289,7 @@ class PrefillStats:
         fallback_layers: layers whose dense fallback fired.
         executed_flops: of attention; `dense_flops` is what dense would have taken.
         total_seconds: admission to last layer.
+        planned_bytes: what the server charged for it: cache, workspace, result.
     """
 
     prompt_tokens: int
@@ -304,6 +305,7 @@ class PrefillStats:
     total_seconds: float
     backend: str
     isa: str
+    planned_bytes: int
 
     @classmethod
     def from_message(cls, message: Any) -> PrefillStats:
