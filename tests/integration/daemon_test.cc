@@ -4,12 +4,15 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <future>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "client/cpp/client.h"
+#include "pbs/v1/kv.grpc.pb.h"
 #include "tests/support/case_name.h"
 #include "tests/support/server_process.h"
 #include "tests/support/tiny_model.h"
@@ -159,28 +162,119 @@ TEST_F(DaemonSpec, ASecondSignalEndsItAtOnce) {
   EXPECT_EQ(server.Wait(), 128 + SIGTERM);
 }
 
-TEST_F(DaemonSpec, DrainUnderLoadLosesNoAdmittedRequest) {
-  struct Gate final : client::PrefillObserver {
-    void OnAdmitted(const v1::Admitted&) override { admitted.set_value(); }
-    std::promise<void> admitted;
-  };
+// Waits in OnAdmitted's promise, so that a test knows what the server has let in.
+struct Gate final : client::PrefillObserver {
+  void OnAdmitted(const v1::Admitted&) override { admitted.set_value(); }
+  std::promise<void> admitted;
+};
+
+TEST_F(DaemonSpec, DrainUnderLoadLosesNoAdmittedRequestAndRefusesLaterOnes) {
   ServerProcess server(PBS_PREFILLD, Usual());
   const auto client = Connect(server);
-  constexpr int kRequests = 6;
+  const v1::KvTicket ticket =
+      HoldLease(*client);  // keeps the door open to be refused at
+  constexpr int kRequests = 12;
   Gate gates[kRequests];
-  std::vector<absl::Status> results(kRequests);
+  std::vector<absl::StatusOr<v1::Done>> results(kRequests);
   std::vector<std::thread> callers;
   for (int i = 0; i < kRequests; ++i) {
-    callers.emplace_back([&, i] {
-      results[i] = client->Prefill(Request(2000, false), gates[i]).status();
-    });
+    callers.emplace_back(
+        [&, i] { results[i] = client->Prefill(Request(2000, i % 2 == 1), gates[i]); });
   }
   for (Gate& gate : gates) gate.admitted.get_future().wait();
   server.Signal(SIGTERM);
+  ASSERT_TRUE(server.WaitForEvent("draining").is_object());
+  client::PrefillObserver observer;
+  absl::Status late;
+  do {  // the event is written a moment before the door closes
+    late = client->Prefill(Request(1, false), observer).status();
+  } while (late.ok());
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_EQ(client->Prefill(Request(1, false), observer).status(),
+              absl::UnavailableError("draining: this server takes no new work"));
+  }
   for (std::thread& caller : callers) caller.join();
-  for (const absl::Status& result : results) EXPECT_TRUE(result.ok()) << result;
+  for (int i = 0; i < kRequests; ++i) {
+    ASSERT_TRUE(results[i].ok()) << results[i].status();
+    if (i % 2 == 0) continue;
+    EXPECT_TRUE(client->Release(results[i]->ticket()).ok());
+  }
+  EXPECT_TRUE(client->Release(ticket).ok());
   EXPECT_EQ(server.Wait(), 0);
-  EXPECT_TRUE(server.WaitForEvent("drained").value("work_finished", false));
+  const nlohmann::json drained = server.WaitForEvent("drained");
+  EXPECT_TRUE(drained.value("work_finished", false));
+  EXPECT_TRUE(drained.value("leases_released", false));
+}
+
+// ---- memory
+
+// A field of /proc/PID/status, in bytes.
+int64_t ProcessBytes(pid_t pid, const std::string& field) {
+  std::ifstream status("/proc/" + std::to_string(pid) + "/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with(field + ":"))
+      return std::stoll(line.substr(field.size() + 1)) << 10;
+  }
+  ADD_FAILURE() << "no " << field;
+  return 0;
+}
+
+// Spec: server/service/memory_formula.h. Each stream holds its state, a message that
+// waits for the reader, and half of them two chunks that are laid out anew.
+TEST_F(DaemonSpec, TwoHundredUnreadStreamsHoldWhatTheFormulaSays) {
+  constexpr int kStreams = 200;
+  constexpr int64_t kChunkBytes = 64 << 10;
+  ServerProcess server(PBS_PREFILLD,
+                       With(Usual(), {"--set", "transport.chunk_bytes=65536"}));
+  const auto client = Connect(server);
+  client::PrefillObserver observer;
+  const auto done = client->Prefill(Request(4000, true), observer);
+  ASSERT_TRUE(done.ok()) << done.status();
+  v1::FetchRequest request;
+  *request.mutable_ticket() = done->ticket();
+  struct Nowhere final : client::KvTarget {
+    std::span<std::byte> Array(int32_t, v1::KvChunk::Kind, int64_t bytes) override {
+      array.resize(static_cast<size_t>(bytes));
+      return array;
+    }
+    std::vector<std::byte> array;
+  } nowhere;
+  ASSERT_TRUE(client->Fetch(request, nowhere).ok());  // warm
+
+  const int64_t before = ProcessBytes(server.pid(), "VmRSS");
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // 64 KiB a stream, for good
+  const std::string address = server.WaitForEvent("serving").value("listen", "");
+  std::unique_ptr<v1::KvSource::Stub> stub;
+  std::vector<std::unique_ptr<grpc::ClientContext>> contexts;
+  std::vector<std::unique_ptr<grpc::ClientReader<v1::KvChunk>>> readers;
+  for (int i = 0; i < kStreams; ++i) {
+    if (i % 50 == 0) {
+      stub = v1::KvSource::NewStub(grpc::CreateCustomChannel(
+          address, grpc::InsecureChannelCredentials(), arguments));
+    }
+    request.set_layout(i % 2 == 0 ? v1::HND : v1::NHD);
+    contexts.push_back(std::make_unique<grpc::ClientContext>());
+    readers.push_back(stub->Fetch(contexts.back().get(), request));
+    readers.back()->WaitForInitialMetadata();
+  }
+  ASSERT_TRUE(client->Fetch(request, nowhere).ok());  // nobody is in its way
+  const int64_t grown = ProcessBytes(server.pid(), "VmRSS") - before;
+  RecordProperty("grown_bytes", std::to_string(grown));
+  constexpr int64_t kCallStateBytes = 64 << 10;
+  EXPECT_LE(grown, kStreams * (kCallStateBytes + kChunkBytes)) << "grown " << grown;
+
+  for (auto& context : contexts) context->TryCancel();
+  for (auto& reader : readers) {
+    v1::KvChunk chunk;
+    while (reader->Read(&chunk)) {
+    }
+    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  }
+  EXPECT_TRUE(client->Release(done->ticket()).ok());
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
 }
 
 }  // namespace
