@@ -70,14 +70,19 @@ absl::Status KvReceiver::CheckPlace(const wire::KvChunk& chunk) const {
   }
   const int64_t token = int64_t{chunk.token_begin} - expected_.token_begin;
   const int64_t head = int64_t{chunk.head_begin} - expected_.head_begin;
+  // Inside what was asked first: products of what a chunk says may overflow.
+  const bool inside = token >= 0 && chunk.token_count >= 0 &&
+                      token + chunk.token_count <= expected_.token_count && head >= 0 &&
+                      chunk.head_count >= 0 &&
+                      head + chunk.head_count <= expected_.head_count;
   const int64_t row = expected_.layout == v1::NHD
                           ? token * expected_.head_count + head
                           : head * expected_.token_count + token;
-  const int64_t size =
-      int64_t{chunk.token_count} * chunk.head_count * expected_.row_bytes();
   const auto payload = static_cast<int64_t>(chunk.payload.size());
-  if (row * expected_.row_bytes() != offset_ || size != payload || payload == 0 ||
-      payload > expected_.array_bytes() - offset_) {
+  if (!inside || row * expected_.row_bytes() != offset_ ||
+      int64_t{chunk.token_count} * chunk.head_count * expected_.row_bytes() !=
+          payload ||
+      payload == 0 || payload > expected_.array_bytes() - offset_) {
     return absl::DataLossError(absl::StrCat(
         "chunk of ", where, " with ", payload, " bytes says tokens ", chunk.token_begin,
         "+", chunk.token_count, " of heads ", chunk.head_begin, "+", chunk.head_count,
