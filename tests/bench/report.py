@@ -94,7 +94,7 @@ def attention(results: dict) -> str:
 
 def plot_attention(results: dict) -> None:
     """Speed over torch by length."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
     for axis, dtype in zip(axes, ("f32", "bf16")):
         lines: dict[str, list[tuple[int, float]]] = {}
         for group in results["groups"]:
@@ -110,7 +110,8 @@ def plot_attention(results: dict) -> None:
         axis.set_xticks(ticks, [f"{t // 1024}K" for t in ticks], minor=False)
         axis.minorticks_off()
     axes[0].set_ylabel("CPU time of torch SDPA / ours")
-    axes[1].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
     save(figure, "cpu_attention")
 
 
@@ -190,7 +191,7 @@ def plot_quality(results: dict) -> None:
         "mean_pooling": ("^", "mean pooling"),
     }
     lengths = list(results["results"])
-    figure, axes = plt.subplots(1, len(lengths), figsize=(2.6 * len(lengths), 2.8), sharey=True)
+    figure, axes = plt.subplots(1, len(lengths), figsize=(2.4 * len(lengths), 3), sharey=True)
     for axis, length in zip(axes, lengths):
         rows = results["results"][length]
         for key, (marker, label) in styles.items():
@@ -203,7 +204,8 @@ def plot_quality(results: dict) -> None:
         axis.axhline(rows["dense"]["accuracy"], color="gray", linewidth=0.8, linestyle="--")
         axis.set(title=f"L = {length}", xlabel="density")
     axes[0].set_ylabel("retrieval accuracy")
-    axes[-1].legend(frameon=False, fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=5)
     save(figure, "quality")
 
 
