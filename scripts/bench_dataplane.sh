@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Measures the data plane on this machine: builds what is missing, makes a model whose KV
 # cache is large and whose prefill is short, serves it, runs pbs-bench beside raw TCP and
-# writes docs/results/data_plane_<machine>.json.
+# writes docs/results/data_plane.json, then docs/BENCHMARKS.md.
 #
 #   scripts/bench_dataplane.sh                     about a minute
-#   MACHINE=epyc-9654 scripts/bench_dataplane.sh   another name for the file
 #   OUTPUT=/tmp/x.json scripts/bench_dataplane.sh --rounds 5 --streams 1
 #
 # Arguments go to pbs-bench. Run it on an idle machine: a neighbour costs both sides, and
@@ -17,13 +16,7 @@ cd "$repo"
 run_dir=$build_dir/bench_dataplane
 model=$run_dir/model
 
-machine_name() {
-  local cpu
-  cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)
-  printf '%s-%s-cores' "${cpu:-$(uname -m)}" "$(nproc)" | tr '[:upper:]' '[:lower:]' |
-    sed 's/([a-z]*)//g; s/[^a-z0-9]\{1,\}/-/g'
-}
-output=${OUTPUT:-docs/results/data_plane_${MACHINE:-$(machine_name)}.json}
+output=${OUTPUT:-docs/results/data_plane.json}
 
 install_packages "${build_packages[@]}" python3
 python3 -c 'import numpy' 2>/dev/null || install_packages python3-numpy
@@ -55,3 +48,4 @@ say "measuring"
 "$build_dir/bin/pbs-bench" --server "$address" --server-pid "$server" \
   --output "$output" "$@"
 echo "written to $output" >&2
+[ "$output" != docs/results/data_plane.json ] || scripts/bench_report.sh
