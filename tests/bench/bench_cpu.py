@@ -69,7 +69,7 @@ def linear_group(
 
 def prefill_group(length: int, ours: Worker, rounds: int) -> dict:
     """Whole prefill: dense, pbs with real selection, density replay."""
-    words = f"prefill len={length} warmup={int(length <= 8192)}"
+    words = f"prefill len={length} warmup={int(length <= 4096)}"
     cases = [
         Case("dense", ours, f"{words} method=dense"),
         Case("pbs, real selection", ours, f"{words} method=pbs"),
@@ -152,14 +152,15 @@ class Sections:
         return {"groups": groups}
 
     def prefill(self) -> dict:
-        """Time to first token of the model, all CPUs."""
+        """Time to first token of the model, all CPUs. Long prompts take minutes each."""
         ours = self.model()
-        groups = [
-            prefill_group(length, ours, 1 if length >= 16384 else 2)  # minutes each
-            for length in self.arguments.lengths
-        ]
+        figures = {"model": self.arguments.model.name, "groups": []}
+        for length in self.arguments.lengths:
+            rounds = self.arguments.rounds if length <= 4096 else 1
+            figures["groups"].append(prefill_group(length, ours, rounds))
+            write_results("cpu_prefill", figures)  # what is measured is kept
         ours.close()
-        return {"model": self.arguments.model.name, "groups": groups}
+        return figures
 
     def memory(self) -> dict:
         """Planned and measured bytes of a prefill, each in a process of its own."""
