@@ -130,7 +130,8 @@ void Executor::UpdateGauges() {
   }
   const int32_t waiting = NumWaiting();
   metrics_.waiting.Set(waiting);
-  metrics_.running.Set(static_cast<double>(records_.size()) - waiting);
+  // Until it has given back what it held, which is after its listener was told.
+  metrics_.running.Set(static_cast<double>(num_unfinished_) - waiting);
   metrics_.backlog_tokens.Set(static_cast<double>(tokens));
   metrics_.backlog_seconds.Set(seconds);
 }
@@ -265,6 +266,7 @@ void Executor::Finish(std::unique_ptr<Record> record, const absl::Status& status
   {
     MutexLock lock(mutex_);
     --num_unfinished_;
+    UpdateGauges();
     if (draining_ && num_unfinished_ == 0) callbacks.swap(on_idle_);
   }
   for (auto& callback : callbacks) callback();
