@@ -1,10 +1,15 @@
 # What every target of the project shares: language level, warnings, sanitizers.
 #
-#   pbs_add_library(NAME [EXCEPTIONS] SOURCES ...)   static library pbs_NAME, alias pbs::NAME
-#   pbs_set_target_defaults(TARGET [EXCEPTIONS])     the same options for any target
+#   pbs_add_library(NAME [EXCEPTIONS] [NO_UBSAN] SOURCES ...)
+#                                                    static library pbs_NAME, alias pbs::NAME
+#   pbs_set_target_defaults(TARGET [EXCEPTIONS] [NO_UBSAN])
+#                                                    the same options for any target
 #
 # Our code throws nothing and is built with -fno-exceptions. EXCEPTIONS marks targets
 # whose libraries (oneTBB, oneDNN, CLI11) throw; they catch at their own edge.
+#
+# NO_UBSAN leaves UndefinedBehaviorSanitizer out: it doubles compile time, and tests,
+# generated code and the oracle are not what it is to look at.
 include_guard(GLOBAL)
 
 set(CMAKE_CXX_STANDARD 20)
@@ -22,27 +27,41 @@ if(PBS_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
 endif()
 
 function(pbs_set_target_defaults target)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "EXCEPTIONS" "" "")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "EXCEPTIONS;NO_UBSAN" "" "")
   target_compile_features(${target} PUBLIC cxx_std_20)
   target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Werror)
   if(NOT arg_EXCEPTIONS)
     target_compile_options(${target} PRIVATE -fno-exceptions)
   endif()
-  if(PBS_SANITIZER)
-    list(JOIN PBS_SANITIZER "," sanitizers)
+  pbs_sanitize(${target} "${arg_NO_UBSAN}")
+endfunction()
+
+function(pbs_sanitize target no_ubsan)
+  if(NOT PBS_SANITIZER)
+    return()
+  endif()
+  list(JOIN PBS_SANITIZER "," sanitizers)
+  target_link_options(${target} PUBLIC -fsanitize=${sanitizers})
+  set(compiled ${PBS_SANITIZER})
+  if(no_ubsan)
+    list(REMOVE_ITEM compiled undefined)
+  endif()
+  if(compiled)
+    list(JOIN compiled "," sanitizers)
     target_compile_options(${target} PRIVATE -fsanitize=${sanitizers}
                            -fno-sanitize-recover=all -fno-omit-frame-pointer)
-    target_link_options(${target} PUBLIC -fsanitize=${sanitizers})
   endif()
 endfunction()
 
 function(pbs_add_library name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "EXCEPTIONS" "" "SOURCES")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "EXCEPTIONS;NO_UBSAN" "" "SOURCES")
   add_library(pbs_${name} STATIC ${arg_SOURCES})
   add_library(pbs::${name} ALIAS pbs_${name})
-  if(arg_EXCEPTIONS)
-    pbs_set_target_defaults(pbs_${name} EXCEPTIONS)
-  else()
-    pbs_set_target_defaults(pbs_${name})
-  endif()
+  set(options "")
+  foreach(option EXCEPTIONS NO_UBSAN)
+    if(arg_${option})
+      list(APPEND options ${option})
+    endif()
+  endforeach()
+  pbs_set_target_defaults(pbs_${name} ${options})
 endfunction()

@@ -121,7 +121,8 @@ TEST_F(BenchSpec, WritesTheJsonToAFileAndTheTableToStdout) {
 TEST_F(BenchSpec, WithoutTheServersProcessItsCpuTimeIsUnknown) {
   const ProcessResult result = Bench({"--direction", "download", "--streams", "1"});
   ASSERT_EQ(result.exit_status, 0) << result.err;
-  for (const json& cell : json::parse(result.out)["cells"]) {
+  const json report = json::parse(result.out);
+  for (const json& cell : report["cells"]) {
     ExpectSpread(cell, "client_cpu_seconds_per_gb");
     EXPECT_EQ(cell["cpu_seconds_per_gb"].is_null(), cell["peer"] == "pbs");
   }

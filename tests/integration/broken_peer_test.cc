@@ -97,10 +97,10 @@ struct CutCase {
 
 class CutConnectionSpec : public testing::TestWithParam<CutCase> {};
 
-// 4000 tokens: 2,048,000 bytes per layer, in two arrays.
+// 2000 tokens: 1,024,000 bytes per layer, in two arrays.
 TEST_P(CutConnectionSpec, AFetchGoesOnAtTheFirstLayerThatIsNotWhole) {
   TestNode node;
-  const v1::KvTicket ticket = HoldLease(node, 4000);
+  const v1::KvTicket ticket = HoldLease(node, 2000);
   KvArrays whole;
   ASSERT_TRUE(node.NewClient()->Fetch(FetchOf(ticket), whole).ok());
 
@@ -119,10 +119,10 @@ TEST_P(CutConnectionSpec, AFetchGoesOnAtTheFirstLayerThatIsNotWhole) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, CutConnectionSpec,
-                         testing::Values(CutCase{"in_the_first_layer", {500'000}},
-                                         CutCase{"in_the_last_layer", {5'000'000}},
+                         testing::Values(CutCase{"in_the_first_layer", {250'000}},
+                                         CutCase{"in_the_last_layer", {2'500'000}},
                                          CutCase{"once_in_every_layer",
-                                                 {1'000'000, 3'000'000, 1'500'000}}),
+                                                 {500'000, 1'500'000, 750'000}}),
                          testing_support::CaseName());
 
 // ---- clients that read nothing
@@ -167,7 +167,7 @@ TEST(UnreadStreamsSpec, TwoHundredBlockNobodyAndGoWithoutATrace) {
   NodeOptions options;
   options.service.transport.chunk_bytes = kChunkBytesMin;
   TestNode node(options);
-  const v1::KvTicket ticket = HoldLease(node, 4000);
+  const v1::KvTicket ticket = HoldLease(node, 2000);
   const int64_t lease_bytes = node.ledger.bytes_held();
   {
     UnreadFetches fetches(node, ticket, 200);

@@ -179,7 +179,7 @@ TEST_F(DaemonSpec, DrainUnderLoadLosesNoAdmittedRequestAndRefusesLaterOnes) {
   std::vector<std::thread> callers;
   for (int i = 0; i < kRequests; ++i) {
     callers.emplace_back(
-        [&, i] { results[i] = client->Prefill(Request(2000, i % 2 == 1), gates[i]); });
+        [&, i] { results[i] = client->Prefill(Request(1000, i % 2 == 1), gates[i]); });
   }
   for (Gate& gate : gates) gate.admitted.get_future().wait();
   server.Signal(SIGTERM);
@@ -228,7 +228,7 @@ TEST_F(DaemonSpec, TwoHundredUnreadStreamsHoldWhatTheFormulaSays) {
                        With(Usual(), {"--set", "transport.chunk_bytes=65536"}));
   const auto client = Connect(server);
   client::PrefillObserver observer;
-  const auto done = client->Prefill(Request(4000, true), observer);
+  const auto done = client->Prefill(Request(2000, true), observer);
   ASSERT_TRUE(done.ok()) << done.status();
   v1::FetchRequest request;
   *request.mutable_ticket() = done->ticket();
@@ -244,7 +244,7 @@ TEST_F(DaemonSpec, TwoHundredUnreadStreamsHoldWhatTheFormulaSays) {
   const int64_t before = ProcessBytes(server.pid(), "VmRSS");
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // 64 KiB a stream, for good
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // 4 MiB ahead, for good
   const std::string address = server.WaitForEvent("serving").value("listen", "");
   std::unique_ptr<v1::KvSource::Stub> stub;
   std::vector<std::unique_ptr<grpc::ClientContext>> contexts;

@@ -146,6 +146,9 @@ std::vector<MethodCase> Methods() {
   pooling.method = Method::kMeanPooling;
   AttentionOptions fallback;
   fallback.dense_fallback = true;
+#ifdef PBS_FEW_METHODS
+  return {{"pbs", {}}, {"pbs_block_16", small_blocks}, {"mean_pooling", pooling}};
+#endif
   return {{"dense", dense},
           {"pbs", {}},
           {"pbs_query_head", query_head},
