@@ -72,7 +72,7 @@ INSTANTIATE_TEST_SUITE_P(Stages, KilledClientSpec,
 
 TEST(KilledFetcherSpec, LeavesTheLeaseToOthers) {
   TestNode node;
-  const v1::KvTicket ticket = HoldLease(node, 4000);
+  const v1::KvTicket ticket = HoldLease(node, 1000);
   const int64_t held = node.ledger.bytes_held();
   ChildProcess client({PBS_HANGING_CLIENT, node.address(), "fetch", ticket.handle(),
                        std::to_string(ticket.epoch())});
@@ -167,7 +167,7 @@ TEST(UnreadStreamsSpec, TwoHundredBlockNobodyAndGoWithoutATrace) {
   NodeOptions options;
   options.service.transport.chunk_bytes = kChunkBytesMin;
   TestNode node(options);
-  const v1::KvTicket ticket = HoldLease(node, 2000);
+  const v1::KvTicket ticket = HoldLease(node, 1000);
   const int64_t lease_bytes = node.ledger.bytes_held();
   {
     UnreadFetches fetches(node, ticket, 200);
@@ -190,7 +190,7 @@ TEST(UnreadStreamsSpec, TwoHundredBlockNobodyAndGoWithoutATrace) {
 
 TEST(CallerDeadlineSpec, EndsAnUploadAFetchAndADownload) {
   TestNode node;
-  const v1::KvTicket ticket = HoldLease(node, 4000);
+  const v1::KvTicket ticket = HoldLease(node, 1000);
   const int64_t lease_bytes = node.ledger.bytes_held();
   const auto deadline = std::chrono::system_clock::now() + std::chrono::seconds(2);
   grpc::ClientContext upload_context, fetch_context, download_context;
@@ -209,7 +209,7 @@ TEST(CallerDeadlineSpec, EndsAnUploadAFetchAndADownload) {
   }
   upload->Write(message);
   auto fetch = v1::KvSource::NewStub(channel)->Fetch(&fetch_context, FetchOf(ticket));
-  v1::PrefillRequest request = PrefillOf(4000);
+  v1::PrefillRequest request = PrefillOf(1000);
   request.mutable_delivery()->mutable_inline_()->set_chunk_bytes(kChunkBytesMin);
   auto download = v1::Prefill::NewStub(channel)->Prefill(&download_context, request);
 

@@ -103,7 +103,7 @@ TEST(PrefillDeadlineSpec, APassedDeadlineIsRefusedAtOnce) {
 TEST(PrefillInlineSpec, AConsumerThatLeavesMidStreamFreesTheCache) {
   TestNode node;
   grpc::ClientContext context;
-  v1::PrefillRequest request = PrefillOf(4000);
+  v1::PrefillRequest request = PrefillOf(1000);
   request.mutable_delivery()->mutable_inline_()->set_chunk_bytes(64 << 10);
   auto reader =
       v1::Prefill::NewStub(node.NewNarrowChannel())->Prefill(&context, request);
@@ -239,9 +239,9 @@ TEST(AttendReplySpec, AReaderThatLeavesMidReplyFreesTheResult) {
   v1::AttendRequest message;
   v1::SyntheticSpec& spec = *message.mutable_header()->mutable_synthetic();
   spec.set_batch(1);
-  spec.set_num_heads(8);
+  spec.set_num_heads(4);
   spec.set_num_kv_heads(1);
-  spec.set_seq_len(2000);
+  spec.set_seq_len(1000);
   spec.set_head_dim(128);
   spec.set_dtype(v1::F32);
   spec.set_white_noise(true);

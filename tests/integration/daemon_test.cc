@@ -244,7 +244,7 @@ TEST_F(DaemonSpec, TwoHundredUnreadStreamsHoldWhatTheFormulaSays) {
   const int64_t before = ProcessBytes(server.pid(), "VmRSS");
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // 4 MiB ahead, for good
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // 64 KiB a stream, for good
   const std::string address = server.WaitForEvent("serving").value("listen", "");
   std::unique_ptr<v1::KvSource::Stub> stub;
   std::vector<std::unique_ptr<grpc::ClientContext>> contexts;

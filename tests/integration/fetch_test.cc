@@ -236,7 +236,7 @@ TEST(StalledReaderSpec, IsCutAndItsCacheFreedAfterTheLeaseIsGone) {
   NodeOptions options;
   options.service.transport.write_stall_seconds_max = 30;
   TestNode node(options);
-  const v1::Done done = PrefillWithLease(node, LeaseOf(4000));
+  const v1::Done done = PrefillWithLease(node, LeaseOf(1000));
   auto stub = v1::KvSource::NewStub(node.NewNarrowChannel());
   grpc::ClientContext context;
   auto reader = stub->Fetch(&context, FetchOf(done.ticket()));  // and reads nothing

@@ -113,8 +113,8 @@ class TestNode {
     return grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(),
                                      arguments);
   }
-  // Takes 4 MiB ahead and no more, where gRPC's probe would let it grow: what nobody
-  // reads stays with the server.
+  // Its window stays at 64 KiB a stream, where gRPC's probe would let it grow: what
+  // nobody reads stays with the server.
   std::shared_ptr<grpc::Channel> NewNarrowChannel() const {
     grpc::ChannelArguments arguments;
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);

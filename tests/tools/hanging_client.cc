@@ -67,7 +67,10 @@ using namespace pbs;
 int main(int argc, char** argv) {
   const std::string what = argc > 2 ? argv[2] : "";
   if (argc < 3) return 2;
-  const auto channel = grpc::CreateChannel(argv[1], grpc::InsecureChannelCredentials());
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // else it takes far ahead
+  const auto channel =
+      grpc::CreateCustomChannel(argv[1], grpc::InsecureChannelCredentials(), arguments);
   if (what == "upload") Upload(channel);
   if (what == "prefill" || what == "inline") Prefill(channel, what == "inline");
   if (what == "fetch" && argc == 5) Fetch(channel, argv[3], argv[4]);
