@@ -3,8 +3,8 @@
 #
 #   scripts/fuzz.sh [SECONDS]   per target, two at a time; default 60
 #
-# New inputs that reach new code stay in the build folder; a crash is copied to
-# tests/fuzz/found/ and named: make it a case of the target's corpus.
+# New inputs that reach new code stay in the build folder (PBS_FUZZ_DIR), crashes in its
+# found/: make each a named case of the target's corpus.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
