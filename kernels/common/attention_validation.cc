@@ -43,6 +43,12 @@ Status ValidateSequences(const AttentionProblem& problem) {
     return OutsideRange("number of sequences", static_cast<int64_t>(sequences.size()),
                         1, kNumSequencesMax);
   }
+  const int64_t head_sequences =
+      static_cast<int64_t>(sequences.size()) * problem.shape.num_heads;
+  if (head_sequences > kHeadSequencesMax) {
+    return OutsideRange("num_heads x number of sequences", head_sequences, 1,
+                        kHeadSequencesMax);
+  }
   int64_t total_k = 0;
   for (size_t i = 0; i < sequences.size(); ++i) {
     const auto [q_len, k_len] = sequences[i];
@@ -154,7 +160,8 @@ Status ValidateOrder(const AttentionGeometry& geometry, ConstRows order) {
 
 namespace {
 
-// Marks, for one order head, which slot block holds each original key.
+// Marks, for one order head, which slot block holds each original key; without an
+// order, the block where it starts.
 void BlockOfKeys(const AttentionGeometry& g, int64_t sequence, const ConstRows& order,
                  int32_t head, std::vector<int32_t>& block_of) {
   const SequenceGeometry& s = g.sequences[sequence];
@@ -168,7 +175,7 @@ void BlockOfKeys(const AttentionGeometry& g, int64_t sequence, const ConstRows& 
 
 Status ValidateRow(const AttentionGeometry& g, const SequenceGeometry& s, int32_t block,
                    std::span<const uint16_t> list, const std::vector<int32_t>& block_of,
-                   const std::string& where) {
+                   bool order_given, const std::string& where) {
   const int32_t capacity = g.RowCapacity(s, block);
   if (static_cast<int64_t>(list.size()) > capacity) {
     return InvalidArgument("block list" + where + " has " +
@@ -185,6 +192,15 @@ Status ValidateRow(const AttentionGeometry& g, const SequenceGeometry& s, int32_
     if (i > 0 && list[i] <= list[i - 1]) {
       return InvalidArgument("block list" + where + " is not strictly ascending: " +
                              Str(list[i - 1]) + " before " + Str(list[i]));
+    }
+  }
+  if (!order_given && (block / g.blocks_per_segment + 1) * g.segment_size <= s.k_len) {
+    for (int32_t own = capacity - g.blocks_per_segment; own < capacity; ++own) {
+      if (!std::binary_search(list.begin(), list.end(), static_cast<uint16_t>(own))) {
+        return InvalidArgument("block list" + where + " misses block " + Str(own) +
+                               " of its own segment, and no order says where its " +
+                               "queries' own keys lie");
+      }
     }
   }
   const int32_t first = std::max(block * g.block_size, s.query_offset);
@@ -223,8 +239,8 @@ Status ValidateLists(const AttentionGeometry& geometry, ConstRows order,
         const int32_t block = s.first_query_block + i;
         const std::string where = " of sequence " + Str(static_cast<int64_t>(n)) +
                                   ", head " + Str(head) + ", query block " + Str(block);
-        PBS_RETURN_IF_ERROR(
-            ValidateRow(geometry, s, block, lists.Row(row), block_of, where));
+        PBS_RETURN_IF_ERROR(ValidateRow(geometry, s, block, lists.Row(row), block_of,
+                                        order.data != nullptr, where));
       }
     }
   }

@@ -125,15 +125,18 @@ void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& til
         .accumulate = true});
 }
 
-void StoreRows(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
+void StoreRows(AttentionRun& run, const Unit& unit, const QueryTile& tile,
                const TileScratch& scratch) {
   const CpuAttentionPlan& plan = run.plan;
   const AttentionGeometry& g = plan.geometry;
   const SequenceGeometry& s = run.Sequence(unit);
   const AttentionTensors& tensors = run.tensors;
+  const bool passes_on = plan.problem.options.method == Method::kDense;
   for (int32_t r = 0; r < tile.rows; ++r) {
     float* out = scratch.out + static_cast<int64_t>(r) * g.head_dim;
     const float sum = scratch.row_sum[r];
+    // Every row sees its own key, so a sum of 0 is an overflow too.
+    if (!passes_on && !(sum > 0 && sum < INFINITY)) run.non_finite = true;
     run.kernels.divide(sum > 0 ? sum : 1.0f, out, g.head_dim);  // no key seen: 0
     const int32_t row = tile.first_row + r;
     auto* target = static_cast<std::byte*>(tensors.o.data) +
@@ -148,7 +151,7 @@ void StoreRows(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
   }
 }
 
-void AttendTile(const AttentionRun& run, const Unit& unit, int64_t index, int worker) {
+void AttendTile(AttentionRun& run, const Unit& unit, int64_t index, int worker) {
   const QueryTile tile = TileAt(run, unit, index);
   if (tile.rows == 0 || run.Stopped()) return;
   const TileScratch scratch(run, worker);

@@ -292,11 +292,10 @@ void ScoreAndSortKeys(AttentionRun& run, const Wave& wave) {
       });
     }
     if (run.non_finite) return;
-    run.ForEach(wave, wave.segments,
-                [&](const Unit& unit, int64_t segment, int worker) {
-                  SortSegment(run, unit, segment, worker);
-                });
   }
+  run.ForEach(wave, wave.segments, [&](const Unit& unit, int64_t segment, int worker) {
+    SortSegment(run, unit, segment, worker);
+  });
   run.pool.ParallelFor(wave.num_units, [&](int64_t i, int) {
     FillPositions(run, plan.units[wave.first_unit + i]);
   });

@@ -127,14 +127,6 @@ int64_t ScratchBytes(const CpuAttentionPlan& plan) {
   return RoundUp(4 * std::max({attend, gather, score, sort, coverage}), 64);
 }
 
-int64_t SampledRows(const CpuAttentionPlan& plan) {
-  int64_t rows = 0;
-  for (const SequenceGeometry& s : plan.geometry.sequences) {
-    rows += std::min(plan.problem.options.coverage_rows, s.q_len);
-  }
-  return rows;
-}
-
 void PlaceRegions(CpuAttentionPlan& plan, const WaveSizes& wave) {
   const AttentionGeometry& g = plan.geometry;
   const bool sparse = std::any_of(plan.units.begin(), plan.units.end(),
@@ -158,7 +150,7 @@ void PlaceRegions(CpuAttentionPlan& plan, const WaveSizes& wave) {
   plan.pooled_at = regions.Add(4 * wave.pooled);
   plan.memory.pooled_bytes = regions.size() - plan.scoring_at;
 
-  plan.coverage_at = regions.Add(8 * g.num_heads * SampledRows(plan));
+  plan.coverage_at = regions.Add(8 * g.num_heads * plan.sampled_before.back());
   plan.times_at = regions.Add(3 * 8);
   plan.scratch_bytes = ScratchBytes(plan);
   plan.scratch_at = regions.Add(plan.scratch_bytes * plan.num_workers);
@@ -200,7 +192,10 @@ std::unique_ptr<CpuAttentionPlan> MakeCpuPlan(const AttentionProblem& problem,
   plan->query_tile = std::min(g.block_size, kQueryTile);
   plan->tiles_per_block = g.block_size / plan->query_tile;
   plan->num_workers = num_workers;
+  plan->sampled_before.push_back(0);
   for (const SequenceGeometry& s : g.sequences) {
+    plan->sampled_before.push_back(plan->sampled_before.back() +
+                                   std::min(problem.options.coverage_rows, s.q_len));
     int64_t entries = 0;
     for (int32_t i = 0; i < s.num_query_blocks; ++i) {
       plan->row_entries.push_back(entries);

@@ -72,6 +72,8 @@ struct CpuAttentionPlan final : AttentionPlan {
   std::vector<Wave> waves;
   std::vector<int64_t>
       row_entries;  // [total_query_blocks] first entry, from the head's
+  // [sequences + 1] rows per head sampled for coverage in the sequences before.
+  std::vector<int64_t> sampled_before;
 
   // Workspace offsets in bytes.
   int64_t positions_at = 0;    // int32 [num_order_heads, total_slots]

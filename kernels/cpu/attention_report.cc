@@ -53,16 +53,6 @@ double RowCoverage(const AttentionRun& run, const Unit& unit, int32_t head, int3
   return selected / total;
 }
 
-// Sampled rows of the sequences before `sequence`.
-int64_t SampledBefore(const CpuAttentionPlan& plan, int32_t sequence) {
-  int64_t rows = 0;
-  for (int32_t n = 0; n < sequence; ++n) {
-    rows +=
-        std::min(plan.problem.options.coverage_rows, plan.geometry.sequences[n].q_len);
-  }
-  return rows;
-}
-
 // One row of the lists that ran.
 struct RanRow {
   bool dense = false;
@@ -147,8 +137,7 @@ class ReportReader {
   }
 
   void Coverage(AttentionStats& stats) const {
-    stats.coverage_rows =
-        g_.num_heads * SampledBefore(plan_, static_cast<int32_t>(g_.sequences.size()));
+    stats.coverage_rows = g_.num_heads * plan_.sampled_before.back();
     const double* rows = At<double>(plan_.coverage_at);
     const double sum = std::accumulate(rows, rows + stats.coverage_rows, 0.0);
     stats.coverage =
@@ -215,16 +204,16 @@ class ReportReader {
 void MeasureCoverage(AttentionRun& run, const Wave& wave) {
   const CpuAttentionPlan& plan = run.plan;
   if (plan.problem.options.coverage_rows == 0) return;
-  const int64_t per_head =
-      SampledBefore(plan, static_cast<int32_t>(plan.geometry.sequences.size()));
-  for (int32_t i = 0; i < wave.num_units; ++i) {
+  const int64_t per_head = plan.sampled_before.back();
+  for (int32_t i = 0; i < wave.num_units && !run.Stopped(); ++i) {
     const Unit& unit = plan.units[wave.first_unit + i];
     const SequenceGeometry& s = run.Sequence(unit);
     const int32_t rows = std::min(plan.problem.options.coverage_rows, s.q_len);
     const bool dense = !unit.sparse || run.RanDense(unit) != 0;
-    double* out = run.At<double>(plan.coverage_at) + SampledBefore(plan, unit.sequence);
+    double* out = run.At<double>(plan.coverage_at) + plan.sampled_before[unit.sequence];
     run.pool.ParallelFor(
         static_cast<int64_t>(rows) * plan.num_members, [&](int64_t index, int worker) {
+          if (run.Stopped()) return;
           const int32_t head = run.QueryHead(unit, static_cast<int32_t>(index / rows));
           const auto sample = static_cast<int32_t>(index % rows);
           out[head * per_head + sample] =

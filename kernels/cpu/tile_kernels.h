@@ -67,6 +67,7 @@ struct Product {
 using GemmFunction = void (*)(const Product& product);
 
 struct TileKernels {
+  const char* isa_name;  // IsaName() of what the table was compiled for
   int32_t panel_width;
 
   // f32 words.

@@ -128,6 +128,6 @@ void F32ToBf16(const float* source, uint16_t* target, int64_t count) {
 
 }  // namespace
 
-const TileKernels kAvx2Kernels = MakeKernels(nullptr);
+const TileKernels kAvx2Kernels = MakeKernels("avx2", nullptr);
 
 }  // namespace pbs::cpu

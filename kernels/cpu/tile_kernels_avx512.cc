@@ -18,6 +18,6 @@ inline void StorePairs(uint32_t*, Vec, Vec) {}
 
 }  // namespace
 
-const TileKernels kAvx512Kernels = MakeKernels(nullptr);
+const TileKernels kAvx512Kernels = MakeKernels("avx512", nullptr);
 
 }  // namespace pbs::cpu

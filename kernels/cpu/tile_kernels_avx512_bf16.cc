@@ -92,6 +92,6 @@ void GemmPairs(const Product& x) {
 
 }  // namespace
 
-const TileKernels kAvx512Bf16Kernels = MakeKernels(GemmPairs);
+const TileKernels kAvx512Bf16Kernels = MakeKernels("avx512_bf16", GemmPairs);
 
 }  // namespace pbs::cpu

@@ -135,6 +135,18 @@ inline float RowMaximum(int32_t cols, const int32_t* positions, int32_t last,
   return top.HorizontalMax();
 }
 
+// From here on a product rounded once (the maximum) and one not rounded at all (inside
+// the multiply-add) may differ by more than the exponent's range: scores are scaled
+// first. Below, the difference is common to a row and cancels out.
+constexpr float kLargeLogit = 0x1p24f;
+
+inline void ScaleRow(int32_t cols, float scale, float* scores) {
+  const Vec factor = Vec::Set1(scale);
+  for (int32_t j = 0; j < cols; j += Vec::kLanes) {
+    Vec::Mul(Vec::Load(scores + j), factor).Store(scores + j);
+  }
+}
+
 // Rows whose maxima are found before the first of them is exponentiated: the chains of
 // dependent steps of one row then overlap with its neighbours'.
 constexpr int32_t kSoftmaxRows = 8;
@@ -166,11 +178,16 @@ void SoftmaxRows(const SoftmaxTile& tile) {
     for (int32_t r = first; r < end; ++r) {
       const float top = tops[r - first];
       if (top > tile.row_max[r]) Rescale(tile, r, top);
+      float* scores = tile.scores + static_cast<int64_t>(r) * tile.cols;
+      float scale = tile.scale;
+      if (__builtin_fabsf(tile.row_max[r]) >= kLargeLogit) {
+        ScaleRow(tile.cols, scale, scores);
+        scale = 1.0f;
+      }
       uint32_t* pairs =
           kPairs ? tile.pairs + static_cast<int64_t>(r) * (tile.cols / 2) : nullptr;
-      tile.row_sum[r] += ExponentiateRow<kPairs>(
-          tile.cols, tile.scale, tile.row_max[r],
-          tile.scores + static_cast<int64_t>(r) * tile.cols, pairs);
+      tile.row_sum[r] +=
+          ExponentiateRow<kPairs>(tile.cols, scale, tile.row_max[r], scores, pairs);
     }
   }
 }
@@ -253,8 +270,9 @@ void DivideRows(float divisor, float* target, int64_t count) {
   }
 }
 
-constexpr TileKernels MakeKernels(GemmFunction gemm_pairs) {
+constexpr TileKernels MakeKernels(const char* isa_name, GemmFunction gemm_pairs) {
   return {
+      .isa_name = isa_name,
       .panel_width = kPanelWidth,
       .gemm = Gemm,
       .gemm_pairs = gemm_pairs,

@@ -57,6 +57,6 @@ void F32ToBf16(const float* source, uint16_t* target, int64_t count) {
 
 }  // namespace
 
-const TileKernels kScalarKernels = MakeKernels(nullptr);
+const TileKernels kScalarKernels = MakeKernels("scalar", nullptr);
 
 }  // namespace pbs::cpu

@@ -1,5 +1,6 @@
 // The oracle: every method in plain f64 loops, written to be read beside
-// docs/KERNELS.md. Shares no code with the backends it judges.
+// docs/KERNELS.md. Shares the geometry and the dtype conversions with the backends it
+// judges, nothing of the computation.
 //
 // Shapes and options as pbs/attention.h. Results are packed: o [num_heads, total_q,
 // head_dim], lse [num_heads, total_q], order [num_order_heads, total_k].

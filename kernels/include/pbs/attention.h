@@ -6,8 +6,7 @@
 //
 //   dense         identity order, every causal block
 //   pbs           keys sorted by importance inside each segment; past blocks selected
-//   by
-//                 pooled attention mass; the own segment whole (sections 3.1-3.3)
+//                 by pooled attention mass; the own segment whole (sections 3.1-3.3)
 //   mean_pooling  identity order; causal blocks selected by pooled mass; the first and
 //                 the diagonal block forced
 //
@@ -21,9 +20,9 @@
 // plan.workspace_bytes, then ReadReport(). Plan() is host-only and pure. Run()
 // allocates nothing and, on a device, only enqueues.
 //
-// Inputs that are not finite are the caller's to refuse. Dense attention passes them
-// on: NaN in a query or key reaches the rows that see it; in a value, also other rows
-// that read its key block (0 * NaN), as in any tiled kernel.
+// Inputs that are not finite are the caller's to refuse. Method dense passes them on:
+// NaN in a query or key reaches the rows that see it; in a value, also other rows that
+// read its key block (0 * NaN), as in any tiled kernel.
 //
 // Threading: a backend may be used from one thread at a time. Plans are immutable.
 // Determinism: on one backend and ISA, equal inputs give equal bits on every run.
@@ -226,8 +225,9 @@ struct AttentionTensors {
 Status ValidateOrder(const AttentionGeometry& geometry, ConstRows order);
 
 // OK when every row is strictly ascending, inside the row's own or earlier segments,
-// and reads the blocks that hold the positions of its own queries. `order` may have
-// null data (identity). InvalidArgument names sequence, head and query block.
+// and reads the blocks that hold the positions of its own queries. Without an order
+// (null data) they may be anywhere in their segment: the row must read all of it.
+// InvalidArgument names sequence, head and query block.
 Status ValidateLists(const AttentionGeometry& geometry, ConstRows order,
                      const BlockListsView& lists);
 

@@ -80,7 +80,10 @@ TEST_P(ValidateListsSpec, AcceptsExactlyTheReadableMasks) {
   const AttentionGeometry g = MakeGeometry(SmallProblem(4, 2));
   const auto lists = ListsFromMask(g, GetParam().mask);
   ASSERT_TRUE(lists.ok());
-  const Status status = ValidateLists(g, {}, lists->View());
+  std::vector<int32_t> identity(64);
+  std::iota(identity.begin(), identity.end(), 0);
+  const Status status =
+      ValidateLists(g, {identity.data(), PackedLayout(64, 1)}, lists->View());
   EXPECT_EQ(status.message(), GetParam().message);
 }
 
@@ -124,7 +127,11 @@ TEST(ValidateListsSpec, FollowsAGivenOrderToTheBlockOfEachPosition) {
   const ConstRows order = {swapped.data(), PackedLayout(32, 1)};
   EXPECT_TRUE(ValidateOrder(g, order).ok());
   const auto diagonal = ListsFromMask(g, std::vector<uint8_t>{1, 0, 0, 1});
-  EXPECT_TRUE(ValidateLists(g, {}, diagonal->View()).ok());
+  EXPECT_EQ(ValidateLists(g, {}, diagonal->View()).message(),
+            "block list of sequence 0, head 0, query block 0 misses block 1 of its own "
+            "segment, and no order says where its queries' own keys lie");
+  const auto full = ListsFromMask(g, std::vector<uint8_t>{1, 1, 1, 1});
+  EXPECT_TRUE(ValidateLists(g, {}, full->View()).ok());
   EXPECT_FALSE(ValidateLists(g, order, diagonal->View()).ok());
   const auto anti = ListsFromMask(g, std::vector<uint8_t>{0, 1, 1, 0});
   EXPECT_TRUE(ValidateLists(g, order, anti->View()).ok());

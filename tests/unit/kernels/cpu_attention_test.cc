@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <map>
+#include <numeric>
 #include <string>
 #include <utility>
 
@@ -45,8 +46,9 @@ std::vector<Engine> RunnableEngines() {
 
 TEST(CpuTables, SayWhichOfThemThisMachineExecutes) {
   for (const Engine& engine : kEngines) {
-    std::printf("table %-12s %s\n", engine.name,
+    std::printf("table %-12s %s\n", KernelsFor(engine.isa).isa_name,
                 IsSupported(engine.isa) ? "EXECUTED" : "NOT RUN (this CPU lacks it)");
+    EXPECT_STREQ(KernelsFor(engine.isa).isa_name, IsaName(engine.isa));
   }
   EXPECT_TRUE(IsSupported(Isa::kScalar));
 }
@@ -318,9 +320,13 @@ TEST_P(CpuAttentionSpec, AttendsUnderEveryReadableMaskOfFourBlocks) {
     options.block_size = 16;
     options.segment_size = 16 * blocks_per_segment;
     options.use_given_lists = true;
+    options.use_given_order = true;
     const AttentionProblem problem =
         MakeProblem({"", 1, 1, 32, {{61, 61}}}, DType::kF32, options);
     AttentionCase inputs(problem, 13);
+    std::vector<int32_t> identity(61);
+    std::iota(identity.begin(), identity.end(), 0);
+    const ConstRows order = {identity.data(), PackedLayout(61, 1)};
     const AttentionGeometry& g = inputs.geometry();
     int32_t readable = 0;
     for (uint32_t bits = 0; bits < (1u << 16); ++bits) {
@@ -328,16 +334,44 @@ TEST_P(CpuAttentionSpec, AttendsUnderEveryReadableMaskOfFourBlocks) {
       for (size_t i = 0; i < mask.size(); ++i) mask[i] = (bits >> i) & 1;
       const auto lists = ListsFromMask(g, mask);
       ASSERT_TRUE(lists.ok());
-      if (!ValidateLists(g, {}, lists->View()).ok()) continue;
+      if (!ValidateLists(g, order, lists->View()).ok()) continue;
       ++readable;
       SCOPED_TRACE(testing::Message() << "mask bits " << bits);
       AttentionTensors tensors = inputs.Tensors();
       tensors.lists = lists->View();
+      tensors.order = order;
       ASSERT_TRUE(RunOn(attention_, problem, tensors).status.ok());
       ExpectOutputsNear(inputs, reference::Run(problem, tensors).output,
                         Tolerance(DType::kF32, false, 32));
     }
     EXPECT_EQ(readable, blocks_per_segment == 1 ? 64 : 256);
+  }
+}
+
+// Whole segments, short tails, and prompts that are nothing but a tail.
+TEST_P(CpuAttentionSpec, GivenListsWithoutAnOrderMeetTheComputedOne) {
+  for (int32_t length : {100, 256, 300, 700}) {
+    SCOPED_TRACE(testing::Message() << "length " << length);
+    AttentionProblem problem =
+        MakeProblem({"", 2, 1, 64, {{length, length}}}, DType::kF32, {});
+    problem.options.use_given_lists = true;
+    AttentionCase inputs(problem, 19);
+    const AttentionGeometry& g = inputs.geometry();
+    const int32_t n = g.sequences[0].num_key_blocks;
+    std::vector<uint8_t> mask(static_cast<size_t>(2 * n * n));
+    for (int32_t i = 0; i < 2 * n * n; ++i) {  // own segment, and block 0
+      mask[i] = i % n == 0 || i % n / 2 == i / n % n / 2;
+    }
+    const auto lists = ListsFromMask(g, mask);
+    ASSERT_TRUE(lists.ok());
+    AttentionTensors tensors = inputs.Tensors();
+    tensors.lists = lists->View();
+    ASSERT_TRUE(ValidateLists(g, {}, tensors.lists).ok());
+    const BackendRun run = RunOn(attention_, problem, tensors);
+    ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+    EXPECT_EQ(run.report.order, reference::Decide(problem, tensors).order);
+    ExpectOutputsNear(inputs, reference::Run(problem, tensors).output,
+                      Tolerance(DType::kF32, false, 64));
   }
 }
 
@@ -369,10 +403,64 @@ TEST_P(CpuAttentionSpec, RefusesScoresThatOverflowAndStaysUsable) {
   k[5 * 128] = 1e30f;
   const BackendRun run = RunOn(attention_, problem, inputs.Tensors());
   EXPECT_EQ(run.status.code(), StatusCode::kInvalidArgument);
-  EXPECT_EQ(run.status.message(),
-            "attention scores overflow f32: the inputs are too large");
+  EXPECT_EQ(
+      run.status.message(),
+      "attention scores pass the largest f32, 3.4e38: products of q and k are too "
+      "large");
   AttentionCase good(problem, 1);
   EXPECT_TRUE(RunOn(attention_, problem, good.Tensors()).status.ok());
+}
+
+// Neither the proxies nor a candidate block meet this pair.
+TEST_P(CpuAttentionSpec, RefusesAnOverflowThatOnlyAttentionMeets) {
+  AttentionProblem problem = MakeProblem(kShapes[7], DType::kF32, {});
+  for (float sign : {1.0f, -1.0f}) {
+    AttentionCase inputs(problem, 1);
+    reinterpret_cast<float*>(inputs.q_bytes().data())[0] = sign * 1e25f;
+    reinterpret_cast<float*>(inputs.k_bytes().data())[0] = 1e25f;
+    const BackendRun run = RunOn(attention_, problem, inputs.Tensors());
+    EXPECT_EQ(run.status.code(), StatusCode::kInvalidArgument) << sign;
+  }
+}
+
+TEST_P(CpuAttentionSpec, NamesTheDtypeThatQueryHeadScopeRoundsScoresTo) {
+  AttentionProblem problem = MakeProblem(kShapes[7], DType::kF16, {});
+  problem.options.scope = Scope::kQueryHead;
+  AttentionCase inputs(problem, 1);
+  auto* q = reinterpret_cast<uint16_t*>(inputs.q_bytes().data());
+  auto* k = reinterpret_cast<uint16_t*>(inputs.k_bytes().data());
+  for (int d = 0; d < 128; ++d) {
+    q[639 * 128 + d] = ToF16(24.0f).bits;
+    k[5 * 128 + d] = ToF16(24.0f).bits;
+  }
+  const BackendRun run = RunOn(attention_, problem, inputs.Tensors());
+  EXPECT_EQ(run.status.message(),
+            "attention scores pass the largest f16, 65504, to which scope query_head "
+            "rounds them; use scope kv_head, bf16 or smaller inputs");
+  problem.options.scope = Scope::kKvHead;
+  EXPECT_TRUE(RunOn(attention_, problem, inputs.Tensors()).status.ok());
+}
+
+TEST_P(CpuAttentionSpec, LogitsOfAnyFiniteSizeFindTheirLargest) {
+  for (float size : {1e3f, 2e4f, 65504.0f, 1e15f}) {
+    AttentionProblem problem = MakeProblem({"", 1, 1, 64, {{2, 2}}}, DType::kF32, {});
+    problem.options.method = Method::kDense;
+    AttentionCase inputs(problem, 1);
+    auto* q = reinterpret_cast<float*>(inputs.q_bytes().data());
+    auto* k = reinterpret_cast<float*>(inputs.k_bytes().data());
+    const auto* v = static_cast<const float*>(inputs.Tensors().v.data);
+    std::fill_n(q, 128, size);
+    std::fill_n(k, 64, 0.5f * size);
+    std::fill_n(k + 64, 64, size);
+    ASSERT_TRUE(RunOn(attention_, problem, inputs.Tensors()).status.ok());
+    for (int32_t row = 0; row < 2; ++row) {
+      EXPECT_TRUE(std::isfinite(inputs.Lse(0, row))) << size << " row " << row;
+      for (int32_t d = 0; d < 64; ++d) {
+        EXPECT_FLOAT_EQ(inputs.O(0, row, d), v[row * 64 + d])
+            << "size " << size << " row " << row << " element " << d;
+      }
+    }
+  }
 }
 
 // A NaN in V also reaches earlier rows of its tile (0 * NaN): pbs/attention.h.
@@ -393,6 +481,32 @@ TEST_P(CpuAttentionSpec, NanInAQueryOrKeyReachesExactlyTheRowsThatSeeIt) {
       ASSERT_EQ(std::isnan(inputs.Lse(head, row)), sees)
           << "head " << head << " row " << row;
     }
+  }
+}
+
+// f32 products in another order: the tables differ by rounding alone.
+TEST(CpuTables, AgreeWithEachOther) {
+  AttentionProblem problem = MakeProblem(kShapes[5], DType::kF32, {});
+  std::vector<AttentionCase> results;
+  std::vector<BackendRun> runs;
+  const std::vector<Engine> engines = RunnableEngines();
+  ThreadPool pool(2);
+  for (const Engine& engine : engines) {
+    CpuAttention attention(pool, engine.isa, engine.pairs);
+    results.emplace_back(problem, 23);
+    runs.push_back(RunOn(attention, problem, results.back().Tensors()));
+    ASSERT_TRUE(runs.back().status.ok()) << engine.name;
+  }
+  for (size_t i = 1; i < engines.size(); ++i) {
+    EXPECT_EQ(runs[i].report.order, runs[0].report.order) << engines[i].name;
+    double worst = 0;
+    for (int64_t row = 0; row < 701; ++row) {
+      for (int32_t d = 0; d < 96; ++d) {
+        worst = std::max<double>(
+            worst, std::abs(results[i].O(3, row, d) - results[0].O(3, row, d)));
+      }
+    }
+    EXPECT_LE(worst, 2 * Tolerance(DType::kF32, false, 96)) << engines[i].name;
   }
 }
 

@@ -89,6 +89,17 @@ INSTANTIATE_TEST_SUITE_P(
             },
             "k_len 1048576 of sequence 0 has 65536 blocks of block_size 16, more "
             "than 65535; use a larger block_size"},
+        ProblemCase{"heads_times_sequences_at_the_limit",
+                    [](auto& p) {
+                      p.shape.sequences.assign(kNumSequencesMax, {1, 1});
+                    },
+                    ""},
+        ProblemCase{"heads_times_sequences_past_the_limit",
+                    [](auto& p) {
+                      p.shape.num_heads = 6;
+                      p.shape.sequences.assign(43'691, {1, 1});
+                    },
+                    "num_heads x number of sequences 262146 is outside [1, 262144]"},
         ProblemCase{"batch_past_the_limit",
                     [](auto& p) {
                       p.shape.sequences.assign(17, {1, kSeqLenMax});
