@@ -46,6 +46,11 @@ StatusOr<std::map<std::string, std::string>> ParseShardIndex(std::string_view te
   PBS_ASSIGN_OR_RETURN(const JsonObject weight_map,
                        JsonObject(root, where).Object("weight_map"));
   if (weight_map.json().empty()) return weight_map.Error("has no tensors");
+  const auto count = static_cast<int64_t>(weight_map.json().size());
+  if (count > kCheckpointTensorsMax) {
+    return weight_map.Error("has " + std::to_string(count) + " tensors, more than " +
+                            std::to_string(kCheckpointTensorsMax));
+  }
   std::map<std::string, std::string> index;
   std::set<std::string> shards;
   for (const auto& [tensor, value] : weight_map.json().items()) {

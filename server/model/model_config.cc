@@ -205,8 +205,12 @@ Status LimitToFirstChunk(const JsonObject& config, ModelConfig& model) {
   PBS_ASSIGN_OR_RETURN(const int64_t original,
                        chunks.IntOr("original_max_position_embeddings", kPositionsMax,
                                     1, kPositionsMax));
-  model.max_tokens = static_cast<int32_t>(
-      std::min({int64_t{model.max_tokens}, chunk - local, original}));
+  const int64_t plain = std::min(chunk - local, original);
+  if (plain < model.max_tokens) {
+    model.max_tokens = static_cast<int32_t>(plain);
+    model.max_tokens_reason =
+        " (its dual chunk attention, plain up to there, is not supported)";
+  }
   return OkStatus();
 }
 

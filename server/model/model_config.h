@@ -49,8 +49,11 @@ struct ModelConfig {
   bool qk_norm = false;
   RopeConfig rope;
   // Longest sequence, prompt and answer together, that this model is served for: its
-  // positions, or less where a sliding window or dual chunk attention would set in.
+  // positions, or less where dual chunk attention would set in.
   int32_t max_tokens = 0;
+  // Why max_tokens is less than the config's positions, to follow it in a refusal:
+  // empty, or " (...)".
+  std::string max_tokens_reason;
   std::vector<int32_t> eos_token_ids;
 
   int32_t qkv_features() const { return (num_heads + 2 * num_kv_heads) * head_dim; }

@@ -125,6 +125,7 @@ StatusOr<std::unique_ptr<PrefillRun>> PrefillRun::Start(const Model& model,
   auto run = std::unique_ptr<PrefillRun>(
       new PrefillRun(model, plan, inputs, cache, workspace));
   PBS_RETURN_IF_ERROR(run->Embed(inputs.tokens));
+  cache.set_num_tokens(plan.problem.past_len);  // what lies behind is written over
   return run;
 }
 

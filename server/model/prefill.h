@@ -58,6 +58,7 @@ class PrefillRun {
   // Checks tokens, cache and workspace against the plan, and embeds the tokens. The
   // model, the plan, the cache and the workspace must outlive the run. InvalidArgument
   // names field, value and limit; ResourceExhausted for a workspace below the plan's.
+  // Once started, the cache holds past_len tokens: what lay behind is written over.
   static StatusOr<std::unique_ptr<PrefillRun>> Start(const Model& model,
                                                      const PrefillPlan& plan,
                                                      const PrefillInputs& inputs,

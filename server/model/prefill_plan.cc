@@ -17,13 +17,15 @@ Status CheckProblem(const ModelConfig& config, const PrefillProblem& problem) {
   const auto text = [](int64_t value) { return std::to_string(value); };
   if (problem.num_tokens < 1 || problem.num_tokens > config.max_tokens) {
     return InvalidArgument("num_tokens " + text(problem.num_tokens) +
-                           " is outside [1, " + text(config.max_tokens) + "]");
+                           " is outside [1, " + text(config.max_tokens) + "]" +
+                           config.max_tokens_reason);
   }
   if (problem.past_len < 0 ||
       problem.past_len > config.max_tokens - problem.num_tokens) {
     return InvalidArgument("past_len " + text(problem.past_len) + " with num_tokens " +
                            text(problem.num_tokens) + " is outside [0, " +
-                           text(config.max_tokens - problem.num_tokens) + "]");
+                           text(config.max_tokens - problem.num_tokens) + "]" +
+                           config.max_tokens_reason);
   }
   if (static_cast<int64_t>(problem.logit_rows.size()) > kLogitRowsMax) {
     return InvalidArgument(text(static_cast<int64_t>(problem.logit_rows.size())) +

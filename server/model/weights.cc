@@ -83,12 +83,16 @@ Status CheckTensor(const Checkpoint& checkpoint, const Expected& expected) {
 }
 
 // A tied model's files may repeat the embedding as the head; it must be the same one.
-Status CheckRepeatedHead(const Checkpoint& checkpoint, const TensorInfo& head) {
+Status CheckRepeatedHead(const Checkpoint& checkpoint, const TensorInfo& head,
+                         const LoadControl& control) {
   const TensorInfo& embedding = *checkpoint.Find(kEmbedding);
   bool equal = head.shape == embedding.shape && head.dtype == embedding.dtype;
   std::vector<char> a(static_cast<size_t>(kUploadBytes));
   std::vector<char> b(a.size());
   for (int64_t at = 0; equal && at < head.bytes; at += kUploadBytes) {
+    if (control.stop != nullptr && control.stop->load(std::memory_order_relaxed)) {
+      return Cancelled("loading was stopped while \"lm_head.weight\" was compared");
+    }
     const int64_t count = std::min(kUploadBytes, head.bytes - at);
     PBS_RETURN_IF_ERROR(checkpoint.Read(head, at, count, a.data()));
     PBS_RETURN_IF_ERROR(checkpoint.Read(embedding, at, count, b.data()));
@@ -101,8 +105,8 @@ Status CheckRepeatedHead(const Checkpoint& checkpoint, const TensorInfo& head) {
 }
 
 // Returns the bytes that will be read.
-StatusOr<int64_t> CheckTensors(const Checkpoint& checkpoint,
-                               const ModelConfig& config) {
+StatusOr<int64_t> CheckTensors(const Checkpoint& checkpoint, const ModelConfig& config,
+                               const LoadControl& control) {
   std::set<std::string, std::less<>> used;
   int64_t bytes = 0;
   for (const Expected& expected : ExpectedTensors(config)) {
@@ -113,7 +117,7 @@ StatusOr<int64_t> CheckTensors(const Checkpoint& checkpoint,
   for (const TensorInfo& tensor : checkpoint.tensors()) {
     if (used.contains(tensor.name) || tensor.name.ends_with(kIgnoredSuffix)) continue;
     if (tensor.name == kHead) {  // the config says that it is tied
-      PBS_RETURN_IF_ERROR(CheckRepeatedHead(checkpoint, tensor));
+      PBS_RETURN_IF_ERROR(CheckRepeatedHead(checkpoint, tensor, control));
       continue;
     }
     return InvalidArgument("tensor " + Quoted(tensor.name) + " does not belong to a " +
@@ -270,7 +274,7 @@ class Loader {
 StatusOr<ModelWeights> LoadWeights(const Checkpoint& checkpoint,
                                    const ModelConfig& config, Backend& backend,
                                    const LoadControl& control) {
-  PBS_ASSIGN_OR_RETURN(const int64_t bytes, CheckTensors(checkpoint, config));
+  PBS_ASSIGN_OR_RETURN(const int64_t bytes, CheckTensors(checkpoint, config, control));
   ReadSession session = {.checkpoint = checkpoint,
                          .control = control,
                          .digest = ModelDigest(CanonicalArchitecture(config)),

@@ -88,6 +88,16 @@ TEST(ShardIndexSpec, RefusesMoreShardsThanItWouldOpen) {
       "model.safetensors.index.json: weight_map: names 513 shards, more than 512");
 }
 
+TEST(ShardIndexSpec, RefusesMoreTensorsThanTheLimit) {
+  nlohmann::json map;
+  for (int i = 0; i <= kCheckpointTensorsMax; ++i) {
+    map["t" + std::to_string(i)] = "s.safetensors";
+  }
+  EXPECT_EQ(
+      ParseShardIndex(nlohmann::json{{"weight_map", map}}.dump()).status().message(),
+      "model.safetensors.index.json: weight_map: has 65537 tensors, more than 65536");
+}
+
 TEST(CheckpointSpec, ReadsASingleFile) {
   const TempFolder folder;
   folder.Write("model.safetensors", SafetensorsBytes(Tensors("a", 3)));

@@ -301,7 +301,12 @@ INSTANTIATE_TEST_SUITE_P(
                        c["dual_chunk_attention_config"] = {{"chunk_size", 262144},
                                                            {"local_size", 8192}};
                      },
-                     [](const ModelConfig& m) { return m.max_tokens == 253'952; }},
+                     [](const ModelConfig& m) {
+                       return m.max_tokens == 253'952 &&
+                              m.max_tokens_reason ==
+                                  " (its dual chunk attention, plain up to there, is "
+                                  "not supported)";
+                     }},
         AcceptedCase{"positions_beyond_our_limit", Llama,
                      [](json& c) { c["max_position_embeddings"] = 10'485'760; },
                      [](const ModelConfig& m) { return m.max_tokens == kSeqLenMax; }}),

@@ -186,6 +186,17 @@ TEST(ModelSpec, StopsLoadingWhenTold) {
             std::string::npos);
 }
 
+TEST(ModelSpec, StopsWhileARepeatedHeadIsCompared) {
+  TinyModel tiny({.tied = true});
+  tiny.tensors["lm_head.weight"] = tiny.tensors["model.embed_tokens.weight"];
+  const std::atomic<bool> stop = true;
+  const auto model = Load(tiny, 1, {.control = {.stop = &stop}});
+  EXPECT_EQ(model.status().code(), StatusCode::kCancelled);
+  EXPECT_NE(model.status().message().find(
+                "loading was stopped while \"lm_head.weight\" was compared"),
+            std::string::npos);
+}
+
 TEST(ModelDigestSpec, HasAPrefixAndThirtyTwoDigits) {
   const std::string digest = DigestOf(TinyModel({}));
   EXPECT_EQ(digest.find("xxh3-128:"), 0u);

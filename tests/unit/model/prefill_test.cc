@@ -295,6 +295,22 @@ TEST_F(PrefillRunSpec, StopsBetweenLayersAndLeavesTheCacheItsPast) {
   EXPECT_EQ(cache.num_tokens(), 20);
 }
 
+TEST_F(PrefillRunSpec, StoppedOnAShorterPastTheCacheHoldsThatPastAlone) {
+  const auto tokens = RandomTokens(20, 4);
+  KvCache cache = MakeCache(*model_, 20);
+  ASSERT_TRUE(
+      Prefill(*model_, {.num_tokens = 20, .attention = kDenseOptions}, tokens, cache)
+          .status.ok());
+  std::atomic<bool> stop = false;
+  EventLog log;
+  log.on_kv_ready = [&](int32_t) { stop = true; };
+  const Prefilled stopped = Prefill(
+      *model_, {.num_tokens = 5, .past_len = 5, .attention = kDenseOptions},
+      std::span<const int32_t>(tokens).subspan(5, 5), cache, &log, {.stop = &stop});
+  EXPECT_EQ(stopped.status.code(), StatusCode::kCancelled);
+  EXPECT_EQ(cache.num_tokens(), 5);
+}
+
 TEST_F(PrefillRunSpec, SaysInWhichLayerItWasStopped) {
   const auto tokens = RandomTokens(20, 8);
   KvCache cache = MakeCache(*model_, 20);
