@@ -1,48 +1,17 @@
 // Spec: docs/KERNELS.md, "CPU". Every table of the CPU backend against the f64
 // reference, on the same seeds. The first lines of a run say which tables executed.
-#include <gtest/gtest.h>
-
-#include <cmath>
 #include <cstdio>
 #include <map>
 #include <numeric>
 #include <string>
 #include <utility>
 
-#include "cpu/cpu_attention.h"
 #include "pbs/block_mask.h"
-#include "reference/reference_attention.h"
-#include "tests/support/attention_case.h"
 #include "tests/support/case_name.h"
+#include "tests/unit/kernels/cpu_attention_fixture.h"
 
 namespace pbs::cpu {
 namespace {
-
-using testing_support::AttentionCase;
-using testing_support::BackendRun;
-using testing_support::RunOn;
-
-// One way to compute: a table, and whether bf16 operands are multiplied as pairs.
-struct Engine {
-  const char* name;
-  Isa isa;
-  bool pairs;
-};
-
-void PrintTo(const Engine& engine, std::ostream* out) { *out << engine.name; }
-
-constexpr Engine kEngines[] = {{"scalar", Isa::kScalar, false},
-                               {"avx2", Isa::kAvx2, false},
-                               {"avx512", Isa::kAvx512, false},
-                               {"avx512_bf16", Isa::kAvx512Bf16, true}};
-
-std::vector<Engine> RunnableEngines() {
-  std::vector<Engine> engines;
-  for (const Engine& engine : kEngines) {
-    if (IsSupported(engine.isa)) engines.push_back(engine);
-  }
-  return engines;
-}
 
 TEST(CpuTables, SayWhichOfThemThisMachineExecutes) {
   for (const Engine& engine : kEngines) {
@@ -53,76 +22,12 @@ TEST(CpuTables, SayWhichOfThemThisMachineExecutes) {
   EXPECT_TRUE(IsSupported(Isa::kScalar));
 }
 
-// f32: a dot product of head_dim terms of magnitude up to 10 rounds like a random walk
-// of sqrt(head_dim) steps of 2^-24 * 10; the output follows the logit. f16, bf16: half
-// an ulp of outputs of magnitude up to 4 and, for pairs, of probabilities (2^-9).
-double Tolerance(DType dtype, bool pairs, int32_t head_dim) {
-  if (dtype == DType::kF32) return 3 * 0x1p-24 * 10 * std::sqrt(head_dim);
-  if (dtype == DType::kF16) return 2e-3;
-  return pairs ? 3e-2 : 1.6e-2;
-}
-
-struct Shape {
-  const char* name;
-  int32_t num_heads, num_kv_heads, head_dim;
-  std::vector<SequenceShape> sequences;
-};
-
-const Shape kShapes[] = {
-    {"one_token", 2, 1, 64, {{1, 1}}},
-    {"one_block", 2, 2, 32, {{128, 128}}},
-    {"block_plus_one", 2, 1, 64, {{129, 129}}},
-    {"one_segment", 2, 1, 64, {{256, 256}}},
-    {"segment_plus_one", 4, 2, 64, {{257, 257}}},
-    {"odd_length", 4, 2, 96, {{701, 701}}},
-    {"wide_head", 2, 1, 256, {{600, 600}}},
-    {"mid_head", 4, 1, 128, {{640, 640}}},
-    {"one_query_of_many_keys", 4, 2, 64, {{1, 777}}},
-    {"offset_inside_a_block", 2, 1, 64, {{300, 777}}},
-    {"batch_of_lengths", 4, 2, 64, {{513, 513}, {0, 0}, {1, 1}, {0, 40}, {90, 650}}},
-};
-
-AttentionProblem MakeProblem(const Shape& shape, DType dtype,
-                             AttentionOptions options) {
-  AttentionProblem problem;
-  problem.shape = {.num_heads = shape.num_heads,
-                   .num_kv_heads = shape.num_kv_heads,
-                   .head_dim = shape.head_dim,
-                   .sequences = shape.sequences};
-  problem.dtype = dtype;
-  problem.options = options;
-  return problem;
-}
-
 // The backend's own order and lists, as the reference takes them.
 reference::Decision DecisionOf(const AttentionReport& report) {
   reference::Decision decision;
   decision.order = report.order;
   decision.lists = report.lists;
   return decision;
-}
-
-void ExpectOutputsNear(const AttentionCase& inputs, const reference::Output& expected,
-                       double tolerance) {
-  const AttentionGeometry& g = inputs.geometry();
-  double worst = 0;
-  double worst_lse = 0;
-  for (int32_t head = 0; head < g.num_heads; ++head) {
-    for (int64_t row = 0; row < g.total_q; ++row) {
-      const int64_t at = head * g.total_q + row;
-      for (int32_t d = 0; d < g.head_dim; ++d) {
-        const double error =
-            std::abs(inputs.O(head, row, d) - expected.o[at * g.head_dim + d]);
-        ASSERT_FALSE(std::isnan(error)) << "head " << head << " row " << row;
-        worst = std::max(worst, error);
-      }
-      const double lse_error = std::abs(inputs.Lse(head, row) - expected.lse[at]);
-      ASSERT_FALSE(std::isnan(lse_error)) << "head " << head << " row " << row;
-      worst_lse = std::max(worst_lse, lse_error);
-    }
-  }
-  EXPECT_LE(worst, tolerance);
-  EXPECT_LE(worst_lse, 2e-5);  // f32 logits up to about 10, sums of up to 1024 terms
 }
 
 struct MethodCase {
@@ -188,12 +93,6 @@ const reference::Result& ExpectedResult(const std::string& name,
   if (found != kept.end()) return found->second;
   return kept[name] = reference::Run(inputs.problem(), inputs.Tensors());
 }
-
-class CpuAttentionSpec : public testing::TestWithParam<Engine> {
- protected:
-  ThreadPool pool_{3};
-  CpuAttention attention_{pool_, GetParam().isa, GetParam().pairs};
-};
 
 TEST_P(CpuAttentionSpec, AttendsAsTheReferenceDoesGivenItsOwnOrderAndLists) {
   for (const Shape& shape : kShapes) {
@@ -392,96 +291,6 @@ TEST_P(CpuAttentionSpec, IdentityOrderSelectsWhatTheUnpermutedRuleSelects) {
   EXPECT_EQ(run.report.lists.indices, expected.lists.indices);
   ExpectOutputsNear(inputs, reference::Run(problem, tensors).output,
                     Tolerance(DType::kF32, false, 96));
-}
-
-TEST_P(CpuAttentionSpec, RefusesScoresThatOverflowAndStaysUsable) {
-  AttentionProblem problem = MakeProblem(kShapes[7], DType::kF32, {});
-  AttentionCase inputs(problem, 1);
-  auto* q = reinterpret_cast<float*>(inputs.q_bytes().data());
-  auto* k = reinterpret_cast<float*>(inputs.k_bytes().data());
-  q[639 * 128] = 1e30f;
-  k[5 * 128] = 1e30f;
-  const BackendRun run = RunOn(attention_, problem, inputs.Tensors());
-  EXPECT_EQ(run.status.code(), StatusCode::kInvalidArgument);
-  EXPECT_EQ(
-      run.status.message(),
-      "attention scores pass the largest f32, 3.4e38: products of q and k are too "
-      "large");
-  AttentionCase good(problem, 1);
-  EXPECT_TRUE(RunOn(attention_, problem, good.Tensors()).status.ok());
-}
-
-// Neither the proxies nor a candidate block meet this pair.
-TEST_P(CpuAttentionSpec, RefusesAnOverflowThatOnlyAttentionMeets) {
-  AttentionProblem problem = MakeProblem(kShapes[7], DType::kF32, {});
-  for (float sign : {1.0f, -1.0f}) {
-    AttentionCase inputs(problem, 1);
-    reinterpret_cast<float*>(inputs.q_bytes().data())[0] = sign * 1e25f;
-    reinterpret_cast<float*>(inputs.k_bytes().data())[0] = 1e25f;
-    const BackendRun run = RunOn(attention_, problem, inputs.Tensors());
-    EXPECT_EQ(run.status.code(), StatusCode::kInvalidArgument) << sign;
-  }
-}
-
-TEST_P(CpuAttentionSpec, NamesTheDtypeThatQueryHeadScopeRoundsScoresTo) {
-  AttentionProblem problem = MakeProblem(kShapes[7], DType::kF16, {});
-  problem.options.scope = Scope::kQueryHead;
-  AttentionCase inputs(problem, 1);
-  auto* q = reinterpret_cast<uint16_t*>(inputs.q_bytes().data());
-  auto* k = reinterpret_cast<uint16_t*>(inputs.k_bytes().data());
-  for (int d = 0; d < 128; ++d) {
-    q[639 * 128 + d] = ToF16(24.0f).bits;
-    k[5 * 128 + d] = ToF16(24.0f).bits;
-  }
-  const BackendRun run = RunOn(attention_, problem, inputs.Tensors());
-  EXPECT_EQ(run.status.message(),
-            "attention scores pass the largest f16, 65504, to which scope query_head "
-            "rounds them; use scope kv_head, bf16 or smaller inputs");
-  problem.options.scope = Scope::kKvHead;
-  EXPECT_TRUE(RunOn(attention_, problem, inputs.Tensors()).status.ok());
-}
-
-TEST_P(CpuAttentionSpec, LogitsOfAnyFiniteSizeFindTheirLargest) {
-  for (float size : {1e3f, 2e4f, 65504.0f, 1e15f}) {
-    AttentionProblem problem = MakeProblem({"", 1, 1, 64, {{2, 2}}}, DType::kF32, {});
-    problem.options.method = Method::kDense;
-    AttentionCase inputs(problem, 1);
-    auto* q = reinterpret_cast<float*>(inputs.q_bytes().data());
-    auto* k = reinterpret_cast<float*>(inputs.k_bytes().data());
-    const auto* v = static_cast<const float*>(inputs.Tensors().v.data);
-    std::fill_n(q, 128, size);
-    std::fill_n(k, 64, 0.5f * size);
-    std::fill_n(k + 64, 64, size);
-    ASSERT_TRUE(RunOn(attention_, problem, inputs.Tensors()).status.ok());
-    for (int32_t row = 0; row < 2; ++row) {
-      EXPECT_TRUE(std::isfinite(inputs.Lse(0, row))) << size << " row " << row;
-      for (int32_t d = 0; d < 64; ++d) {
-        EXPECT_FLOAT_EQ(inputs.O(0, row, d), v[row * 64 + d])
-            << "size " << size << " row " << row << " element " << d;
-      }
-    }
-  }
-}
-
-// A NaN in V also reaches earlier rows of its tile (0 * NaN): pbs/attention.h.
-TEST_P(CpuAttentionSpec, NanInAQueryOrKeyReachesExactlyTheRowsThatSeeIt) {
-  AttentionProblem problem = MakeProblem(kShapes[3], DType::kF32, {});
-  problem.options.method = Method::kDense;
-  AttentionCase inputs(problem, 1);
-  auto* q = reinterpret_cast<float*>(inputs.q_bytes().data());
-  auto* k = reinterpret_cast<float*>(inputs.k_bytes().data());
-  q[50 * 64 + 3] = NAN;   // head 0, query 50
-  k[200 * 64 + 3] = NAN;  // key 200, both heads
-  ASSERT_TRUE(RunOn(attention_, problem, inputs.Tensors()).status.ok());
-  for (int32_t head = 0; head < 2; ++head) {
-    for (int64_t row = 0; row < 256; ++row) {
-      const bool sees = row >= 200 || (head == 0 && row == 50);
-      ASSERT_EQ(std::isnan(inputs.O(head, row, 0)), sees)
-          << "head " << head << " row " << row;
-      ASSERT_EQ(std::isnan(inputs.Lse(head, row)), sees)
-          << "head " << head << " row " << row;
-    }
-  }
 }
 
 // f32 products in another order: the tables differ by rounding alone.
