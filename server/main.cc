@@ -1,8 +1,8 @@
 // pbs-prefilld: reads the configuration, builds the objects in the order in which they
 // need each other, serves until SIGTERM or SIGINT, drains, exits.
 //
-// Exit status: 0 after a drain, 1 when the server could not start or was cut short, 2
-// for a wrong command line or configuration.
+// Exit status: 0 after a drain that finished all admitted work, 1 when the server could
+// not start or the drain's limit cut work, 2 for a wrong command line or configuration.
 #include <prometheus/registry.h>
 
 #include <CLI/CLI.hpp>
@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -56,7 +57,7 @@ struct Flags {
   std::string backend;
   std::string log_level;
   std::string metrics_compat;
-  int32_t threads = -1;
+  std::optional<int32_t> threads;
   bool check_config = false;
 };
 
@@ -115,7 +116,7 @@ absl::StatusOr<ServerSettings> ReadSettings(const Flags& flags) {
   if (!flags.backend.empty()) config.set_backend(flags.backend);
   if (!flags.log_level.empty()) config.mutable_log()->set_level(flags.log_level);
   if (!flags.metrics_compat.empty()) config.set_vllm_metrics(true);
-  if (flags.threads >= 0) config.mutable_cpu()->set_threads(flags.threads);
+  if (flags.threads.has_value()) config.mutable_cpu()->set_threads(*flags.threads);
   return MakeSettings(std::move(config));
 }
 
@@ -170,7 +171,8 @@ class Node {
   // Says so and serves until asked to stop.
   void Serve();
   // Finishes what was admitted and serves leases, for at most the configured time.
-  void Drain();
+  // False when that was too short for the work.
+  bool Drain();
 
  private:
   Node(const ServerSettings& settings, std::unique_ptr<Backend> backend,
@@ -179,6 +181,8 @@ class Node {
   absl::Status LoadModel(const ModelSettings& source);
   ServiceOptions MakeServiceOptions() const;
   void LogServing() const;
+  // True when all admitted work was done before `until`; what is left then ends.
+  bool FinishWork(absl::Time until);
   // Calls `start` with a callback and waits for that to be called; false when `until`
   // came first.
   bool WaitFor(absl::Time until,
@@ -333,13 +337,14 @@ absl::Status Node::Prepare() {
 
 void Node::LogServing() const {
   const BackendInfo& info = backend_->info();
-  const std::string address =
-      absl::StrCat(ParseHostPort(settings_.service.listen)->host, ":", server_->port());
+  const auto bound = [](const std::string& listen, int port) {
+    return HostPort{ParseHostPort(listen)->host, port}.ToString();
+  };
+  const std::string address = bound(settings_.service.listen, server_->port());
   const std::string metrics =
       metrics_server_ == nullptr
           ? "off"
-          : absl::StrCat(ParseHostPort(settings_.metrics_listen)->host, ":",
-                         metrics_server_->port());
+          : bound(settings_.metrics_listen, metrics_server_->port());
   const std::string models = absl::StrJoin(
       models_, ",", [](std::string* out, const auto& model) { *out += model->name; });
   log_.Info("serving", {{"listen", address},
@@ -388,7 +393,21 @@ bool Node::WaitFor(absl::Time until,
   return event->happened;
 }
 
-void Node::Drain() {
+bool Node::FinishWork(absl::Time until) {
+  const bool idle =
+      WaitFor(until, [this](auto done) { server_->Drain(std::move(done)); }) &&
+      WaitFor(until, [this](auto done) { engine_.Drain(std::move(done)); });
+  if (idle) return true;
+  // Uploads first: one that becomes a job meanwhile is still seen.
+  const int32_t uploads = server_->CutUploads();
+  const int32_t jobs = engine_.executor().Shutdown();
+  // The last job may have been about to give back what it held.
+  if (jobs + uploads == 0) return true;
+  log_.Warning("drain_cut", {{"jobs", jobs}, {"uploads", uploads}});
+  return false;
+}
+
+bool Node::Drain() {
   // Replies that are ready deserve a moment to be read, however long the drain took.
   constexpr absl::Duration kLastRepliesMin = absl::Seconds(1);
   const absl::Time begin = clock_.Now();
@@ -396,17 +415,14 @@ void Node::Drain() {
   log_.Info("draining", {{"leases", leases_.size()},
                          {"seconds_max", absl::ToDoubleSeconds(settings_.drain_max)}});
   server_->SetServing(false);
-  server_->Drain();
-  const bool idle = WaitFor(until, [this](absl::AnyInvocable<void()> done) {
-    engine_.Drain(std::move(done));
-  });
-  const bool released = WaitFor(until, [this](absl::AnyInvocable<void()> done) {
-    leases_.WhenEmpty(std::move(done));
-  });
+  const bool finished = FinishWork(until);
+  const bool released =
+      WaitFor(until, [this](auto done) { leases_.WhenEmpty(std::move(done)); });
   server_->Shutdown(std::max(kLastRepliesMin, until - clock_.Now()));
-  log_.Info("drained", {{"work_finished", idle},
+  log_.Info("drained", {{"work_finished", finished},
                         {"leases_released", released},
                         {"seconds", absl::ToDoubleSeconds(clock_.Now() - begin)}});
+  return finished;
 }
 
 int Run(const ServerSettings& settings, SignalWatcher& signals) {
@@ -424,8 +440,7 @@ int Run(const ServerSettings& settings, SignalWatcher& signals) {
     return kExitCut;
   }
   (*node)->Serve();
-  (*node)->Drain();
-  return 0;
+  return (*node)->Drain() ? 0 : kExitCut;
 }
 
 }  // namespace

@@ -90,13 +90,26 @@ absl::StatusOr<AttentionOptions> DecodeMethod(const v1::AttentionOptions& wire,
 }  // namespace
 
 absl::StatusOr<AttentionOptions> DecodeAttentionOptions(
-    const v1::AttentionOptions& wire, const AttentionOptions& profile,
+    const v1::AttentionOptions& wire, const AttentionProfile& profile,
     bool dense_fallback) {
-  PBS_ABSL_ASSIGN_OR_RETURN(AttentionOptions options, DecodeMethod(wire, profile));
-  options.dense_fallback =
-      wire.has_dense_fallback() ? wire.dense_fallback() : dense_fallback;
+  PBS_ABSL_ASSIGN_OR_RETURN(AttentionOptions options,
+                            DecodeMethod(wire, profile.options));
+  options.dense_fallback = dense_fallback;
+  if (wire.method_case() == v1::AttentionOptions::METHOD_NOT_SET) {
+    options.dense_fallback = profile.dense_fallback.value_or(dense_fallback);
+  }
+  Take(wire.has_dense_fallback(), wire.dense_fallback(), options.dense_fallback);
   Take(wire.has_coverage_rows(), wire.coverage_rows(), options.coverage_rows);
   return options;
+}
+
+absl::StatusOr<AttentionProfile> DecodeAttentionProfile(
+    const v1::AttentionOptions& wire) {
+  AttentionProfile profile;
+  PBS_ABSL_ASSIGN_OR_RETURN(profile.options, DecodeAttentionOptions(wire, {}, false));
+  profile.options.dense_fallback = false;
+  if (wire.has_dense_fallback()) profile.dense_fallback = wire.dense_fallback();
+  return profile;
 }
 
 v1::AttentionOptions EncodeAttentionOptions(const AttentionOptions& options) {
@@ -127,6 +140,15 @@ v1::AttentionOptions EncodeAttentionOptions(const AttentionOptions& options) {
   }
   wire.set_dense_fallback(options.dense_fallback);
   wire.set_coverage_rows(options.coverage_rows);
+  return wire;
+}
+
+v1::AttentionOptions EncodeAttentionProfile(const AttentionProfile& profile) {
+  v1::AttentionOptions wire = EncodeAttentionOptions(profile.options);
+  wire.clear_dense_fallback();
+  if (profile.dense_fallback.has_value()) {
+    wire.set_dense_fallback(*profile.dense_fallback);
+  }
   return wire;
 }
 

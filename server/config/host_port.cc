@@ -42,6 +42,11 @@ absl::Status Bad(absl::string_view text, absl::string_view why) {
 
 }  // namespace
 
+std::string HostPort::ToString() const {
+  return IsIpv6(host) ? absl::StrCat("[", host, "]:", port)
+                      : absl::StrCat(host, ":", port);
+}
+
 bool HostPort::IsNumericOrLocalhost() const {
   return host == "localhost" || IsIpv4(host) || IsIpv6(host);
 }

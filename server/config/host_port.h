@@ -15,6 +15,8 @@ struct HostPort {
   std::string host;  // without the brackets of an IPv6 address
   int32_t port = 0;  // 0 .. 65535; 0 lets the system pick
 
+  // "host:port", an IPv6 address in brackets; ParseHostPort() reads it back.
+  std::string ToString() const;
   // Numeric address or "localhost": needs no resolver.
   bool IsNumericOrLocalhost() const;
   // Reachable from this machine only.

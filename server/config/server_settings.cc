@@ -60,10 +60,10 @@ TransportOptions ToTransport(const v1::TransportConfig& config) {
   return options;
 }
 
-AttentionOptions ToAttention(const v1::AttentionOptions& wire) {
-  const auto options = DecodeAttentionOptions(wire, {}, false);
-  PBS_CHECK(options.ok());
-  return *options;
+AttentionProfile ToProfile(const v1::AttentionOptions& wire) {
+  const auto profile = DecodeAttentionProfile(wire);
+  PBS_CHECK(profile.ok());
+  return *profile;
 }
 
 }  // namespace
@@ -81,7 +81,7 @@ absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
   settings.service.reflection = config.reflection();
   settings.service.transport = ToTransport(config.transport());
   settings.service.limits = ToLimits(config.admission(), config.lease());
-  settings.service.default_attention = ToAttention(config.default_attention());
+  settings.service.default_attention = ToProfile(config.default_attention());
   settings.metrics_listen = config.metrics_listen();
   settings.backend = ToBackend(config.backend());
   settings.vllm_metrics = config.vllm_metrics();

@@ -16,7 +16,6 @@ namespace {
 constexpr size_t kModelNameBytesMax = 64;
 constexpr int32_t kModelsMax = 64;
 constexpr int32_t kThreadsMax = 1024;
-constexpr int32_t kDaySeconds = 86'400;
 constexpr int64_t kMemoryBytesMax = int64_t{1} << 50;
 
 // Collects violations.
@@ -27,6 +26,9 @@ class Checker {
   void Range(const std::string& field, int64_t value, int64_t low, int64_t high) {
     if (value >= low && value <= high) return;
     Add(absl::StrCat(field, " ", value, " is outside [", low, ", ", high, "]"));
+  }
+  void Range(const std::string& field, int64_t value, SettingRange range) {
+    Range(field, value, range.low, range.high);
   }
 
   template <size_t kSize>
@@ -104,11 +106,12 @@ void CheckAdmission(const v1::AdmissionConfig& config, Checker& check) {
   check.Range("admission.memory_bytes_max", config.memory_bytes_max(), 0,
               kMemoryBytesMax);
   check.Range("admission.queue_requests_max", config.queue_requests_max(), 1, 65'536);
-  check.Range("admission.tokens_max", config.tokens_max(), 1, kSeqLenMax);
-  check.Range("admission.attend_tokens_max", config.attend_tokens_max(), 1, kSeqLenMax);
-  check.Range("admission.upload_seconds_max", config.upload_seconds_max(), 1,
-              kDaySeconds);
-  check.Range("admission.upload_requests_max", config.upload_requests_max(), 1, 65'536);
+  check.Range("admission.tokens_max", config.tokens_max(), kTokensRange);
+  check.Range("admission.attend_tokens_max", config.attend_tokens_max(), kTokensRange);
+  check.Range("admission.upload_seconds_max", config.upload_seconds_max(),
+              kUploadSecondsRange);
+  check.Range("admission.upload_requests_max", config.upload_requests_max(),
+              kUploadRequestsRange);
 }
 
 void CheckLease(const v1::LeaseConfig& config, Checker& check) {
@@ -119,35 +122,35 @@ void CheckLease(const v1::LeaseConfig& config, Checker& check) {
 }
 
 void CheckTransport(const v1::TransportConfig& config, Checker& check) {
-  check.Range("transport.chunk_bytes", config.chunk_bytes(), kChunkBytesMin,
-              kChunkBytesMax);
-  check.Range("transport.concurrent_streams_max", config.concurrent_streams_max(), 1,
-              1024);
-  check.Range("transport.memory_quota_bytes", config.memory_quota_bytes(), 16 << 20,
-              int64_t{1} << 40);
-  check.Range("transport.stream_window_bytes", config.stream_window_bytes(), 64 << 10,
-              16 << 20);
-  check.Range("transport.keepalive_seconds", config.keepalive_seconds(), 1, 3600);
+  check.Range("transport.chunk_bytes", config.chunk_bytes(), kChunkBytesRange);
+  check.Range("transport.concurrent_streams_max", config.concurrent_streams_max(),
+              kConcurrentStreamsRange);
+  check.Range("transport.memory_quota_bytes", config.memory_quota_bytes(),
+              kMemoryQuotaBytesRange);
+  check.Range("transport.stream_window_bytes", config.stream_window_bytes(),
+              kStreamWindowBytesRange);
+  check.Range("transport.keepalive_seconds", config.keepalive_seconds(),
+              kKeepaliveSecondsRange);
   check.Range("transport.keepalive_timeout_seconds", config.keepalive_timeout_seconds(),
-              1, 3600);
-  check.Range("transport.write_stall_seconds_max", config.write_stall_seconds_max(), 1,
-              3600);
+              kKeepaliveSecondsRange);
+  check.Range("transport.write_stall_seconds_max", config.write_stall_seconds_max(),
+              kWriteStallSecondsRange);
 }
 
 void CheckDefaultAttention(const v1::AttentionOptions& wire, Checker& check) {
-  const auto options = DecodeAttentionOptions(wire, {}, false);
-  if (!options.ok()) {
-    check.Add(absl::StrCat("default_attention: ", options.status().message()));
+  const auto profile = DecodeAttentionProfile(wire);
+  if (!profile.ok()) {
+    check.Add(absl::StrCat("default_attention: ", profile.status().message()));
     return;
   }
-  if (options->use_given_order || options->use_given_lists) {
+  if (profile->options.use_given_order || profile->options.use_given_lists) {
     check.Add(
         "default_attention: use_given_order and use_given_lists need tensors "
         "that only a request has; a profile has them false");
   }
   // The smallest problem there is: what remains to refuse is the options'.
   const AttentionProblem problem = {
-      {1, 1, kHeadDims[0], {{1, 1}}}, DType::kF32, *options};
+      {1, 1, kHeadDims[0], {{1, 1}}}, DType::kF32, profile->options};
   if (const pbs::Status status = ValidateProblem(problem); !status.ok()) {
     check.Add(absl::StrCat("default_attention: ", status.message()));
   }

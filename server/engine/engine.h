@@ -31,10 +31,10 @@
 
 namespace pbs::server {
 
-// Wall seconds by stage (docs/PROTOCOL.md, "StageSeconds").
+// Wall seconds by stage, as StageSeconds (types.proto) has them; what comes after the
+// work is not the engine's to know.
 struct StageTimes {
-  double queue = 0, embed = 0, qkv = 0, permute = 0, select = 0, attend = 0, mlp = 0,
-         copy = 0, send = 0;
+  double queue = 0, embed = 0, qkv = 0, permute = 0, select = 0, attend = 0, mlp = 0;
 };
 
 // ---- raw attention
@@ -117,6 +117,7 @@ class PrefillListener {
 struct PrefillReservation {
   std::shared_ptr<HeldKv> kv;
   ByteReservation workspace;
+  ByteReservation reply;
 };
 
 class Engine {
@@ -128,10 +129,11 @@ class Engine {
   virtual absl::StatusOr<ByteReservation> ReserveAttend(const AttentionProblem& problem,
                                                         bool want_lse, bool want_order,
                                                         bool want_lists) = 0;
-  // Charges and allocates the KV cache, charges the workspace. Errors as above.
+  // Charges and allocates the KV cache, charges the workspace and the `reply_bytes`
+  // that the caller will hold beside them. Errors as above.
   virtual absl::StatusOr<PrefillReservation> ReservePrefill(
       const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
-      int32_t num_logit_rows) = 0;
+      int32_t num_logit_rows, int64_t reply_bytes) = 0;
 
   // ResourceExhausted when the queue is full, DeadlineExceeded when the deadline has
   // passed or the backlog ahead cannot meet it, Unavailable while draining. On error

@@ -50,6 +50,7 @@ absl::StatusOr<Admission> EngineImpl::SubmitAttend(AttendJob job,
   size.prediction =
       costs_.Predict(AttendCostKey(job.problem),
                      AttendWork(plan->geometry, NumRuns(job)), parts_.clock.Now());
+  size.num_steps = NumRuns(job);
   const AttendTask::Parts task_parts = {parts_.backend, costs_, parts_.metrics.engine,
                                         parts_.clock};
   return executor_.Submit(terms, size,
@@ -73,7 +74,7 @@ std::shared_ptr<HeldKv> EngineImpl::Hold(KvCache cache, ByteReservation bytes) {
 
 absl::StatusOr<PrefillReservation> EngineImpl::ReservePrefill(
     const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
-    int32_t num_logit_rows) {
+    int32_t num_logit_rows, int64_t reply_bytes) {
   PBS_CHECK(&model.model->backend() == &parts_.backend);
   // Which rows does not matter to the plan's size.
   const std::vector<int32_t> rows(static_cast<size_t>(num_logit_rows), 0);
@@ -83,10 +84,13 @@ absl::StatusOr<PrefillReservation> EngineImpl::ReservePrefill(
                                                               .logit_rows = rows})));
   const KvShape shape = model.model->kv_shape(num_tokens);
   const int64_t workspace = plan.workspace_bytes + LogitScratchBytes(*model.model);
-  // One charge for both, so that two requests cannot each hold half of what they need.
-  PBS_ABSL_ASSIGN_OR_RETURN(ByteReservation all, Charge(shape.bytes() + workspace));
+  // One charge for all, so that two requests cannot each hold half of what they need,
+  // and one that could never fit is told so.
+  PBS_ABSL_ASSIGN_OR_RETURN(ByteReservation all,
+                            Charge(shape.bytes() + workspace + reply_bytes));
   PrefillReservation reservation;
   reservation.workspace = all.Split(workspace);
+  reservation.reply = all.Split(reply_bytes);
   PBS_ABSL_ASSIGN_OR_RETURN(KvCache cache,
                             ToAbsl(KvCache::Create(shape, parts_.backend)));
   reservation.kv = Hold(std::move(cache), std::move(all));
@@ -109,6 +113,7 @@ absl::StatusOr<Admission> EngineImpl::SubmitPrefill(PrefillJob job,
   size.prompt_tokens = num_tokens;
   size.prediction = costs_.Predict(PrefillCostKey(model, job.attention),
                                    PrefillWork(num_tokens), parts_.clock.Now());
+  size.num_steps = model.config().num_layers;
   const PrefillTask::Parts task_parts = {costs_, parts_.metrics.engine, parts_.clock};
   const std::shared_ptr<HeldKv> kv = job.kv;
   absl::StatusOr<Admission> admission =

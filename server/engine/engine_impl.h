@@ -47,7 +47,8 @@ class EngineImpl final : public Engine {
   absl::StatusOr<PrefillReservation> ReservePrefill(const ServedModel& model,
                                                     int32_t num_tokens,
                                                     const AttentionOptions& attention,
-                                                    int32_t num_logit_rows) override;
+                                                    int32_t num_logit_rows,
+                                                    int64_t reply_bytes) override;
   absl::StatusOr<Admission> SubmitAttend(AttendJob job,
                                          AttendListener& listener) override;
   absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,

@@ -1,5 +1,6 @@
 #include "server/engine/executor.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -33,6 +34,11 @@ double Executor::Record::SecondsLeft() const {
   return size.prediction.has_value() ? size.prediction->seconds * (1 - progress) : 0;
 }
 
+double Executor::Record::StepSecondsLeft() const {
+  if (!size.prediction.has_value()) return 0;
+  return std::min(SecondsLeft(), size.prediction->seconds / size.num_steps);
+}
+
 Executor::Executor(int32_t queue_requests_max, const Clock& clock, TimerQueue& timers,
                    EngineMetrics& metrics)
     : queue_requests_max_(queue_requests_max),
@@ -52,10 +58,13 @@ Admission Executor::Place(const JobTerms& terms, const JobSize& size) const {
   Admission place;
   double seconds_ahead = 0;
   for (const auto& [id, record] : records_) {
-    const bool is_ahead = record->terms.priority >= terms.priority || record->started;
-    if (!is_ahead) continue;
-    ++place.queue_position;
-    seconds_ahead += record->SecondsLeft();
+    const bool runs_before = record->terms.priority >= terms.priority;
+    if (runs_before || record->started) ++place.queue_position;
+    if (runs_before) {
+      seconds_ahead += record->SecondsLeft();
+    } else if (id == stepping_) {
+      seconds_ahead += record->StepSecondsLeft();  // then it is overtaken
+    }
   }
   if (size.prediction.has_value()) {
     place.predicted_seconds = seconds_ahead + size.prediction->seconds;
@@ -158,6 +167,7 @@ bool Executor::RunOneStep() {
       next = records_.find(next_id)->second.get();
       is_first = !next->started;
       next->started = true;
+      stepping_ = next_id;
     }
     UpdateGauges();
   }
@@ -191,6 +201,7 @@ void Executor::Step(JobId id, Record& record, bool is_first) {
   std::unique_ptr<Record> ended;
   {
     MutexLock lock(mutex_);
+    stepping_ = 0;
     if (result.ok()) record.progress = result->progress;
     if (result.ok() && !result->done && record.stop_reason == StopReason::kNone) {
       UpdateGauges();
@@ -220,20 +231,21 @@ void Executor::MarkStopped(Record& record, StopReason reason) {
   record.stop.store(true, std::memory_order_relaxed);
 }
 
-void Executor::Stop(JobId id, StopReason reason) {
+bool Executor::Stop(JobId id, StopReason reason) {
   std::unique_ptr<Record> ended;
   {
     MutexLock lock(mutex_);
     const auto entry = records_.find(id);
-    if (entry == records_.end()) return;
+    if (entry == records_.end()) return false;
     Record& record = *entry->second;
-    if (record.stop_reason != StopReason::kNone) return;
+    if (record.stop_reason != StopReason::kNone) return false;
     MarkStopped(record, reason);
-    if (record.started) return;  // the executor's thread ends it
+    if (record.started) return true;  // the executor's thread ends it
     ended = Take(id);
     UpdateGauges();
   }
   Finish(std::move(ended), absl::OkStatus());
+  return true;
 }
 
 void Executor::Cancel(JobId id) { Stop(id, StopReason::kCancelled); }
@@ -284,7 +296,7 @@ void Executor::Drain(absl::AnyInvocable<void()> on_idle) {
   on_idle();
 }
 
-void Executor::Shutdown() {
+int32_t Executor::Shutdown() {
   std::vector<JobId> ids;
   {
     MutexLock lock(mutex_);
@@ -293,7 +305,9 @@ void Executor::Shutdown() {
     for (const auto& [id, record] : records_) ids.push_back(id);
     work_arrived_.NotifyAll();
   }
-  for (JobId id : ids) Stop(id, StopReason::kShutdown);
+  int32_t num_cut = 0;
+  for (JobId id : ids) num_cut += Stop(id, StopReason::kShutdown) ? 1 : 0;
+  return num_cut;
 }
 
 // ---- the thread

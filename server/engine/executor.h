@@ -41,6 +41,7 @@ namespace pbs::server {
 struct JobSize {
   int64_t prompt_tokens = 0;             // 0 for raw attention
   std::optional<Prediction> prediction;  // none while nothing like it was measured
+  int32_t num_steps = 1;                 // of about the same length
 };
 
 class Executor {
@@ -67,8 +68,9 @@ class Executor {
   // As Engine::Drain().
   void Drain(absl::AnyInvocable<void()> on_idle);
 
-  // As Drain(), and everything there is ends with UNAVAILABLE.
-  void Shutdown();
+  // As Drain(), and everything there is ends with UNAVAILABLE. Returns how many jobs
+  // this cuts.
+  int32_t Shutdown();
 
   // Ends what must end and runs one step of what Pick() says; false when there was
   // nothing to do.
@@ -92,6 +94,8 @@ class Executor {
     TimerId timer = 0;
 
     double SecondsLeft() const;
+    // What is left of a step that is under way, at most.
+    double StepSecondsLeft() const;
   };
   using Records = std::map<JobId, std::unique_ptr<Record>>;  // in order of arrival
 
@@ -108,7 +112,8 @@ class Executor {
   void MarkStopped(Record& record, StopReason reason)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
-  void Stop(JobId id, StopReason reason);
+  // True when the job ends because of this call.
+  bool Stop(JobId id, StopReason reason);
   // Runs one step of `record`, and finishes it when that was its last.
   void Step(JobId id, Record& record, bool is_first);
   void Finish(std::unique_ptr<Record> record, const absl::Status& status);
@@ -124,6 +129,7 @@ class Executor {
   CondVar work_arrived_;
   JobId last_id_ ABSL_GUARDED_BY(mutex_) = 0;
   Records records_ ABSL_GUARDED_BY(mutex_);
+  JobId stepping_ ABSL_GUARDED_BY(mutex_) = 0;  // its step is under way; 0: none
   int32_t num_unfinished_ ABSL_GUARDED_BY(mutex_) = 0;  // Finish() has not returned
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;

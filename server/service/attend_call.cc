@@ -26,7 +26,8 @@ AttendCall::AttendCall(ServiceContext& service, grpc::CallbackServerContext& con
     Fail(std::move(status));
     return;
   }
-  auto slot = service.TakeUploadSlot();
+  auto slot =
+      service.TakeUploadSlot([this](absl::Status reason) { Fail(std::move(reason)); });
   if (!slot.ok()) {
     Fail(std::move(slot).status());
     return;
@@ -77,6 +78,7 @@ absl::Status AttendCall::TakeHeader(const v1::AttendHeader& header) {
     return absl::InvalidArgumentError("a second header in one call");
   }
   record_.set_request_id(header.request_id().substr(0, kRequestTextBytesMax));
+  PBS_ABSL_RETURN_IF_ERROR(slot_.Admit());
   AttendLimits limits;
   limits.tokens_max = service_.options.limits.attend_tokens_max;
   limits.default_attention = service_.options.default_attention;
@@ -95,21 +97,30 @@ absl::Status AttendCall::TakeHeader(const v1::AttendHeader& header) {
 
 absl::Status AttendCall::EndUpload() {
   guard_.Met();
-  slot_.Reset();
   if (upload_ == nullptr) {
     return absl::InvalidArgumentError("the call ended before its header");
   }
   PBS_ABSL_RETURN_IF_ERROR(upload_->Finish());
-  MutexLock lock(mutex_);
-  if (failure_.has_value()) return *failure_;
-  ++references_;
-  service_.background.Post([this] { Submit(); });
+  const bool takes_time = upload_->takes_time();
+  {
+    MutexLock lock(mutex_);
+    if (failure_.has_value()) return *failure_;
+    ++references_;  // Submit()'s
+    queued_ = takes_time;
+  }
+  if (takes_time) {
+    service_.background.Post([this] { Submit(); });
+  } else {
+    Submit();
+  }
   return absl::OkStatus();
 }
 
 void AttendCall::Submit() {
-  absl::StatusOr<AttendJob> job = upload_->MakeJob(std::move(terms_), stop_);
-  upload_.reset();
+  std::unique_ptr<AttendUpload> upload = TakeUpload();
+  absl::StatusOr<AttendJob> job = absl::CancelledError("the call ended before its job");
+  if (upload != nullptr) job = upload->MakeJob(std::move(terms_), stop_);
+  upload.reset();
   {
     MutexLock lock(mutex_);
     ++references_;  // the job's; it may end before SubmitAttend() returns
@@ -122,9 +133,20 @@ void AttendCall::Submit() {
   } else if (StoreJob(admission->id)) {
     service_.parts.engine.Cancel(admission->id);
   }
+  slot_.Reset();
   MutexLock lock(mutex_);
   --references_;
   loop_.Wake();
+}
+
+// Null when the call has failed; then nothing of the upload is left.
+std::unique_ptr<AttendUpload> AttendCall::TakeUpload() {
+  std::unique_ptr<AttendUpload> upload;  // freed after the lock is released
+  MutexLock lock(mutex_);
+  queued_ = false;
+  upload = std::move(upload_);
+  if (failure_.has_value()) return nullptr;
+  return upload;
 }
 
 // True when the call failed before the job could be cancelled by its id.
@@ -138,12 +160,14 @@ void AttendCall::OnCancel() { Fail(absl::CancelledError("the caller went away"))
 
 void AttendCall::Fail(absl::Status status) {
   JobId job = 0;
+  std::unique_ptr<AttendUpload> dropped;  // freed after the lock is released
   {
     MutexLock lock(mutex_);
     if (failure_.has_value()) return;
     failure_ = std::move(status);
     job = job_;
     stop_ = true;
+    if (queued_) dropped = std::move(upload_);
     loop_.Wake();
   }
   // Without the lock: a waiting job ends, and calls OnDone(), before this returns.
@@ -174,11 +198,12 @@ NextWrite AttendCall::Next() {
     if (reply_ == nullptr) {
       reply_ = std::make_unique<AttendReply>(*spec_, service_.options.backend,
                                              service_.options.transport.chunk_bytes,
-                                             *std::move(result_));
+                                             *std::move(result_), service_.parts.clock);
       result_.reset();
     }
   }
   if (auto message = reply_->Next()) return NextWrite::Message(*std::move(message));
+  service_.parts.metrics.engine.StageTime(Stage::kSend).Observe(reply_->send_seconds());
   return NextWrite::End(absl::OkStatus());
 }
 

@@ -1,11 +1,13 @@
 // Attention.Attend: one bidirectional call.
 //
-//   header -> checks, slot, reservation, memory -> chunks -> half-close
-//     -> (background) generator, order and list checks -> Submit -> reply
+//   slot -> header -> checks, reservation, memory -> chunks -> half-close
+//     -> Submit -> reply
+//
+// Submit runs on gRPC's thread, or on the background thread when a generator or checks
+// of an order or lists come first. The slot is held until it is done.
 //
 // gRPC owns the call; it deletes itself in OnDone(), which runs only after Finish().
-// Finish() waits for what still refers to the call: the background task and the
-// engine's job.
+// Finish() waits for what still refers to the call: Submit and the engine's job.
 #pragma once
 
 #include <atomic>
@@ -42,8 +44,8 @@ class AttendCall final
   absl::Status Read();
   absl::Status TakeHeader(const v1::AttendHeader& header);
   absl::Status EndUpload();
-  // On the background thread.
   void Submit();
+  std::unique_ptr<AttendUpload> TakeUpload();
   bool StoreJob(JobId id);
 
   // Ends the call with `status` as soon as nothing refers to it; the first one counts.
@@ -62,20 +64,25 @@ class AttendCall final
   CallRecord record_;
   WriteLoop loop_;
   grpc::ByteBuffer read_;
-  UploadSlot slot_;
+  // The reading thread's; from the half-close on TakeUpload()'s and, while queued_,
+  // Fail()'s, under the mutex.
   std::unique_ptr<AttendUpload> upload_;
   JobTerms terms_;
-  std::atomic<bool> stop_{false};  // for the background task
+  std::atomic<bool> stop_{false};  // for MakeJob()
 
   Mutex mutex_;
-  int references_ ABSL_GUARDED_BY(mutex_) = 0;  // background task, engine's job
+  int references_ ABSL_GUARDED_BY(mutex_) = 0;   // Submit(), engine's job
+  bool queued_ ABSL_GUARDED_BY(mutex_) = false;  // for the background thread
   JobId job_ ABSL_GUARDED_BY(mutex_) = 0;
   std::optional<absl::Status> failure_ ABSL_GUARDED_BY(mutex_);
   std::optional<AttendResult> result_ ABSL_GUARDED_BY(mutex_);
 
   std::optional<AttendSpec> spec_;      // from the header on
   std::unique_ptr<AttendReply> reply_;  // Next() only
-  CallGuard guard_;                     // last: its timers look at everything above
+  // Last: a drain and timers, which look at everything above, end the call through
+  // these.
+  Uploads::Slot slot_;
+  CallGuard guard_;
 };
 
 }  // namespace pbs::server

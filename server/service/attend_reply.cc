@@ -1,7 +1,6 @@
 #include "server/service/attend_reply.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "proto/wire/messages.h"
@@ -24,25 +23,11 @@ int64_t ElementBytes(v1::DType dtype) {
   }
 }
 
-// [heads, tokens of all sequences] -> [batch, heads, tokens].
-std::vector<int32_t> BySequence(const AttentionGeometry& g,
-                                const std::vector<int32_t>& packed) {
-  std::vector<int32_t> order(packed.size());
-  auto out = order.begin();
-  for (const SequenceGeometry& s : g.sequences) {
-    for (int32_t head = 0; head < g.num_order_heads; ++head) {
-      const auto row = packed.begin() + head * g.total_k + s.k_begin;
-      out = std::copy(row, row + s.k_len, out);
-    }
-  }
-  return order;
-}
-
 }  // namespace
 
 AttendReply::AttendReply(const AttendSpec& spec, const BackendFacts& backend,
-                         int32_t chunk_bytes, AttendResult result)
-    : chunk_bytes_(chunk_bytes), held_(std::make_shared<Held>()) {
+                         int32_t chunk_bytes, AttendResult result, const Clock& clock)
+    : clock_(clock), chunk_bytes_(chunk_bytes), held_(std::make_shared<Held>()) {
   held_->result = std::move(result);
   const AttentionGeometry g = MakeGeometry(spec.problem);
   const auto batch = static_cast<int64_t>(g.sequences.size());
@@ -50,19 +35,19 @@ AttendReply::AttendReply(const AttendSpec& spec, const BackendFacts& backend,
   std::vector<int64_t> rows =
       spec.packed ? std::vector<int64_t>{heads, g.total_q}
                   : std::vector<int64_t>{batch, heads, g.sequences[0].q_len};
-  if (spec.want_lse) AddPart(v1::LSE, v1::F32, rows, held_->result.lse.data());
+  if (spec.want_lse) AddTensor(v1::LSE, v1::F32, rows, held_->result.lse.data());
   if (spec.want_order) AddOrder(spec, g);
   if (spec.want_lists) AddLists(g);
   if (spec.want_o) {
     rows.push_back(dim);
-    AddPart(v1::O, EncodeDType(spec.problem.dtype), rows, held_->result.o.data());
+    AddTensor(v1::O, EncodeDType(spec.problem.dtype), rows, held_->result.o.data());
   }
   header_.mutable_header();
   FillStats(backend);
 }
 
-void AttendReply::AddPart(v1::TensorName tensor, v1::DType dtype,
-                          std::vector<int64_t> shape, const void* data) {
+void AttendReply::AddTensor(v1::TensorName tensor, v1::DType dtype,
+                            const std::vector<int64_t>& shape, const void* data) {
   v1::TensorSpec& spec = *header_.mutable_header()->add_tensors();
   spec.set_tensor(tensor);
   spec.set_dtype(dtype);
@@ -74,27 +59,32 @@ void AttendReply::AddPart(v1::TensorName tensor, v1::DType dtype,
   parts_.push_back({tensor, static_cast<const std::byte*>(data), bytes});
 }
 
+// [batch, heads, keys] on the wire, [heads, keys of all sequences] in the report.
 void AttendReply::AddOrder(const AttendSpec& spec, const AttentionGeometry& g) {
-  std::vector<int32_t>& order = held_->result.report.order;
+  const std::vector<int32_t>& order = held_->result.report.order;
   const int64_t heads = g.num_order_heads;
   if (spec.packed) {
-    AddPart(v1::ORDER, v1::I32, {heads, g.total_k}, order.data());
+    AddTensor(v1::ORDER, v1::I32, {heads, g.total_k}, order.data());
     return;
   }
   const auto batch = static_cast<int64_t>(g.sequences.size());
-  if (batch > 1) order = BySequence(g, order);
-  AddPart(v1::ORDER, v1::I32, {batch, heads, g.sequences[0].k_len}, order.data());
+  AddTensor(v1::ORDER, v1::I32, {batch, heads, g.sequences[0].k_len}, order.data());
+  parts_.back().outer = batch;
+  parts_.back().inner = heads;
 }
 
+// The report has where each row begins; the wire wants the end of the last one too.
 void AttendReply::AddLists(const AttentionGeometry& g) {
   const BlockLists& lists = held_->result.report.lists;
   const int64_t num_rows = g.total_query_blocks * g.num_heads;
-  std::vector<int64_t>& offsets = held_->list_offsets;
-  offsets = lists.begin;
-  offsets.push_back(static_cast<int64_t>(lists.indices.size()));
-  AddPart(v1::LIST_OFFSETS, v1::I64, {num_rows + 1}, offsets.data());
-  AddPart(v1::LIST_INDICES, v1::U16, {static_cast<int64_t>(lists.indices.size())},
-          lists.indices.data());
+  held_->list_end = static_cast<int64_t>(lists.indices.size());
+  AddTensor(v1::LIST_OFFSETS, v1::I64, {num_rows + 1}, lists.begin.data());
+  Part& begins = parts_.back();
+  begins.bytes -= sizeof(int64_t);
+  parts_.push_back({v1::LIST_OFFSETS,
+                    reinterpret_cast<const std::byte*>(&held_->list_end),
+                    sizeof(int64_t), begins.bytes});
+  AddTensor(v1::LIST_INDICES, v1::U16, {held_->list_end}, lists.indices.data());
 }
 
 void AttendReply::FillStats(const BackendFacts& backend) {
@@ -124,26 +114,47 @@ void AttendReply::FillStats(const BackendFacts& backend) {
 }
 
 std::optional<grpc::ByteBuffer> AttendReply::Next() {
-  if (!std::exchange(header_sent_, true)) return wire::EncodeMessage(header_);
+  if (!std::exchange(header_sent_, true)) {
+    send_start_ = clock_.Now();
+    return wire::EncodeMessage(header_);
+  }
   while (part_idx_ < parts_.size() && part_offset_ == parts_[part_idx_].bytes) {
     ++part_idx_;
     part_offset_ = 0;
   }
   if (part_idx_ < parts_.size()) return NextChunk();
-  if (!std::exchange(stats_sent_, true)) return wire::EncodeMessage(stats_);
+  if (!std::exchange(stats_sent_, true)) return EncodeStats();
   return std::nullopt;
+}
+
+std::span<const std::byte> AttendReply::Part::At(int64_t offset) const {
+  const int64_t row_bytes = bytes / (outer * inner);
+  const int64_t row = offset / row_bytes;
+  const int64_t held_row = row % inner * outer + row / inner;
+  const int64_t skipped = offset % row_bytes;
+  return {data + held_row * row_bytes + skipped,
+          static_cast<size_t>(row_bytes - skipped)};
 }
 
 grpc::ByteBuffer AttendReply::NextChunk() {
   const Part& part = parts_[part_idx_];
-  const int64_t bytes = std::min<int64_t>(chunk_bytes_, part.bytes - part_offset_);
+  const int64_t end = std::min(part.bytes, part_offset_ + chunk_bytes_);
   wire::TensorChunk chunk;
   chunk.tensor = part.tensor;
-  chunk.offset = static_cast<uint64_t>(part_offset_);
-  chunk.data = wire::Payload(
-      wire::SliceOf(part.data + part_offset_, static_cast<size_t>(bytes), held_));
-  part_offset_ += bytes;
+  chunk.offset = static_cast<uint64_t>(part.tensor_offset + part_offset_);
+  for (int32_t i = 0; i < kSlicesMax && part_offset_ < end; ++i) {
+    const std::span<const std::byte> row = part.At(part_offset_);
+    const auto bytes = std::min(row.size(), static_cast<size_t>(end - part_offset_));
+    chunk.data.Append(wire::SliceOf(row.data(), bytes, held_));
+    part_offset_ += static_cast<int64_t>(bytes);
+  }
   return wire::EncodeResponseChunk(chunk);
+}
+
+grpc::ByteBuffer AttendReply::EncodeStats() {
+  send_seconds_ = absl::ToDoubleSeconds(clock_.Now() - send_start_);
+  stats_.mutable_stats()->mutable_stages()->set_send(send_seconds_);
+  return wire::EncodeMessage(stats_);
 }
 
 }  // namespace pbs::server

@@ -2,18 +2,20 @@
 // time.
 //
 // Threading: one thread at a time. Memory: chunks point into the result, which lives
-// until gRPC has sent the last of them; only an order of several sequences is laid out
-// anew.
+// until gRPC has sent the last of them.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include <grpcpp/support/byte_buffer.h>
 
+#include "absl/time/time.h"
 #include "pbs/v1/attention.pb.h"
+#include "server/base/clock.h"
 #include "server/engine/engine.h"
 #include "server/service/attend_request.h"
 #include "server/service/options.h"
@@ -22,31 +24,49 @@ namespace pbs::server {
 
 class AttendReply {
  public:
+  // Slices of one chunk: each costs some 100 bytes that nobody has charged.
+  static constexpr int32_t kSlicesMax = 256;
+
+  // `clock` must outlive the reply.
   AttendReply(const AttendSpec& spec, const BackendFacts& backend, int32_t chunk_bytes,
-              AttendResult result);
+              AttendResult result, const Clock& clock);
 
   // The next message; nullopt after the stats.
   std::optional<grpc::ByteBuffer> Next();
+
+  // From the header's Next() to that of the stats, which say it too.
+  double send_seconds() const { return send_seconds_; }
 
  private:
   // What the chunks point into. Shared with the slices that gRPC still holds.
   struct Held {
     AttendResult result;
-    std::vector<int64_t> list_offsets;
+    int64_t list_end = 0;  // the last of LIST_OFFSETS
   };
+  // A stretch of a tensor that is a matrix of rows on the wire, [outer, inner], and
+  // lies in the result as [inner, outer].
   struct Part {
     v1::TensorName tensor;
     const std::byte* data;
     int64_t bytes;
+    int64_t tensor_offset = 0;
+    int64_t outer = 1;
+    int64_t inner = 1;
+
+    // What lies at byte `offset` of the part, to the end of its row.
+    std::span<const std::byte> At(int64_t offset) const;
   };
 
-  void AddPart(v1::TensorName tensor, v1::DType dtype, std::vector<int64_t> shape,
-               const void* data);
+  // Announces a tensor and makes it one part.
+  void AddTensor(v1::TensorName tensor, v1::DType dtype,
+                 const std::vector<int64_t>& shape, const void* data);
   void AddOrder(const AttendSpec& spec, const AttentionGeometry& geometry);
   void AddLists(const AttentionGeometry& geometry);
   void FillStats(const BackendFacts& backend);
   grpc::ByteBuffer NextChunk();
+  grpc::ByteBuffer EncodeStats();
 
+  const Clock& clock_;
   const int32_t chunk_bytes_;
   std::shared_ptr<Held> held_;
   v1::AttendResponse header_;
@@ -56,6 +76,8 @@ class AttendReply {
   bool stats_sent_ = false;
   size_t part_idx_ = 0;
   int64_t part_offset_ = 0;  // bytes of the part that were sent
+  absl::Time send_start_;
+  double send_seconds_ = 0;
 };
 
 }  // namespace pbs::server

@@ -54,8 +54,17 @@ absl::Status CheckElement(const v1::TensorSpec& spec, v1::DType expected) {
       " is not ", v1::DType_Name(expected)));
 }
 
+absl::Status CheckRank(const v1::TensorSpec& spec, size_t rank,
+                       absl::string_view where = "") {
+  if (static_cast<size_t>(spec.shape_size()) == rank) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("rank of tensor ", TensorLabel(spec.tensor()), " ",
+                   spec.shape_size(), " is not ", rank, where));
+}
+
 absl::Status CheckShape(const v1::TensorSpec& spec,
                         const std::vector<int64_t>& expected) {
+  PBS_ABSL_RETURN_IF_ERROR(CheckRank(spec, expected.size()));
   if (std::equal(expected.begin(), expected.end(), spec.shape().begin(),
                  spec.shape().end())) {
     return absl::OkStatus();
@@ -81,11 +90,7 @@ constexpr Axis kWidthAxis = {"head_dim", 1, kHeadDims.back()};
 // Every later product of these axes stays below 2^50.
 absl::Status CheckAxes(const v1::TensorSpec& spec, std::initializer_list<Axis> axes,
                        absl::string_view where = "") {
-  if (static_cast<size_t>(spec.shape_size()) != axes.size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("rank of tensor ", TensorLabel(spec.tensor()), " ",
-                     spec.shape_size(), " is not ", axes.size(), where));
-  }
+  PBS_ABSL_RETURN_IF_ERROR(CheckRank(spec, axes.size(), where));
   int i = 0;
   for (const Axis& axis : axes) {
     PBS_ABSL_RETURN_IF_ERROR(

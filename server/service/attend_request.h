@@ -13,12 +13,13 @@
 #include "absl/status/statusor.h"
 #include "pbs/attention.h"
 #include "pbs/v1/attention.pb.h"
+#include "server/base/attention_options.h"
 
 namespace pbs::server {
 
 struct AttendLimits {
   int32_t tokens_max = 0;  // keys of one sequence
-  AttentionOptions default_attention;
+  AttentionProfile default_attention;
 };
 
 // A tensor that the upload must bring.

@@ -1,7 +1,8 @@
 // One Attend's way in: from header to a job that the engine takes.
 //
-// Threading: one thread at a time. MakeJob() may take seconds (generator, checks of
-// orders and lists) and belongs on the background thread.
+// Threading: one thread at a time. MakeJob() may take seconds where takes_time() says
+// so (generator, checks of orders and lists), and then belongs on the background
+// thread.
 // Memory: everything is charged before it is allocated, and allocated before the first
 // chunk; dropping the upload frees it.
 #pragma once
@@ -28,8 +29,6 @@ class AttendUpload {
   static absl::StatusOr<std::unique_ptr<AttendUpload>> Create(
       AttendSpec spec, ByteReservation reservation, BlockCache& blocks);
 
-  const AttendSpec& spec() const { return spec_; }
-
   // Copies a chunk to its place and looks at the new elements. Errors as
   // ChunkAssembler::Add(); InvalidArgument names the tensor and index of a NaN or
   // infinity.
@@ -37,6 +36,12 @@ class AttendUpload {
 
   // After the last chunk. InvalidArgument when a tensor is not whole.
   absl::Status Finish() const { return assembler_.Finish(); }
+
+  bool takes_time() const {
+    const AttentionOptions& options = spec_.problem.options;
+    return spec_.generator.has_value() || options.use_given_order ||
+           options.use_given_lists;
+  }
 
   // Runs the generator, checks order and lists, and moves everything into a job.
   // InvalidArgument as ValidateOrder() and ValidateLists(); Cancelled when `stop` turns

@@ -1,7 +1,5 @@
 #include "server/service/call_record.h"
 
-#include <string_view>
-
 #include "server/base/grpc_status.h"
 
 namespace pbs::server {
@@ -28,14 +26,15 @@ grpc::Status CallRecord::End(const absl::Status& status) const {
   parts_.metrics.rpc.Requests(rpc_, status.code()).Increment();
   const double seconds = absl::ToDoubleSeconds(parts_.clock.Now() - start_);
   const std::string code = absl::StatusCodeToString(status.code());
-  const absl::string_view message = status.message();
+  // What the client gets is cut, and the log with it: messages may quote his request.
+  grpc::Status sent = ToGrpc(status);
   parts_.log.Write(LevelOf(status.code()), "call",
                    {{"rpc", kRpcNames[static_cast<size_t>(rpc_)]},
                     {"code", code},
                     {"seconds", seconds},
                     {"request_id", request_id_},
-                    {"message", std::string_view(message.data(), message.size())}});
-  return ToGrpc(status);
+                    {"message", sent.error_message()}});
+  return sent;
 }
 
 }  // namespace pbs::server

@@ -22,7 +22,8 @@ class CallRecord {
   // For the log; empty until known.
   void set_request_id(std::string id) { request_id_ = std::move(id); }
 
-  // What the client gets. Writes one line and counts pbs_requests_total{rpc,code}.
+  // What the client gets. Writes one line, its message cut as the client's, and counts
+  // pbs_requests_total{rpc,code}.
   grpc::Status End(const absl::Status& status) const;
 
  private:

@@ -13,12 +13,6 @@ namespace {
 // One chunk that gRPC sends and one that is being made.
 constexpr int64_t kBuffersPerCall = 2;
 
-TransferFailure FailureOf(const absl::Status& status) {
-  if (absl::IsNotFound(status)) return TransferFailure::kLeaseGone;
-  if (absl::IsUnavailable(status)) return TransferFailure::kPrefillFailed;
-  return TransferFailure::kCancelled;
-}
-
 }  // namespace
 
 FetchCall::FetchCall(ServiceContext& service, grpc::CallbackServerContext& context,
@@ -48,8 +42,8 @@ absl::Status FetchCall::Open(const grpc::ByteBuffer& buffer) {
   v1::FetchRequest request;
   PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeMessage(buffer, &request)));
   PBS_ABSL_ASSIGN_OR_RETURN(lease_, service_.parts.leases.Find(request.ticket()));
-  PBS_ABSL_ASSIGN_OR_RETURN(const KvRange range,
-                            DecodeKvRange(request, lease_.kv->cache().shape()));
+  const KvShape& shape = lease_.kv->cache().shape();
+  PBS_ABSL_ASSIGN_OR_RETURN(const KvRange range, DecodeKvRange(request, shape));
   PBS_ABSL_ASSIGN_OR_RETURN(
       const KvFormat format,
       DecodeKvFormat(request, service_.options.transport.chunk_bytes));
@@ -57,7 +51,8 @@ absl::Status FetchCall::Open(const grpc::ByteBuffer& buffer) {
       exporter_,
       KvExporter::Create(lease_.kv, service_.parts.leases.epoch(), range, format));
   PBS_ABSL_ASSIGN_OR_RETURN(
-      buffers_, service_.Reserve(kBuffersPerCall * exporter_->buffer_bytes()));
+      buffers_, service_.Reserve(kBuffersPerCall *
+                                 KvExporter::BufferBytes(shape, range, format)));
   return absl::OkStatus();
 }
 
@@ -123,9 +118,9 @@ void FetchCall::End(const absl::Status& status) {
   guard_.Disarm();
   if (status.ok()) {
     transfer_.Complete();
-    if (exporter_->is_whole()) service_.parts.leases.MarkExported(lease_.ticket);
-  } else if (exporter_ != nullptr) {
-    transfer_.Fail(FailureOf(status));
+    service_.parts.leases.MarkExported(lease_.ticket, exporter_->held_bytes());
+  } else {
+    transfer_.Fail(status);
   }
   exporter_.reset();
   lease_ = {};

@@ -4,12 +4,31 @@
 #include <optional>
 #include <utility>
 
+#include "absl/status/statusor.h"
 #include "proto/wire/messages.h"
+#include "server/base/status.h"
+#include "server/service/request_limits.h"
+#include "server/service/wire_status.h"
 #include "server/service/write_loop.h"
 
 namespace pbs::server {
 
 namespace health = grpc::health::v1;
+
+namespace {
+
+absl::StatusOr<std::string> DecodeService(const grpc::ByteBuffer& buffer) {
+  health::HealthCheckRequest request;
+  PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeMessage(buffer, &request)));
+  PBS_ABSL_RETURN_IF_ERROR(CheckText("service", request.service().size()));
+  return std::move(*request.mutable_service());
+}
+
+grpc::Status ToStatus(const absl::Status& status) {
+  return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message())};
+}
+
+}  // namespace
 
 // One watcher: sends a status whenever it differs from the last one sent.
 class HealthWatch final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
@@ -17,10 +36,12 @@ class HealthWatch final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
  public:
   HealthWatch(HealthService& service, TaskPool& movers, const grpc::ByteBuffer& request)
       : service_(service), loop_(*this, movers) {
-    if (!wire::DecodeMessage(request, &request_).ok()) {
-      end_ = absl::StatusCode::kInvalidArgument;
-    } else if (!service.Add(this)) {
-      end_ = absl::StatusCode::kUnavailable;
+    absl::StatusOr<std::string> name = DecodeService(request);
+    if (!name.ok()) {
+      refused_ = std::move(name).status();
+    } else {
+      name_ = *std::move(name);
+      if (!service.Add(this)) end_ = absl::StatusCode::kUnavailable;
     }
     loop_.Wake();
   }
@@ -37,11 +58,12 @@ class HealthWatch final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
  private:
   NextWrite Next() override {
+    if (!refused_.ok()) return NextWrite::End(refused_);
     const absl::StatusCode end = end_;
     if (end != absl::StatusCode::kOk) {
       return NextWrite::End(absl::Status(end, "the watch is over"));
     }
-    const auto status = service_.Get(request_.service());
+    const auto status = service_.Get(name_);
     if (status == sent_) return NextWrite::Wait();
     sent_ = status;
     health::HealthCheckResponse response;
@@ -52,13 +74,13 @@ class HealthWatch final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   void Send(const grpc::ByteBuffer* message) override { StartWrite(message); }
   void End(const absl::Status& status) override {
     service_.Remove(this);
-    const std::string message(status.message());
-    Finish(grpc::Status(static_cast<grpc::StatusCode>(status.code()), message));
+    Finish(ToStatus(status));
   }
 
   HealthService& service_;
   WriteLoop loop_;
-  health::HealthCheckRequest request_;
+  std::string name_;
+  absl::Status refused_;
   std::atomic<absl::StatusCode> end_{absl::StatusCode::kOk};
   std::optional<HealthService::Status::ServingStatus> sent_;
 };
@@ -87,13 +109,13 @@ grpc::ServerUnaryReactor* HealthService::Check(grpc::CallbackServerContext* cont
                                                const grpc::ByteBuffer* request,
                                                grpc::ByteBuffer* response) {
   grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-  health::HealthCheckRequest decoded;
-  if (grpc::Status status = wire::DecodeMessage(*request, &decoded); !status.ok()) {
-    reactor->Finish(status);
+  const absl::StatusOr<std::string> name = DecodeService(*request);
+  if (!name.ok()) {
+    reactor->Finish(ToStatus(name.status()));
     return reactor;
   }
   health::HealthCheckResponse answer;
-  answer.set_status(Get(decoded.service()));
+  answer.set_status(Get(*name));
   if (answer.status() == Status::SERVICE_UNKNOWN) {
     reactor->Finish({grpc::StatusCode::NOT_FOUND, "no such service"});
     return reactor;

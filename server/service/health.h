@@ -3,7 +3,8 @@
 // Our own rather than gRPC's default, which says SERVING from the moment it listens
 // until it is told otherwise, and whose watchers hold up a shutdown.
 //
-// Threading: safe from any thread. Memory: one entry per watcher; HTTP/2 streams are
+// Threading: safe from any thread. Memory: one entry per watcher, with a name of at
+// most kRequestTextBytesMax; a longer one is INVALID_ARGUMENT. HTTP/2 streams are
 // bounded.
 #pragma once
 

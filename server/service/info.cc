@@ -61,7 +61,7 @@ v1::ServerInfo DescribeServer(const ServiceOptions& options, uint64_t epoch,
   limits.set_lease_ttl_seconds_max(options.limits.lease_ttl_seconds_max);
   limits.set_logit_positions_max(kLogitPositionsMax);
   limits.set_top_logits_max(kTopLogitsMax);
-  *info.mutable_default_attention() = EncodeAttentionOptions(options.default_attention);
+  *info.mutable_default_attention() = EncodeAttentionProfile(options.default_attention);
   return info;
 }
 

@@ -6,10 +6,27 @@
 #include <string>
 #include <vector>
 
-#include "pbs/attention.h"
+#include "pbs/limits.h"
+#include "server/base/attention_options.h"
 #include "server/transfer/kv_format.h"
 
 namespace pbs::server {
+
+// What a setting may be: the configuration and GrpcServer::Create() refuse the rest.
+struct SettingRange {
+  int64_t low;
+  int64_t high;
+};
+inline constexpr int32_t kDaySeconds = 86'400;
+inline constexpr SettingRange kTokensRange = {1, kSeqLenMax};
+inline constexpr SettingRange kUploadSecondsRange = {1, kDaySeconds};
+inline constexpr SettingRange kUploadRequestsRange = {1, 65'536};
+inline constexpr SettingRange kChunkBytesRange = {kChunkBytesMin, kChunkBytesMax};
+inline constexpr SettingRange kConcurrentStreamsRange = {1, 1024};
+inline constexpr SettingRange kMemoryQuotaBytesRange = {16 << 20, int64_t{1} << 40};
+inline constexpr SettingRange kStreamWindowBytesRange = {64 << 10, 16 << 20};
+inline constexpr SettingRange kKeepaliveSecondsRange = {1, 3600};
+inline constexpr SettingRange kWriteStallSecondsRange = {1, kDaySeconds};
 
 struct TransportOptions {
   int32_t chunk_bytes = 1 << 20;             // of a reply that asks for no other size
@@ -46,8 +63,7 @@ struct ServiceOptions {
   bool reflection = false;
   TransportOptions transport;
   ServiceLimits limits;
-  // Profile of requests that name no method.
-  AttentionOptions default_attention;
+  AttentionProfile default_attention;
   std::string version;  // of the build
   std::string commit;
   BackendFacts backend;

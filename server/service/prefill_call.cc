@@ -19,6 +19,9 @@ PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model) 
   const ModelConfig& config = model.model->config();
   PrefillLimits limits;
   limits.tokens_max = std::min(model.tokens_max, service.options.limits.tokens_max);
+  if (limits.tokens_max == config.max_tokens) {
+    limits.tokens_max_reason = config.max_tokens_reason;
+  }
   limits.vocab_size = config.vocab_size;
   limits.num_heads = config.num_heads;
   limits.num_kv_heads = config.num_kv_heads;
@@ -88,14 +91,15 @@ absl::StatusOr<bool> PrefillCall::BeginLease(const v1::PrefillRequest& request) 
     return std::move(begun).status();
   }
   if (begun->existing.has_value()) {
-    ReplyWithExisting(*begun->existing);
+    PBS_ABSL_RETURN_IF_ERROR(ReplyWithExisting(*begun->existing));
     return true;
   }
   lease_ = std::move(begun->pending);
   return false;
 }
 
-void PrefillCall::ReplyWithExisting(const LeaseView& lease) {
+absl::Status PrefillCall::ReplyWithExisting(const LeaseView& lease) {
+  PBS_ABSL_ASSIGN_OR_RETURN(result_bytes_, service_.Reserve(ResultBytes()));
   v1::Done done = *lease.done;
   done.set_lease_expires_unix_ms(absl::ToUnixMillis(lease.expires));
   MutexLock lock(mutex_);
@@ -104,31 +108,45 @@ void PrefillCall::ReplyWithExisting(const LeaseView& lease) {
   admitted_ = true;
   ending_ = true;
   loop_.Wake();
+  return absl::OkStatus();
+}
+
+int64_t PrefillCall::ResultBytes() const {
+  const ModelConfig& config = model_->model->config();
+  return PrefillResultBytes(spec_, config.vocab_size, config.num_layers);
+}
+
+// Everything the request will hold, charged at once.
+absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
+  const KvShape shape = model_->model->kv_shape(facts_.prompt_tokens);
+  const KvRange whole = WholeRange(shape);
+  const bool is_inline = spec_.delivery == Delivery::kInline;
+  const int64_t result_bytes = ResultBytes();
+  const int64_t buffer_bytes =
+      is_inline
+          ? kBuffersPerCall * KvExporter::BufferBytes(shape, whole, spec_.inline_format)
+          : 0;
+  PBS_ABSL_ASSIGN_OR_RETURN(PrefillReservation reserved,
+                            service_.parts.engine.ReservePrefill(
+                                *model_, facts_.prompt_tokens, spec_.attention,
+                                static_cast<int32_t>(spec_.logit_positions.size()) + 1,
+                                result_bytes + buffer_bytes));
+  facts_.planned_bytes =
+      shape.bytes() + reserved.workspace.bytes() + reserved.reply.bytes();
+  kv_ = reserved.kv;
+  buffers_ = reserved.reply.Split(buffer_bytes);
+  result_bytes_ = std::move(reserved.reply);
+  if (is_inline) {
+    PBS_ABSL_ASSIGN_OR_RETURN(
+        exporter_, KvExporter::Create(kv_, service_.parts.leases.epoch(), whole,
+                                      spec_.inline_format));
+  }
+  return reserved;
 }
 
 absl::Status PrefillCall::Submit() {
-  const ModelConfig& config = model_->model->config();
-  PBS_ABSL_ASSIGN_OR_RETURN(
-      result_bytes_, service_.Reserve(PrefillResultBytes(spec_, config.vocab_size,
-                                                         config.num_layers)));
-  PBS_ABSL_ASSIGN_OR_RETURN(
-      PrefillReservation reserved,
-      service_.parts.engine.ReservePrefill(
-          *model_, facts_.prompt_tokens, spec_.attention,
-          static_cast<int32_t>(spec_.logit_positions.size()) + 1));
-  kv_ = reserved.kv;
-  if (spec_.delivery == Delivery::kInline) {
-    PBS_ABSL_ASSIGN_OR_RETURN(
-        exporter_,
-        KvExporter::Create(kv_, service_.parts.leases.epoch(),
-                           WholeRange(kv_->cache().shape()), spec_.inline_format));
-    PBS_ABSL_ASSIGN_OR_RETURN(
-        buffers_, service_.Reserve(kBuffersPerCall * exporter_->buffer_bytes()));
-  }
+  PBS_ABSL_ASSIGN_OR_RETURN(PrefillReservation reserved, Reserve());
   if (lease_.valid()) lease_.Attach(kv_);
-  facts_.planned_bytes = kv_->cache().shape().bytes() + reserved.workspace.bytes() +
-                         result_bytes_.bytes() + buffers_.bytes();
-
   PrefillJob job;
   job.terms = {spec_.request_id, service_.parts.clock.FromSystem(context_.deadline()),
                spec_.priority};
@@ -265,9 +283,7 @@ NextWrite PrefillCall::FinishResult(PrefillResult result) {
 
 void PrefillCall::End(const absl::Status& status) {
   guard_.Disarm();
-  if (!status.ok() && exporter_ != nullptr) {
-    transfer_.Fail(TransferFailure::kCancelled);
-  }
+  if (!status.ok()) transfer_.Fail(status);
   // Free what the call holds before the caller is told that it is over.
   exporter_.reset();
   kv_.reset();

@@ -43,9 +43,11 @@ class PrefillCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   absl::Status Open(const grpc::ByteBuffer& request);
   absl::Status Decode(const v1::PrefillRequest& request);
   absl::StatusOr<bool> BeginLease(const v1::PrefillRequest& request);
+  absl::StatusOr<PrefillReservation> Reserve();
   absl::Status Submit();
   bool Admit(const Admission& admission);
-  void ReplyWithExisting(const LeaseView& lease);
+  absl::Status ReplyWithExisting(const LeaseView& lease);
+  int64_t ResultBytes() const;
 
   void Fail(absl::Status status);
   void PushEvent(grpc::ByteBuffer event);

@@ -61,7 +61,7 @@ v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
   v1::PrefillStats& stats = *done.mutable_stats();
   stats.set_prompt_tokens(facts.prompt_tokens);
   *stats.mutable_stages() = EncodeStages(result.stages);
-  stats.mutable_stages()->set_send(result.stages.send + facts.send_seconds);
+  stats.mutable_stages()->set_send(facts.send_seconds);
   EncodeLayers(result.layers, stats);
   stats.set_time_to_first_layer_seconds(result.time_to_first_layer_seconds);
   stats.set_total_seconds(result.total_seconds);

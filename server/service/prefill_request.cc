@@ -21,8 +21,12 @@ absl::Status CheckTexts(const v1::PrefillRequest& request) {
 absl::StatusOr<std::vector<int32_t>> DecodeTokens(const v1::PrefillRequest& request,
                                                   const PrefillLimits& limits) {
   const int32_t count = request.token_ids_size();
-  PBS_ABSL_RETURN_IF_ERROR(
-      CheckRange("number of token_ids", count, 1, limits.tokens_max));
+  const absl::Status in_range =
+      CheckRange("number of token_ids", count, 1, limits.tokens_max);
+  if (!in_range.ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(in_range.message(), limits.tokens_max_reason));
+  }
   std::vector<int32_t> tokens;
   tokens.reserve(static_cast<size_t>(count));
   for (int32_t i = 0; i < count; ++i) {

@@ -11,18 +11,20 @@
 #include "absl/status/statusor.h"
 #include "pbs/attention.h"
 #include "pbs/v1/prefill.pb.h"
+#include "server/base/attention_options.h"
 #include "server/transfer/kv_format.h"
 
 namespace pbs::server {
 
 // What a request must fit: the model and the server's settings.
 struct PrefillLimits {
-  int32_t tokens_max = 0;  // of the model and of the server
+  int32_t tokens_max = 0;         // of the model and of the server
+  std::string tokens_max_reason;  // ModelConfig::max_tokens_reason, if that decided
   int32_t vocab_size = 0;
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
-  AttentionOptions default_attention;
+  AttentionProfile default_attention;
   int32_t chunk_bytes_default = 0;
 };
 

@@ -1,6 +1,5 @@
 #include "server/service/server.h"
 
-#include <climits>
 #include <string>
 #include <utility>
 
@@ -30,29 +29,37 @@ constexpr int kMillis = 1000;
 constexpr int kQuotaThreads = 256;
 
 absl::Status CheckOptions(const ServiceOptions& options) {
-  const TransportOptions& t = options.transport;
-  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.chunk_bytes", t.chunk_bytes,
-                                      kChunkBytesMin, kChunkBytesMax));
-  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.concurrent_streams_max",
-                                      t.concurrent_streams_max, 1, 1 << 20));
-  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.memory_quota_bytes",
-                                      t.memory_quota_bytes, 1 << 20, INT64_MAX));
-  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.stream_window_bytes",
-                                      t.stream_window_bytes, 64 << 10, 64 << 20));
-  PBS_ABSL_RETURN_IF_ERROR(
-      CheckRange("transport.keepalive_seconds", t.keepalive_seconds, 1, 86'400));
-  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.keepalive_timeout_seconds",
-                                      t.keepalive_timeout_seconds, 1, 86'400));
-  PBS_ABSL_RETURN_IF_ERROR(CheckRange("transport.write_stall_seconds_max",
-                                      t.write_stall_seconds_max, 1, 86'400));
-  PBS_ABSL_RETURN_IF_ERROR(
-      CheckRange("limits.tokens_max", options.limits.tokens_max, 1, kSeqLenMax));
-  PBS_ABSL_RETURN_IF_ERROR(CheckRange("limits.attend_tokens_max",
-                                      options.limits.attend_tokens_max, 1, kSeqLenMax));
-  PBS_ABSL_RETURN_IF_ERROR(CheckRange("limits.upload_seconds_max",
-                                      options.limits.upload_seconds_max, 1, 86'400));
-  return CheckRange("limits.upload_requests_max", options.limits.upload_requests_max, 1,
-                    1 << 20);
+  const TransportOptions& transport = options.transport;
+  const ServiceLimits& limits = options.limits;
+  struct Setting {
+    const char* name;
+    int64_t value;
+    SettingRange range;
+  };
+  for (const auto& [name, value, range] : {
+           Setting{"transport.chunk_bytes", transport.chunk_bytes, kChunkBytesRange},
+           Setting{"transport.concurrent_streams_max", transport.concurrent_streams_max,
+                   kConcurrentStreamsRange},
+           Setting{"transport.memory_quota_bytes", transport.memory_quota_bytes,
+                   kMemoryQuotaBytesRange},
+           Setting{"transport.stream_window_bytes", transport.stream_window_bytes,
+                   kStreamWindowBytesRange},
+           Setting{"transport.keepalive_seconds", transport.keepalive_seconds,
+                   kKeepaliveSecondsRange},
+           Setting{"transport.keepalive_timeout_seconds",
+                   transport.keepalive_timeout_seconds, kKeepaliveSecondsRange},
+           Setting{"transport.write_stall_seconds_max",
+                   transport.write_stall_seconds_max, kWriteStallSecondsRange},
+           Setting{"limits.tokens_max", limits.tokens_max, kTokensRange},
+           Setting{"limits.attend_tokens_max", limits.attend_tokens_max, kTokensRange},
+           Setting{"limits.upload_seconds_max", limits.upload_seconds_max,
+                   kUploadSecondsRange},
+           Setting{"limits.upload_requests_max", limits.upload_requests_max,
+                   kUploadRequestsRange},
+       }) {
+    PBS_ABSL_RETURN_IF_ERROR(CheckRange(name, value, range.low, range.high));
+  }
+  return absl::OkStatus();
 }
 
 void SetTransport(const ServiceOptions& options, grpc::ServerBuilder& builder) {
@@ -138,7 +145,14 @@ void GrpcServer::SetModels(std::vector<const ServedModel*> models) {
 
 void GrpcServer::SetServing(bool serving) { impl_->SetServing(serving); }
 
-void GrpcServer::Drain() { impl_->context.Drain(); }
+void GrpcServer::Drain(absl::AnyInvocable<void()> on_uploaded) {
+  impl_->context.Drain(std::move(on_uploaded));
+}
+
+int32_t GrpcServer::CutUploads() {
+  return impl_->context.uploads.Cut(
+      absl::UnavailableError("the server is shutting down"));
+}
 
 void GrpcServer::Shutdown(absl::Duration grace) {
   impl_->health.EndWatches();

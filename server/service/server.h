@@ -3,8 +3,8 @@
 //
 // Life: Create() listens at once. Until SetModels() every RPC but health answers
 // UNAVAILABLE "loading models"; until SetServing(true) health answers NOT_SERVING. The
-// health service "liveness" is SERVING from the first moment. Drain() refuses new work
-// and keeps serving leases; Shutdown() ends what is left.
+// health service "liveness" is SERVING from the first moment. Drain() refuses new work,
+// lets admitted work finish and keeps serving leases; Shutdown() ends what is left.
 //
 // Threading: all methods are safe from any thread; Shutdown() blocks and must not be
 // called from a gRPC or executor thread. gRPC's threads decode, check and submit; they
@@ -17,6 +17,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/functional/any_invocable.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "server/engine/served_model.h"
@@ -45,9 +46,14 @@ class GrpcServer {
   // What health v1 answers for "" and for each service.
   void SetServing(bool serving);
 
-  // From here on Prefill and Attend answer UNAVAILABLE "draining"; what was admitted
-  // goes on, and leases are served. Health is the caller's to set.
-  void Drain();
+  // From here on Prefill and Attend answer UNAVAILABLE "draining", an Attend that has
+  // sent no header yet included; what was admitted goes on, and leases are served.
+  // Calls `on_uploaded` once the engine has the job of every admitted upload: drain the
+  // engine after that. Health is the caller's to set.
+  void Drain(absl::AnyInvocable<void()> on_uploaded = [] {});
+
+  // Ends the uploads under way with UNAVAILABLE; returns how many were admitted.
+  int32_t CutUploads();
 
   // Calls still open after `grace` are cancelled; returns when all have ended.
   void Shutdown(absl::Duration grace);

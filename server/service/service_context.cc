@@ -15,19 +15,6 @@ constexpr size_t kNameShownMax = 64;  // bytes of a caller's text in a message
 
 }  // namespace
 
-UploadSlot& UploadSlot::operator=(UploadSlot&& other) noexcept {
-  if (this != &other) {
-    Reset();
-    held_ = std::exchange(other.held_, nullptr);
-  }
-  return *this;
-}
-
-void UploadSlot::Reset() {
-  if (held_ != nullptr) held_->fetch_sub(1);
-  held_ = nullptr;
-}
-
 absl::Status ServiceContext::CheckReady() const {
   if (models_.load() != nullptr) return absl::OkStatus();
   return WithRetryAfter(absl::UnavailableError("loading models"), kRetryAfterDefault);
@@ -40,16 +27,18 @@ absl::Status ServiceContext::CheckAdmitting() const {
   }
   if (!draining_) return absl::OkStatus();
   parts.metrics.engine.Rejected(RejectReason::kDraining).Increment();
-  return absl::UnavailableError("draining: this server takes no new work");
+  return Uploads::Draining();
 }
 
-absl::StatusOr<UploadSlot> ServiceContext::TakeUploadSlot() {
-  const int32_t limit = options.limits.upload_requests_max;
-  if (uploads_.fetch_add(1) < limit) return UploadSlot(&uploads_);
-  uploads_.fetch_sub(1);
-  parts.metrics.engine.Rejected(RejectReason::kUploads).Increment();
-  return absl::ResourceExhaustedError(
-      absl::StrCat("uploads under way reach upload_requests_max ", limit));
+absl::StatusOr<Uploads::Slot> ServiceContext::TakeUploadSlot(Uploads::End end) {
+  absl::StatusOr<Uploads::Slot> slot = uploads.Take(std::move(end));
+  if (!slot.ok()) {
+    const bool draining = absl::IsUnavailable(slot.status());
+    parts.metrics.engine
+        .Rejected(draining ? RejectReason::kDraining : RejectReason::kUploads)
+        .Increment();
+  }
+  return slot;
 }
 
 absl::StatusOr<ByteReservation> ServiceContext::Reserve(int64_t bytes) {
@@ -84,6 +73,12 @@ absl::StatusOr<const ServedModel*> ServiceContext::FindModel(
       "no model \"",
       absl::Utf8SafeCHexEscape(absl::string_view(name).substr(0, kNameShownMax)),
       "\"; this server has ", names));
+}
+
+void ServiceContext::Drain(absl::AnyInvocable<void()> on_uploaded) {
+  draining_ = true;
+  const int32_t sent_home = uploads.Drain(std::move(on_uploaded));
+  parts.metrics.engine.Rejected(RejectReason::kDraining).Increment(sent_home);
 }
 
 void ServiceContext::SetModels(std::vector<const ServedModel*> models) {

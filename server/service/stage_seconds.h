@@ -15,8 +15,6 @@ inline v1::StageSeconds EncodeStages(const StageTimes& times) {
   wire.set_select(times.select);
   wire.set_attend(times.attend);
   wire.set_mlp(times.mlp);
-  wire.set_copy(times.copy);
-  wire.set_send(times.send);
   return wire;
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "server/service/parts.h"
 
@@ -25,14 +26,32 @@ class TransferRecord {
     const double seconds =
         start_.has_value() ? absl::ToDoubleSeconds(parts_.clock.Now() - *start_) : 0;
     parts_.metrics.kv.transfer_time.Observe(seconds);
+    parts_.metrics.engine.StageTime(Stage::kSend).Observe(seconds);
+    complete_ = true;
     return seconds;
   }
-  void Fail(TransferFailure reason) {
-    parts_.metrics.kv.TransferFailed(reason).Increment();
+  // The call ends with `status`. Counts when that cuts a transfer: one that has begun
+  // and is not complete.
+  void Fail(const absl::Status& status) {
+    if (!start_.has_value() || complete_) return;
+    parts_.metrics.kv.TransferFailed(ReasonOf(status)).Increment();
   }
 
  private:
+  static TransferFailure ReasonOf(const absl::Status& status) {
+    switch (status.code()) {
+      case absl::StatusCode::kNotFound:
+        return TransferFailure::kLeaseGone;
+      case absl::StatusCode::kUnavailable:
+      case absl::StatusCode::kInternal:
+        return TransferFailure::kPrefillFailed;
+      default:
+        return TransferFailure::kCancelled;
+    }
+  }
+
   const ServiceParts& parts_;
+  bool complete_ = false;
   std::optional<absl::Time> start_;
 };
 

@@ -24,7 +24,8 @@ inline constexpr std::array<const char*, 8> kRpcNames = {
     "prefill", "attend",  "describe",    "fetch",
     "renew",   "release", "list_models", "get_server_info"};
 
-// Label `stage` (docs/PROTOCOL.md, "StageSeconds").
+// Label `stage`: StageSeconds (types.proto) without `copy`, which no backend of this
+// build has.
 enum class Stage : uint8_t {
   kQueue,
   kEmbed,
@@ -33,11 +34,10 @@ enum class Stage : uint8_t {
   kSelect,
   kAttend,
   kMlp,
-  kCopy,
   kSend,
 };
-inline constexpr std::array<const char*, 9> kStageNames = {
-    "queue", "embed", "qkv", "permute", "select", "attend", "mlp", "copy", "send"};
+inline constexpr std::array<const char*, 8> kStageNames = {
+    "queue", "embed", "qkv", "permute", "select", "attend", "mlp", "send"};
 
 // Label `reason` of refusals: no work was done.
 enum class RejectReason : uint8_t {
@@ -59,9 +59,9 @@ enum class WasteReason : uint8_t { kCancelled, kDeadline, kError };
 inline constexpr std::array<const char*, 3> kWasteReasonNames = {"cancelled",
                                                                  "deadline", "error"};
 
-// Label `reason` of transfers that ended early.
+// Label `reason` of transfers that had begun and ended early.
 enum class TransferFailure : uint8_t {
-  kCancelled,      // the consumer went away
+  kCancelled,      // the consumer went away, or took nothing
   kLeaseGone,      // released or expired under the transfer
   kPrefillFailed,  // the cache will never be complete
 };

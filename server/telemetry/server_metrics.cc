@@ -127,7 +127,7 @@ KvMetrics::KvMetrics(Registry& registry)
       transfer_time(AddHistogram(registry, "pbs_kv_transfer_time_seconds",
                                  "Time of one KV transfer", TimeBuckets())),
       export_outstanding(AddGauge(registry, "pbs_kv_export_outstanding_bytes",
-                                  "KV bytes held and not yet fetched whole")),
+                                  "KV bytes held and not yet fetched")),
       held_(AddPerLabel(BuildGauge()
                             .Name("pbs_kv_held_bytes")
                             .Help("Bytes of all KV caches")

@@ -63,7 +63,8 @@ struct EngineMetrics {
   prometheus::Gauge& memory_budget;
 
   // pbs_stage_time_seconds{stage}: of a finished request; stages that did not run are
-  // not observed.
+  // not observed. `send`: of an Attend's reply, an inline cache or a fetch, from its
+  // first message to its last.
   prometheus::Histogram& StageTime(Stage stage) const {
     return *stage_time_[static_cast<size_t>(stage)];
   }
@@ -100,13 +101,13 @@ struct KvMetrics {
   // its last.
   prometheus::Counter& transfer_bytes;
   prometheus::Histogram& transfer_time;
-  // pbs_kv_export_outstanding_bytes: KV bytes that are held and not yet fetched whole.
-  // The signal to scale the decode tier by.
+  // pbs_kv_export_outstanding_bytes: KV bytes that are held and that no finished fetch
+  // has covered. The signal to scale the decode tier by.
   prometheus::Gauge& export_outstanding;
 
   // pbs_kv_held_bytes{tier}: of all caches, under construction included.
   prometheus::Gauge& Held(Tier tier) const { return *held_[static_cast<size_t>(tier)]; }
-  // pbs_kv_transfer_failures_total{reason}.
+  // pbs_kv_transfer_failures_total{reason}: transfers that had begun and ended early.
   prometheus::Counter& TransferFailed(TransferFailure reason) const {
     return *transfer_failures_[static_cast<size_t>(reason)];
   }

@@ -30,6 +30,12 @@ absl::Status DecodeRange(absl::string_view what, bool has_begin, int32_t begin,
   return absl::OkStatus();
 }
 
+// Where the asked range does not lie in the cache as it is asked for.
+bool Copies(const KvShape& shape, const KvRange& range, const KvFormat& format) {
+  return format.dtype.value_or(shape.dtype) != shape.dtype ||
+         (format.layout == KvLayout::kNhd && range.head_count > 1);
+}
+
 int64_t PageBytes(const KvRange& range, const KvFormat& format, int64_t row_bytes) {
   const int64_t tokens = std::min(format.page_tokens, range.token_count);
   return format.layout == KvLayout::kNhd ? tokens * range.head_count * row_bytes
@@ -81,9 +87,13 @@ KvExporter::KvExporter(std::shared_ptr<const HeldKv> kv, uint64_t epoch,
       range_(range),
       format_(format),
       dtype_(format.dtype.value_or(shape_.dtype)),
-      copies_(dtype_ != shape_.dtype ||
-              (format.layout == KvLayout::kNhd && range.head_count > 1)),
+      copies_(Copies(shape_, range, format)),
       layer_(range.layer_begin) {}
+
+int64_t KvExporter::BufferBytes(const KvShape& shape, const KvRange& range,
+                                const KvFormat& format) {
+  return Copies(shape, range, format) ? format.chunk_bytes : 0;
+}
 
 int64_t KvExporter::RowBytes() const { return shape_.head_dim * DTypeBytes(dtype_); }
 
@@ -95,10 +105,8 @@ int64_t KvExporter::total_bytes() const {
   return 2 * range_.layer_count * ArrayBytes();
 }
 
-bool KvExporter::is_whole() const {
-  return range_.layer_count == shape_.num_layers &&
-         range_.token_count == shape_.capacity &&
-         range_.head_count == shape_.num_kv_heads;
+int64_t KvExporter::held_bytes() const {
+  return total_bytes() / DTypeBytes(dtype_) * DTypeBytes(shape_.dtype);
 }
 
 wire::KvChunk KvExporter::Next() {

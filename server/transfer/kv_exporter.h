@@ -49,11 +49,12 @@ class KvExporter {
   wire::KvChunk Next();
 
   // What one chunk allocates; 0 when chunks point into the cache.
-  int64_t buffer_bytes() const { return copies_ ? format_.chunk_bytes : 0; }
+  static int64_t BufferBytes(const KvShape& shape, const KvRange& range,
+                             const KvFormat& format);
   // Payload of all chunks.
   int64_t total_bytes() const;
-  // Everything the cache has is asked for.
-  bool is_whole() const;
+  // The same elements as the cache holds them.
+  int64_t held_bytes() const;
 
  private:
   KvExporter(std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,

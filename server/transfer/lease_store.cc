@@ -10,9 +10,16 @@
 namespace pbs::server {
 namespace {
 
+constexpr size_t kDigestBytesMax = 128;  // of a digest that a message repeats
+
 absl::Status CheckDigest(const char* name, const std::string& stated,
                          const std::string& held) {
   if (stated.empty() || stated == held) return absl::OkStatus();
+  if (stated.size() > kDigestBytesMax) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(name, " of the ticket has ", stated.size(), " bytes, more than ",
+                     kDigestBytesMax, ", and is not the lease's ", held));
+  }
   return absl::FailedPreconditionError(
       absl::StrCat(name, " ", stated, " of the ticket is not the lease's ", held));
 }
@@ -180,13 +187,14 @@ absl::Status LeaseStore::Release(const v1::KvTicket& ticket) {
   return absl::OkStatus();
 }
 
-void LeaseStore::MarkExported(const v1::KvTicket& ticket) {
+void LeaseStore::MarkExported(const v1::KvTicket& ticket, int64_t bytes) {
   MutexLock lock(mutex_);
   const auto entry = Locate(ticket);
   if (!entry.ok()) return;
   Lease& lease = *(*entry)->second;
-  metrics_.export_outstanding.Decrement(static_cast<double>(lease.bytes_to_export));
-  lease.bytes_to_export = 0;
+  const int64_t exported = std::min(bytes, lease.bytes_to_export);
+  metrics_.export_outstanding.Decrement(static_cast<double>(exported));
+  lease.bytes_to_export -= exported;
 }
 
 int64_t LeaseStore::size() const {

@@ -142,8 +142,9 @@ class LeaseStore {
   // As Find(). After OK the ticket is NotFound.
   absl::Status Release(const v1::KvTicket& ticket);
 
-  // A whole cache was fetched: it no longer counts as waiting for export.
-  void MarkExported(const v1::KvTicket& ticket);
+  // `bytes` of the held cache were fetched: they no longer wait for export. What is
+  // fetched twice counts twice; more than the cache is the cache.
+  void MarkExported(const v1::KvTicket& ticket, int64_t bytes);
 
   int64_t size() const;
   // Calls `callback` once no lease is held; at once when none is. One at a time.

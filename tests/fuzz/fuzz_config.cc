@@ -30,7 +30,7 @@ void RequireUsable(const pbs::server::ServerSettings& settings) {
   pbs::AttentionProblem problem;
   problem.shape = {
       .num_heads = 1, .num_kv_heads = 1, .head_dim = 64, .sequences = {{1, 1}}};
-  problem.options = settings.service.default_attention;
+  problem.options = settings.service.default_attention.options;
   Require(ValidateProblem(problem).ok(), "accepts a profile that no plan accepts");
   Require(settings.service.limits.tokens_max >= 1, "accepts a limit of no tokens");
   for (const auto& model : settings.models) {

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <random>
 
+#include "pbs/v1/attention.grpc.pb.h"
 #include "tests/integration/test_node.h"
 #include "tests/support/case_name.h"
 
@@ -311,6 +312,32 @@ TEST(AttendSpec, TheServersGeneratorIsStructuredUnlessAskedForNoise) {
   ASSERT_TRUE(client->Attend(Synthetic(7, false), {}, again).ok());
   EXPECT_EQ(again.tensors, structured.tensors);
   EXPECT_TRUE(node.NothingHeld());
+}
+
+// 2 MB of O through a window of 64 KiB: when the first chunk is here, the last has not
+// been sent.
+TEST(AttendSpec, TheStatsSayHowLongSendingTook) {
+  TestNode node;
+  grpc::ClientContext context;
+  auto stream = v1::Attention::NewStub(node.NewNarrowChannel())->Attend(&context);
+  v1::AttendRequest request;
+  *request.mutable_header() = Synthetic(1, true);
+  ASSERT_TRUE(stream->Write(request));
+  ASSERT_TRUE(stream->WritesDone());
+  v1::AttendResponse response;
+  while (stream->Read(&response) && !response.has_chunk()) {
+  }
+  ASSERT_TRUE(response.has_chunk());
+  node.Advance(absl::Seconds(3));
+  v1::AttendStats stats;
+  while (stream->Read(&response)) {
+    if (response.has_stats()) stats = response.stats();
+  }
+  EXPECT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(stats.stages().send(), 3);
+  const auto sends = node.metrics.engine.StageTime(Stage::kSend).Collect().histogram;
+  EXPECT_EQ(sends.sample_count, 1u);
+  EXPECT_EQ(sends.sample_sum, 3);
 }
 
 TEST(AttendSpec, UploadsBeyondTheLimitAreToldToComeBack) {

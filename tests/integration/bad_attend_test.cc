@@ -83,6 +83,10 @@ INSTANTIATE_TEST_SUITE_P(
             "rank", [](auto& h) { h.mutable_tensors(0)->add_shape(1); },
             "rank of tensor Q 5 is not 4 without cu_seqlens"),
         BadHeader(
+            "rank_of_v",
+            [](auto& h) { h.mutable_tensors(2)->mutable_shape()->Resize(100'000, 1); },
+            "rank of tensor V 100000 is not 4"),
+        BadHeader(
             "negative_axis", [](auto& h) { h.mutable_tensors(0)->set_shape(0, -1); },
             "batch of tensor Q -1 is outside [1, 65536]"),
         BadHeader(
@@ -288,9 +292,8 @@ INSTANTIATE_TEST_SUITE_P(
                            Bytes(std::vector<int64_t>{0, 1, 2, 3, 4, 5, 6})),
                      Chunk(v1::LIST_INDICES, 0,
                            Bytes(std::vector<uint16_t>{0, 0, 2, 0, 1, 2}))}),
-            "block list of sequence 0, head 0, query block 1 misses block 1, which "
-            "holds the key of position 16: every query must reach its own "
-            "position")),
+            "block list of sequence 0, head 0, query block 1 misses block 1 of its "
+            "own segment, and no order says where its queries' own keys lie")),
     testing_support::CaseName());
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "client/cpp/client.h"
+#include "pbs/v1/attention.grpc.pb.h"
 #include "pbs/v1/kv.grpc.pb.h"
 #include "tests/support/case_name.h"
 #include "tests/support/server_process.h"
@@ -117,6 +118,7 @@ INSTANTIATE_TEST_SUITE_P(
                     1,
                     "metrics_listen 192.0.2.1:1 cannot be bound"},
         RefusalCase{"unknown_flag", {"--frob"}, 2, ""},
+        RefusalCase{"negative_threads", {"--threads", "-3"}, 2, ""},
         RefusalCase{"model_without_path", {"--model", "x"}, 2, ""},
         RefusalCase{"missing_config", {"--config", "/nowhere.json"}, 2, ""},
         RefusalCase{"bad_set", {"--set", "lease.ttl=1"}, 2, ""},
@@ -204,6 +206,150 @@ TEST_F(DaemonSpec, DrainUnderLoadLosesNoAdmittedRequestAndRefusesLaterOnes) {
   const nlohmann::json drained = server.WaitForEvent("drained");
   EXPECT_TRUE(drained.value("work_finished", false));
   EXPECT_TRUE(drained.value("leases_released", false));
+}
+
+// ---- uploads and work that a drain meets
+
+v1::AttendHeader Synthetic(int32_t repetitions) {
+  v1::AttendHeader header;
+  v1::SyntheticSpec& spec = *header.mutable_synthetic();
+  spec.set_batch(1);
+  spec.set_num_heads(8);
+  spec.set_num_kv_heads(8);
+  spec.set_seq_len(2048);
+  spec.set_head_dim(64);
+  spec.set_dtype(v1::F32);
+  header.mutable_options()->mutable_dense();
+  header.set_repetitions(repetitions);
+  return header;
+}
+
+// An Attend that has sent its header and its first tensor, as it comes to a server that
+// lets nobody send more than 64 KiB ahead: it has taken the header.
+class HalfUpload {
+ public:
+  static std::vector<std::string> ServerFlags() {
+    return {"--set", "transport.stream_window_bytes=65536"};
+  }
+  explicit HalfUpload(const std::string& address)
+      : stub_(v1::Attention::NewStub(
+            grpc::CreateChannel(address, grpc::InsecureChannelCredentials()))),
+        stream_(stub_->Attend(&context_)) {
+    v1::AttendRequest request;
+    for (v1::TensorName tensor : {v1::Q, v1::K, v1::V}) {
+      v1::TensorSpec& spec = *request.mutable_header()->add_tensors();
+      spec.set_tensor(tensor);
+      spec.set_dtype(v1::F32);
+      for (int64_t axis : {int64_t{1}, int64_t{4}, kTokens, int64_t{64}}) {
+        spec.add_shape(axis);
+      }
+    }
+    EXPECT_TRUE(stream_->Write(request));
+    Send(v1::Q);
+  }
+
+  grpc::Status Finish() {
+    Send(v1::K);
+    Send(v1::V);
+    stream_->WritesDone();
+    return AwaitEnd();
+  }
+  grpc::Status AwaitEnd() {
+    v1::AttendResponse response;
+    while (stream_->Read(&response)) {
+    }
+    return stream_->Finish();
+  }
+
+ private:
+  static constexpr int64_t kTokens = 2048;
+  static constexpr int64_t kTensorBytes = 4 * kTokens * 64 * 4;  // 2 MiB
+  static constexpr int64_t kPieceBytes = 64 << 10;
+
+  void Send(v1::TensorName tensor) {
+    v1::AttendRequest request;
+    request.mutable_chunk()->set_tensor(tensor);
+    request.mutable_chunk()->set_data(std::string(kPieceBytes, '\0'));
+    for (int64_t at = 0; at < kTensorBytes; at += kPieceBytes) {
+      request.mutable_chunk()->set_offset(static_cast<uint64_t>(at));
+      EXPECT_TRUE(stream_->Write(request));
+    }
+  }
+
+  grpc::ClientContext context_;
+  const std::unique_ptr<v1::Attention::Stub> stub_;
+  const std::unique_ptr<grpc::ClientReaderWriter<v1::AttendRequest, v1::AttendResponse>>
+      stream_;
+};
+
+TEST_F(DaemonSpec, DrainTakesTheRestOfAnUploadAndRunsIt) {
+  ServerProcess server(PBS_PREFILLD, With(Usual(), HalfUpload::ServerFlags()));
+  const std::string address = server.WaitForEvent("serving").value("listen", "");
+  HalfUpload upload(address);
+  server.Signal(SIGTERM);
+  ASSERT_TRUE(server.WaitForEvent("draining").is_object());
+  const grpc::Status status = upload.Finish();
+  EXPECT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(server.Wait(), 0);
+  EXPECT_TRUE(server.WaitForEvent("drained").value("work_finished", false));
+}
+
+TEST_F(DaemonSpec, AnUploadThatOutlastsTheDrainIsCutAndSaidSo) {
+  ServerProcess server(PBS_PREFILLD, With(With(Usual(), HalfUpload::ServerFlags()),
+                                          {"--set", "drain_seconds_max=0"}));
+  HalfUpload upload(server.WaitForEvent("serving").value("listen", ""));
+  server.Signal(SIGTERM);
+  const grpc::Status status = upload.AwaitEnd();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(status.error_message(), "the server is shutting down");
+  EXPECT_EQ(server.Wait(), 1);
+  const nlohmann::json cut = server.WaitForEvent("drain_cut");
+  ASSERT_TRUE(cut.is_object());
+  EXPECT_EQ(cut.value("uploads", 0), 1);
+  EXPECT_FALSE(server.WaitForEvent("drained").value("work_finished", true));
+}
+
+// Notes how many requests were ahead.
+struct QueueObserver final : client::PrefillObserver {
+  void OnAdmitted(const v1::Admitted& admitted) override {
+    position.set_value(admitted.queue_position());
+  }
+  std::promise<int> position;
+};
+
+TEST_F(DaemonSpec, WorkThatOutlastsTheDrainIsCutAndSaidSo) {
+  ServerProcess server(PBS_PREFILLD, With(Usual(), {"--set", "drain_seconds_max=0"}));
+  const auto client = Connect(server);
+  auto attend = std::async(std::launch::async, [&] {
+    struct Nowhere final : client::TensorTarget {
+      std::span<std::byte> Tensor(const v1::TensorSpec&, int64_t bytes) override {
+        array.resize(static_cast<size_t>(bytes));
+        return array;
+      }
+      std::vector<std::byte> array;
+    } nowhere;
+    return client->Attend(Synthetic(/*repetitions=*/1000), {}, nowhere).status();
+  });
+  // Until one waits behind the Attend, which takes long.
+  std::future<absl::Status> prefill;
+  QueueObserver observer;
+  int position = 0;
+  while (position == 0) {
+    if (prefill.valid()) {
+      EXPECT_TRUE(prefill.get().ok());
+    }
+    observer = QueueObserver();
+    prefill = std::async(std::launch::async, [&] {
+      return client->Prefill(Request(20, false), observer).status();
+    });
+    position = observer.position.get_future().get();
+  }
+  server.Signal(SIGTERM);
+  EXPECT_EQ(prefill.get(), absl::UnavailableError("the server is shutting down"));
+  EXPECT_EQ(attend.get(), absl::UnavailableError("the server is shutting down"));
+  EXPECT_EQ(server.Wait(), 1);
+  EXPECT_EQ(server.WaitForEvent("drain_cut").value("jobs", 0), 2);
+  EXPECT_FALSE(server.WaitForEvent("drained").value("work_finished", true));
 }
 
 // ---- memory

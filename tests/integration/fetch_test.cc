@@ -3,10 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <future>
+#include <optional>
 
 #include "pbs/v1/kv.grpc.pb.h"
 #include "pbs/v1/prefill.grpc.pb.h"
+#include "server/service/transfer_record.h"
 #include "tests/integration/test_node.h"
+#include "tests/support/case_name.h"
 
 namespace pbs::server {
 namespace {
@@ -78,6 +81,48 @@ TEST(KvSourceSpec, PartsOfTheCacheAreSlicesOfTheWhole) {
   for (size_t i = 0; i < some.size(); ++i) {
     EXPECT_EQ(some[i], ToFloat(ToF16(all[(200 + 50) * 32 + i])));
   }
+}
+
+TEST(KvSourceSpec, PartsThatWereFetchedNoLongerWaitForExport) {
+  TestNode node;
+  auto client = node.NewClient();
+  const v1::Done done = PrefillWithLease(node, LeaseOf(200));
+  const double held = 2 * 3 * 2 * 200 * 32 * 4;  // 3 layers, 2 heads, f32
+  EXPECT_EQ(node.metrics.kv.export_outstanding.Value(), held);
+  KvArrays arrays;
+  v1::FetchRequest request = FetchOf(done.ticket());
+  request.set_token_count(50);
+  request.set_head_begin(1);
+  request.set_dtype(v1::F16);
+  ASSERT_TRUE(client->Fetch(request, arrays).ok());
+  EXPECT_EQ(node.metrics.kv.export_outstanding.Value(), held - held / 4 / 2);
+
+  KvArrays rest;  // as after a break in layer 1: what it covers counts
+  v1::FetchRequest resumed = FetchOf(done.ticket());
+  resumed.set_layer_begin(1);
+  ASSERT_TRUE(client->Fetch(resumed, rest).ok());
+  EXPECT_EQ(node.metrics.kv.export_outstanding.Value(),
+            held - held / 4 / 2 - held * 2 / 3);
+  ASSERT_TRUE(client->Release(done.ticket()).ok());
+  EXPECT_EQ(node.metrics.kv.export_outstanding.Value(), 0);
+}
+
+TEST(KvSourceSpec, ATransferIsASendStage) {
+  TestNode node;
+  auto client = node.NewClient();
+  const v1::Done done = PrefillWithLease(node, LeaseOf(50));
+  const auto sends = [&] {
+    return node.metrics.engine.StageTime(Stage::kSend).Collect().histogram.sample_count;
+  };
+  EXPECT_EQ(sends(), 0u);
+  KvArrays arrays;
+  ASSERT_TRUE(client->Fetch(FetchOf(done.ticket()), arrays).ok());
+  EXPECT_EQ(sends(), 1u);
+  v1::PrefillRequest request = PrefillOf(50);
+  request.mutable_delivery()->mutable_inline_();
+  PrefillEvents events;
+  ASSERT_TRUE(client->Prefill(request, events, &arrays).ok());
+  EXPECT_EQ(sends(), 2u);
 }
 
 TEST(KvSourceSpec, ALeaseMayBeFetchedAgainUntilReleased) {
@@ -228,7 +273,52 @@ TEST_F(FollowSpec, AFetchMayGoAwayWhileItWaits) {
   EXPECT_TRUE(prefill_.get().ok());
   EXPECT_TRUE(node_.NewClient()->Release(ticket_).ok());
   EXPECT_TRUE(node_.NothingHeld());
+  // None of them had begun.
+  EXPECT_EQ(node_.metrics.kv.TransferFailed(TransferFailure::kCancelled).Value(), 0);
 }
+
+// ---- transfers that fail
+
+struct TransferCase {
+  const char* name;
+  bool begins;
+  bool completes;
+  absl::StatusCode code;
+  std::optional<TransferFailure> counted;
+};
+
+class TransferRecordSpec : public testing::TestWithParam<TransferCase> {};
+
+TEST_P(TransferRecordSpec, CountsWhatHadBegunAndWasNotComplete) {
+  TestNode node;
+  const ServiceParts parts = {node.engine, node.leases, node.ledger, node.metrics,
+                              *node.log,   node.clock,  node.timers};
+  TransferRecord record(parts);
+  if (GetParam().begins) record.AddChunk(1);
+  if (GetParam().completes) record.Complete();
+  record.Fail(absl::Status(GetParam().code, "over"));
+  for (TransferFailure reason :
+       {TransferFailure::kCancelled, TransferFailure::kLeaseGone,
+        TransferFailure::kPrefillFailed}) {
+    EXPECT_EQ(node.metrics.kv.TransferFailed(reason).Value(),
+              GetParam().counted == reason ? 1 : 0);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, TransferRecordSpec,
+    testing::Values(
+        TransferCase{"never_begun", false, false, absl::StatusCode::kCancelled, {}},
+        TransferCase{"complete", true, true, absl::StatusCode::kCancelled, {}},
+        TransferCase{"the_reader_left", true, false, absl::StatusCode::kCancelled,
+                     TransferFailure::kCancelled},
+        TransferCase{"the_lease_is_gone", true, false, absl::StatusCode::kNotFound,
+                     TransferFailure::kLeaseGone},
+        TransferCase{"the_prefill_ended", true, false, absl::StatusCode::kUnavailable,
+                     TransferFailure::kPrefillFailed},
+        TransferCase{"the_prefill_broke", true, false, absl::StatusCode::kInternal,
+                     TransferFailure::kPrefillFailed}),
+    testing_support::CaseName());
 
 // ---- readers that stall
 

@@ -6,6 +6,7 @@
 #include <functional>
 #include <future>
 
+#include "absl/strings/str_cat.h"
 #include "server/model/prefill.h"
 #include "server/transfer/sparsity_digest.h"
 #include "tests/integration/test_node.h"
@@ -127,6 +128,26 @@ TEST_P(PlannedBytesSpec, AreWhatTheLedgerHeldForTheRequest) {
   const auto done = result.get();
   ASSERT_TRUE(done.ok()) << done.status();
   EXPECT_EQ(done->stats().planned_bytes(), held);
+}
+
+TEST_P(PlannedBytesSpec, OneByteLessThanThemCanNeverFit) {
+  v1::PrefillRequest request = PrefillOf(500);
+  GetParam().deliver(*request.mutable_delivery());
+  PrefillEvents events;
+  KvArrays arrays;
+  const auto planned = [&] {
+    TestNode node;
+    return node.NewClient()->Prefill(request, events, &arrays)->stats().planned_bytes();
+  }();
+  TestNode enough({.memory_bytes_max = planned});
+  EXPECT_TRUE(enough.NewClient()->Prefill(request, events, &arrays).ok());
+  TestNode less({.memory_bytes_max = planned - 1});
+  EXPECT_EQ(less.NewClient()->Prefill(request, events, &arrays).status(),
+            absl::InvalidArgumentError(absl::StrCat(
+                "the request needs ", planned,
+                " bytes of memory, more than memory_bytes_max ", planned - 1)));
+  EXPECT_EQ(less.metrics.engine.Rejected(RejectReason::kTooLarge).Value(), 1);
+  EXPECT_TRUE(less.NothingHeld());
 }
 
 INSTANTIATE_TEST_SUITE_P(

@@ -2,11 +2,15 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <future>
 
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "pbs/v1/prefill.grpc.pb.h"
+#include "server/base/grpc_status.h"
+#include "server/service/call_record.h"
 #include "tests/integration/test_node.h"
+#include "tests/support/case_name.h"
 
 namespace pbs::server {
 namespace {
@@ -65,6 +69,22 @@ TEST(HealthSpec, AWatchTellsEveryChangeAndDoesNotHoldUpTheEnd) {
   EXPECT_EQ(watch->Finish().error_code(), grpc::StatusCode::UNAVAILABLE);
 }
 
+TEST(HealthSpec, ALongServiceNameIsRefusedAndNotKept) {
+  TestNode node;
+  auto stub = health::Health::NewStub(node.NewChannel());
+  grpc::ClientContext check_context, watch_context;
+  health::HealthCheckRequest request;
+  request.set_service(std::string(129, 's'));
+  health::HealthCheckResponse response;
+  const grpc::Status check = stub->Check(&check_context, request, &response);
+  auto watch = stub->Watch(&watch_context, request);
+  EXPECT_FALSE(watch->Read(&response));
+  for (const grpc::Status& status : {check, watch->Finish()}) {
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_EQ(status.error_message(), "service has 129 bytes, more than 128");
+  }
+}
+
 TEST(LoadingSpec, EveryCallSaysThatModelsAreLoading) {
   TestNode node({.ready = false});
   auto client = node.NewClient();
@@ -104,6 +124,18 @@ TEST(InfoSpec, SaysWhatTheServerIs) {
   EXPECT_EQ(info->limits().receive_message_bytes_max(), (5 << 20) + (64 << 10));
   EXPECT_EQ(info->limits().memory_bytes_max(), 256 << 20);
   EXPECT_EQ(info->default_attention().pbs().segment_size(), 256);
+  // Prefill and Attend differ, and no profile says otherwise.
+  EXPECT_FALSE(info->default_attention().has_dense_fallback());
+}
+
+TEST(InfoSpec, SaysTheDenseFallbackThatTheProfileSets) {
+  NodeOptions options;
+  options.service.default_attention.dense_fallback = false;
+  TestNode node(options);
+  const auto info = node.NewClient()->GetServerInfo();
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_TRUE(info->default_attention().has_dense_fallback());
+  EXPECT_FALSE(info->default_attention().dense_fallback());
 }
 
 TEST(InfoSpec, ListsModels) {
@@ -171,6 +203,27 @@ TEST(IdempotencySpec, TheSameKeyGivesTheSameTicketAndTokenWithoutWork) {
                 "idempotency_key is in use by a request that differs from this one"));
   ASSERT_TRUE(client->Release(first->ticket()).ok());
   EXPECT_TRUE(node.NothingHeld());
+}
+
+TEST(IdempotencySpec, ARepeatedReplyIsChargedToo) {
+  TestNode node;
+  auto client = node.NewClient();
+  v1::PrefillRequest request = LeaseOf(90);
+  request.set_idempotency_key("key");
+  PrefillEvents events;
+  const auto first = client->Prefill(request, events);
+  ASSERT_TRUE(first.ok()) << first.status();
+  ASSERT_TRUE(Eventually([&] { return node.Running() == 0; }));
+  const int64_t held = node.ledger.bytes_held();
+  auto others = node.ledger.Reserve(node.ledger.bytes_max() - held);
+  ASSERT_TRUE(others.ok()) << others.status();
+  EXPECT_TRUE(absl::IsResourceExhausted(client->Prefill(request, events).status()));
+  EXPECT_EQ(node.metrics.engine.Rejected(RejectReason::kMemory).Value(), 1);
+  others->Reset();
+  const auto again = client->Prefill(request, events);
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(again->ticket().handle(), first->ticket().handle());
+  EXPECT_TRUE(Eventually([&] { return node.ledger.bytes_held() == held; }));
 }
 
 TEST(IdempotencySpec, AKeyWhoseWorkRunsIsAborted) {
@@ -256,6 +309,51 @@ TEST(ListenSpec, ATakenAddressIsSaidSo) {
   EXPECT_EQ(second.status(),
             absl::UnavailableError("cannot listen on " + node.address() +
                                    ": the address is in use or not of this machine"));
+}
+
+struct OptionCase {
+  const char* name;
+  std::function<void(ServiceOptions&)> change;
+  const char* message;
+};
+
+class BadOptionSpec : public testing::TestWithParam<OptionCase> {};
+
+TEST_P(BadOptionSpec, IsRefusedWithItsRange) {
+  TestNode node;
+  ServiceOptions options;
+  options.listen = "127.0.0.1:0";
+  GetParam().change(options);
+  const auto server =
+      GrpcServer::Create(options, {node.engine, node.leases, node.ledger, node.metrics,
+                                   *node.log, node.clock, node.timers});
+  EXPECT_EQ(server.status(), absl::InvalidArgumentError(GetParam().message));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, BadOptionSpec,
+    testing::Values(
+        OptionCase{"streams",
+                   [](auto& o) { o.transport.concurrent_streams_max = 1025; },
+                   "transport.concurrent_streams_max 1025 is outside [1, 1024]"},
+        OptionCase{"quota", [](auto& o) { o.transport.memory_quota_bytes = 1; },
+                   "transport.memory_quota_bytes 1 is outside [16777216, "
+                   "1099511627776]"},
+        OptionCase{"tokens", [](auto& o) { o.limits.tokens_max = 0; },
+                   "limits.tokens_max 0 is outside [1, 1048576]"}),
+    testing_support::CaseName());
+
+TEST(LogSpec, AMessageIsCutAsTheClientsIs) {
+  TestNode node;
+  const ServiceParts parts = {node.engine, node.leases, node.ledger, node.metrics,
+                              *node.log,   node.clock,  node.timers};
+  const CallRecord record(parts, Rpc::kFetch);
+  const grpc::Status sent =
+      record.End(absl::InvalidArgumentError(std::string(5'000'000, 'x')));
+  EXPECT_EQ(sent.error_message(), std::string(kGrpcMessageBytesMax, 'x'));
+  node.Stop();
+  const std::string text = node.FlushedLog();
+  EXPECT_THAT(text, testing::HasSubstr("\"" + sent.error_message() + "\""));
 }
 
 TEST(LogSpec, EveryCallLeavesOneLineAndNoPrompt) {

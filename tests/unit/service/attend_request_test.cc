@@ -78,6 +78,14 @@ TEST(DecodeAttendSpec, ReadsADenseBatch) {
   EXPECT_FALSE(spec->problem.options.dense_fallback);
 }
 
+TEST(DecodeAttendSpec, TheServersProfileMayTurnTheDenseFallbackOn) {
+  AttendLimits limits = Limits();
+  limits.default_attention.dense_fallback = true;
+  const auto spec = DecodeAttendHeader(DenseBatch(), limits);
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_TRUE(spec->problem.options.dense_fallback);
+}
+
 TEST(DecodeAttendSpec, ReadsPackedSequences) {
   v1::AttendHeader header = Packed();
   header.add_want(v1::LSE);
@@ -224,6 +232,11 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"k_and_v_differ", DenseBatch,
                     [](auto& h) { h.mutable_tensors(2)->set_shape(2, 401); },
                     "shape of tensor V [2, 2, 401, 64] is not [2, 2, 400, 64]"},
+        // Without the shape: a client chooses how long that is.
+        RefusedCase{
+            "rank_of_v", DenseBatch,
+            [](auto& h) { h.mutable_tensors(2)->mutable_shape()->Resize(100'000, 1); },
+            "rank of tensor V 100000 is not 4"},
         RefusedCase{"widths_differ", DenseBatch,
                     [](auto& h) { h.mutable_tensors(0)->set_shape(3, 128); },
                     "shape of tensor K [2, 2, 400, 64] is not [2, 2, 400, 128]"},
@@ -310,6 +323,12 @@ INSTANTIATE_TEST_SUITE_P(
                       Announce(h, v1::ORDER, v1::I32, {2, 2, 400});
                     },
                     "shape of tensor ORDER [2, 2, 400] is not [2, 4, 400]"},
+        RefusedCase{"order_rank", DenseBatch,
+                    [](auto& h) {
+                      h.mutable_options()->mutable_pbs()->set_use_given_order(true);
+                      Announce(h, v1::ORDER, v1::I32, {2, 2, 400, 1});
+                    },
+                    "rank of tensor ORDER 4 is not 3"},
         RefusedCase{"indices_missing", DenseBatch,
                     [](auto& h) {
                       h.mutable_options()->mutable_pbs()->set_use_given_lists(true);

@@ -67,8 +67,14 @@ TEST(DecodePrefillSpec, KeepsWhatIsSet) {
 
 TEST(DecodePrefillSpec, TheServersProfileServesRequestsThatNameNoMethod) {
   PrefillLimits limits = Limits();
-  limits.default_attention.method = Method::kDense;
+  limits.default_attention.options.method = Method::kDense;
   EXPECT_EQ(DecodePrefill(GoodRequest(), limits)->attention.method, Method::kDense);
+}
+
+TEST(DecodePrefillSpec, TheServersProfileMayTurnTheDenseFallbackOff) {
+  PrefillLimits limits = Limits();
+  limits.default_attention.dense_fallback = false;
+  EXPECT_FALSE(DecodePrefill(GoodRequest(), limits)->attention.dense_fallback);
 }
 
 struct RefusedCase {
@@ -86,6 +92,15 @@ TEST_P(RefusedPrefillSpec, NamesFieldValueAndLimit) {
   const auto spec = DecodePrefill(request, Limits());
   EXPECT_EQ(std::string(spec.status().message()), GetParam().message);
   EXPECT_EQ(spec.status().code(), GetParam().code);
+}
+
+TEST(DecodePrefillSpec, SaysWhyAModelsLimitIsWhatItIs) {
+  PrefillLimits limits = Limits();
+  limits.tokens_max_reason = " (dual chunk attention)";
+  v1::PrefillRequest request = GoodRequest();
+  request.mutable_token_ids()->Resize(1001, 1);
+  EXPECT_EQ(DecodePrefill(request, limits).status().message(),
+            "number of token_ids 1001 is outside [1, 1000] (dual chunk attention)");
 }
 
 constexpr auto kUnimplemented = absl::StatusCode::kUnimplemented;

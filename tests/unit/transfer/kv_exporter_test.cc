@@ -150,8 +150,24 @@ TEST_P(KvExporterSpec, PointsIntoTheCacheWhereItCan) {
     total += static_cast<int64_t>(chunk.payload.size());
   }
   const auto exporter = *KvExporter::Create(kv, kEpoch, range, format);
-  EXPECT_EQ(exporter->buffer_bytes(), copies ? format.chunk_bytes : 0);
+  EXPECT_EQ(KvExporter::BufferBytes(kShape, range, format),
+            copies ? format.chunk_bytes : 0);
   EXPECT_EQ(exporter->total_bytes(), total);
+}
+
+TEST_P(KvExporterSpec, CoversItsShareOfTheHeldBytes) {
+  const auto& [name, range, format, copies] = GetParam();
+  const auto exporter = *KvExporter::Create(MakeHeldKv(kShape), kEpoch, range, format);
+  const int64_t elements = int64_t{range.layer_count} * range.token_count *
+                           range.head_count * kShape.head_dim * 2;
+  EXPECT_EQ(exporter->held_bytes(), elements * DTypeBytes(kShape.dtype));
+}
+
+TEST(KvExporterWholeSpec, TheWholeRangeCoversEveryHeldByte) {
+  const auto exporter =
+      *KvExporter::Create(MakeHeldKv(kShape), kEpoch, WholeRange(kShape),
+                          {.dtype = DType::kF32, .chunk_bytes = 1 << 20});
+  EXPECT_EQ(exporter->held_bytes(), kShape.bytes());
 }
 
 constexpr KvRange kWhole = {0, 2, 0, 700, 0, 3};

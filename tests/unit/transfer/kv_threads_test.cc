@@ -93,7 +93,7 @@ TEST(KvThreadsSpec, LeasesBeginEndAndExpireOnManyThreadsAndNoneIsLeft) {
         // From here on the clock may end it at any moment.
         (void)store.Find(pending.ticket());
         if (i % 4 == 1) (void)store.Renew(pending.ticket(), 1);
-        store.MarkExported(pending.ticket());
+        store.MarkExported(pending.ticket(), 1 << 20);
         if (i % 4 == 2) (void)store.Release(pending.ticket());
       }
       --working;

@@ -184,6 +184,15 @@ TEST_F(LeaseStoreSpec, ADigestThatTheTicketStatesMustBeTheLeases) {
                 "sparsity_digest pbs-1 of the ticket is not the lease's exact"));
 }
 
+TEST_F(LeaseStoreSpec, ALongDigestIsCountedAndNotRepeated) {
+  v1::KvTicket ticket = Hold(Request());
+  ticket.set_model_digest(std::string(5'000'000, 'd'));
+  EXPECT_EQ(store_.Find(ticket).status(),
+            absl::FailedPreconditionError(
+                "model_digest of the ticket has 5000000 bytes, more than 128, and is "
+                "not the lease's md"));
+}
+
 TEST_F(LeaseStoreSpec, ALeaseDroppedBeforeCompletionIsNoMore) {
   v1::KvTicket ticket;
   std::shared_ptr<const std::atomic<LeaseEnd>> end;
@@ -274,12 +283,15 @@ TEST_F(LeaseStoreSpec, AKeyIsFreeAgainWhenItsLeaseIsGone) {
   EXPECT_FALSE(store_.Begin(Request("key", "other"))->existing.has_value());
 }
 
-TEST_F(LeaseStoreSpec, BytesWaitForExportUntilFetchedWholeOrGone) {
+TEST_F(LeaseStoreSpec, BytesWaitForExportUntilFetchedOrGone) {
   const auto bytes = static_cast<double>(kShape.bytes());
   const v1::KvTicket first = Hold(Request()), second = Hold(Request());
   EXPECT_EQ(metrics_.export_outstanding.Value(), 2 * bytes);
-  store_.MarkExported(first);
-  store_.MarkExported(first);
+  store_.MarkExported(first, kShape.bytes() / 4);
+  EXPECT_EQ(metrics_.export_outstanding.Value(), 1.75 * bytes);
+  store_.MarkExported(first, kShape.bytes() / 4);
+  EXPECT_EQ(metrics_.export_outstanding.Value(), 1.5 * bytes);
+  store_.MarkExported(first, kShape.bytes());  // some of it again
   EXPECT_EQ(metrics_.export_outstanding.Value(), bytes);
   ASSERT_TRUE(store_.Release(first).ok());
   EXPECT_EQ(metrics_.export_outstanding.Value(), bytes);

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <optional>
 
 #include "tests/support/case_name.h"
 
@@ -13,7 +14,7 @@ namespace {
 AttentionOptions Decoded(const v1::AttentionOptions& wire,
                          const AttentionOptions& profile = {},
                          bool dense_fallback = false) {
-  const auto options = DecodeAttentionOptions(wire, profile, dense_fallback);
+  const auto options = DecodeAttentionOptions(wire, {profile}, dense_fallback);
   EXPECT_TRUE(options.ok()) << options.status();
   return *options;
 }
@@ -43,6 +44,56 @@ TEST(AttentionOptionsWire, UnsetDenseFallbackIsTheCallersDefault) {
   v1::AttentionOptions wire;
   wire.set_dense_fallback(false);
   EXPECT_FALSE(Decoded(wire, {}, true).dense_fallback);
+}
+
+struct FallbackCase {
+  const char* name;
+  std::optional<bool> request;
+  bool names_method;
+  std::optional<bool> profile;
+  bool default_of_rpc;
+  bool expected;
+};
+
+class DenseFallbackSpec : public testing::TestWithParam<FallbackCase> {};
+
+TEST_P(DenseFallbackSpec, IsTheRequestsThenTheProfilesThenTheRpcs) {
+  const FallbackCase& c = GetParam();
+  v1::AttentionOptions wire;
+  if (c.names_method) wire.mutable_mean_pooling();
+  if (c.request.has_value()) wire.set_dense_fallback(*c.request);
+  const AttentionProfile profile = {.options = {}, .dense_fallback = c.profile};
+  const auto options = DecodeAttentionOptions(wire, profile, c.default_of_rpc);
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->dense_fallback, c.expected);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, DenseFallbackSpec,
+    testing::Values(FallbackCase{"nobody_says", {}, false, {}, true, true},
+                    FallbackCase{"profile_turns_it_off", {}, false, false, true, false},
+                    FallbackCase{"profile_turns_it_on", {}, false, true, false, true},
+                    FallbackCase{"the_request_wins", true, false, false, false, true},
+                    FallbackCase{
+                        "a_named_method_has_no_profile", {}, true, false, true, true}),
+    testing_support::CaseName());
+
+TEST(AttentionProfileWire, SaysDenseFallbackOnlyWhereItIsSet) {
+  v1::AttentionOptions wire;
+  wire.mutable_pbs()->set_threshold(0.5f);
+  const auto unset = DecodeAttentionProfile(wire);
+  ASSERT_TRUE(unset.ok()) << unset.status();
+  EXPECT_EQ(unset->options.threshold, 0.5f);
+  EXPECT_EQ(unset->dense_fallback, std::nullopt);
+  EXPECT_FALSE(EncodeAttentionProfile(*unset).has_dense_fallback());
+  for (bool value : {false, true}) {
+    wire.set_dense_fallback(value);
+    const auto set = DecodeAttentionProfile(wire);
+    ASSERT_TRUE(set.ok()) << set.status();
+    EXPECT_EQ(set->dense_fallback, value);
+    EXPECT_TRUE(EncodeAttentionProfile(*set).has_dense_fallback());
+    EXPECT_EQ(EncodeAttentionProfile(*set).dense_fallback(), value);
+  }
 }
 
 TEST(AttentionOptionsWire, AnExplicitFalseIsNotADefault) {

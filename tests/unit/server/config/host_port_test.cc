@@ -19,7 +19,7 @@ struct GoodCase {
 
 class HostPortSpec : public testing::TestWithParam<GoodCase> {};
 
-TEST_P(HostPortSpec, IsRead) {
+TEST_P(HostPortSpec, IsReadAndSaidAgain) {
   const GoodCase& c = GetParam();
   const auto result = ParseHostPort(c.text);
   ASSERT_TRUE(result.ok()) << result.status();
@@ -27,6 +27,7 @@ TEST_P(HostPortSpec, IsRead) {
   EXPECT_EQ(result->port, c.port);
   EXPECT_EQ(result->IsLoopback(), c.loopback);
   EXPECT_EQ(result->IsNumericOrLocalhost(), c.numeric);
+  EXPECT_EQ(result->ToString(), c.text);
 }
 
 INSTANTIATE_TEST_SUITE_P(

@@ -93,6 +93,7 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   config.mutable_transport()->set_keepalive_seconds(19);
   config.mutable_log()->set_level("warning");
   config.mutable_default_attention()->mutable_mean_pooling()->set_threshold(0.5f);
+  config.mutable_default_attention()->set_dense_fallback(false);
   const auto settings = MakeSettings(config);
   ASSERT_TRUE(settings.ok()) << settings.status();
   ASSERT_EQ(settings->models.size(), 1u);
@@ -109,8 +110,10 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   EXPECT_EQ(settings->service.limits.lease_ttl_seconds_default, 17);
   EXPECT_EQ(settings->service.transport.keepalive_seconds, 19);
   EXPECT_EQ(settings->log_level, LogLevel::kWarning);
-  EXPECT_EQ(settings->service.default_attention.method, Method::kMeanPooling);
-  EXPECT_EQ(settings->service.default_attention.threshold, 0.5f);
+  const AttentionProfile& profile = settings->service.default_attention;
+  EXPECT_EQ(profile.options.method, Method::kMeanPooling);
+  EXPECT_EQ(profile.options.threshold, 0.5f);
+  EXPECT_EQ(profile.dense_fallback, false);
 }
 
 TEST(ServerSettingsSpec, AnAutomaticDTypeStaysOpen) {
@@ -214,6 +217,14 @@ INSTANTIATE_TEST_SUITE_P(
             "streams",
             [](auto& c) { c.mutable_transport()->set_concurrent_streams_max(0); },
             "transport.concurrent_streams_max 0 is outside [1, 1024]"},
+        ViolationCase{
+            "stream_window",
+            [](auto& c) { c.mutable_transport()->set_stream_window_bytes(1 << 25); },
+            "transport.stream_window_bytes 33554432 is outside [65536, 16777216]"},
+        ViolationCase{
+            "uploads",
+            [](auto& c) { c.mutable_admission()->set_upload_requests_max(65'537); },
+            "admission.upload_requests_max 65537 is outside [1, 65536]"},
         ViolationCase{"drain", [](auto& c) { c.set_drain_seconds_max(-1); },
                       "drain_seconds_max -1 is outside [0, 86400]"}),
     testing_support::CaseName());

@@ -73,8 +73,10 @@ class ExecutorSpec : public testing::Test {
   JobTerms DeadlineIn(absl::Duration duration) const {
     return {.deadline = clock_.Now() + duration};
   }
-  static JobSize Predicted(double seconds, bool fresh = true) {
-    return {.prompt_tokens = 100, .prediction = Prediction{seconds, fresh}};
+  static JobSize Predicted(double seconds, bool fresh = true, int32_t num_steps = 1) {
+    return {.prompt_tokens = 100,
+            .prediction = Prediction{seconds, fresh},
+            .num_steps = num_steps};
   }
   static double Value(prometheus::Counter& counter) { return counter.Value(); }
 
@@ -154,6 +156,49 @@ TEST_F(ExecutorSpec, PredictsWhatIsLeftOfTheJobsAheadAndTheJobItself) {
   EXPECT_EQ(Submit("a", 4, {}, Predicted(8))->predicted_seconds, 8);
   executor_.RunOneStep();  // a quarter done
   EXPECT_EQ(Submit("b", 1, {}, Predicted(1))->predicted_seconds, 7);
+}
+
+TEST_F(ExecutorSpec, AnUrgentJobIsPredictedToOvertakeWhatIsLessImportant) {
+  ASSERT_TRUE(Submit("long", 4, {}, Predicted(8, true, 4)).ok());
+  executor_.RunOneStep();  // started, and between two steps now
+  ASSERT_TRUE(Submit("waiting", 1, {}, Predicted(3)).ok());
+  ASSERT_TRUE(Submit("important", 1, {.priority = 5}, Predicted(0.5)).ok());
+  EXPECT_EQ(Submit("urgent", 1, {.priority = 5}, Predicted(1))->predicted_seconds, 1.5);
+}
+
+// The step that runs ends first; the rest of its job does not.
+TEST_F(ExecutorSpec, AnUrgentJobWaitsForOneStepOfALessImportantOneAtMost) {
+  auto job = MakeJob("long", 4);
+  std::vector<double> predicted;
+  job->during_step = [&](const RunControl&) {
+    JobTerms urgent = DeadlineIn(absl::Seconds(3));
+    urgent.priority = 5;
+    const auto admission = executor_.Submit(urgent, Predicted(1), MakeJob("urgent"));
+    if (admission.ok()) predicted.push_back(admission->predicted_seconds);
+    return admission.status();
+  };
+  ASSERT_TRUE(executor_.Submit({}, Predicted(8, true, 4), std::move(job)).ok());
+  executor_.RunOneStep();
+  EXPECT_THAT(predicted, ElementsAre(3));  // two for the step, one for itself
+  executor_.RunOneStep();
+  EXPECT_EQ(events_.back(), "urgent OK");
+}
+
+TEST_F(ExecutorSpec, AnUrgentJobThatCannotMeetItsDeadlineBehindAStepIsRefused) {
+  auto job = MakeJob("long", 4);
+  absl::Status refused;
+  job->during_step = [&](const RunControl&) {
+    JobTerms urgent = DeadlineIn(absl::Seconds(2));
+    urgent.priority = 5;
+    refused = executor_.Submit(urgent, Predicted(1), MakeJob("urgent")).status();
+    return absl::OkStatus();
+  };
+  ASSERT_TRUE(executor_.Submit({}, Predicted(8, true, 4), std::move(job)).ok());
+  executor_.RunOneStep();
+  EXPECT_EQ(refused,
+            absl::DeadlineExceededError(
+                "the deadline in 2 s cannot be met: the request would be done in 3 s, "
+                "with 1 ahead of it"));
 }
 
 TEST_F(ExecutorSpec, PredictsNothingForAJobWithoutAnEstimate) {
@@ -355,10 +400,21 @@ TEST_F(ExecutorSpec, ShutdownEndsWaitingAndStartedJobs) {
   ASSERT_TRUE(Submit("a", 2).ok());
   executor_.RunOneStep();
   ASSERT_TRUE(Submit("b").ok());
-  executor_.Shutdown();
+  EXPECT_EQ(executor_.Shutdown(), 2);
   RunAll();
   EXPECT_THAT(events_, ElementsAre("a starts after 0", "a steps", "b UNAVAILABLE",
                                    "a UNAVAILABLE"));
+}
+
+TEST_F(ExecutorSpec, ShutdownCutsNothingThatHasEndedOrWasCancelled) {
+  ASSERT_TRUE(Submit("done").ok());
+  RunAll();
+  const JobId id = Submit("a", 2)->id;
+  executor_.RunOneStep();
+  executor_.Cancel(id);
+  EXPECT_EQ(executor_.Shutdown(), 0);
+  RunAll();
+  EXPECT_EQ(events_.back(), "a CANCELLED");
 }
 
 TEST_F(ExecutorSpec, DestructionFinishesEveryJob) {

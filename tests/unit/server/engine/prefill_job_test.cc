@@ -61,7 +61,7 @@ TEST_F(PrefillJobSpec, GivesTheBestTokensOfTheLastAndOfAskedPositions) {
   PrefillJob job = MakePrefill(40);
   job.reservation.Reset();
   job.kv.reset();
-  auto reserved = engine_.ReservePrefill(*job.model, 40, job.attention, 2);
+  auto reserved = engine_.ReservePrefill(*job.model, 40, job.attention, 2, 0);
   ASSERT_TRUE(reserved.ok());
   job.kv = std::move(reserved->kv);
   job.reservation = std::move(reserved->workspace);
@@ -171,7 +171,7 @@ TEST_F(PrefillJobSpec, TheLastOwnerOfACacheFreesIt) {
 TEST_F(PrefillJobSpec, WhatCouldNeverFitIsInvalidAndAllocatesNothing) {
   ByteLedger tiny(1000);
   EngineImpl engine({}, {TestModel::TheBackend(), tiny, clock_, timers_, metrics_});
-  const auto refused = engine.ReservePrefill(TestModel::Get(), 100, Dense(), 1);
+  const auto refused = engine.ReservePrefill(TestModel::Get(), 100, Dense(), 1, 0);
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(refused.status().message()),
               HasSubstr("more than memory_bytes_max 1000"));
@@ -180,7 +180,7 @@ TEST_F(PrefillJobSpec, WhatCouldNeverFitIsInvalidAndAllocatesNothing) {
 
 TEST_F(PrefillJobSpec, WhatDoesNotFitNowSaysTryAgain) {
   const ByteReservation others = *ledger_.Reserve(kBytesMax - 1000);
-  const auto refused = engine_.ReservePrefill(TestModel::Get(), 100, Dense(), 1);
+  const auto refused = engine_.ReservePrefill(TestModel::Get(), 100, Dense(), 1, 0);
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kMemory).Value(), 1);
 }

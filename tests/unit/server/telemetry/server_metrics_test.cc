@@ -119,6 +119,12 @@ TEST_F(ServerMetricsSpec, LabelsSelectTheirOwnSeries) {
               HasSubstr("pbs_requests_total{code=\"NOT_FOUND\",rpc=\"fetch\"} 1"));
 }
 
+TEST_F(ServerMetricsSpec, StagesThatNoBackendHasAreNotExported) {
+  const std::string text = Text();
+  EXPECT_THAT(text, HasSubstr("pbs_stage_time_seconds_count{stage=\"send\"} 0"));
+  EXPECT_THAT(text, testing::Not(HasSubstr("stage=\"copy\"")));
+}
+
 TEST_F(ServerMetricsSpec, ACodeOutsideTheCanonicalOnesCountsAsUnknown) {
   EXPECT_EQ(&metrics_.rpc.Requests(Rpc::kAttend, static_cast<absl::StatusCode>(99)),
             &metrics_.rpc.Requests(Rpc::kAttend, absl::StatusCode::kUnknown));
