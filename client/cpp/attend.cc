@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <future>
 #include <map>
+#include <set>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -52,12 +54,33 @@ class Loan {
   std::future<void> returned_;
 };
 
-// Receives the tensors that the reply's header announces.
+std::string NameOf(v1::TensorName tensor) {
+  return v1::TensorName_IsValid(tensor) ? v1::TensorName_Name(tensor)
+                                        : absl::StrCat(static_cast<int>(tensor));
+}
+
+// What the reply to `header` must announce. The parts of the lists come together.
+std::set<v1::TensorName> WantedBy(const v1::AttendHeader& header) {
+  if (header.want().empty()) return {v1::O};
+  std::set<v1::TensorName> wanted;
+  for (int tensor : header.want()) wanted.insert(static_cast<v1::TensorName>(tensor));
+  if (wanted.contains(v1::LIST_OFFSETS) || wanted.contains(v1::LIST_INDICES)) {
+    wanted.insert({v1::LIST_OFFSETS, v1::LIST_INDICES});
+  }
+  return wanted;
+}
+
+// Receives the tensors that were asked for: a header that announces them and no others,
+// their chunks, the stats.
 class ReplyReceiver {
  public:
-  explicit ReplyReceiver(TensorTarget& target) : target_(target) {}
+  ReplyReceiver(std::set<v1::TensorName> wanted, TensorTarget& target)
+      : missing_(std::move(wanted)), target_(target) {}
 
   absl::Status Add(const wire::AttendResponse& message) {
+    if (stats_.has_value()) {
+      return absl::DataLossError("the reply goes on after its stats");
+    }
     if (const auto* header = std::get_if<v1::AttendResponseHeader>(&message)) {
       return Begin(*header);
     }
@@ -71,12 +94,12 @@ class ReplyReceiver {
   absl::StatusOr<v1::AttendStats> Finish() {
     for (const auto& [tensor, part] : parts_) {
       if (part.received == part.target.size()) continue;
-      return absl::DataLossError(absl::StrCat("result ", v1::TensorName_Name(tensor),
+      return absl::DataLossError(absl::StrCat("result ", NameOf(tensor),
                                               " ended at offset ", part.received,
                                               " of ", part.target.size(), " bytes"));
     }
-    if (!stats_.has_value()) {
-      return absl::DataLossError("the stream ended without stats");
+    if (!has_header_ || !stats_.has_value()) {
+      return absl::DataLossError("the stream ended without header or stats");
     }
     return *std::move(stats_);
   }
@@ -88,27 +111,35 @@ class ReplyReceiver {
   };
 
   absl::Status Begin(const v1::AttendResponseHeader& header) {
+    if (std::exchange(has_header_, true)) {
+      return absl::DataLossError("the reply has a second header");
+    }
     for (const v1::TensorSpec& spec : header.tensors()) {
       const absl::StatusOr<int64_t> bytes = TensorBytes(spec);
       if (!bytes.ok()) return absl::DataLossError(bytes.status().message());
+      if (missing_.erase(spec.tensor()) == 0) {
+        return absl::DataLossError(absl::StrCat(
+            "the reply announces ", NameOf(spec.tensor()), ", unasked or twice"));
+      }
       const auto target = target_.Tensor(spec, *bytes);
       if (static_cast<int64_t>(target.size()) != *bytes) {
-        return absl::ResourceExhaustedError(
-            absl::StrCat("no memory for ", *bytes, " bytes of result ",
-                         v1::TensorName_Name(spec.tensor())));
+        return absl::ResourceExhaustedError(absl::StrCat(
+            "no memory for ", *bytes, " bytes of result ", NameOf(spec.tensor())));
       }
       parts_[spec.tensor()] = {target, 0};
     }
-    return absl::OkStatus();
+    if (missing_.empty()) return absl::OkStatus();
+    return absl::DataLossError(
+        absl::StrCat("the reply does not announce ", NameOf(*missing_.begin())));
   }
 
   absl::Status Put(const wire::TensorChunk& chunk) {
     const auto found = parts_.find(chunk.tensor);
     if (found == parts_.end() || chunk.offset != found->second.received ||
         chunk.data.size() > found->second.target.size() - found->second.received) {
-      return absl::DataLossError(
-          absl::StrCat("a chunk of result ", static_cast<int>(chunk.tensor),
-                       " at offset ", chunk.offset, " does not fit there"));
+      return absl::DataLossError(absl::StrCat("a chunk of result ",
+                                              NameOf(chunk.tensor), " at offset ",
+                                              chunk.offset, " does not fit there"));
     }
     Part& part = found->second;
     chunk.data.CopyTo(part.target.data() + part.received);
@@ -116,7 +147,9 @@ class ReplyReceiver {
     return absl::OkStatus();
   }
 
+  std::set<v1::TensorName> missing_;  // not announced yet
   TensorTarget& target_;
+  bool has_header_ = false;
   std::map<v1::TensorName, Part> parts_;
   std::optional<v1::AttendStats> stats_;
 };
@@ -183,7 +216,7 @@ absl::StatusOr<v1::AttendStats> Client::Attend(v1::AttendHeader header,
     const absl::Status status = stream.Finish();
     return status.ok() ? absl::InternalError("the server ended the upload") : status;
   }
-  ReplyReceiver receiver(target);
+  ReplyReceiver receiver(WantedBy(header), target);
   grpc::ByteBuffer message;
   while (stream.Read(&message)) {
     wire::AttendResponse response;

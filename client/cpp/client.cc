@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "client/cpp/lease_keeper.h"
 #include "proto/wire/messages.h"
 
 namespace pbs::client {
@@ -72,19 +73,24 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const ClientOptions& opt
   return std::unique_ptr<Client>(new Client(options, std::move(channel)));
 }
 
+CallTerms Client::ControlTerms(CallTerms terms) const {
+  terms.deadline = std::min(terms.deadline, absl::Now() + options_.control_timeout);
+  return terms;
+}
+
 absl::StatusOr<v1::ServerInfo> Client::GetServerInfo(const CallTerms& terms) {
-  return Ask<v1::ServerInfo>(channel_, kGetServerInfo, terms,
+  return Ask<v1::ServerInfo>(channel_, kGetServerInfo, ControlTerms(terms),
                              v1::GetServerInfoRequest());
 }
 
 absl::StatusOr<v1::ListModelsResponse> Client::ListModels(const CallTerms& terms) {
-  return Ask<v1::ListModelsResponse>(channel_, kListModels, terms,
+  return Ask<v1::ListModelsResponse>(channel_, kListModels, ControlTerms(terms),
                                      v1::ListModelsRequest());
 }
 
 absl::StatusOr<v1::KvDescriptor> Client::Describe(const v1::KvTicket& ticket,
                                                   const CallTerms& terms) {
-  return Ask<v1::KvDescriptor>(channel_, kDescribe, terms, ticket);
+  return Ask<v1::KvDescriptor>(channel_, kDescribe, ControlTerms(terms), ticket);
 }
 
 absl::StatusOr<v1::KvLease> Client::Renew(const v1::KvTicket& ticket,
@@ -93,13 +99,14 @@ absl::StatusOr<v1::KvLease> Client::Renew(const v1::KvTicket& ticket,
   v1::RenewRequest request;
   *request.mutable_ticket() = ticket;
   if (ttl_seconds.has_value()) request.set_ttl_seconds(*ttl_seconds);
-  return Ask<v1::KvLease>(channel_, kRenew, terms, request);
+  return Ask<v1::KvLease>(channel_, kRenew, ControlTerms(terms), request);
 }
 
 absl::Status Client::Release(const v1::KvTicket& ticket, const CallTerms& terms) {
   v1::ReleaseRequest request;
   *request.mutable_ticket() = ticket;
-  return Ask<v1::ReleaseResponse>(channel_, kRelease, terms, request).status();
+  return Ask<v1::ReleaseResponse>(channel_, kRelease, ControlTerms(terms), request)
+      .status();
 }
 
 // ---- Fetch
@@ -134,6 +141,7 @@ absl::Status Client::Fetch(v1::FetchRequest request, KvTarget& target,
   if (!kv.ok()) return kv.status();
   const KvExpectation expected = ExpectationOf(request, *kv);
   KvReceiver receiver(expected, target);
+  const LeaseKeeper keeper(*this, *kv, terms.deadline);
   CallTerms attempt_terms = terms;
   int failures = 0;
   absl::Status broken = absl::OkStatus();

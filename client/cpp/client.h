@@ -33,6 +33,8 @@ namespace pbs::client {
 struct ClientOptions {
   std::string address = "127.0.0.1:50051";
   absl::Duration connect_timeout = absl::Seconds(5);
+  // Of every call but Prefill, Attend and Fetch; an earlier deadline of its own counts.
+  absl::Duration control_timeout = absl::Seconds(30);
   int32_t stream_window_bytes = 4 << 20;  // how far the server may send ahead
   // Broken fetches in a row, without a layer gained, before Fetch() gives up.
   int32_t resume_attempts = 3;
@@ -86,7 +88,8 @@ class Client {
                                             const CallTerms& terms = {});
   // Fetches what `request` asks for, following a prefill that still runs; a broken
   // stream is taken up again at the first layer that is not complete. DataLoss when a
-  // chunk is missing, doubled or corrupt: nothing of its layer may be used.
+  // chunk is missing, doubled or corrupt: nothing of its layer may be used. The lease
+  // is renewed on the way (lease_keeper.h), so that it does not end before the fetch.
   absl::Status Fetch(v1::FetchRequest request, KvTarget& target,
                      const CallTerms& terms = {});
   absl::StatusOr<v1::KvLease> Renew(const v1::KvTicket& ticket,
@@ -98,6 +101,7 @@ class Client {
   Client(const ClientOptions& options, std::shared_ptr<grpc::Channel> channel)
       : options_(options), channel_(std::move(channel)) {}
 
+  CallTerms ControlTerms(CallTerms terms) const;
   absl::Status FetchOnce(const v1::FetchRequest& request, const CallTerms& terms,
                          KvReceiver& receiver);
   absl::Status AwaitReturn(const v1::KvTicket& ticket, CallTerms terms);

@@ -37,6 +37,21 @@ def fake_server(
         server.stop(grace=None).wait()
 
 
+def forward(channel: grpc.Channel, method: str) -> Handler:
+    """A handler that passes a call of one request on to another server."""
+
+    def handle(
+        requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        (request,) = requests
+        try:
+            yield from channel.unary_stream(method)(request)
+        except grpc.RpcError as error:
+            context.abort(error.code(), error.details())
+
+    return handle
+
+
 def replies(*messages: Any) -> Handler:
     """A handler that reads the whole request and then sends `messages`."""
 

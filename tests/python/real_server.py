@@ -28,14 +28,21 @@ class RunningServer:
     process: subprocess.Popen[str]
 
 
-def server_binary() -> Path:
-    """PBS_PREFILLD, or pbs-prefilld in PBS_BIN, or that of the default build."""
+def program(name: str) -> Path:
+    """A built program: in PBS_BIN, or that of the default build."""
     folder = Path(os.environ.get("PBS_BIN", REPOSITORY / "build" / "bin"))
-    binary = Path(os.environ.get("PBS_PREFILLD", folder / "pbs-prefilld"))
+    if not (folder / name).exists():
+        raise FileNotFoundError(f"{folder / name} does not exist: build it")
+    return folder / name
+
+
+def server_binary() -> Path:
+    """PBS_PREFILLD, or program("pbs-prefilld")."""
+    if "PBS_PREFILLD" not in os.environ:
+        return program("pbs-prefilld")
+    binary = Path(os.environ["PBS_PREFILLD"])
     if not binary.exists():
-        raise FileNotFoundError(
-            f"{binary} does not exist: build pbs-prefilld, or set PBS_PREFILLD"
-        )
+        raise FileNotFoundError(f"PBS_PREFILLD {binary} does not exist")
     return binary
 
 

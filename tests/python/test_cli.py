@@ -6,13 +6,15 @@ import io
 import json
 import subprocess
 import sys
+import types
 
 import grpc
 import ml_dtypes
 import numpy as np
+import pbs_client
 import pytest
 from fake_server import fake_server, replies
-from kv_chunks import Cache
+from kv_chunks import EPOCH, Cache
 from pbs_client import _messages, safetensors_file
 from pbs_client.cli import main, progress
 from pbs_client.cli.arguments import make_parser
@@ -141,6 +143,20 @@ def test_a_tokens_file_that_is_none_exits_with_2(tmp_path, capsys, content, mess
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        ("info", 30),
+        ("models", 30),
+        ("models --timeout 5", 5),
+        ("attend --input x", 3600),
+        ("prefill --tokens x", 3600),
+    ],
+)
+def test_commands_that_only_ask_wait_less_than_those_that_work(words, seconds):
+    assert parse(*words.split()).timeout == seconds
+
+
 def aborting(code: grpc.StatusCode):
     def handle(requests, context):
         context.abort(code, "it said\nwhy")
@@ -201,6 +217,66 @@ def test_a_density_that_is_not_a_number_is_null(tmp_path, capsys):
     with fake_server({PREFILL: replies(done)}) as target:
         assert main(["prefill", "--server", target, "--tokens", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["density"] is None
+
+
+@pytest.fixture
+def hf_without_torch(monkeypatch):
+    """pbs_client.hf, but loading and decoding are somebody else's."""
+    stub = types.SimpleNamespace(
+        load_model=lambda *_, **__: None,
+        check_same_model=lambda *_: None,
+        generate=lambda *_, first_token, **__: [first_token],
+    )
+    monkeypatch.setattr(pbs_client, "hf", stub, raising=False)
+    monkeypatch.setitem(sys.modules, "pbs_client.hf", stub)
+
+
+def generate(tmp_path, **handlers) -> int:
+    """The exit code of `generate` where a prefill leaves a lease."""
+    path = tmp_path / "tokens.json"
+    path.write_text("[1, 2, 3]")
+    ticket = {"handle": "0" * 32, "epoch": EPOCH}
+    descriptor = _messages.KvDescriptor(
+        lease={"ticket": ticket, "ttl_seconds": 60},
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=4,
+        num_tokens=3,
+        dtype="F32",
+        state="COMPLETE",
+    )
+    models = _messages.ListModelsResponse(models=[{"name": "m"}])
+    done = PrefillEvent(done={"ticket": ticket, "first_token_id": 7})
+    answers = {
+        "Describe": replies(descriptor),
+        "Fetch": replies(*Cache.random(1, 1, 3, 4).chunks()),
+        "Renew": replies(_messages.KvLease()),
+        **handlers,
+    }
+    served = {f"/pbs.v1.KvSource/{name}": answer for name, answer in answers.items()}
+    served.update({MODELS: replies(models), PREFILL: replies(done)})
+    words = ["--tokens", str(path), "--model-path", "x", "--max-new-tokens", "1"]
+    with fake_server(served) as target:
+        return main(["generate", "--server", target, *words])
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "NOT_FOUND"])
+def test_a_release_that_fails_does_not_cost_the_answer(
+    hf_without_torch, tmp_path, capsys, code
+):
+    assert generate(tmp_path, Release=aborting(grpc.StatusCode[code])) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == [7]
+
+
+def test_a_release_that_fails_does_not_hide_why_the_fetch_did(
+    hf_without_torch, tmp_path, capsys
+):
+    faults = {
+        "Fetch": aborting(grpc.StatusCode.DATA_LOSS),
+        "Release": aborting(grpc.StatusCode.UNAVAILABLE),
+    }
+    assert generate(tmp_path, **faults) == 5
+    assert capsys.readouterr().err.startswith("pbs-client: DATA_LOSS: it said why")
 
 
 def test_the_module_runs_like_the_script():

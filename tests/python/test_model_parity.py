@@ -115,10 +115,11 @@ def test_the_decode_tier_continues_a_served_prefill_as_transformers_does(
     tokens.write_text(json.dumps(expected["prompt"]))
     new_tokens = len(expected["greedy"])
     binary = dump_binary().parent.parent / "bin/pbs-decode"
-    command = f"""{binary} --server {server_of_all.target} --model {name} --json
-        --model-path {folder} --tokens {tokens} --max-new-tokens {new_tokens}
-        --method dense --compute-dtype f32"""
-    done = subprocess.run(command.split(), capture_output=True, text=True)
+    command = [binary, "--server", server_of_all.target, "--model", name, "--json"]
+    command += ["--model-path", folder, "--tokens", tokens]
+    command += ["--max-new-tokens", str(new_tokens)]
+    command += ["--method", "dense", "--compute-dtype", "f32"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == expected["greedy"]
 

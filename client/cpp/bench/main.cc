@@ -1,6 +1,9 @@
 // pbs-bench: how fast tensors go to a running pbs-prefilld and come back, beside raw
 // TCP in the same run.
 //
+// PBS_BENCH_COMMAND in the environment is what the report gives as its command: that of
+// the script which started the server and chose its port.
+//
 // Exit status: 0 when everything was measured and right, 1 when it was not, 2 for a
 // wrong command line.
 #include <malloc.h>
@@ -8,6 +11,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -80,6 +84,15 @@ absl::Status Write(const nlohmann::ordered_json& report, const std::string& outp
                  : absl::UnavailableError("the JSON could not be written whole");
 }
 
+std::string CommandOf(int argc, char** argv) {
+  if (const char* given = std::getenv("PBS_BENCH_COMMAND"); given != nullptr) {
+    return given;
+  }
+  std::string command = "pbs-bench";
+  for (int i = 1; i < argc; ++i) absl::StrAppend(&command, " ", argv[i]);
+  return command;
+}
+
 absl::Status Run(const Flags& flags, const std::string& command) {
   const auto tcp = TcpPeer::Start();  // before gRPC has threads
   if (!tcp.ok()) return tcp.status();
@@ -104,9 +117,7 @@ int Main(int argc, char** argv) {
   const int exit_status = status.ok() ? kExitFailed : kExitUsage;
   if (status.ok()) {
     TuneMalloc();
-    std::string command = "pbs-bench";
-    for (int i = 1; i < argc; ++i) absl::StrAppend(&command, " ", argv[i]);
-    status = Run(flags, command);
+    status = Run(flags, CommandOf(argc, argv));
   }
   if (status.ok()) return 0;
   std::fprintf(stderr, "pbs-bench: %s: %s\n",

@@ -173,6 +173,11 @@ absl::Status VerifyUpload(client::Client& client, std::span<const std::byte> par
   const auto stats = client.Attend(Header({0, 1}, {0, tensors.k_len}), tensors.Inputs(),
                                    result, chunk_bytes);
   if (!stats.ok()) return stats.status();
+  if (result.values.size() != kHeads * kHeadDim) {
+    return absl::DataLossError(absl::StrCat("the output of an upload has ",
+                                            result.values.size(), " values, expected ",
+                                            kHeads * kHeadDim));
+  }
   for (int64_t head = 0; head < kHeads; ++head) {
     const std::vector<double> expected = Expected(tensors, head);
     for (int64_t i = 0; i < kHeadDim; ++i) {

@@ -19,6 +19,8 @@ namespace {
 
 using server::ToAbsl;
 
+constexpr absl::Duration kReleaseTimeout = absl::Seconds(5);
+
 v1::DType WireDType(DType dtype) {
   return dtype == DType::kF32 ? v1::F32 : dtype == DType::kF16 ? v1::F16 : v1::BF16;
 }
@@ -41,7 +43,8 @@ class Handoff {
     if (fetched_.valid()) fetched_.wait();
     if (has_ticket_ && !settings_.keep_lease) {
       // Best effort: if it cannot be given back now, its time runs out.
-      client_.Release(ticket_).IgnoreError();
+      client_.Release(ticket_, {.deadline = absl::Now() + kReleaseTimeout})
+          .IgnoreError();
     }
   }
   Handoff(const Handoff&) = delete;
@@ -105,6 +108,7 @@ class Journey {
 
   absl::Status PrefillAndFetch();
   absl::Status FetchHeld();
+  absl::Status FindFirstToken(const v1::KvTicket& ticket, v1::KvDescriptor kv);
   absl::Status FindModel();
   absl::Status MakeCache(int32_t num_tokens);
   absl::Status Decode();
@@ -131,7 +135,8 @@ void Journey::ShowProgress() {
 }
 
 absl::Status Journey::FindModel() {
-  PBS_ABSL_ASSIGN_OR_RETURN(const v1::ListModelsResponse models, client_.ListModels());
+  PBS_ABSL_ASSIGN_OR_RETURN(const v1::ListModelsResponse models,
+                            client_.ListModels({.deadline = deadline_}));
   std::string names;
   for (const v1::ModelInfo& info : models.models()) {
     if (info.name() == settings_.model ||
@@ -225,7 +230,8 @@ absl::Status Journey::PrefillAndFetch() {
 absl::Status Journey::FetchHeld() {
   PBS_ABSL_ASSIGN_OR_RETURN(const v1::KvTicket ticket,
                             ReadTicket(settings_.ticket_path));
-  PBS_ABSL_ASSIGN_OR_RETURN(v1::KvDescriptor kv, client_.Describe(ticket));
+  PBS_ABSL_ASSIGN_OR_RETURN(v1::KvDescriptor kv,
+                            client_.Describe(ticket, {.deadline = deadline_}));
   PBS_ABSL_RETURN_IF_ERROR(
       CheckSameModel(kv.model(), kv.lease().ticket().model_digest(), model_));
   handoff_.Take(kv.lease().ticket());
@@ -235,9 +241,20 @@ absl::Status Journey::FetchHeld() {
   handoff_.Start(*filler_, cache_->shape().dtype);
   PBS_ABSL_RETURN_IF_ERROR(handoff_.Wait());
   outcome_.kv_tail_seconds = absl::ToDoubleSeconds(absl::Now() - begin);
-  PBS_ABSL_ASSIGN_OR_RETURN(kv, client_.Describe(ticket));
-  if (!kv.has_first_token_id()) {
-    return absl::DataLossError("the cache was fetched whole, but has no first token");
+  return FindFirstToken(ticket, std::move(kv));
+}
+
+// Asks only for what is needed and not known: the lease may be over by now.
+absl::Status Journey::FindFirstToken(const v1::KvTicket& ticket, v1::KvDescriptor kv) {
+  constexpr absl::Duration kPause = absl::Milliseconds(20);
+  if (!then_tokens_.empty()) return absl::OkStatus();  // they come in its place
+  while (!kv.has_first_token_id()) {
+    if (kv.state() == v1::COMPLETE) {
+      return absl::DataLossError("the cache was fetched whole, but has no first token");
+    }
+    PBS_ABSL_ASSIGN_OR_RETURN(kv, client_.Describe(ticket, {.deadline = deadline_}));
+    // The last layer's keys come before its attention has run.
+    if (!kv.has_first_token_id()) absl::SleepFor(kPause);
   }
   first_token_ = static_cast<int32_t>(kv.first_token_id());
   return absl::OkStatus();

@@ -27,6 +27,7 @@ from pbs_client import _attend, _checksum, _health, _messages, _prefill, _wire, 
 from pbs_client._attend import AttendResult, ProgressCallback
 from pbs_client._kv_receiver import KvReceiver, LayerCallback
 from pbs_client._kv_transfer import FetchPlan, run_fetch
+from pbs_client._lease_keeper import LeaseKeeper
 from pbs_client._prefill import PrefillCallbacks, PrefillResult
 from pbs_client._transport import Deadline, Metadata, Transport
 from pbs_client.block_lists import BlockGrid, BlockLists
@@ -349,8 +350,8 @@ class Client:
         deadline = Deadline(timeout)
         receiver = None
         if delivery == "inline" and request.token_ids:
-            info = self.info(timeout=deadline.left())
-            models = self.models(timeout=deadline.left())
+            info = self.info(timeout=_control_seconds(deadline))
+            models = self.models(timeout=_control_seconds(deadline))
             shape = _prefill.inline_shape(request, models, info.epoch, dtype, checksums)
             receiver = KvReceiver(shape)
         path, payload = "/pbs.v1.Prefill/Prefill", request.SerializeToString()
@@ -388,7 +389,10 @@ class Client:
         on_layer: LayerCallback | None = None,
         progress: ProgressCallback | None = None,
     ) -> KvCache:
-        """Copies a leased cache here; the lease stays. Follows a prefill that runs.
+        """Copies a leased cache here; follows a prefill that runs.
+
+        The lease stays. It is renewed on the way, for the time that it was given, so
+        that it does not end before the fetch.
 
         Args:
             ticket: from prefill(), or its on_admitted.
@@ -413,13 +417,14 @@ class Client:
             raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
         element = None if dtype is None else dtypes.float_dtype(dtype)
         deadline = Deadline(timeout)
-        descriptor = self.describe(
-            ticket, timeout=min(deadline.left(), CONTROL_TIMEOUT_SECONDS)
-        )
+        descriptor = self.describe(ticket, timeout=_control_seconds(deadline))
         plan = FetchPlan.of(
             descriptor, layers, tokens, heads, element, layout, checksums
         )
-        return run_fetch(self._transport, plan, resumes, deadline, on_layer, progress)
+        with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
+            return run_fetch(
+                self._transport, plan, resumes, deadline, on_layer, progress
+            )
 
     def renew(
         self,
@@ -473,6 +478,11 @@ class Client:
             for message in messages:
                 reply.add(message)
         return reply.result()
+
+
+def _control_seconds(deadline: Deadline) -> float:
+    """For a control call on the way to a deadline."""
+    return min(deadline.left(), CONTROL_TIMEOUT_SECONDS)
 
 
 def _int_list(values: Sequence[int] | Array | None) -> list[int] | None:

@@ -7,7 +7,7 @@ import argparse
 from pbs_client import _version
 from pbs_client._transport import check_target
 from pbs_client.cli import commands
-from pbs_client.client import WORK_TIMEOUT_SECONDS
+from pbs_client.client import CONTROL_TIMEOUT_SECONDS, WORK_TIMEOUT_SECONDS
 from pbs_client.dtypes import FLOAT_DTYPES
 from pbs_client.options import SCOPES
 
@@ -103,13 +103,16 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
-        _connection(command)
+        # A command without options of its own only asks.
+        _connection(
+            command, WORK_TIMEOUT_SECONDS if groups else CONTROL_TIMEOUT_SECONDS
+        )
         for add_group in groups:
             add_group(command)
     return parser
 
 
-def _connection(parser: argparse.ArgumentParser) -> None:
+def _connection(parser: argparse.ArgumentParser, timeout_seconds: float) -> None:
     group = parser.add_argument_group("connection")
     group.add_argument(
         "--server",
@@ -121,7 +124,7 @@ def _connection(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout",
         type=_positive_seconds,
-        default=WORK_TIMEOUT_SECONDS,
+        default=timeout_seconds,
         metavar="SECONDS",
         help="give up after this long; the server refuses at once what cannot be done "
         "in it (%(default)s)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -16,11 +17,13 @@ from pbs_client._prefill import find_model
 from pbs_client.block_lists import flat_mask
 from pbs_client.cli.progress import ProgressBar
 from pbs_client.client import Client
+from pbs_client.errors import PbsError
 from pbs_client.kv import KvCache
 from pbs_client.options import Dense, MeanPooling, Method, Pbs
 from pbs_client.results import to_json
 
 TOKENS_FILE_BYTES_MAX = 64 << 20
+_RELEASE_TIMEOUT_SECONDS = 5.0
 
 _METHODS: dict[str, Any] = {"dense": Dense, "pbs": Pbs, "mean_pooling": MeanPooling}
 _METHOD_OPTIONS = (
@@ -168,7 +171,9 @@ def generate(arguments: argparse.Namespace) -> None:
                 result.ticket, timeout=arguments.timeout, progress=bar.update_bytes
             )
         finally:
-            client.release(result.ticket)
+            # Best effort: if it cannot be given back now, its time runs out.
+            with contextlib.suppress(PbsError):
+                client.release(result.ticket, timeout=_RELEASE_TIMEOUT_SECONDS)
         clock.stage("fetch")
     new_tokens = hf.generate(
         model,

@@ -1,0 +1,127 @@
+"""What scripts, the build and the benchmarks' drivers write down, and what they check."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from real_server import REPOSITORY, program
+
+sys.path[:0] = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests" / "bench")]
+import bench_common  # noqa: E402
+import check_docs  # noqa: E402
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Runs git in a repository with one commit."""
+    folder = tmp_path / "a repository"
+    (folder / "docs/results").mkdir(parents=True)
+    for name in ("kernel.cc", "README.md", "docs/results/old.json"):
+        (folder / name).write_text("as committed")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
+        command = ["git", "-C", str(folder), *who, *words]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    git.folder = folder
+    return git
+
+
+# ---- scripts/check_docs.py
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        pytest.param("| 1 |\n\n[`x`](results/made.json): here", [], id="made"),
+        pytest.param("No results file yet", ["name results/made.json"], id="none"),
+        pytest.param("[x](results/other.json)", ["name results/made.json"], id="other"),
+    ],
+)
+def test_a_figure_table_names_the_file_it_is_from(tmp_path, body, found):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/made.json").write_text("{}")
+    page = tmp_path / "PAGE.md"
+    page.write_text(f"# Figures\n\n<!-- table: made -->\n{body}\n<!-- end -->\n")
+    messages = check_docs.tables_without_results(page)
+    assert len(messages) == len(found)
+    assert all(part in message for part, message in zip(found, messages))
+
+
+def test_the_file_of_a_figure_table_exists(tmp_path):
+    page = tmp_path / "PAGE.md"
+    page.write_text("<!-- table: gone -->\n[x](results/gone.json)\n<!-- end -->\n")
+    assert check_docs.tables_without_results(page) == [
+        "docs/PAGE.md: table gone is from results/gone.json, which is missing"
+    ]
+
+
+# ---- tests/bench
+
+
+@pytest.mark.parametrize(
+    ("changed", "mark"),
+    [
+        pytest.param(None, "", id="nothing"),
+        pytest.param("kernel.cc", "+changes", id="a source"),
+        pytest.param("docs/results/old.json", "", id="results"),
+        pytest.param("README.md", "", id="a table"),
+    ],
+)
+def test_results_are_marked_when_what_was_measured_is_not_the_commit(
+    repository, monkeypatch, changed, mark
+):
+    if changed is not None:
+        (repository.folder / changed).write_text("changed")
+    monkeypatch.setattr(bench_common, "ROOT", repository.folder)
+    assert bench_common.commit() == repository("rev-parse", "HEAD") + mark
+
+
+def test_a_tree_without_history_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_common, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert bench_common.commit() == "unknown"
+
+
+def test_a_benchmark_worker_takes_any_path_and_says_what_is_wrong_with_it(tmp_path):
+    worker = bench_common.Worker([str(program("bench_worker"))])
+    try:
+        # In the command, which the message repeats, the quotes are escaped.
+        with pytest.raises(RuntimeError, match='no such "folder"/config.json'):
+            worker.ask("model", path=str(tmp_path / 'no such "folder"'))
+        with pytest.raises(RuntimeError, match="unknown command dance"):
+            worker.ask("dance")
+    finally:
+        worker.close()
+
+
+# ---- the build
+
+
+def test_the_commit_of_a_build_follows_git_and_rewrites_nothing_else(repository):
+    header = repository.folder / "build dir/commit.h"
+
+    def written(*definitions: str) -> str:
+        script = REPOSITORY / "cmake/WriteCommitHeader.cmake"
+        where = [f"-DHEADER={header}", f"-DSOURCE_DIR={repository.folder}"]
+        subprocess.run(["cmake", *where, *definitions, "-P", script], check=True)
+        return header.read_text()
+
+    first = repository("rev-parse", "--short=12", "HEAD")
+    assert written() == f'#define PBS_COMMIT "{first}"\n'
+    before = header.stat().st_mtime_ns
+    assert written("-DCOMMIT=") == f'#define PBS_COMMIT "{first}"\n'
+    assert header.stat().st_mtime_ns == before
+    repository("commit", "--quiet", "--allow-empty", "-m", "second")
+    second = repository("rev-parse", "--short=12", "HEAD")
+    assert second != first
+    assert written() == f'#define PBS_COMMIT "{second}"\n'
+    assert written("-DCOMMIT=given") == '#define PBS_COMMIT "given"\n'
