@@ -18,7 +18,7 @@ model=$run_dir/model
 
 output=${OUTPUT:-docs/results/data_plane.json}
 
-install_packages "${build_packages[@]}" python3
+install_packages "${build_packages[@]}"
 python3 -c 'import numpy' 2>/dev/null || install_packages python3-numpy
 build_targets pbs-prefilld pbs-bench
 mkdir -p "$run_dir" "$(dirname "$output")"
@@ -45,7 +45,7 @@ done
 [ -n "$address" ] || fail "the server is not serving after 30 s; see $run_dir/server.log"
 
 say "measuring"
-"$build_dir/bin/pbs-bench" --server "$address" --server-pid "$server" \
-  --output "$output" "$@"
+PBS_BENCH_COMMAND="scripts/bench_dataplane.sh $*" "$build_dir/bin/pbs-bench" \
+  --server "$address" --server-pid "$server" --output "$output" "$@"
 echo "written to $output" >&2
 [ "$output" != docs/results/data_plane.json ] || scripts/bench_report.sh

@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
 
-install_packages "${build_packages[@]}" python3
+install_packages "${build_packages[@]}"
 build_targets bench_worker
 python_environment "$repo/.venv" numpy
 missed=0

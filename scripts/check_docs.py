@@ -5,8 +5,8 @@
 
 Every metric of server/telemetry, every field of ServerConfig and every command-line flag
 of the server must be in docs/OPERATIONS.md; every relative link of every Markdown file
-must lead to a file; every figure table of docs/BENCHMARKS.md must name a results file
-that exists.
+must lead to a file; every figure table of docs/BENCHMARKS.md must name the results file
+that it was written from, and that file must exist.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OPERATIONS = ROOT / "docs/OPERATIONS.md"
+BENCHMARKS = ROOT / "docs/BENCHMARKS.md"
 
 
 def tracked(suffix: str) -> list[pathlib.Path]:
@@ -77,6 +78,19 @@ def dead_links() -> list[str]:
     return dead
 
 
+def tables_without_results(page: pathlib.Path) -> list[str]:
+    """Figure tables of a page that are from no results file."""
+    found = []
+    pattern = r"<!-- table: (\w+) -->\n(.*?)<!-- end -->"
+    for name, body in re.findall(pattern, page.read_text(), re.S):
+        source = f"results/{name}.json"
+        if f"]({source})" not in body:
+            found.append(f"docs/{page.name}: table {name} does not name {source}")
+        elif not (page.parent / source).exists():
+            found.append(f"docs/{page.name}: table {name} is from {source}, which is missing")
+    return found
+
+
 def main() -> int:
     """Prints what is missing."""
     text = OPERATIONS.read_text()
@@ -87,7 +101,7 @@ def main() -> int:
         for name in sorted(names)
         if not re.search(re.escape(name) + r"(?![a-z0-9_])", text)
     ]
-    found += dead_links()
+    found += dead_links() + tables_without_results(BENCHMARKS)
     counts = ", ".join(f"{len(names)} {kind}s" for kind, names in wanted.items())
     print("\n".join(found) or f"documentation covers {counts}; all links are alive")
     return 1 if found else 0

@@ -3,12 +3,12 @@
 # shellcheck disable=SC2034  # used by the scripts that source this file
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-build_dir=${PBS_BUILD_DIR:-$repo/build}
+build_dir=$(realpath -m "${PBS_BUILD_DIR:-$repo/build}")
 jobs=$(nproc)
 
 # What a build and its tests need; Debian 12, Debian 13 and Ubuntu 24.04 use these names.
 build_packages=(
-  g++ cmake ninja-build pkg-config ca-certificates ccache
+  g++ cmake ninja-build pkg-config ca-certificates ccache git python3
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   prometheus-cpp-dev nlohmann-json3-dev libcli11-dev libspdlog-dev
   libtbb-dev libdnnl-dev libxxhash-dev
@@ -19,16 +19,6 @@ say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 1
-}
-
-as_root() {
-  if [ "$(id -u)" -eq 0 ]; then
-    "$@"
-  elif command -v sudo >/dev/null; then
-    sudo "$@"
-  else
-    fail "packages are missing and there is no sudo; as root, run: $*"
-  fi
 }
 
 # install_packages NAME...: installs those that are missing.
@@ -43,22 +33,27 @@ then run: cmake --preset release && ninja -C build"
       missing+=("$name")
   done
   [ ${#missing[@]} -eq 0 ] && return
+  local as_root=()
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null || fail "packages are missing and there is no sudo; as root, run:
+apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
+    as_root=(sudo)
+  fi
   say "installing ${missing[*]}"
-  as_root apt-get update -qq
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    -o DPkg::Lock::Timeout=300 "${missing[@]}" >/dev/null
+  "${as_root[@]}" apt-get update -qq
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+    --no-install-recommends -o DPkg::Lock::Timeout=300 "${missing[@]}" >/dev/null
 }
 
-# build_targets TARGET...: configures once and builds.
+# build_targets TARGET...: configures, which finds what was installed meanwhile, and builds.
 build_targets() {
-  if [ ! -f "$build_dir/build.ninja" ]; then
-    say "configuring $build_dir"
-    (cd "$repo" && cmake --preset release -B "$build_dir" >"$build_dir.configure.log" 2>&1) || {
-      tail -20 "$build_dir.configure.log" >&2
-      fail "configuring failed; the whole log is $build_dir.configure.log"
-    }
-    mv "$build_dir.configure.log" "$build_dir/configure.log"
-  fi
+  local log=$build_dir/configure.log
+  mkdir -p "$build_dir"
+  say "configuring $build_dir"
+  (cd "$repo" && cmake --preset release -B "$build_dir" >"$log" 2>&1) || {
+    tail -20 "$log" >&2
+    fail "configuring failed; the whole log is $log"
+  }
   say "building with $jobs jobs (the first time takes some minutes)"
   ninja -C "$build_dir" -j "$jobs" "$@" >&2
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Proves the README's two commands on a fresh machine: a bare Debian 12 (mmdebstrap), a
-# clone of the committed tree, nothing else. Then times a second quickstart. Some 20
-# minutes on 2 cores.
+# clone of the committed tree, nothing else. Then times a second quickstart. Some 30
+# minutes on 2 cores, half of them the first quickstart.
 #
-#   scripts/fresh_machine.sh [SUITE]    a Debian or Ubuntu suite; default bookworm
+#   scripts/fresh_machine.sh [SUITE]    a Debian suite; default bookworm
 #
 # Needs root (for the chroot's mounts), a package mirror, and a Python package index. The
 # host's pip settings (PIP_INDEX_URL, PIP_FIND_LINKS, PIP_CERT) are handed in.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fuzzes every parser with libFuzzer, ASan and UBSan.
 #
-#   scripts/fuzz.sh [SECONDS]   per target, two at a time; default 60
+#   scripts/fuzz.sh [SECONDS]   per target, one on each CPU at a time; default 60
 #
 # New inputs that reach new code stay in the build folder (PBS_FUZZ_DIR), crashes in its
 # found/: make each a named case of the target's corpus.
@@ -9,10 +9,10 @@ set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
 seconds=${1:-60}
+build_dir=$(realpath -m "${PBS_FUZZ_DIR:-$repo/build-fuzz}")
 cd "$repo"
 
 install_packages "${build_packages[@]}" clang-16 libclang-rt-16-dev
-build_dir=${PBS_FUZZ_DIR:-$repo/build-fuzz}
 cmake --preset fuzz -B "$build_dir" >/dev/null
 say "building the fuzz targets"
 ninja -C "$build_dir" -j "$jobs" fuzzers >&2

@@ -16,8 +16,8 @@ case ${1:-} in
   thread) preset=tsan labels='tsan' target=tsan_tests ;;
   *) fail "usage: $0 address|thread" ;;
 esac
+build_dir=$(realpath -m "${PBS_SANITIZE_DIR:-$repo/build-$preset}")
 cd "$repo"
-build_dir=${PBS_SANITIZE_DIR:-$repo/build-$preset}
 say "configuring and building $build_dir"
 cmake --preset "$preset" -B "$build_dir" >/dev/null
 ninja -C "$build_dir" -j "$jobs" "$target" >&2

@@ -19,7 +19,7 @@ for argument in "$@"; do
   esac
 done
 
-install_packages "${build_packages[@]}" python3
+install_packages "${build_packages[@]}"
 build_targets all
 
 say "C++ tests and structure checks"

@@ -14,7 +14,7 @@ class Model;
 
 namespace pbs::bench {
 
-// The key=value words of a command, with defaults.
+// What a command says, by name, with defaults.
 class Words {
  public:
   void Set(const std::string& key, const std::string& value) { words_[key] = value; }

@@ -27,8 +27,9 @@ class Worker:
             env={**os.environ, **(environment or {})},
         )
 
-    def ask(self, line: str) -> dict:
+    def ask(self, command: str, **words: object) -> dict:
         """Sends one command and returns its reply; raises on an error reply."""
+        line = json.dumps({"do": command, **words})
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -46,8 +47,9 @@ class Worker:
 class Case:
     """One line of a group: a label, its worker and how it is prepared."""
 
-    def __init__(self, label: str, worker: Worker, command: str):
-        self.label, self.worker, self.command = label, worker, command
+    def __init__(self, label: str, worker: Worker, command: str, **words: object):
+        self.label, self.worker = label, worker
+        self.command, self.words = command, words
         self.runs: list[dict] = []
 
     def summary(self) -> dict:
@@ -70,13 +72,12 @@ def run_group(title: str, cases: list[Case], rounds: int) -> dict:
     """Interleaves the cases; returns their summaries and ratios to the first case."""
     print(f"{time.strftime('%H:%M:%S')} {title}", file=sys.stderr, flush=True)
     for i, case in enumerate(cases):
-        verb, words = case.command.split(" ", 1)
-        case.worker.ask(f"{verb} name=c{i} {words}")
+        case.worker.ask(case.command, name=f"c{i}", **case.words)
     for _ in range(rounds):
         for i, case in enumerate(cases):
-            case.runs.append(case.worker.ask(f"run c{i}"))
+            case.runs.append(case.worker.ask("run", name=f"c{i}"))
     for i, case in enumerate(cases):
-        case.worker.ask(f"drop c{i}")
+        case.worker.ask("drop", name=f"c{i}")
     result = {case.label: case.summary() for case in cases}
     for case in cases[1:]:
         for key in ("wall", "cpu"):
@@ -107,29 +108,36 @@ def machine() -> dict:
 
 
 def commit() -> str:
-    """The commit the benchmark ran at; "+changes" when the tree differed from it."""
+    """The commit of the tree; "+changes" when what can be measured differs from it."""
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    dirty = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "HEAD") + ("+changes" if dirty else "")
+    try:
+        # What benchmarks and their report write themselves changes no figure.
+        unmeasured = (":(exclude)docs", ":(exclude)README.md")
+        status = ("status", "--porcelain", "--untracked-files=no", "--", ".")
+        dirty = git(*status, *unmeasured)
+        return git("rev-parse", "HEAD") + ("+changes" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
-def write_results(name: str, figures: dict) -> pathlib.Path:
-    """Writes docs/results/NAME.json: machine, commit, command, time, figures.
+def run_header() -> dict:
+    """What a run is, for write_results(). To be asked for when the run begins.
 
     The command is what the scripts say they were called with (PBS_BENCH_COMMAND).
     """
+    command = os.environ.get("PBS_BENCH_COMMAND", " ".join(sys.argv))
+    return {"machine": machine(), "commit": commit(), "command": command}
+
+
+def write_results(name: str, header: dict, figures: dict) -> pathlib.Path:
+    """Writes docs/results/NAME.json: machine, commit, command, time, figures."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    header = {
-        "machine": machine(),
-        "commit": commit(),
-        "command": os.environ.get("PBS_BENCH_COMMAND", " ".join(sys.argv)),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    path.write_text(json.dumps({**header, **figures}, indent=1) + "\n")
+    written = {"written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    path.write_text(json.dumps({**header, **written, **figures}, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
     return path

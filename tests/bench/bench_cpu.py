@@ -17,7 +17,7 @@ import os
 import pathlib
 import sys
 
-from bench_common import ROOT, Case, Worker, run_group, write_results
+from bench_common import ROOT, Case, Worker, run_group, run_header, write_results
 
 LENGTHS = [4096, 8192, 16384, 32768]
 # Query heads so that a run takes seconds at every length; groups of four per KV head.
@@ -35,23 +35,30 @@ def attention_group(
     length: int, dtype: str, ours: Worker, torch: Worker, rounds: int, isa: str = "auto"
 ) -> dict:
     """Dense, pbs and mean pooling beside torch's SDPA."""
-    shape = f"dtype={dtype} len={length} heads={HEADS[length]} head_dim=128"
-    shape += f" kv_heads={HEADS[length] // 4}"
-    mine = f"attention isa={isa} {shape}"
+    shape = {
+        "dtype": dtype,
+        "len": length,
+        "heads": HEADS[length],
+        "kv_heads": HEADS[length] // 4,
+        "head_dim": 128,
+    }
+
+    def mine(label: str, method: str, **words: object) -> Case:
+        return Case(label, ours, "attention", **shape, isa=isa, method=method, **words)
+
     cases = [
-        Case("torch SDPA", torch, f"attention {shape}"),
-        Case("dense", ours, f"{mine} method=dense"),
+        Case("torch SDPA", torch, "attention", **shape),
+        mine("dense", "dense"),
     ]
     if isa == "auto":
         cases += [
-            Case("pbs", ours, f"{mine} method=pbs"),
-            Case("mean_pooling", ours, f"{mine} method=mean_pooling"),
-            Case("pbs, white noise", ours, f"{mine} method=pbs data=noise"),
+            mine("pbs", "pbs"),
+            mine("mean_pooling", "mean_pooling"),
+            mine("pbs, white noise", "pbs", data="noise"),
         ]
         if length in PUBLISHED_DENSITY:
             density = PUBLISHED_DENSITY[length]
-            label = f"pbs, lists forced to {density}"
-            cases.append(Case(label, ours, f"{mine} method=pbs density={density}"))
+            cases.append(mine(f"pbs, lists forced to {density}", "pbs", density=density))
     group = run_group(f"attention {dtype} {length} {isa}", cases, rounds)
     return {**group, "length": length, "dtype": dtype, "isa": isa, "heads": HEADS[length]}
 
@@ -61,35 +68,38 @@ def linear_group(
 ) -> dict:
     """One linear layer beside torch's."""
     rows, wide, out = shape
-    words = f"linear rows={rows} in={wide} out={out} dtype={dtype}"
+    words = {"rows": rows, "in": wide, "out": out, "dtype": dtype}
     title = f"linear {dtype} {rows}x{wide}x{out}, {threads} threads"
-    group = run_group(title, [Case("torch", torch, words), Case("ours", ours, words)], rounds)
+    cases = [
+        Case("torch", torch, "linear", **words),
+        Case("ours", ours, "linear", **words),
+    ]
+    group = run_group(title, cases, rounds)
     return {**group, "shape": shape, "dtype": dtype, "threads": threads}
 
 
 def prefill_group(length: int, ours: Worker, rounds: int) -> dict:
     """Whole prefill: dense, pbs with real selection, density replay."""
-    words = f"prefill len={length} warmup={int(length <= 4096)}"
+    words = {"len": length, "warmup": int(length <= 4096)}
     cases = [
-        Case("dense", ours, f"{words} method=dense"),
-        Case("pbs, real selection", ours, f"{words} method=pbs"),
+        Case("dense", ours, "prefill", **words, method="dense"),
+        Case("pbs, real selection", ours, "prefill", **words, method="pbs"),
     ]
     if length in PUBLISHED_DENSITY:
-        density = PUBLISHED_DENSITY[length]
-        label = f"density replay {density}"
-        cases.append(Case(label, ours, f"{words} method=pbs density={density}"))
+        words |= {"method": "pbs", "density": PUBLISHED_DENSITY[length]}
+        cases.append(Case(f"density replay {words['density']}", ours, "prefill", **words))
     return {**run_group(f"prefill {length}", cases, rounds), "length": length}
 
 
 def memory_row(length: int, worker: Worker) -> dict:
     """What a prefill was planned to take, and what it took."""
-    worker.ask("prefill name=warm len=1 method=pbs")
-    worker.ask("drop warm")
+    worker.ask("prefill", name="warm", len=1, method="pbs")
+    worker.ask("drop", name="warm")
     before = worker.ask("memory")
-    worker.ask(f"prefill name=p len={length} method=pbs warmup=0")
-    planned = worker.ask("run p")["planned_bytes"]
+    worker.ask("prefill", name="p", len=length, method="pbs", warmup=0)
+    planned = worker.ask("run", name="p")["planned_bytes"]
     after = worker.ask("memory")
-    worker.ask("drop p")
+    worker.ask("drop", name="p")
     measured = after["peak_bytes"] - before["resident_bytes"]
     print(f"    {length:6} tokens  planned {planned / 1e6:8.1f} MB  measured "
           f"{measured / 1e6:8.1f} MB  {100 * (measured / planned - 1):+.2f} %", file=sys.stderr)
@@ -99,8 +109,8 @@ def memory_row(length: int, worker: Worker) -> dict:
 class Sections:
     """One method per section of the benchmark; each returns its figures."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
+    def __init__(self, arguments: argparse.Namespace, header: dict):
+        self.arguments, self.header = arguments, header
 
     def ours(self, threads: int) -> Worker:
         """A worker of the backend under test."""
@@ -115,7 +125,7 @@ class Sections:
     def model(self) -> Worker:
         """A worker with the model loaded and every CPU."""
         worker = self.ours(os.cpu_count() or 1)
-        worker.ask(f"model path={self.arguments.model}")
+        worker.ask("model", path=str(self.arguments.model))
         return worker
 
     def attention(self) -> dict:
@@ -158,7 +168,7 @@ class Sections:
         for length in self.arguments.lengths:
             rounds = self.arguments.rounds if length <= 4096 else 1
             figures["groups"].append(prefill_group(length, ours, rounds))
-            write_results("cpu_prefill", figures)  # what is measured is kept
+            write_results("cpu_prefill", self.header, figures)  # what is measured is kept
         ours.close()
         return figures
 
@@ -181,13 +191,15 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, help="for prefill and memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    sections = ["attention", "linear", "prefill", "memory"]
-    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
+    names = ["attention", "linear", "prefill", "memory"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     arguments = parser.parse_args()
     if arguments.model is None and {"prefill", "memory"} & set(arguments.only):
         parser.error("--model is needed for the sections prefill and memory")
+    header = run_header()
+    sections = Sections(arguments, header)
     for name in arguments.only:
-        write_results(f"cpu_{name}", getattr(Sections(arguments), name)())
+        write_results(f"cpu_{name}", header, getattr(sections, name)())
 
 
 if __name__ == "__main__":

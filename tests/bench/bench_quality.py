@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 import numpy as np
-from bench_common import ROOT, Worker, write_results
+from bench_common import ROOT, Worker, run_header, write_results
 
 sys.path.insert(0, str(ROOT / "tests/quality"))
 import recall_task  # noqa: E402
@@ -45,26 +45,27 @@ def write_prompts(folder: pathlib.Path, length: int, count: int, seed: int) -> p
     return path
 
 
-def measure(worker: Worker, prompts: pathlib.Path, words: str) -> dict:
+def measure(worker: Worker, prompts: pathlib.Path, **words: object) -> dict:
     """Accuracy and density of one configuration."""
-    worker.ask(f"recall name=r prompts={prompts} {words}")
-    reply = worker.ask("run r")
+    worker.ask("recall", name="r", prompts=str(prompts), **words)
+    reply = worker.ask("run", name="r")
     return {key: reply[key] for key in ("accuracy", "density", "questions")}
 
 
 def measure_length(worker: Worker, prompts: pathlib.Path) -> dict[str, dict]:
     """All configurations at one length."""
-    rows = {"dense": measure(worker, prompts, "method=dense")}
+    rows = {"dense": measure(worker, prompts, method="dense")}
     for t in THRESHOLDS:
-        pbs = f"method=pbs threshold={t}"
-        rows[f"pbs {t}"] = measure(worker, prompts, pbs)
-        rows[f"pbs {t}, query-head scope"] = measure(worker, prompts, f"{pbs} scope=query_head")
-        rows[f"pbs {t}, identity order"] = measure(worker, prompts, f"{pbs} order=identity")
-        rows[f"pbs {t}, random blocks"] = measure(
-            worker, prompts, f"{pbs} density={rows[f'pbs {t}']['density']}"
-        )
+        pbs = {"method": "pbs", "threshold": t}
+        rows[f"pbs {t}"] = own = measure(worker, prompts, **pbs)
+        for label, words in (
+            ("query-head scope", {"scope": "query_head"}),
+            ("identity order", {"order": "identity"}),
+            ("random blocks", {"density": own["density"]}),
+        ):
+            rows[f"pbs {t}, {label}"] = measure(worker, prompts, **pbs, **words)
         rows[f"mean_pooling {t}"] = measure(
-            worker, prompts, f"method=mean_pooling threshold={t}"
+            worker, prompts, method="mean_pooling", threshold=t
         )
     return rows
 
@@ -103,8 +104,9 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(PAIRS))
     parser.add_argument("--seed", type=int, default=2510)
     arguments = parser.parse_args()
+    header = run_header()
     worker = Worker([str(arguments.build / "bin/bench_worker"), "--threads", "2"])
-    worker.ask(f"model path={arguments.model}")
+    worker.ask("model", path=str(arguments.model))
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for length in arguments.lengths:
@@ -123,6 +125,7 @@ def main() -> int:
     missed = missed_bars(results)
     write_results(
         "quality",
+        header,
         {
             "questions": arguments.prompts * QUESTIONS,
             "seed": arguments.seed,

@@ -1,17 +1,18 @@
 // The project's half of a side-by-side benchmark: prepares cases and times them one run
 // at a time on request, so that a driver can interleave them with a peer's runs.
 //
-// stdin, one command a line, words as key=value:
-//   attention name=A method=dense|pbs|mean_pooling dtype=f32|f16|bf16 len=4096 heads=8
-//             kv_heads=8 head_dim=128 data=structured|noise isa=auto segment=256
-//             threshold=0.9 density=0.485     (a density forces lists of that density)
-//   linear    name=B rows=512 in=4096 out=4096 dtype=f32|bf16
-//   model     path=FOLDER compute=auto|f32|bf16
-//   prefill   name=C len=8192 method=... segment= threshold= density= warmup=0|1
-//   recall    name=D prompts=FILE method=... threshold= order=identity density=
-//   run A     -> wall and CPU seconds, and what the case measured
+// stdin, one JSON object a line, such as {"do":"linear","name":"A","rows":512}: what to
+// do, and what else there may be:
+//   attention name, method (dense | pbs | mean_pooling), dtype (f32 | f16 | bf16), len,
+//             heads, kv_heads, head_dim, data (structured | noise), isa, segment,
+//             threshold, density (forces lists of that density)
+//   linear    name, rows, in, out, dtype (f32 | bf16)
+//   model     path, compute (auto | f32 | bf16)
+//   prefill   name, len, method, segment, threshold, density, warmup (0 | 1)
+//   recall    name, prompts (a file), method, threshold, order (identity), density
+//   run       name -> wall and CPU seconds, and what the case measured
 //   memory    -> peak of resident memory since the last call, and what is resident now
-//   drop A
+//   drop      name
 // stdout, one JSON line per command: {"ok":true,...} or {"error":"..."}.
 //
 // usage: bench_worker [--threads N]
@@ -21,6 +22,7 @@
 #include <ctime>
 #include <fstream>
 #include <iostream>
+#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "pbs/cpu_backend.h"
@@ -119,27 +121,27 @@ class Worker {
   std::map<std::string, std::unique_ptr<Case>> cases_;
 };
 
+StatusOr<std::string> Answer(Worker& worker, const std::string& line) {
+  const auto command = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+  if (!command.is_object()) return InvalidArgument("no JSON object: " + line);
+  Words words;
+  for (const auto& [key, value] : command.items()) {
+    words.Set(key, value.is_string() ? value.get<std::string>() : value.dump());
+  }
+  return worker.Do(words.Text("do", ""), words);
+}
+
+std::string ErrorText(const Status& status) {
+  const nlohmann::json error = {{"error", std::string(status.message())}};
+  return error.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
 void Serve(int threads) {
   Worker worker(threads);
   for (std::string line; std::getline(std::cin, line);) {
-    std::istringstream in(line);
-    std::string command;
-    in >> command;
-    Words words;
-    for (std::string word; in >> word;) {
-      const size_t equals = word.find('=');
-      if (equals == std::string::npos) {
-        words.Set("name", word);
-      } else {
-        words.Set(word.substr(0, equals), word.substr(equals + 1));
-      }
-    }
-    const StatusOr<std::string> fields = worker.Do(command, words);
-    if (fields.ok()) {
-      std::cout << "{" << *fields << "}" << std::endl;
-    } else {
-      std::cout << "{\"error\":\"" << fields.status().message() << "\"}" << std::endl;
-    }
+    const StatusOr<std::string> fields = Answer(worker, line);
+    std::cout << (fields.ok() ? "{" + *fields + "}" : ErrorText(fields.status()))
+              << std::endl;
   }
 }
 

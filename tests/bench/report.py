@@ -43,9 +43,10 @@ def source(name: str, results: dict) -> str:
     cores = results["machine"].get("cpus") or results["machine"].get("cores")
     flags = ", ".join(results["machine"].get("flags", []))
     flags = f" ({flags})" if flags else ""
+    commit, plus, changes = results["commit"].partition("+")
     return (
         f"[`docs/results/{name}.json`](results/{name}.json): {cpu}, {cores} cores{flags}, commit "
-        f"`{results['commit'][:12]}`, `{results['command'].strip()}`."
+        f"`{commit[:12]}{plus}{changes}`, `{results['command'].strip()}`."
     )
 
 
@@ -80,7 +81,6 @@ def attention(results: dict) -> str:
             density = case["density"]
             gain = dense["cpu"] / case["cpu"]
             overhead = (case["permute"] + case["select"]) / case["wall"]
-            # A dense fallback computes every block, whatever the density it measured.
             sparse.append(
                 [f"{label}, {group['dtype']}", f"{length}", f"{density:.3f}", f"{gain:.2f}x",
                  f"{gain * density:.2f}", f"{100 * overhead:.1f} %",

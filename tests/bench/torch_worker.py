@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """The peer's half of a side-by-side benchmark: torch, one run at a time on request.
 
-stdin, one command a line, words as key=value:
-  attention name=A dtype=f32|bf16 len=4096 heads=8 kv_heads=8 head_dim=128
-  linear    name=B rows=512 in=4096 out=4096 dtype=f32|bf16
-  run A     -> wall and CPU seconds
-  drop A
+stdin, one JSON object a line; "do" and what else there is:
+  attention name, dtype (f32 | bf16), len, heads, kv_heads, head_dim
+  linear    name, rows, in, out, dtype (f32 | bf16)
+  run       name -> wall and CPU seconds
+  drop      name
 stdout: one JSON line per command. See bench_worker.cc, which speaks the same.
 
 usage: torch_worker.py [--threads N]
@@ -23,9 +23,9 @@ import torch
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
-def attention(words: dict[str, str]):
+def attention(words: dict):
     """Causal scaled_dot_product_attention; KV heads are repeated beforehand."""
-    heads, length, dim = (int(words[k]) for k in ("heads", "len", "head_dim"))
+    heads, length, dim = (words[k] for k in ("heads", "len", "head_dim"))
     dtype = DTYPES[words["dtype"]]
     q, k, v = (torch.randn(1, heads, length, dim).to(dtype) for _ in range(3))
     return lambda: torch.nn.functional.scaled_dot_product_attention(
@@ -33,9 +33,9 @@ def attention(words: dict[str, str]):
     )
 
 
-def linear(words: dict[str, str]):
+def linear(words: dict):
     """torch.nn.functional.linear without bias."""
-    rows, wide, out = (int(words[k]) for k in ("rows", "in", "out"))
+    rows, wide, out = (words[k] for k in ("rows", "in", "out"))
     dtype = DTYPES[words["dtype"]]
     x, weight = torch.randn(rows, wide).to(dtype), torch.randn(out, wide).to(dtype)
     return lambda: torch.nn.functional.linear(x, weight)
@@ -50,8 +50,8 @@ def main() -> None:
     cases = {}
     makers = {"attention": attention, "linear": linear}
     for line in sys.stdin:
-        command, *rest = line.split()
-        words = dict(w.split("=", 1) if "=" in w else ("name", w) for w in rest)
+        words = json.loads(line)
+        command = words["do"]
         reply: dict[str, object] = {"ok": True}
         with torch.inference_mode():
             if command in makers:
