@@ -1,5 +1,6 @@
-// Stage 3: attention of one query tile over its block list.
+// Stage 3: attention of query tiles over their block lists.
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "cpu/attention_run.h"
@@ -10,28 +11,27 @@ namespace {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// A worker's state of one query tile.
+// A worker's memory: scores of one tile, and the state of the tiles it walks with.
 struct TileScratch {
-  TileScratch(const AttentionRun& run, int worker) {
+  TileScratch(const AttentionRun& run, int worker, int32_t slot) {
     const CpuAttentionPlan& plan = run.plan;
     const int64_t rows = plan.query_tile;
-    auto* at = static_cast<float*>(run.Scratch(worker));
-    const auto take = [&at](int64_t count) {
-      float* taken = at;
-      at += count;
-      return taken;
-    };
-    query = reinterpret_cast<uint32_t*>(take(rows * plan.depth));
-    scores = take(rows * plan.geometry.block_size);
-    pairs = reinterpret_cast<uint32_t*>(take(rows * plan.geometry.block_size / 2));
-    out = take(rows * plan.geometry.head_dim);
-    row_max = take(RoundUp(rows, kLanePad));
-    row_sum = take(RoundUp(rows, kLanePad));
+    const int64_t padded = RoundUp(rows, kLanePad);
+    const int64_t block = plan.geometry.block_size;
+    const int64_t dim = plan.geometry.head_dim;
+    scores = static_cast<float*>(run.Scratch(worker));
+    pairs = reinterpret_cast<uint32_t*>(scores + rows * block);
+    float* own = scores + rows * (block + block / 2) +
+                 slot * (rows * (plan.depth + dim) + 2 * padded);
+    query = reinterpret_cast<uint32_t*>(own);
+    out = own + rows * plan.depth;
+    row_max = out + rows * dim;
+    row_sum = row_max + padded;
   }
 
-  uint32_t* query;
   float* scores;
   uint32_t* pairs;
+  uint32_t* query;
   float* out;
   float* row_max;
   float* row_sum;
@@ -45,24 +45,61 @@ struct QueryTile {
   int32_t first_position = 0;
 };
 
+// The same rows of up to kSharedTiles query heads.
+struct TileGroup {
+  QueryTile first;
+  int32_t size = 0;
+
+  QueryTile At(int32_t slot) const {
+    QueryTile tile = first;
+    tile.head += slot;
+    return tile;
+  }
+};
+
 // Later query blocks have longer lists: they come first.
-QueryTile TileAt(const AttentionRun& run, const Unit& unit, int64_t index) {
+TileGroup GroupAt(const AttentionRun& run, const Unit& unit, int64_t index) {
   const CpuAttentionPlan& plan = run.plan;
   const SequenceGeometry& s = run.Sequence(unit);
-  const int64_t per_block =
-      static_cast<int64_t>(plan.num_members) * plan.tiles_per_block;
+  const int64_t per_block = int64_t{plan.tile_groups} * plan.tiles_per_block;
   const auto block = static_cast<int32_t>(s.num_query_blocks - 1 - index / per_block);
   const auto rest = static_cast<int32_t>(index % per_block);
+  const int32_t member = rest / plan.tiles_per_block * kSharedTiles;
   const int32_t begin = (s.first_query_block + block) * plan.geometry.block_size +
                         rest % plan.tiles_per_block * plan.query_tile;
   const int32_t first = std::max(begin, s.query_offset);
   const int32_t end = std::min(begin + plan.query_tile, s.k_len);
-  return {.head = run.QueryHead(unit, rest / plan.tiles_per_block),
-          .query_block = block,
-          .first_row = first - s.query_offset,
-          .rows = std::max(end - first, 0),
-          .first_position = first};
+  return {.first = {.head = run.QueryHead(unit, member),
+                    .query_block = block,
+                    .first_row = first - s.query_offset,
+                    .rows = std::max(end - first, 0),
+                    .first_position = first},
+          .size = std::min(kSharedTiles, plan.num_members - member)};
 }
+
+// A tile's list, walked from its end.
+class ListWalk {
+ public:
+  ListWalk() = default;
+  ListWalk(const AttentionRun& run, const Unit& unit, const QueryTile& tile) {
+    if (!unit.sparse || run.RanDense(unit) != 0) {
+      left_ = run.Sequence(unit).first_query_block + tile.query_block + 1;
+      return;
+    }
+    list_ = run.List(unit, tile.head, tile.query_block);
+    left_ = static_cast<int32_t>(list_.size());
+  }
+
+  // -1 at the end.
+  int32_t block() const {
+    return left_ == 0 || list_.data() == nullptr ? left_ - 1 : list_[left_ - 1];
+  }
+  void Advance() { --left_; }
+
+ private:
+  std::span<const uint16_t> list_;  // null: every block below left_
+  int32_t left_ = 0;
+};
 
 void LoadQueries(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
                  const TileScratch& scratch) {
@@ -151,30 +188,34 @@ void StoreRows(AttentionRun& run, const Unit& unit, const QueryTile& tile,
   }
 }
 
-void AttendTile(AttentionRun& run, const Unit& unit, int64_t index, int worker) {
-  const QueryTile tile = TileAt(run, unit, index);
-  if (tile.rows == 0 || run.Stopped()) return;
-  const TileScratch scratch(run, worker);
-  LoadQueries(run, unit, tile, scratch);
-  if (!unit.sparse || run.RanDense(unit) != 0) {
-    const int32_t own = run.Sequence(unit).first_query_block + tile.query_block;
-    for (int32_t block = own; block >= 0; --block) {
-      AttendBlock(run, unit, tile, block, scratch);
-    }
-  } else {
-    const auto list = run.List(unit, tile.head, tile.query_block);
-    for (auto block = list.rbegin(); block != list.rend(); ++block) {
-      AttendBlock(run, unit, tile, *block, scratch);
+void AttendTiles(AttentionRun& run, const Unit& unit, int64_t index, int worker) {
+  const TileGroup group = GroupAt(run, unit, index);
+  if (group.first.rows == 0 || run.Stopped()) return;
+  std::array<ListWalk, kSharedTiles> walks;
+  for (int32_t slot = 0; slot < group.size; ++slot) {
+    walks[slot] = ListWalk(run, unit, group.At(slot));
+    LoadQueries(run, unit, group.At(slot), TileScratch(run, worker, slot));
+  }
+  for (;;) {
+    int32_t block = -1;
+    for (const ListWalk& walk : walks) block = std::max(block, walk.block());
+    if (block < 0) break;
+    for (int32_t slot = 0; slot < group.size; ++slot) {
+      if (walks[slot].block() != block) continue;
+      AttendBlock(run, unit, group.At(slot), block, TileScratch(run, worker, slot));
+      walks[slot].Advance();
     }
   }
-  StoreRows(run, unit, tile, scratch);
+  for (int32_t slot = 0; slot < group.size; ++slot) {
+    StoreRows(run, unit, group.At(slot), TileScratch(run, worker, slot));
+  }
 }
 
 }  // namespace
 
 void Attend(AttentionRun& run, const Wave& wave) {
   run.ForEach(wave, wave.query_tiles, [&](const Unit& unit, int64_t index, int worker) {
-    AttendTile(run, unit, index, worker);
+    AttendTiles(run, unit, index, worker);
   });
 }
 

@@ -52,7 +52,8 @@ void ExtendPrefixes(const CpuAttentionPlan& plan, const Unit& unit, Wave& wave) 
   extend(wave.query_blocks, selected ? blocks : 0);
   extend(wave.score_tiles,
          selected ? CeilDiv(s.num_query_blocks, kScoreTile) * plan.num_members : 0);
-  extend(wave.query_tiles, blocks * plan.tiles_per_block);
+  extend(wave.query_tiles, static_cast<int64_t>(s.num_query_blocks) * plan.tile_groups *
+                               plan.tiles_per_block);
   ++wave.num_units;
 }
 
@@ -103,9 +104,10 @@ WaveSizes MakeWaves(CpuAttentionPlan& plan) {
 // Per worker: rows on their way into operands, one query tile's state, one score tile.
 int64_t ScratchBytes(const CpuAttentionPlan& plan) {
   const AttentionGeometry& g = plan.geometry;
-  const int64_t attend =
-      static_cast<int64_t>(plan.query_tile) *
-      (plan.depth + g.block_size + g.block_size / 2 + g.head_dim + 2 * kLanePad);
+  const int64_t tiles = std::min(plan.num_members, kSharedTiles);
+  const int64_t attend = plan.query_tile * (g.block_size + g.block_size / 2) +
+                         tiles * plan.query_tile * (plan.depth + g.head_dim) +
+                         tiles * 2 * RoundUp(plan.query_tile, kLanePad);
   const int64_t gather =
       static_cast<int64_t>(std::max(g.block_size, kKeyTile)) * g.head_dim + g.head_dim;
   int64_t score = 0;
@@ -191,6 +193,7 @@ std::unique_ptr<CpuAttentionPlan> MakeCpuPlan(const AttentionProblem& problem,
   plan->num_members = g.num_heads / g.num_order_heads;
   plan->query_tile = std::min(g.block_size, kQueryTile);
   plan->tiles_per_block = g.block_size / plan->query_tile;
+  plan->tile_groups = static_cast<int32_t>(CeilDiv(plan->num_members, kSharedTiles));
   plan->num_workers = num_workers;
   plan->sampled_before.push_back(0);
   for (const SequenceGeometry& s : g.sequences) {

@@ -14,8 +14,11 @@
 
 namespace pbs::cpu {
 
-inline constexpr int32_t kKeyTile = 128;         // keys scored together
-inline constexpr int32_t kQueryTile = 128;       // query rows attended together
+inline constexpr int32_t kKeyTile = 128;    // keys scored together
+inline constexpr int32_t kQueryTile = 128;  // query rows attended together
+// Query heads whose tiles walk their lists side by side, so that each block of keys and
+// values comes once from the memory behind the second cache.
+inline constexpr int32_t kSharedTiles = 4;
 inline constexpr int32_t kScoreTile = 16;        // query blocks scored together
 inline constexpr int64_t kWaveBytes = 32 << 20;  // packed operands of a wave, about
 inline constexpr int32_t kLanePad = 16;          // column counts are multiples of this
@@ -58,7 +61,7 @@ struct Wave {
   std::vector<int64_t> key_blocks;
   std::vector<int64_t> query_blocks;  // x members
   std::vector<int64_t> score_tiles;   // x members
-  std::vector<int64_t> query_tiles;   // x members
+  std::vector<int64_t> query_tiles;   // x groups of kSharedTiles members
 };
 
 struct CpuAttentionPlan final : AttentionPlan {
@@ -66,7 +69,8 @@ struct CpuAttentionPlan final : AttentionPlan {
   int32_t depth = 0;        // words of a row of head_dim elements
   int32_t num_members = 0;  // query heads per order head
   int32_t tiles_per_block = 0;
-  int32_t query_tile = 0;  // rows
+  int32_t query_tile = 0;   // rows
+  int32_t tile_groups = 0;  // of members, per query block
   int32_t num_workers = 0;
   std::vector<Unit> units;
   std::vector<Wave> waves;
