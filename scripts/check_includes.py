@@ -36,6 +36,8 @@ ROOMS = [
     Room("kernels/methods", 1),
     Room("kernels/synthetic", 1),
     Room("kernels/reference", 1),
+    # Its primitives are the emulator's when the host compiles it.
+    Room("kernels/cuda", 1, ("cuda",), ("tests/emulator",)),
     Room("kernels/cpu", 1, ("tbb", "dnnl"), ("kernels/methods",)),
     Room("server/model", 2, ("nlohmann", "xxhash")),
     Room("proto/wire", 2, ("grpc", "protobuf"), ("proto",)),
@@ -75,7 +77,7 @@ LIBRARIES = {
 SPELLINGS = [
     (re.compile(r"^pbs/v1/|^google/rpc/"), "proto"),
     (re.compile(r"^pbs/"), "kernels/include/pbs"),
-    (re.compile(r"^(common|methods|reference|cpu|synthetic)/"), "kernels/{0}"),
+    (re.compile(r"^(common|methods|reference|cpu|cuda|synthetic)/"), "kernels/{0}"),
 ]
 
 

@@ -1,0 +1,218 @@
+// The device's half of primitives.h. PTX names are those of the PTX ISA 8.x manual.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/primitives/ptx_wgmma.h"
+
+#define PBS_DEVICE __device__ __forceinline__
+#define PBS_GRID_CONSTANT __grid_constant__
+#define PBS_UNROLL _Pragma("unroll")
+#define PBS_NO_UNROLL _Pragma("unroll 1")
+
+namespace pbs::cuda {
+
+// Made by the host (cuTensorMapEncodeTiled): [heads, rows, width], 128-byte swizzle.
+using TensorMap = CUtensorMap;
+
+// ---- who am I
+
+PBS_DEVICE int ThreadIndex() { return static_cast<int>(threadIdx.x); }
+PBS_DEVICE int BlockIndex() { return static_cast<int>(blockIdx.x); }
+// The block's dynamic shared memory, 1024-byte aligned.
+PBS_DEVICE uint8_t* SharedMemory() {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  return memory;
+}
+PBS_DEVICE uint32_t SharedAddress(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// ---- warps; all 32 lanes call
+
+template <class T>
+PBS_DEVICE T Shuffle(T value, int lane) {
+  return __shfl_sync(0xFFFFFFFFu, value, lane);
+}
+template <class T>
+PBS_DEVICE T ShuffleXor(T value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+
+// ---- barriers
+
+PBS_DEVICE void SyncThreads() { __syncthreads(); }
+// Waits for `threads` threads of the block, those that only arrive included.
+PBS_DEVICE void BarrierSync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+PBS_DEVICE void BarrierArrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts arrivals and bytes of a phase; phases have alternating parity, the first 0.
+struct Mbarrier {
+  uint64_t word;
+};
+PBS_DEVICE void MbarrierInit(Mbarrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(arrivals));
+}
+// Makes initialised barriers visible to copies; before the threads are told.
+PBS_DEVICE void MbarrierInitFence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+PBS_DEVICE void MbarrierArrive(Mbarrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier))
+               : "memory");
+}
+// Arrives and announces bytes that copies will bring.
+PBS_DEVICE void MbarrierArriveExpect(Mbarrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Returns when the phase of this parity has ended; at once when it is not under way.
+PBS_DEVICE void MbarrierWait(Mbarrier* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nwait_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait_%=;\n}" ::"r"(SharedAddress(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- copies
+
+// One box of a tensor map into shared memory, 1024-byte aligned; rows and columns
+// outside the tensor arrive as zeros. By one thread.
+PBS_DEVICE void CopyBox(void* target, const TensorMap& map, Mbarrier* barrier,
+                        int column, int row, int head) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::"
+      "bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(SharedAddress(target)),
+      "l"(&map), "r"(SharedAddress(barrier)), "r"(column), "r"(row), "r"(head)
+      : "memory");
+}
+
+// ---- memory
+
+using Int2 = int2;
+
+// Read-only for the whole kernel.
+template <class T>
+PBS_DEVICE T LoadGlobal(const T* at) {
+  if constexpr (sizeof(T) <= 8) {
+    return __ldg(at);
+  } else {
+    static_assert(sizeof(T) % 8 == 0);
+    T value;
+    PBS_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 8); ++i) {
+      reinterpret_cast<int2*>(&value)[i] = __ldg(reinterpret_cast<const int2*>(at) + i);
+    }
+    return value;
+  }
+}
+template <class T>
+PBS_DEVICE void StoreGlobal(T* at, const T& value) {
+  *at = value;
+}
+PBS_DEVICE int32_t AtomicAdd(int32_t* at, int32_t value) {
+  return atomicAdd(at, value);
+}
+template <class T>
+PBS_DEVICE T LoadShared(const T* at) {
+  return *static_cast<const volatile T*>(at);
+}
+template <class T>
+PBS_DEVICE void StoreShared(T* at, const T& value) {
+  *static_cast<volatile T*>(at) = value;
+}
+
+// ---- arithmetic
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLn2 = 0.693147180559945309f;
+PBS_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
+// 2^x and log2(x), approximately; denormal results become 0.
+PBS_DEVICE float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+PBS_DEVICE float Log2(float x) { return __log2f(x); }
+
+// 16-bit elements: Pack() rounds to nearest, the first value in the low half.
+struct Bf16Element {
+  static constexpr bool kIsBf16 = true;
+  PBS_DEVICE static uint32_t Pack(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
+};
+struct F16Element {
+  static constexpr bool kIsBf16 = false;
+  PBS_DEVICE static uint32_t Pack(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
+};
+
+// ---- registers
+
+// Moves registers between the warpgroups of a block; the whole warpgroup calls.
+template <int kRegisters>
+PBS_DEVICE void IncreaseRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+PBS_DEVICE void DecreaseRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+// The compiler may not move uses of these registers across this point.
+template <int kCount>
+PBS_DEVICE void PinRegisters(float (&registers)[kCount]) {
+  PBS_UNROLL
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+// What these values depend on happens before the wait that follows: a trap that never
+// fires. Without it the compiler sinks the softmax behind the wait, and nothing
+// overlaps.
+PBS_DEVICE void PinBeforeWait(float a, float b) {
+  asm volatile(
+      "{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0f00000000;\n@never trap;\n"
+      "setp.lt.f32 never, %1, 0f00000000;\n@never trap;\n}" ::"f"(a),
+      "f"(b));
+}
+
+// ---- warpgroup products; 128 threads call
+
+PBS_DEVICE uint32_t DescriptorStart(const void* shared) {
+  return SharedAddress(shared) >> 4;
+}
+PBS_DEVICE uint64_t Descriptor(uint32_t low, uint32_t high) {
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(high));
+  return descriptor;
+}
+// Before the first product, and after registers of one were written.
+PBS_DEVICE void WgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+PBS_DEVICE void WgmmaCommit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Returns when at most kGroups committed groups are under way.
+template <int kGroups>
+PBS_DEVICE void WgmmaWait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+}
+
+}  // namespace pbs::cuda

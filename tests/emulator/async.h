@@ -1,0 +1,47 @@
+// Copies and products that end later than they are asked for.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "tests/emulator/machine.h"
+
+namespace pbs::emulator {
+
+// A tensor map: [heads, rows, width] 16-bit elements and the box that one copy brings,
+// as the hardware's descriptor says it. The innermost box row is 128 bytes, swizzled.
+struct TensorMap {
+  const uint16_t* data = nullptr;
+  int64_t width = 0;
+  int64_t rows = 0;
+  int64_t heads = 0;
+  int64_t row_stride = 0;   // elements
+  int64_t head_stride = 0;  // elements
+  int32_t box_rows = 0;
+};
+
+constexpr int kBoxColumns = 64;  // 128 bytes
+
+// Copies the box at (column, row, head) to `target`, 1024-byte aligned shared memory;
+// what lies outside the tensor arrives as zeros. `barrier` is told the bytes of the
+// whole box. The target is poisoned until then.
+void CopyBox(void* target, const TensorMap& map, uint64_t* barrier, int32_t column,
+             int32_t row, int32_t head, const Location& where);
+
+// Warpgroup products sums[64, columns] (+)= a[64, 16] b[16, columns]. `sums` holds the
+// calling thread's fragment, columns / 2 registers; it is NaN until WgmmaWait() says
+// that the product is done. a comes from shared memory, K-major, or from registers.
+struct ProductShape {
+  int columns = 0;
+  bool b_transposed = false;  // b is MN-major
+  bool bf16 = false;          // else f16
+};
+void IssueProduct(const ProductShape& shape, float* sums, bool accumulate,
+                  uint64_t a_descriptor, const std::array<uint32_t, 4>* a_registers,
+                  uint64_t b_descriptor, const Location& where);
+void WgmmaFence(const Location& where);
+void WgmmaCommit(const Location& where);
+// Returns when at most `groups` committed groups of the calling thread are under way.
+void WgmmaWait(int groups, const Location& where);
+
+}  // namespace pbs::emulator

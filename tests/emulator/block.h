@@ -1,0 +1,90 @@
+// The state that the threads of one emulated block share. Internal to this folder.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <vector>
+
+#include "tests/emulator/machine.h"
+
+namespace pbs::emulator {
+
+constexpr int kWarpThreads = 32;
+constexpr int kWarpgroupThreads = 128;
+constexpr int kNamedBarriers = 16;
+
+// Threads that wait for each other: `rounds` grows when the last of them has come.
+struct Gathering {
+  int expected = 0;
+  int arrived = 0;
+  int64_t rounds = 0;
+
+  // True for the last one.
+  bool Arrive() {
+    if (++arrived < expected) return false;
+    arrived = 0;
+    ++rounds;
+    return true;
+  }
+};
+
+struct Mbarrier {
+  int arrivals = 0;  // of a phase
+  int missing = 0;
+  int64_t bytes = 0;  // announced and not yet come; below 0 when they come first
+  int64_t phases = 0;
+};
+
+// A warpgroup product between its issue and its end.
+struct Product {
+  uint64_t a_descriptor = 0;
+  uint64_t b_descriptor = 0;
+  int columns = 0;
+  bool b_transposed = false;  // MN-major
+  bool bf16 = false;
+  bool a_in_registers = false;
+  int issued = 0;  // threads that have issued it
+  struct Thread {
+    float* sums = nullptr;
+    bool accumulate = false;
+    std::array<uint32_t, 4> a{};
+  };
+  std::array<Thread, kWarpgroupThreads> threads;
+  Location where;
+};
+
+struct Warpgroup {
+  Gathering gathering;
+  std::deque<Product> products;                     // oldest first; not yet computed
+  int64_t first_product = 0;                        // number of products.front()
+  int64_t computed = 0;                             // products that are done
+  std::array<int64_t, kWarpgroupThreads> issued{};  // products, by thread
+  std::array<std::vector<int64_t>, kWarpgroupThreads> groups;  // committed: end numbers
+  std::array<bool, kWarpgroupThreads> fenced{};
+  // Sums under way, by thread and register array; the registers themselves are NaN.
+  std::array<std::map<float*, std::vector<float>>, kWarpgroupThreads> sums;
+};
+
+struct Block {
+  int index = 0;
+  std::vector<uint8_t> storage;
+  uint8_t* shared = nullptr;  // 1024-byte aligned, inside storage
+  int64_t shared_bytes = 0;
+  std::vector<bool> written;  // of shared
+  int running = 0;            // threads that have not returned
+  int late_operations = 0;
+
+  Gathering all;
+  std::array<Gathering, kNamedBarriers> named;
+  std::vector<Gathering> warps;
+  std::vector<Warpgroup> warpgroups;
+  std::vector<std::array<uint32_t, 4>> words;  // put up for the warp, by thread
+  std::map<const void*, Mbarrier> mbarriers;
+};
+
+inline Block& OwnBlock() { return *Self().block; }
+
+}  // namespace pbs::emulator

@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Shows that the emulator catches each planted defect of mutants.py.
+
+    python3 tests/emulator/check_mutants.py --compiler g++ --emulator libpbs_emulator.a \
+        --kernels libpbs_kernels.a [--jobs N]
+
+Builds mutant_main.cc from the sources as they are, which must pass, and once per mutant
+from a copy with that defect, which must not. A mutant whose text is not in the sources
+exactly once is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from mutants import MUTANTS
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+RUN_SECONDS_MAX = 120
+
+
+def run_build(arguments: argparse.Namespace, folder: pathlib.Path) -> tuple[bool, str]:
+    """Builds with `folder` before the sources; whether it ran clean, and what it said."""
+    program = folder / "program"
+    flags = ["-std=c++20", "-O1", "-DPBS_EMULATOR"]
+    for include in (folder, ROOT, ROOT / "kernels", ROOT / "kernels/include"):
+        flags += ["-I", str(include)]
+    source = ROOT / "tests/emulator/mutant_main.cc"
+    libraries = [str(arguments.emulator), str(arguments.kernels)]
+    subprocess.run(
+        [arguments.compiler, *flags, str(source), *libraries, "-o", str(program)], check=True
+    )
+    try:
+        done = subprocess.run(
+            [str(program)], capture_output=True, text=True, timeout=RUN_SECONDS_MAX
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"still running after {RUN_SECONDS_MAX} s"
+    return done.returncode == 0, done.stdout.strip() or f"exit status {done.returncode}"
+
+
+def run_mutant(arguments: argparse.Namespace, mutant: tuple) -> tuple[str, bool, str]:
+    """Name, whether it was caught, by what."""
+    name, file, text, replacement = mutant
+    source = (ROOT / "kernels" / file).read_text()
+    if source.count(text) != 1:
+        return name, False, f"its text is {source.count(text)} times in {file}"
+    with tempfile.TemporaryDirectory() as work:
+        folder = pathlib.Path(work)
+        target = folder / file
+        target.parent.mkdir(parents=True)
+        target.write_text(source.replace(text, replacement))
+        clean, said = run_build(arguments, folder)
+    return name, not clean, said
+
+
+def main() -> int:
+    """Prints one line per mutant."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compiler", default="g++")
+    parser.add_argument("--emulator", type=pathlib.Path, required=True)
+    parser.add_argument("--kernels", type=pathlib.Path, required=True)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        clean, said = run_build(arguments, pathlib.Path(work))
+    if not clean:
+        print(f"the sources as they are fail: {said}")
+        return 1
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        results = list(pool.map(lambda m: run_mutant(arguments, m), MUTANTS))
+    for name, caught, said in results:
+        print(f"{'caught' if caught else 'MISSED':7} {name:36} {said}")
+    missed = sum(not caught for _, caught, _ in results)
+    print(f"{len(results) - missed} of {len(results)} planted defects were caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
