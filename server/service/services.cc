@@ -27,15 +27,25 @@ absl::Status Answer(const ServiceContext& service, const grpc::ByteBuffer& buffe
   return absl::OkStatus();
 }
 
+// A call with one reply, open until that is on its way: what it does may be what a
+// shutdown waits for.
+class UnaryCall final : public grpc::ServerUnaryReactor {
+ public:
+  explicit UnaryCall(OpenCalls& calls) : open_(calls) {}
+  void OnDone() override { delete this; }
+
+ private:
+  const OpenCalls::Call open_;
+};
+
 template <class Request, class Handle>
-grpc::ServerUnaryReactor* Unary(const ServiceContext& service, Rpc rpc,
-                                grpc::CallbackServerContext* context,
+grpc::ServerUnaryReactor* Unary(ServiceContext& service, Rpc rpc,
                                 const grpc::ByteBuffer* request,
                                 grpc::ByteBuffer* response, const Handle& handle) {
   const CallRecord record(service.parts, rpc);
-  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-  reactor->Finish(record.End(Answer<Request>(service, *request, response, handle)));
-  return reactor;
+  auto* const call = new UnaryCall(service.open_calls);
+  call->Finish(record.End(Answer<Request>(service, *request, response, handle)));
+  return call;
 }
 
 std::optional<int32_t> TtlOf(const v1::RenewRequest& request) {
@@ -52,11 +62,11 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* PrefillService::Prefill(
   return new PrefillCall(service_, *context, *request);
 }
 
-grpc::ServerUnaryReactor* PrefillService::ListModels(
-    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
-    grpc::ByteBuffer* response) {
+grpc::ServerUnaryReactor* PrefillService::ListModels(grpc::CallbackServerContext*,
+                                                     const grpc::ByteBuffer* request,
+                                                     grpc::ByteBuffer* response) {
   return Unary<v1::ListModelsRequest>(
-      service_, Rpc::kListModels, context, request, response,
+      service_, Rpc::kListModels, request, response,
       [this](const v1::ListModelsRequest&) -> absl::StatusOr<v1::ListModelsResponse> {
         v1::ListModelsResponse answer;
         for (const ServedModel* model : service_.models()) {
@@ -66,11 +76,11 @@ grpc::ServerUnaryReactor* PrefillService::ListModels(
       });
 }
 
-grpc::ServerUnaryReactor* PrefillService::GetServerInfo(
-    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
-    grpc::ByteBuffer* response) {
+grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerContext*,
+                                                        const grpc::ByteBuffer* request,
+                                                        grpc::ByteBuffer* response) {
   return Unary<v1::GetServerInfoRequest>(
-      service_, Rpc::kGetServerInfo, context, request, response,
+      service_, Rpc::kGetServerInfo, request, response,
       [this](const v1::GetServerInfoRequest&) -> absl::StatusOr<v1::ServerInfo> {
         return DescribeServer(service_.options, service_.parts.leases.epoch(),
                               service_.parts.ledger.bytes_max());
@@ -86,11 +96,11 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* AttentionService::A
 
 // ---- KvSource
 
-grpc::ServerUnaryReactor* KvSourceService::Describe(
-    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
-    grpc::ByteBuffer* response) {
+grpc::ServerUnaryReactor* KvSourceService::Describe(grpc::CallbackServerContext*,
+                                                    const grpc::ByteBuffer* request,
+                                                    grpc::ByteBuffer* response) {
   return Unary<v1::KvTicket>(
-      service_, Rpc::kDescribe, context, request, response,
+      service_, Rpc::kDescribe, request, response,
       [this](const v1::KvTicket& ticket) -> absl::StatusOr<v1::KvDescriptor> {
         PBS_ABSL_ASSIGN_OR_RETURN(const LeaseView lease,
                                   service_.parts.leases.Find(ticket));
@@ -103,11 +113,11 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* KvSourceService::Fetch(
   return new FetchCall(service_, *context, *request);
 }
 
-grpc::ServerUnaryReactor* KvSourceService::Renew(grpc::CallbackServerContext* context,
+grpc::ServerUnaryReactor* KvSourceService::Renew(grpc::CallbackServerContext*,
                                                  const grpc::ByteBuffer* request,
                                                  grpc::ByteBuffer* response) {
   return Unary<v1::RenewRequest>(
-      service_, Rpc::kRenew, context, request, response,
+      service_, Rpc::kRenew, request, response,
       [this](const v1::RenewRequest& renew) -> absl::StatusOr<v1::KvLease> {
         PBS_ABSL_ASSIGN_OR_RETURN(
             const LeaseView lease,
@@ -116,11 +126,11 @@ grpc::ServerUnaryReactor* KvSourceService::Renew(grpc::CallbackServerContext* co
       });
 }
 
-grpc::ServerUnaryReactor* KvSourceService::Release(grpc::CallbackServerContext* context,
+grpc::ServerUnaryReactor* KvSourceService::Release(grpc::CallbackServerContext*,
                                                    const grpc::ByteBuffer* request,
                                                    grpc::ByteBuffer* response) {
   return Unary<v1::ReleaseRequest>(
-      service_, Rpc::kRelease, context, request, response,
+      service_, Rpc::kRelease, request, response,
       [this](const v1::ReleaseRequest& release) -> absl::StatusOr<v1::ReleaseResponse> {
         PBS_ABSL_RETURN_IF_ERROR(service_.parts.leases.Release(release.ticket()));
         return v1::ReleaseResponse();

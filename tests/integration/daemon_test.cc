@@ -142,7 +142,7 @@ TEST_F(DaemonSpec, DrainServesHeldLeasesAndRefusesNewWork) {
   } while (refused.ok());
   EXPECT_EQ(refused.code(), absl::StatusCode::kUnavailable);
   EXPECT_TRUE(client->Describe(ticket).ok());
-  EXPECT_TRUE(client->Release(ticket).ok());
+  EXPECT_EQ(client->Release(ticket), absl::OkStatus());
   EXPECT_EQ(server.Wait(), 0);  // at once: a minute is allowed
   EXPECT_TRUE(server.WaitForEvent("drained").value("leases_released", false));
 }
