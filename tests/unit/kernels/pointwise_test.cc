@@ -69,8 +69,8 @@ class PointwiseSpec : public testing::TestWithParam<Isa> {
  protected:
   void SetUp() override {
     if (!IsSupported(GetParam())) {
-      std::printf("pointwise %s NOT RUN (this CPU lacks it)\n", IsaName(GetParam()));
-      GTEST_SKIP();
+      GTEST_SKIP() << "pointwise " << IsaName(GetParam())
+                   << " NOT RUN (this CPU lacks it)";
     }
   }
   const PointwiseKernels& kernels() const { return PointwiseFor(GetParam()); }

@@ -32,10 +32,11 @@ inline constexpr double kBf16ComputeMax = 4e-2;
 
 inline constexpr AttentionOptions kDenseOptions = {.method = Method::kDense};
 
-inline std::unique_ptr<Backend> MakeBackend(
-    ComputePreference compute = ComputePreference::kF32) {
-  auto backend = CreateCpuBackend({.num_threads = 2, .compute = compute});
-  return backend.ok() ? *std::move(backend) : nullptr;
+inline std::unique_ptr<Backend> MakeBackend() {
+  auto backend =
+      CreateCpuBackend({.num_threads = 2, .compute = ComputePreference::kF32});
+  EXPECT_TRUE(backend.ok()) << backend.status().ToString();
+  return *std::move(backend);
 }
 
 inline std::unique_ptr<Model> LoadTiny(const TinyModel& tiny, Backend& backend,
