@@ -26,7 +26,7 @@ inline constexpr SettingRange kConcurrentStreamsRange = {1, 1024};
 inline constexpr SettingRange kMemoryQuotaBytesRange = {16 << 20, int64_t{1} << 40};
 inline constexpr SettingRange kStreamWindowBytesRange = {64 << 10, 16 << 20};
 inline constexpr SettingRange kKeepaliveSecondsRange = {1, 3600};
-inline constexpr SettingRange kWriteStallSecondsRange = {1, kDaySeconds};
+inline constexpr SettingRange kWriteStallSecondsRange = {1, 3600};
 
 struct TransportOptions {
   int32_t chunk_bytes = 1 << 20;             // of a reply that asks for no other size

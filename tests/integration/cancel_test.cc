@@ -33,7 +33,7 @@ TEST_P(PrefillStageSpec, EndsAtTheNextLayerAndFreesEverything) {
   grpc::ClientContext context;
   // The server counts the deadline by its own clock, which the test moves.
   if (end == End::kDeadline) {
-    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Hours(1)));
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Minutes(30)));
   }
   auto reader = v1::Prefill::NewStub(channel)->Prefill(
       &context, lease ? LeaseOf(200) : PrefillOf(200));
@@ -52,7 +52,7 @@ TEST_P(PrefillStageSpec, EndsAtTheNextLayerAndFreesEverything) {
     context.TryCancel();
     channel.reset();
   }
-  if (end == End::kDeadline) node_.Advance(absl::Hours(2));
+  if (end == End::kDeadline) node_.Advance(absl::Minutes(50));
   EXPECT_TRUE(node_.StepUntil([&] { return node_.Waiting() + node_.Running() == 0; }));
   // The last step may have been quicker than the cancellation: then there is, a moment
   // later, a lease.
@@ -197,7 +197,7 @@ TEST_P(AttendStageSpec, EndsBetweenRunsAndFreesEverything) {
   const auto& [name, steps, end, lease] = GetParam();
   grpc::ClientContext context;
   if (end == End::kDeadline) {
-    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Hours(1)));
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Minutes(30)));
   }
   auto stream = v1::Attention::NewStub(node.NewChannel())->Attend(&context);
   v1::AttendRequest message;
@@ -215,7 +215,7 @@ TEST_P(AttendStageSpec, EndsBetweenRunsAndFreesEverything) {
   for (int i = 0; i < steps; ++i) ASSERT_TRUE(node.engine.executor().RunOneStep());
   EXPECT_GT(node.ledger.bytes_held(), 0);
   if (end == End::kCancel) context.TryCancel();
-  if (end == End::kDeadline) node.Advance(absl::Hours(2));
+  if (end == End::kDeadline) node.Advance(absl::Minutes(50));
   EXPECT_TRUE(node.StepUntil([&] { return node.ledger.bytes_held() == 0; }));
   v1::AttendResponse response;
   EXPECT_FALSE(stream->Read(&response));

@@ -228,7 +228,7 @@ TEST_F(FollowSpec, ARunningLeaseHasNoExpiryAndNoToken) {
   EXPECT_EQ(kv->layers_ready(), 1);
   EXPECT_EQ(kv->lease().expires_unix_ms(), 0);
   EXPECT_FALSE(kv->has_first_token_id());
-  node_.Advance(absl::Hours(1));
+  node_.Advance(absl::Minutes(50));
   EXPECT_TRUE(node_.NewClient()->Describe(ticket_).ok());
   ASSERT_TRUE(StepUntilPrefillEnds());
   EXPECT_GT(prefill_.get()->lease_expires_unix_ms(), 0);
@@ -269,10 +269,17 @@ TEST_F(FollowSpec, AFetchMayGoAwayWhileItWaits) {
     EXPECT_FALSE(reader->Read(&chunk));
     EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
   }
+  // The server may hear of it after the client: there is nothing to send before.
+  ASSERT_TRUE(Eventually([&] {
+    const auto code = absl::StatusCode::kCancelled;
+    return node_.metrics.rpc.Requests(Rpc::kFetch, code).Value() == 20;
+  }));
   ASSERT_TRUE(StepUntilPrefillEnds());
   EXPECT_TRUE(prefill_.get().ok());
   EXPECT_TRUE(node_.NewClient()->Release(ticket_).ok());
   EXPECT_TRUE(node_.NothingHeld());
+  // None of them had begun.
+  EXPECT_EQ(node_.metrics.kv.TransferFailed(TransferFailure::kCancelled).Value(), 0);
 }
 
 // ---- transfers that fail

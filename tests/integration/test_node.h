@@ -63,7 +63,7 @@ template <class Condition>
 // stalled: the limit is out of the way where it is not the subject.
 inline ServiceOptions PatientService() {
   ServiceOptions options;
-  options.transport.write_stall_seconds_max = 86'400;
+  options.transport.write_stall_seconds_max = 3600;
   return options;
 }
 

@@ -226,7 +226,14 @@ INSTANTIATE_TEST_SUITE_P(
             [](auto& c) { c.mutable_admission()->set_upload_requests_max(65'537); },
             "admission.upload_requests_max 65537 is outside [1, 65536]"},
         ViolationCase{"drain", [](auto& c) { c.set_drain_seconds_max(-1); },
-                      "drain_seconds_max -1 is outside [0, 86400]"}),
+                      "drain_seconds_max -1 is outside [0, 86400]"},
+        ViolationCase{
+            "write_stall",
+            [](auto& c) { c.mutable_transport()->set_write_stall_seconds_max(3601); },
+            "transport.write_stall_seconds_max 3601 is outside [1, 3600]"},
+        ViolationCase{"keepalive",
+                      [](auto& c) { c.mutable_transport()->set_keepalive_seconds(0); },
+                      "transport.keepalive_seconds 0 is outside [1, 3600]"}),
     testing_support::CaseName());
 
 INSTANTIATE_TEST_SUITE_P(
