@@ -10,6 +10,7 @@
 #include "pbs/v1/kv.grpc.pb.h"
 #include "pbs/v1/prefill.grpc.pb.h"
 #include "tests/integration/test_node.h"
+#include "tests/support/attend_headers.h"
 #include "tests/support/case_name.h"
 #include "tests/support/child_process.h"
 #include "tests/support/cutting_proxy.h"
@@ -201,12 +202,7 @@ TEST(CallerDeadlineSpec, EndsAnUploadAFetchAndADownload) {
   auto attention = v1::Attention::NewStub(channel);
   auto upload = attention->Attend(&upload_context);
   v1::AttendRequest message;
-  for (v1::TensorName tensor : {v1::Q, v1::K, v1::V}) {
-    v1::TensorSpec& spec = *message.mutable_header()->add_tensors();
-    spec.set_tensor(tensor);
-    spec.set_dtype(v1::F32);
-    for (int64_t axis : {1, 2, 600, 64}) spec.add_shape(axis);
-  }
+  *message.mutable_header() = testing_support::UploadHeader({1, 2, 600, 64});
   upload->Write(message);
   auto fetch = v1::KvSource::NewStub(channel)->Fetch(&fetch_context, FetchOf(ticket));
   v1::PrefillRequest request = PrefillOf(1000);

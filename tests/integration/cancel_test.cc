@@ -8,6 +8,7 @@
 #include "pbs/v1/prefill.grpc.pb.h"
 #include "proto/wire/messages.h"
 #include "tests/integration/test_node.h"
+#include "tests/support/attend_headers.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::server {
@@ -128,12 +129,7 @@ class UploadSpec : public testing::Test {
     auto stub = v1::Attention::NewStub(channel_);
     stream_ = stub->Attend(&context_);
     v1::AttendRequest message;
-    for (v1::TensorName tensor : {v1::Q, v1::K, v1::V}) {
-      v1::TensorSpec& spec = *message.mutable_header()->add_tensors();
-      spec.set_tensor(tensor);
-      spec.set_dtype(v1::F32);
-      for (int64_t axis : {1, 2, 600, 64}) spec.add_shape(axis);
-    }
+    *message.mutable_header() = testing_support::UploadHeader({1, 2, 600, 64});
     EXPECT_TRUE(stream_->Write(message));
     message.mutable_chunk()->set_tensor(v1::Q);
     message.mutable_chunk()->set_data(std::string(100'000, '\0'));
@@ -201,13 +197,7 @@ TEST_P(AttendStageSpec, EndsBetweenRunsAndFreesEverything) {
   }
   auto stream = v1::Attention::NewStub(node.NewChannel())->Attend(&context);
   v1::AttendRequest message;
-  v1::SyntheticSpec& spec = *message.mutable_header()->mutable_synthetic();
-  spec.set_batch(1);
-  spec.set_num_heads(2);
-  spec.set_num_kv_heads(1);
-  spec.set_seq_len(600);
-  spec.set_head_dim(32);
-  spec.set_dtype(v1::F32);
+  *message.mutable_header() = testing_support::SyntheticHeader(2, 1, 600, 32);
   message.mutable_header()->set_repetitions(5);
   ASSERT_TRUE(stream->Write(message));
   stream->WritesDone();
@@ -237,14 +227,8 @@ TEST(AttendReplySpec, AReaderThatLeavesMidReplyFreesTheResult) {
   grpc::ClientContext context;
   auto stream = v1::Attention::NewStub(node.NewNarrowChannel())->Attend(&context);
   v1::AttendRequest message;
-  v1::SyntheticSpec& spec = *message.mutable_header()->mutable_synthetic();
-  spec.set_batch(1);
-  spec.set_num_heads(4);
-  spec.set_num_kv_heads(1);
-  spec.set_seq_len(1000);
-  spec.set_head_dim(128);
-  spec.set_dtype(v1::F32);
-  spec.set_white_noise(true);
+  *message.mutable_header() = testing_support::SyntheticHeader(4, 1, 1000, 128);
+  message.mutable_header()->mutable_synthetic()->set_white_noise(true);
   message.mutable_header()->mutable_options()->mutable_pbs()->set_threshold(0.1f);
   ASSERT_TRUE(stream->Write(message));
   stream->WritesDone();

@@ -14,6 +14,7 @@
 #include "client/cpp/client.h"
 #include "pbs/v1/attention.grpc.pb.h"
 #include "pbs/v1/kv.grpc.pb.h"
+#include "tests/support/attend_headers.h"
 #include "tests/support/case_name.h"
 #include "tests/support/server_process.h"
 #include "tests/support/tiny_model.h"
@@ -211,14 +212,7 @@ TEST_F(DaemonSpec, DrainUnderLoadLosesNoAdmittedRequestAndRefusesLaterOnes) {
 // ---- uploads and work that a drain meets
 
 v1::AttendHeader Synthetic(int32_t repetitions) {
-  v1::AttendHeader header;
-  v1::SyntheticSpec& spec = *header.mutable_synthetic();
-  spec.set_batch(1);
-  spec.set_num_heads(8);
-  spec.set_num_kv_heads(8);
-  spec.set_seq_len(2048);
-  spec.set_head_dim(64);
-  spec.set_dtype(v1::F32);
+  v1::AttendHeader header = testing_support::SyntheticHeader(8, 8, 2048, 64);
   header.mutable_options()->mutable_dense();
   header.set_repetitions(repetitions);
   return header;
@@ -236,14 +230,7 @@ class HalfUpload {
             grpc::CreateChannel(address, grpc::InsecureChannelCredentials()))),
         stream_(stub_->Attend(&context_)) {
     v1::AttendRequest request;
-    for (v1::TensorName tensor : {v1::Q, v1::K, v1::V}) {
-      v1::TensorSpec& spec = *request.mutable_header()->add_tensors();
-      spec.set_tensor(tensor);
-      spec.set_dtype(v1::F32);
-      for (int64_t axis : {int64_t{1}, int64_t{4}, kTokens, int64_t{64}}) {
-        spec.add_shape(axis);
-      }
-    }
+    *request.mutable_header() = testing_support::UploadHeader({1, 4, kTokens, 64});
     EXPECT_TRUE(stream_->Write(request));
     Send(v1::Q);
   }

@@ -12,6 +12,7 @@
 #include "server/service/service_context.h"
 #include "server/service/services.h"
 #include "tests/integration/test_node.h"
+#include "tests/support/attend_headers.h"
 
 namespace pbs::server {
 namespace {
@@ -22,23 +23,12 @@ constexpr int64_t kTensorBytes = 1 * 2 * 40 * 32 * sizeof(float);
 
 v1::AttendRequest UploadedHeader() {
   v1::AttendRequest request;
-  for (v1::TensorName tensor : {v1::Q, v1::K, v1::V}) {
-    v1::TensorSpec& spec = *request.mutable_header()->add_tensors();
-    spec.set_tensor(tensor);
-    spec.set_dtype(v1::F32);
-    for (int64_t axis : {1, 2, 40, 32}) spec.add_shape(axis);
-  }
+  *request.mutable_header() = testing_support::UploadHeader({1, 2, 40, 32});
   return request;
 }
 v1::AttendRequest SyntheticHeader() {
   v1::AttendRequest request;
-  v1::SyntheticSpec& spec = *request.mutable_header()->mutable_synthetic();
-  spec.set_batch(1);
-  spec.set_num_heads(2);
-  spec.set_num_kv_heads(1);
-  spec.set_seq_len(600);
-  spec.set_head_dim(32);
-  spec.set_dtype(v1::F32);
+  *request.mutable_header() = testing_support::SyntheticHeader(2, 1, 600, 32);
   return request;
 }
 v1::AttendRequest TensorOf(v1::TensorName tensor) {

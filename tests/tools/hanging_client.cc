@@ -16,6 +16,7 @@
 #include "pbs/v1/attention.grpc.pb.h"
 #include "pbs/v1/kv.grpc.pb.h"
 #include "pbs/v1/prefill.grpc.pb.h"
+#include "tests/support/attend_headers.h"
 
 namespace {
 
@@ -29,12 +30,7 @@ using namespace pbs;
   grpc::ClientContext context;
   auto stream = v1::Attention::NewStub(channel)->Attend(&context);
   v1::AttendRequest message;
-  for (v1::TensorName tensor : {v1::Q, v1::K, v1::V}) {
-    v1::TensorSpec& spec = *message.mutable_header()->add_tensors();
-    spec.set_tensor(tensor);
-    spec.set_dtype(v1::F32);
-    for (int64_t axis : {1, 8, 2048, 64}) spec.add_shape(axis);
-  }
+  *message.mutable_header() = testing_support::UploadHeader({1, 8, 2048, 64});
   stream->Write(message);
   message.mutable_chunk()->set_tensor(v1::Q);
   message.mutable_chunk()->set_data(std::string(1 << 20, '\0'));
