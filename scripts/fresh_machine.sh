@@ -21,7 +21,7 @@ trap 'umount -lR "$root" 2>/dev/null || true; rm -rf --one-file-system "$work"' 
 
 say "a bare $suite"
 mmdebstrap --quiet --variant=minbase "$suite" "$root"
-git clone -q "$repo" "$root/root/pbs-prefill"
+git clone -q "$repo" "$root/srv/checkout"
 mount --bind "$root" "$root"
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
@@ -44,7 +44,7 @@ fi
 inside() {
   chroot "$root" env -i HOME=/root LANG=C.UTF-8 "${settings[@]}" \
     PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-    bash -euc "cd /root/pbs-prefill && $1"
+    bash -euc "cd /srv/checkout && $1"
 }
 timed() { # timed TITLE COMMAND
   local begin=$SECONDS

@@ -26,7 +26,7 @@ grpc::Status CallRecord::End(const absl::Status& status) const {
   parts_.metrics.rpc.Requests(rpc_, status.code()).Increment();
   const double seconds = absl::ToDoubleSeconds(parts_.clock.Now() - start_);
   const std::string code = absl::StatusCodeToString(status.code());
-  // What the client gets is cut, and the log with it: messages may quote his request.
+  // What the client gets is cut, and the log with it: messages may quote the request.
   grpc::Status sent = ToGrpc(status);
   parts_.log.Write(LevelOf(status.code()), "call",
                    {{"rpc", kRpcNames[static_cast<size_t>(rpc_)]},
