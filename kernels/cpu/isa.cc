@@ -1,5 +1,7 @@
 #include "cpu/isa.h"
 
+#include <cpuid.h>
+
 #include <string>
 
 namespace pbs::cpu {
@@ -31,10 +33,25 @@ StatusOr<Isa> ParseIsa(std::string_view name) {
                          "\" is not one of scalar, avx2, avx512, avx512_bf16");
 }
 
+namespace {
+
+// Bit `bit` of register `index` (eax, ebx, ecx, edx) of a CPUID leaf: for what clang 16
+// has no name in __builtin_cpu_supports.
+bool CpuidBit(uint32_t leaf, uint32_t subleaf, int index, int bit) {
+  uint32_t words[4] = {};
+  if (__get_cpuid_count(leaf, subleaf, &words[0], &words[1], &words[2], &words[3]) == 0)
+    return false;
+  return (words[index] >> bit & 1) != 0;
+}
+bool HasF16Conversions() { return CpuidBit(1, 0, 2, 29); }
+bool HasBf16Products() { return CpuidBit(7, 1, 0, 5); }
+
+}  // namespace
+
 bool IsSupported(Isa isa) {
   // __builtin_cpu_supports also asks the operating system (XCR0).
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+                    HasF16Conversions();
   const bool avx512 =
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -46,7 +63,7 @@ bool IsSupported(Isa isa) {
     case Isa::kAvx512:
       return avx512;
     case Isa::kAvx512Bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16");
+      return avx512 && HasBf16Products();
   }
   return false;
 }

@@ -63,7 +63,7 @@ struct Vec {
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = 2;
 constexpr bool kHasPairs = false;
-inline void StorePairs(uint32_t*, Vec, Vec) {}
+[[maybe_unused]] inline void StorePairs(uint32_t*, Vec, Vec) {}
 
 // bf16 bits of 8 floats, in the low half of each 32-bit lane.
 inline __m256i Bf16Words(__m256 x) {

@@ -12,7 +12,7 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = 4;
 constexpr bool kHasPairs = false;
-inline void StorePairs(uint32_t*, Vec, Vec) {}
+[[maybe_unused]] inline void StorePairs(uint32_t*, Vec, Vec) {}
 
 #include "cpu/tile_kernels_impl.h"
 

@@ -22,7 +22,12 @@ inline void StorePairs(uint32_t* pairs, Vec low, Vec high) {
 
 #define PBS_UNROLL _Pragma("GCC unroll 16")
 
-inline __m512bh AsPairs(__m512i bits) { return reinterpret_cast<__m512bh&>(bits); }
+inline __m512bh AsPairs(__m512i bits) {
+#if defined(__clang__)
+  asm("" : "+v"(bits));  // clang 16 crashes when it sees where they come from
+#endif
+  return reinterpret_cast<__m512bh&>(bits);
+}
 
 template <int kRows, int kVecs>
 inline void GemmPairsTile(int32_t depth, const uint32_t* a, int64_t a_stride,

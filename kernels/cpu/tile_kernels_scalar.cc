@@ -32,7 +32,7 @@ struct Vec {
 constexpr int kTileRows = 4;
 constexpr int kTileVecs = 16;
 constexpr bool kHasPairs = false;
-inline void StorePairs(uint32_t*, Vec, Vec) {}
+[[maybe_unused]] inline void StorePairs(uint32_t*, Vec, Vec) {}
 
 // kRounding: 1 = f16, 2 = bf16.
 template <int kRounding>
