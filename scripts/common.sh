@@ -14,6 +14,8 @@ build_packages=(
   libtbb-dev libdnnl-dev libxxhash-dev
   libgtest-dev libgmock-dev
 )
+# What the sanitizer build takes instead of g++ (scripts/sanitize.sh, scripts/fuzz.sh).
+clang_packages=(clang-16 libclang-rt-16-dev)
 
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 fail() {

@@ -3,17 +3,18 @@
 #
 #   scripts/fuzz.sh [SECONDS]   per target, one on each CPU at a time; default 60
 #
-# New inputs that reach new code stay in the build folder (PBS_FUZZ_DIR), crashes in its
-# found/: make each a named case of the target's corpus.
+# New inputs that reach new code stay in the build folder (PBS_SANITIZE_DIR, as
+# scripts/sanitize.sh has it), crashes in its found/: make each a named case of the
+# target's corpus.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
 seconds=${1:-60}
-build_dir=$(realpath -m "${PBS_FUZZ_DIR:-$repo/build-fuzz}")
+build_dir=$(realpath -m "${PBS_SANITIZE_DIR:-$repo/build-asan}")
 cd "$repo"
 
-install_packages "${build_packages[@]}" clang-16 libclang-rt-16-dev
-cmake --preset fuzz -B "$build_dir" >/dev/null
+install_packages "${build_packages[@]}" "${clang_packages[@]}"
+cmake --preset asan -B "$build_dir" >/dev/null
 say "building the fuzz targets"
 ninja -C "$build_dir" -j "$jobs" fuzzers >&2
 mapfile -t targets < <(cd "$build_dir/bin" && ls -d fuzz_*)

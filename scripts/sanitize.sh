@@ -12,7 +12,10 @@ set -euo pipefail
 
 install_packages "${build_packages[@]}"
 case ${1:-} in
-  address) preset=asan labels='unit|integration' target=test_programs ;;
+  address)
+    preset=asan labels='unit|integration' target=test_programs
+    install_packages "${clang_packages[@]}"
+    ;;
   thread) preset=tsan labels='tsan' target=tsan_tests ;;
   *) fail "usage: $0 address|thread" ;;
 esac
