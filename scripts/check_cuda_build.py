@@ -1,28 +1,26 @@
 #!/usr/bin/env python3
-"""Compiles the Hopper kernels and checks what the compiler made of them.
+"""Compiles the CUDA kernels and checks what the compiler made of them.
 
-    python3 scripts/check_cuda_build.py [--cuobjdump PROGRAM]
+    python3 scripts/check_cuda_build.py [--cuobjdump PROGRAM] [--jobs N]
 
 Per kernel: no spilled register, no warning that warpgroup products were serialised
-(C7510, C7513, C7519, C7520), the exact number of products and box copies, and in each hot
-loop the softmax between the two waits: lost overlap is silent otherwise (docs/KERNELS.md).
-Needs nvcc 13; without it, or without cuobjdump (PyPI nvidia-cuda-cuobjdump), it says NOT
-RUN and succeeds.
+(C7510, C7513, C7519, C7520), the exact number of products and copies, and in each hot loop
+of the Hopper kernels the softmax between the two waits: lost overlap is silent otherwise
+(docs/KERNELS.md). Needs nvcc 13 and cuobjdump (PyPI nvidia-cuda-cuobjdump).
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "kernels/cuda/attention/attention_sm90.cu"
 SERIALISED = re.compile(r"C75(?:10|13|19|20)")
 # Of a softmax of 64 scores per thread: one each, and two for the rescaling.
 SOFTMAX_EXPONENTIALS = 66
@@ -31,24 +29,58 @@ OVERLAP_MIN = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What the code of one kernel must hold: three scores, three value products."""
+    """What the code of one kernel must hold, by the name of its instruction."""
 
-    products: int
-    copies: int
-
-
-# By head dim. A block has head_dim / 16 products for scores and 8 for values; first,
-# masked and plain blocks have code of their own. Copies: two halves of the queries, keys
-# and values, one per 64 columns, in up to four unrolled places.
-EXPECTED = {64: Expected(products=36, copies=16), 128: Expected(products=48, copies=32)}
+    instructions: dict[str, int]
+    overlaps: int = 0  # hot loops whose softmax stands between two waits
 
 
-def compile_kernels(cubin: pathlib.Path) -> tuple[list[str], str]:
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A source file, what it is compiled for, and its kernels by head dim (0: any)."""
+
+    source: str
+    architecture: str
+    kernels: dict[int, Expected]
+    registers_max: int
+
+
+UNITS = [
+    # A block has head_dim / 16 products for scores and 8 for values; first, masked and
+    # plain blocks have code of their own. Copies: two halves of the queries, keys and
+    # values, one per 64 columns, in up to four unrolled places.
+    Unit(
+        "kernels/cuda/attention/attention_sm90.cu",
+        "90a",
+        {
+            64: Expected({"HGMMA": 36, "UTMALDG": 16}, overlaps=2),
+            128: Expected({"HGMMA": 48, "UTMALDG": 32}, overlaps=2),
+        },
+        registers_max=168,
+    ),
+    # 64 keys: two fragments of rows (one at 256) x head_dim / 16 x 8 products for scores,
+    # as many for values. Copies of 16 bytes: queries, and keys and values in three places.
+    Unit(
+        "kernels/cuda/attention/attention_sm80.cu",
+        "80",
+        {
+            64: Expected({"HMMA": 128, "LDGSTS": 20}),
+            96: Expected({"HMMA": 192, "LDGSTS": 30}),
+            128: Expected({"HMMA": 256, "LDGSTS": 40}),
+            256: Expected({"HMMA": 256, "LDGSTS": 64}),
+        },
+        registers_max=255,
+    ),
+]
+
+
+def compile_unit(unit: Unit, cubin: pathlib.Path) -> tuple[list[str], str]:
     """Complaints, and what ptxas said."""
+    architecture = f"arch=compute_{unit.architecture},code=sm_{unit.architecture}"
     command = [
-        "nvcc", "-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a",
-        "-Xptxas", "-v", "-I", str(ROOT / "kernels"), "-I", str(ROOT / "kernels/include"),
-        "-cubin", "-o", str(cubin), str(SOURCE),
+        "nvcc", "-std=c++20", "-O3", "-gencode", architecture, "-Xptxas", "-v",
+        "-I", str(ROOT / "kernels"), "-I", str(ROOT / "kernels/include"),
+        "-cubin", "-o", str(cubin), str(ROOT / unit.source),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     said = done.stdout + done.stderr
@@ -57,6 +89,9 @@ def compile_kernels(cubin: pathlib.Path) -> tuple[list[str], str]:
     found = [f"warning {m.group(0)}" for m in SERIALISED.finditer(said)]
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     found += [f"{a} + {b} bytes of spills" for a, b in spills if (a, b) != ("0", "0")]
+    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", said))
+    if registers > unit.registers_max:
+        found.append(f"{registers} registers, at most {unit.registers_max} are planned")
     return found, said
 
 
@@ -89,18 +124,43 @@ def overlaps(code: list[str]) -> list[int]:
 
 def check_kernel(name: str, code: list[str], expected: Expected) -> list[str]:
     """Complaints about one kernel, after its figures."""
-    products = sum("HGMMA" in line for line in code)
-    copies = sum("UTMALDG" in line for line in code)
+    found, figures = [], []
+    for instruction, count in expected.instructions.items():
+        made = sum(re.search(rf"\b{instruction}\b", line) is not None for line in code)
+        figures.append(f"{made} {instruction}")
+        if made != count:
+            found.append(f"{name}: {made} {instruction}, expected {count}")
     between = overlaps(code)
-    print(f"{name}: {products} products, {copies} copies, exponentials between waits {between}")
-    found = []
-    if products != expected.products:
-        found.append(f"{name}: {products} products, expected {expected.products}")
-    if copies != expected.copies:
-        found.append(f"{name}: {copies} box copies, expected {expected.copies}")
+    if expected.overlaps:
+        figures.append(f"exponentials between waits {between}")
     least = OVERLAP_MIN * SOFTMAX_EXPONENTIALS
-    if len(between) != 2 or min(between) < least:
-        found.append(f"{name}: exponentials between waits {between}, expected two of >= {least}")
+    if len(between) != expected.overlaps or any(count < least for count in between):
+        found.append(
+            f"{name}: exponentials between waits {between}, "
+            f"expected {expected.overlaps} of >= {least}"
+        )
+    print(f"{name}: {', '.join(figures)}")
+    return found
+
+
+def check_unit(unit: Unit, cuobjdump: str) -> list[str]:
+    """Compiles and disassembles a source; complaints about it."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernels.cubin"
+        found, said = compile_unit(unit, cubin)
+        if not cubin.exists():
+            return found
+        sass = subprocess.run(
+            [cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+    registers = sorted(set(re.findall(r"Used (\d+) registers", said)), key=int)
+    print(f"sm_{unit.architecture}: {', '.join(registers)} registers at launch")
+    kernels = instructions(sass)
+    if len(kernels) != 2 * len(unit.kernels):
+        found.append(f"{len(kernels)} kernels, expected {2 * len(unit.kernels)}")
+    for (element, head_dim), code in sorted(kernels.items()):
+        name = f"sm_{unit.architecture}, {element}, head dim {head_dim}"
+        found += check_kernel(name, code, unit.kernels[head_dim])
     return found
 
 
@@ -108,27 +168,10 @@ def main() -> int:
     """Prints figures, then complaints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cuobjdump", default="cuobjdump")
+    parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    for program in ("nvcc", arguments.cuobjdump):
-        if shutil.which(program) is None:
-            print(f"NOT RUN: there is no {program}")
-            return 0
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = pathlib.Path(folder) / "kernels.cubin"
-        found, said = compile_kernels(cubin)
-        if not cubin.exists():
-            print("\n".join(found))
-            return 1
-        sass = subprocess.run(
-            [arguments.cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
-    registers = sorted(set(re.findall(r"Used (\d+) registers", said)))
-    print(f"registers at launch: {', '.join(registers)}")
-    kernels = instructions(sass)
-    if len(kernels) != 2 * len(EXPECTED):
-        found.append(f"{len(kernels)} kernels, expected {2 * len(EXPECTED)}")
-    for (element, head_dim), code in sorted(kernels.items()):
-        found += check_kernel(f"{element}, head dim {head_dim}", code, EXPECTED[head_dim])
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        found = sum(pool.map(lambda unit: check_unit(unit, arguments.cuobjdump), UNITS), [])
     print("\n".join(found) or "the kernels are as planned")
     return 1 if found else 0
 

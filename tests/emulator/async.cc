@@ -169,7 +169,7 @@ void MaybeComputeEarly(Warpgroup& group) {
 }  // namespace
 
 void CopyBox(void* target, const TensorMap& map, uint64_t* barrier, int32_t column,
-             int32_t row, int32_t head, const Location& where) {
+             int32_t row, int32_t head, int32_t batch, const Location& where) {
   auto* bytes = static_cast<uint8_t*>(target);
   if ((bytes - SharedBase()) % kSwizzleBytes != 0) {
     Fail("the target of a swizzled copy is not 1024-byte aligned", where);
@@ -181,10 +181,11 @@ void CopyBox(void* target, const TensorMap& map, uint64_t* barrier, int32_t colu
       for (int32_t c = 0; c < kBoxColumns; ++c) {
         uint16_t value = 0;
         const bool inside = row + r >= 0 && row + r < map.rows && column + c >= 0 &&
-                            column + c < map.width && head >= 0 && head < map.heads;
+                            column + c < map.width && head >= 0 && head < map.heads &&
+                            batch >= 0 && batch < map.batch;
         if (inside) {
-          value = map.data[head * map.head_stride + (row + r) * map.row_stride +
-                           column + c];
+          value = map.data[batch * map.batch_stride + head * map.head_stride +
+                           (row + r) * map.row_stride + column + c];
         }
         const auto offset = static_cast<uint32_t>(r * 128 + c * 2);
         std::memcpy(bytes + Swizzled(offset), &value, 2);

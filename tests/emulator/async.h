@@ -8,25 +8,28 @@
 
 namespace pbs::emulator {
 
-// A tensor map: [heads, rows, width] 16-bit elements and the box that one copy brings,
-// as the hardware's descriptor says it. The innermost box row is 128 bytes, swizzled.
+// A tensor map: [batch, heads, rows, width] 16-bit elements and the box that one copy
+// brings, as the hardware's descriptor says it. The innermost box row is 128 bytes,
+// swizzled.
 struct TensorMap {
   const uint16_t* data = nullptr;
   int64_t width = 0;
   int64_t rows = 0;
   int64_t heads = 0;
-  int64_t row_stride = 0;   // elements
-  int64_t head_stride = 0;  // elements
+  int64_t batch = 1;
+  int64_t row_stride = 0;  // elements
+  int64_t head_stride = 0;
+  int64_t batch_stride = 0;
   int32_t box_rows = 0;
 };
 
 constexpr int kBoxColumns = 64;  // 128 bytes
 
-// Copies the box at (column, row, head) to `target`, 1024-byte aligned shared memory;
-// what lies outside the tensor arrives as zeros. `barrier` is told the bytes of the
-// whole box. The target is poisoned until then.
+// Copies the box at (column, row, head, batch) to `target`, 1024-byte aligned shared
+// memory; what lies outside the tensor arrives as zeros. `barrier` is told the bytes of
+// the whole box. The target is poisoned until then.
 void CopyBox(void* target, const TensorMap& map, uint64_t* barrier, int32_t column,
-             int32_t row, int32_t head, const Location& where);
+             int32_t row, int32_t head, int32_t batch, const Location& where);
 
 // Warpgroup products sums[64, columns] (+)= a[64, 16] b[16, columns]. `sums` holds the
 // calling thread's fragment, columns / 2 registers; it is NaN until WgmmaWait() says

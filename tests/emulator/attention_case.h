@@ -10,7 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/attention/attention_tile.h"
+#include "cuda/attention/attention_sm80.h"
+#include "cuda/attention/attention_sm90.h"
 #include "pbs/dtype.h"
 #include "tests/emulator/async.h"
 
@@ -25,6 +26,7 @@ struct AttentionSetting {
   bool arithmetic_lists = false;
   bool bf16 = true;
   bool map_rows = false;
+  bool strided = false;  // operands and results [sequences, heads, longest, ...]
   uint32_t seed = 1;
 };
 
@@ -34,31 +36,51 @@ class AttentionCase {
       : setting_(setting), random_(setting.seed) {
     for (const auto& [q_len, k_len] : setting.sequences) {
       total_q_ += q_len;
-      total_slots_ += (k_len + 127) / 128 * 128;
+      total_slots_ += Slots(k_len);
+      longest_q_ = std::max<int64_t>(longest_q_, q_len);
+      longest_slots_ = std::max<int64_t>(longest_slots_, Slots(k_len));
     }
-    q_ = Normal(setting.heads, total_q_);
-    k_ = Normal(setting.kv_heads, total_slots_);
-    v_ = Normal(setting.kv_heads, total_slots_);
+    q_ = Normal(Strides(setting.heads, total_q_, longest_q_, setting.head_dim));
+    k_ = Normal(KvStrides());
+    v_ = Normal(KvStrides());
     positions_.assign(static_cast<size_t>(setting.kv_heads * total_slots_), INT32_MAX);
-    o_.assign(static_cast<size_t>(setting.heads * total_q_ * setting.head_dim), 0);
-    lse_.assign(static_cast<size_t>(setting.heads * total_q_), 0);
-    row_map_.resize(static_cast<size_t>(total_q_));
-    std::iota(row_map_.begin(), row_map_.end(), 0);
-    if (setting.map_rows) std::shuffle(row_map_.begin(), row_map_.end(), random_);
+    o_.assign(q_.size(), 0);
+    lse_.assign(q_.size() / static_cast<size_t>(setting.head_dim), 0);
+    for (const auto& [q_len, k_len] : setting.sequences) {
+      row_map_.resize(row_map_.size() + static_cast<size_t>(q_len));
+      std::iota(row_map_.end() - q_len, row_map_.end(), 0);
+      if (setting.map_rows) {
+        std::shuffle(row_map_.end() - q_len, row_map_.end(), random_);
+      }
+    }
     PlaceKeys();
     MakeTiles();
   }
 
   const std::vector<cuda::AttentionTile>& tiles() const { return tiles_; }
-  TensorMap QMap() const { return Map(q_, setting_.heads, total_q_, 64); }
-  TensorMap KMap() const { return Map(k_, setting_.kv_heads, total_slots_, 128); }
-  TensorMap VMap() const { return Map(v_, setting_.kv_heads, total_slots_, 128); }
+  // Pointers into this case.
+  cuda::Sm90Operands OperandsSm90() const {
+    const int32_t packed = setting_.strided ? 0 : 1;
+    return {Map(q_, setting_.heads, QStrides(), Rows(total_q_, longest_q_), 64),
+            Map(k_, setting_.kv_heads, KvStrides(), Rows(total_slots_, longest_slots_),
+                128),
+            Map(v_, setting_.kv_heads, KvStrides(), Rows(total_slots_, longest_slots_),
+                128),
+            packed, packed};
+  }
+  cuda::Sm80Operands OperandsSm80() const {
+    return {
+        {q_.data(), QStrides()}, {k_.data(), KvStrides()}, {v_.data(), KvStrides()}};
+  }
 
   // Pointers into this case; its memory becomes the kernel's global memory.
   cuda::AttentionParams Params() {
     next_tile_ = 0;
     GlobalMemory::Clear();
     Allow(tiles_, true);
+    Allow(q_, true);
+    Allow(k_, true);
+    Allow(v_, true);
     Allow(lists_, true);
     Allow(positions_, true);
     Allow(row_map_, true);
@@ -69,15 +91,14 @@ class AttentionCase {
         .tiles = tiles_.data(),
         .num_tiles = static_cast<int32_t>(tiles_.size()),
         .next_tile = &next_tile_,
-        .lists = setting_.arithmetic_lists ? nullptr : lists_.data(),
-        .positions = positions_.data(),
+        .lists = lists_.data(),
+        .positions = setting_.arithmetic_lists ? nullptr : positions_.data(),
         .position_stride = total_slots_,
         .scale_log2 = 1.44269504f / std::sqrt(static_cast<float>(setting_.head_dim)),
         .o = o_.data(),
-        .o_row_stride = setting_.head_dim,
-        .o_head_stride = total_q_ * setting_.head_dim,
+        .o_strides = QStrides(),
         .lse = lse_.data(),
-        .lse_head_stride = total_q_,
+        .lse_strides = LseStrides(),
         .row_map = setting_.map_rows ? row_map_.data() : nullptr};
   }
 
@@ -103,9 +124,30 @@ class AttentionCase {
                         written);
   }
 
-  std::vector<uint16_t> Normal(int64_t heads, int64_t rows) {
+  static int64_t Slots(int64_t k_len) { return (k_len + 127) / 128 * 128; }
+
+  int64_t Rows(int64_t total, int64_t longest) const {
+    return setting_.strided ? longest : total;
+  }
+  cuda::RowStrides Strides(int64_t heads, int64_t total, int64_t longest,
+                           int64_t width) const {
+    const int64_t head = Rows(total, longest) * width;
+    return {heads * head, head, width, setting_.strided ? 0 : 1};
+  }
+  cuda::RowStrides QStrides() const {
+    return Strides(setting_.heads, total_q_, longest_q_, setting_.head_dim);
+  }
+  cuda::RowStrides KvStrides() const {
+    return Strides(setting_.kv_heads, total_slots_, longest_slots_, setting_.head_dim);
+  }
+  cuda::RowStrides LseStrides() const {
+    return Strides(setting_.heads, total_q_, longest_q_, 1);
+  }
+
+  std::vector<uint16_t> Normal(const cuda::RowStrides& strides) {
+    const auto batch = setting_.strided ? setting_.sequences.size() : 1;
     std::normal_distribution<float> normal;
-    std::vector<uint16_t> values(static_cast<size_t>(heads * rows * setting_.head_dim));
+    std::vector<uint16_t> values(static_cast<size_t>(strides.sequence) * batch);
     for (uint16_t& value : values) {
       const float x = normal(random_);
       value = setting_.bf16 ? ToBf16(x).bits : ToF16(x).bits;
@@ -117,10 +159,17 @@ class AttentionCase {
     return setting_.bf16 ? ToFloat(bf16{bits}) : ToFloat(f16{bits});
   }
 
-  TensorMap Map(const std::vector<uint16_t>& data, int64_t heads, int64_t rows,
-                int32_t box_rows) const {
-    return {data.data(),       setting_.head_dim,        rows,    heads,
-            setting_.head_dim, rows * setting_.head_dim, box_rows};
+  TensorMap Map(const std::vector<uint16_t>& data, int64_t heads,
+                const cuda::RowStrides& strides, int64_t rows, int32_t box_rows) const {
+    return {.data = data.data(),
+            .width = setting_.head_dim,
+            .rows = rows,
+            .heads = heads,
+            .batch = static_cast<int64_t>(data.size()) / strides.sequence,
+            .row_stride = strides.row,
+            .head_stride = strides.head,
+            .batch_stride = strides.sequence,
+            .box_rows = box_rows};
   }
 
   // A random order inside whole segments of 256; the tail stays.
@@ -139,30 +188,34 @@ class AttentionCase {
   }
 
   void MakeTiles() {
-    int32_t first_row = 0;
+    int32_t q_begin = 0;
     int32_t first_slot = 0;
-    for (const auto& [q_len, k_len] : setting_.sequences) {
+    for (size_t n = 0; n < setting_.sequences.size(); ++n) {
+      const auto& [q_len, k_len] = setting_.sequences[n];
       const int32_t offset = k_len - q_len;
       const int32_t blocks = (k_len + 127) / 128;
       for (int32_t head = 0; head < setting_.heads && q_len > 0; ++head) {
         for (int32_t block = offset / 128; block < blocks; ++block) {
           const int32_t first = block * 128 - offset;  // row of the sequence
           cuda::AttentionTile tile{
-              .list_begin = 0,
-              .list_count = 0,
-              .num_masked = 0,
+              .list_begin = -1,
+              .list_count = block + 1,
+              .num_masked = 1,
+              .sequence = static_cast<int32_t>(n),
               .head = head,
               .order_head = head / (setting_.heads / setting_.kv_heads),
-              .first_query = first_row + first,
+              .q_begin = q_begin,
+              .first_query = first,
               .begin_row = std::max(0, -first),
               .end_row = std::min(128, q_len - first),
               .first_position = block * 128,
-              .first_slot = first_slot};
-          MakeList(block, blocks, tile);
+              .first_slot = first_slot,
+              .num_keys = k_len};
+          if (!setting_.arithmetic_lists) MakeList(block, blocks, tile);
           tiles_.push_back(tile);
         }
       }
-      first_row += q_len;
+      q_begin += q_len;
       first_slot += blocks * 128;
     }
     std::stable_sort(tiles_.begin(), tiles_.end(), [](const auto& a, const auto& b) {
@@ -171,11 +224,7 @@ class AttentionCase {
   }
 
   void MakeList(int32_t block, int32_t blocks, cuda::AttentionTile& tile) {
-    if (setting_.arithmetic_lists) {
-      tile.list_count = block + 1;
-      tile.num_masked = 1;
-      return;
-    }
+    tile.num_masked = 0;
     tile.list_begin = static_cast<int64_t>(lists_.size());
     const int32_t own = block / 2 * 2;
     std::uniform_real_distribution<double> uniform;
@@ -193,22 +242,25 @@ class AttentionCase {
 
   void CompareRow(const cuda::AttentionTile& tile, int32_t row, Errors& errors) const {
     const int32_t dim = setting_.head_dim;
-    const int64_t query = tile.first_query + row;
-    const uint16_t* q = q_.data() + (tile.head * total_q_ + query) * dim;
+    const int32_t query = tile.first_query + row;
+    const uint16_t* q =
+        q_.data() + QStrides().Offset(tile.sequence, tile.q_begin, tile.head, query);
+    const int32_t* positions =
+        positions_.data() + tile.order_head * total_slots_ + tile.first_slot;
     std::vector<double> logits;
-    std::vector<int64_t> slots;
+    std::vector<const uint16_t*> values;
     double top = -INFINITY;
     for (int32_t i = 0; i < tile.list_count; ++i) {
-      const int32_t block = setting_.arithmetic_lists ? i : lists_[tile.list_begin + i];
-      for (int32_t j = 0; j < 128; ++j) {
-        const int64_t slot =
-            tile.order_head * total_slots_ + tile.first_slot + block * 128 + j;
-        if (positions_[slot] > tile.first_position + row) continue;
+      const int32_t block = tile.list_begin < 0 ? i : lists_[tile.list_begin + i];
+      for (int32_t slot = block * 128; slot < block * 128 + 128; ++slot) {
+        if (positions[slot] > tile.first_position + row) continue;
+        const int64_t at =
+            KvStrides().Offset(tile.sequence, tile.first_slot, tile.order_head, slot);
         double dot = 0;
         for (int32_t d = 0; d < dim; ++d)
-          dot += double{Value(q[d])} * Value(k_[slot * dim + d]);
+          dot += double{Value(q[d])} * Value(k_[at + d]);
         logits.push_back(dot / std::sqrt(dim));
-        slots.push_back(slot);
+        values.push_back(v_.data() + at);
         top = std::max(top, logits.back());
       }
     }
@@ -217,21 +269,29 @@ class AttentionCase {
     for (size_t i = 0; i < logits.size(); ++i) {
       const double weight = std::exp(logits[i] - top);
       sum += weight;
-      for (int32_t d = 0; d < dim; ++d)
-        expected[d] += weight * Value(v_[slots[i] * dim + d]);
+      for (int32_t d = 0; d < dim; ++d) expected[d] += weight * Value(values[i][d]);
     }
-    const int64_t target = tile.head * total_q_ + row_map_[query];
+    const int32_t target = row_map_[tile.q_begin + query];
+    const uint16_t* o =
+        o_.data() + QStrides().Offset(tile.sequence, tile.q_begin, tile.head, target);
+    const float lse =
+        lse_[LseStrides().Offset(tile.sequence, tile.q_begin, tile.head, target)];
+    // Not std::max: NaN is the largest error there is.
+    const auto grow = [](double& largest, double error) {
+      if (!(error <= largest)) largest = error;
+    };
     for (int32_t d = 0; d < dim; ++d) {
-      errors.o =
-          std::max(errors.o, std::abs(expected[d] / sum - Value(o_[target * dim + d])));
+      grow(errors.o, std::abs(expected[d] / sum - Value(o[d])));
     }
-    errors.lse = std::max(errors.lse, std::abs(top + std::log(sum) - lse_[target]));
+    grow(errors.lse, std::abs(top + std::log(sum) - lse));
   }
 
   const AttentionSetting setting_;
   std::mt19937 random_;
   int64_t total_q_ = 0;
   int64_t total_slots_ = 0;
+  int64_t longest_q_ = 0;
+  int64_t longest_slots_ = 0;
   std::vector<uint16_t> q_, k_, v_, o_;
   std::vector<int32_t> positions_, row_map_;
   std::vector<float> lse_;

@@ -1,9 +1,9 @@
-// Spec: cuda/attention/attention_sm90.h, run on the emulator against f64.
-#include "cuda/attention/attention_sm90.h"
-
+// Spec: cuda/attention/attention_sm80.h and attention_sm90.h, run on the emulator
+// against f64.
 #include <gtest/gtest.h>
 
 #include "tests/emulator/attention_case.h"
+#include "tests/emulator/attention_run.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::emulator {
@@ -11,35 +11,23 @@ namespace {
 
 using cuda::Bf16Element;
 using cuda::F16Element;
+using cuda::Sm80Config;
 using cuda::Sm90Config;
-
-template <class Config>
-Fault RunSm90(AttentionCase& attention, uint32_t seed, int blocks) {
-  const cuda::AttentionParams params = attention.Params();
-  const cuda::Sm90Operands operands = {attention.QMap(), attention.KMap(),
-                                       attention.VMap()};
-  return Launch({.blocks = blocks,
-                 .threads = Config::kThreads,
-                 .resident_blocks = blocks,
-                 .shared_bytes = sizeof(cuda::Sm90Shared<Config>),
-                 .seed = seed},
-                [&] { cuda::AttendSm90<Config>(params, operands); });
-}
 
 using Run = Fault (*)(AttentionCase&, uint32_t, int);
 
-struct Sm90Case {
+struct KernelCase {
   const char* name;
   Run run;
   AttentionSetting setting;
-  int blocks;
+  int blocks = 1;  // resident
 };
 
-void PrintTo(const Sm90Case& c, std::ostream* out) { *out << c.name; }
+void PrintTo(const KernelCase& c, std::ostream* out) { *out << c.name; }
 
-class Sm90Spec : public testing::TestWithParam<Sm90Case> {};
+class AttentionKernelSpec : public testing::TestWithParam<KernelCase> {};
 
-TEST_P(Sm90Spec, EqualsTheExactAnswerOverTheSameLists) {
+TEST_P(AttentionKernelSpec, EqualsTheExactAnswerOverTheSameLists) {
   for (uint32_t seed = 1; seed <= 2; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     AttentionSetting setting = GetParam().setting;
@@ -54,39 +42,85 @@ TEST_P(Sm90Spec, EqualsTheExactAnswerOverTheSameLists) {
 }
 
 template <class Element, int kHeadDim, int kStages, bool kPingPong>
-constexpr Run kRun = RunSm90<Sm90Config<Element, kHeadDim, kStages, kPingPong>>;
+constexpr Run kSm90 = RunSm90<Sm90Config<Element, kHeadDim, kStages, kPingPong>>;
+template <class Element, int kHeadDim>
+constexpr Run kSm80 = RunSm80<Sm80Config<Element, kHeadDim>>;
 
 INSTANTIATE_TEST_SUITE_P(
-    Cases, Sm90Spec,
+    Sm90, AttentionKernelSpec,
     testing::Values(
-        Sm90Case{"two_blocks",
-                 kRun<Bf16Element, 128, 2, true>,
-                 {.sequences = {{512, 512}}},
-                 2},
-        Sm90Case{
-            "one_token", kRun<Bf16Element, 128, 2, true>, {.sequences = {{1, 1}}}, 1},
-        Sm90Case{"f16_without_turns",
-                 kRun<F16Element, 128, 2, false>,
-                 {.heads = 4, .kv_heads = 2, .sequences = {{300, 300}}, .bf16 = false},
-                 1},
-        Sm90Case{"narrow_heads",
-                 kRun<Bf16Element, 64, 3, true>,
-                 {.head_dim = 64, .sequences = {{600, 600}}},
-                 1},
-        Sm90Case{"batch_with_offsets",
-                 kRun<Bf16Element, 64, 3, true>,
-                 {.head_dim = 64,
-                  .heads = 1,
-                  .sequences = {{130, 130}, {70, 333}, {1, 257}}},
-                 2},
-        Sm90Case{"dense",
-                 kRun<Bf16Element, 128, 2, true>,
-                 {.sequences = {{400, 400}}, .arithmetic_lists = true},
-                 1},
-        Sm90Case{"rows_mapped_back",
-                 kRun<Bf16Element, 64, 3, true>,
-                 {.head_dim = 64, .sequences = {{384, 384}}, .map_rows = true},
-                 1}),
+        KernelCase{"two_blocks",
+                   kSm90<Bf16Element, 128, 2, true>,
+                   {.sequences = {{512, 512}}},
+                   2},
+        KernelCase{
+            "one_token", kSm90<Bf16Element, 128, 2, true>, {.sequences = {{1, 1}}}},
+        KernelCase{
+            "f16_without_turns",
+            kSm90<F16Element, 128, 2, false>,
+            {.heads = 4, .kv_heads = 2, .sequences = {{300, 300}}, .bf16 = false}},
+        KernelCase{"narrow_heads",
+                   kSm90<Bf16Element, 64, 3, true>,
+                   {.head_dim = 64, .sequences = {{600, 600}}}},
+        KernelCase{"batch_with_offsets",
+                   kSm90<Bf16Element, 64, 3, true>,
+                   {.head_dim = 64,
+                    .heads = 1,
+                    .sequences = {{130, 130}, {70, 333}, {1, 257}}},
+                   2},
+        KernelCase{"strided_batch",
+                   kSm90<Bf16Element, 64, 3, true>,
+                   {.head_dim = 64,
+                    .heads = 2,
+                    .sequences = {{40, 133}, {150, 150}},
+                    .strided = true},
+                   2},
+        KernelCase{"dense",
+                   kSm90<Bf16Element, 128, 2, true>,
+                   {.sequences = {{400, 400}}, .arithmetic_lists = true}},
+        KernelCase{"rows_mapped_back",
+                   kSm90<Bf16Element, 64, 3, true>,
+                   {.head_dim = 64, .sequences = {{384, 384}}, .map_rows = true}}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    Sm80, AttentionKernelSpec,
+    testing::Values(
+        KernelCase{
+            "two_blocks", kSm80<Bf16Element, 128>, {.sequences = {{512, 512}}}, 2},
+        KernelCase{"one_token", kSm80<Bf16Element, 128>, {.sequences = {{1, 1}}}},
+        KernelCase{
+            "f16",
+            kSm80<F16Element, 128>,
+            {.heads = 4, .kv_heads = 2, .sequences = {{300, 300}}, .bf16 = false}},
+        KernelCase{"narrow_heads",
+                   kSm80<Bf16Element, 64>,
+                   {.head_dim = 64, .sequences = {{600, 600}}}},
+        KernelCase{"ninety_six",
+                   kSm80<Bf16Element, 96>,
+                   {.head_dim = 96, .sequences = {{400, 400}}}},
+        KernelCase{"wide_heads",
+                   kSm80<Bf16Element, 256>,
+                   {.head_dim = 256, .heads = 1, .sequences = {{300, 300}}},
+                   2},
+        KernelCase{"batch_with_offsets",
+                   kSm80<Bf16Element, 64>,
+                   {.head_dim = 64,
+                    .heads = 1,
+                    .sequences = {{130, 130}, {70, 333}, {1, 257}}},
+                   2},
+        KernelCase{"strided_batch",
+                   kSm80<Bf16Element, 96>,
+                   {.head_dim = 96,
+                    .heads = 2,
+                    .sequences = {{40, 133}, {150, 150}},
+                    .strided = true}},
+        KernelCase{"dense",
+                   kSm80<Bf16Element, 128>,
+                   {.sequences = {{400, 400}}, .arithmetic_lists = true}},
+        KernelCase{"rows_mapped_back",
+                   kSm80<Bf16Element, 64>,
+                   {.head_dim = 64, .sequences = {{384, 384}}, .map_rows = true}}),
     testing_support::CaseName());
 
 }  // namespace

@@ -68,6 +68,11 @@ struct Warpgroup {
   std::array<std::map<float*, std::vector<float>>, kWarpgroupThreads> sums;
 };
 
+// A thread's own copies: how many of each group are under way. The last group is open.
+struct AsyncCopies {
+  std::deque<int64_t> under_way = {0};  // grows and shrinks at its ends only
+};
+
 struct Block {
   int index = 0;
   std::vector<uint8_t> storage;
@@ -81,7 +86,8 @@ struct Block {
   std::array<Gathering, kNamedBarriers> named;
   std::vector<Gathering> warps;
   std::vector<Warpgroup> warpgroups;
-  std::vector<std::array<uint32_t, 4>> words;  // put up for the warp, by thread
+  std::vector<std::array<void*, kWarpThreads>> warp_parts{};
+  std::vector<AsyncCopies> copies;  // by thread
   std::map<const void*, Mbarrier> mbarriers;
 };
 

@@ -4,8 +4,8 @@
     python3 tests/emulator/check_mutants.py --compiler g++ --emulator libpbs_emulator.a \
         --kernels libpbs_kernels.a [--jobs N]
 
-Builds mutant_main.cc from the sources as they are, which must pass, and once per mutant
-from a copy with that defect, which must not. A mutant whose text is not in the sources
+Builds the programs of mutants.py from the sources as they are, which must pass, and once
+per mutant from a copy with that defect, which must not. A mutant whose text is not in the sources
 exactly once is an error.
 """
 
@@ -19,22 +19,25 @@ import subprocess
 import sys
 import tempfile
 
-from mutants import MUTANTS
+from mutants import PROGRAMS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RUN_SECONDS_MAX = 120
 
 
-def run_build(arguments: argparse.Namespace, folder: pathlib.Path) -> tuple[bool, str]:
+def run_build(
+    arguments: argparse.Namespace, source: str, folder: pathlib.Path
+) -> tuple[bool, str]:
     """Builds with `folder` before the sources; whether it ran clean, and what it said."""
     program = folder / "program"
     flags = ["-std=c++20", "-O1", "-DPBS_EMULATOR"]
     for include in (folder, ROOT, ROOT / "kernels", ROOT / "kernels/include"):
         flags += ["-I", str(include)]
-    source = ROOT / "tests/emulator/mutant_main.cc"
     libraries = [str(arguments.emulator), str(arguments.kernels)]
     subprocess.run(
-        [arguments.compiler, *flags, str(source), *libraries, "-o", str(program)], check=True
+        [arguments.compiler, *flags, str(ROOT / "tests/emulator" / source), *libraries]
+        + ["-o", str(program)],
+        check=True,
     )
     try:
         done = subprocess.run(
@@ -45,18 +48,20 @@ def run_build(arguments: argparse.Namespace, folder: pathlib.Path) -> tuple[bool
     return done.returncode == 0, done.stdout.strip() or f"exit status {done.returncode}"
 
 
-def run_mutant(arguments: argparse.Namespace, mutant: tuple) -> tuple[str, bool, str]:
+def run_mutant(
+    arguments: argparse.Namespace, program: str, mutant: tuple
+) -> tuple[str, bool, str]:
     """Name, whether it was caught, by what."""
     name, file, text, replacement = mutant
-    source = (ROOT / "kernels" / file).read_text()
-    if source.count(text) != 1:
-        return name, False, f"its text is {source.count(text)} times in {file}"
+    kernel = (ROOT / "kernels" / file).read_text()
+    if kernel.count(text) != 1:
+        return name, False, f"its text is {kernel.count(text)} times in {file}"
     with tempfile.TemporaryDirectory() as work:
         folder = pathlib.Path(work)
         target = folder / file
         target.parent.mkdir(parents=True)
-        target.write_text(source.replace(text, replacement))
-        clean, said = run_build(arguments, folder)
+        target.write_text(kernel.replace(text, replacement))
+        clean, said = run_build(arguments, program, folder)
     return name, not clean, said
 
 
@@ -68,13 +73,15 @@ def main() -> int:
     parser.add_argument("--kernels", type=pathlib.Path, required=True)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        clean, said = run_build(arguments, pathlib.Path(work))
-    if not clean:
-        print(f"the sources as they are fail: {said}")
-        return 1
+    for program in PROGRAMS:
+        with tempfile.TemporaryDirectory() as work:
+            clean, said = run_build(arguments, program, pathlib.Path(work))
+        if not clean:
+            print(f"{program} fails with the sources as they are: {said}")
+            return 1
+    mutants = [(program, mutant) for program, planted in PROGRAMS.items() for mutant in planted]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(lambda m: run_mutant(arguments, m), MUTANTS))
+        results = list(pool.map(lambda m: run_mutant(arguments, *m), mutants))
     for name, caught, said in results:
         print(f"{'caught' if caught else 'MISSED':7} {name:36} {said}")
     missed = sum(not caught for _, caught, _ in results)

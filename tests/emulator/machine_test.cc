@@ -100,12 +100,30 @@ INSTANTIATE_TEST_SUITE_P(
                      cuda::WgmmaWait<0>();
                    },
                    "read before they are written", 128},
+        FaultyCase{"matrix_of_rows_in_the_same_banks",
+                   [] {
+                     const int row = cuda::ThreadIndex() % 32;
+                     for (int i = 0; i < 16; i += 4) {
+                       cuda::StoreShared(Shared() + row * 32 + i / 4, 1.0f);
+                     }
+                     uint32_t words[4];
+                     cuda::LoadMatrices(words,
+                                        cuda::SharedAddress(Shared() + row * 32));
+                   },
+                   "in the same banks", 32},
+        FaultyCase{"copy_that_nothing_waits_for",
+                   [] {
+                     cuda::CopyAsync16(cuda::SharedAddress(Shared()), nullptr, false);
+                     cuda::CopyAsyncWait<0>();  // there is no group
+                     cuda::LoadShared(Shared());
+                   },
+                   "read before they are written", 32},
         FaultyCase{"copy_to_a_misaligned_target",
                    [] {
                      if (cuda::ThreadIndex() != 0) return;
                      cuda::MbarrierInit(Barrier(), 1);
                      cuda::CopyBox(cuda::SharedMemory() + 1040, TensorMap{}, Barrier(),
-                                   0, 0, 0);
+                                   0, 0, 0, 0);
                    },
                    "not 1024-byte aligned"}),
     testing_support::CaseName());

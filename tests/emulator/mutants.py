@@ -1,8 +1,14 @@
-"""Planted defects: (name, file under kernels/, text, what becomes of it)."""
+"""Planted defects: by program that runs the kernel, lists of (name, file under kernels/,
+text, what becomes of it)."""
 
+SM80 = "cuda/attention/attention_sm80.h"
 SM90 = "cuda/attention/attention_sm90.h"
+ROWS = "cuda/attention/attention_rows.h"
+SHARED_ROWS = "cuda/tiles/shared_rows.h"
+SCORE_TILE = "cuda/tiles/score_tile.h"
+SOFTMAX = "cuda/tiles/online_softmax.h"
 
-MUTANTS = [
+SM90_MUTANTS = [
     ("stride_of_value_panels", SM90, "kTileRows * 128 >> 4} << 16", "64 * 128 >> 4} << 16"),
     (
         "values_released_before_they_are_read",
@@ -23,15 +29,15 @@ MUTANTS = [
 """,
         "",
     ),
-    ("mask_off_by_one", SM90, "key.x > position)", "key.x >= position)"),
+    ("mask_off_by_one", ROWS, "key.x > position)", "key.x >= position)"),
     (
         "turn_given_to_oneself",
         SM90,
         "BarrierArrive(kTurnBarrier + 1 - half_, 256)",
         "BarrierArrive(kTurnBarrier + half_, 256)",
     ),
-    ("last_row_lost", SM90, "row >= tile_.end_row)", "row >= tile_.end_row - 1)"),
-    ("rows_of_another_sequence", SM90, "row < tile_.begin_row || ", ""),
+    ("last_row_lost", ROWS, "row >= tile.end_row)", "row >= tile.end_row - 1)"),
+    ("rows_of_another_sequence", ROWS, "row < tile.begin_row || ", ""),
     ("layout_of_another_swizzle", SM90, "1u << 30 | 1024 >> 4", "2u << 30 | 1024 >> 4"),
     (
         "fence_forgotten",
@@ -51,19 +57,19 @@ MUTANTS = [
     (
         "sums_used_under_way",
         SM90,
-        """    PinBeforeWait(sum_[0], sum_[1]);
+        """    PinBeforeWait(softmax_.sum[0], softmax_.sum[1]);
     WgmmaWait<0>();""",
-        """    PinBeforeWait(sum_[0], sum_[1]);
+        """    PinBeforeWait(softmax_.sum[0], softmax_.sum[1]);
     WgmmaWait<1>();""",
     ),
     (
         "output_not_rescaled",
         SM90,
         """    Round();
-    Rescale();""",
+    softmax_.Rescale(out_);""",
         """    Round();""",
     ),
-    ("sum_not_rescaled", SM90, "sum_[r] * shrink_[r] + sum", "sum_[r] + sum"),
+    ("sum_not_rescaled", SOFTMAX, "sum[r] * shrink[r] + added", "sum[r] + added"),
     (
         "parity_of_the_tile_slot",
         SM90,
@@ -85,16 +91,16 @@ MUTANTS = [
         """    if (thread_ == 0) MbarrierArrive(&s_.v_empty[ring_.stage]);
 """,
     ),
-    ("lse_in_base_two", SM90, "+ Log2(sum)) * kLn2", "+ Log2(sum))"),
-    ("list_from_its_begin", SM90, "tile.list_count - 1 - step", "step"),
+    ("lse_in_base_two", ROWS, "+ Log2(sum)) * kLn2", "+ Log2(sum))"),
+    ("list_from_its_begin", ROWS, "tile.list_count - 1 - step", "step"),
     ("first_block_unmasked", SM90, "    if (masked) Mask(0);\n", ""),
     (
         "values_of_another_head",
         SM90,
         """      CopyBox(s_.v[stage][panel], operands_.v, &s_.v_full[stage], panel * 64, row,
-              tile.order_head);""",
+              tile.order_head, sequence);""",
         """      CopyBox(s_.v[stage][panel], operands_.v, &s_.v_full[stage], panel * 64, row,
-              0);""",
+              0, sequence);""",
     ),
     (
         "keys_not_awaited",
@@ -112,3 +118,58 @@ MUTANTS = [
         "",
     ),
 ]
+
+SM80_MUTANTS = [
+    ("keys_read_before_they_came", SM80, """    CopyAsyncWait<0>();
+    SyncThreads();  // keys are there""", """    SyncThreads();  // keys are there"""),
+    (
+        "values_overwritten_while_read",
+        SM80,
+        """    CopyAsyncWait<0>();
+    SyncThreads();  // keys are there, and nobody reads the last values
+    LoadKeys(operands_.v, s_.v, step);
+    CopyAsyncCommit();
+""",
+        """    LoadKeys(operands_.v, s_.v, step);
+    CopyAsyncCommit();
+    CopyAsyncWait<0>();
+    SyncThreads();
+""",
+    ),
+    (
+        "next_keys_too_early",
+        SM80,
+        """    CopyAsyncWait<0>();
+    SyncThreads();  // values are there, and nobody reads these keys
+    if (step + 1 < steps) LoadKeys(operands_.k, s_.k, step + 1);
+""",
+        """    if (step + 1 < steps) LoadKeys(operands_.k, s_.k, step + 1);
+    CopyAsyncWait<0>();
+    SyncThreads();
+""",
+    ),
+    (
+        "group_left_open",
+        SM80,
+        """    LoadKeys(operands_.v, s_.v, step);
+    CopyAsyncCommit();
+""",
+        """    LoadKeys(operands_.v, s_.v, step);
+""",
+    ),
+    (
+        "keys_of_half_a_fragment",
+        SCORE_TILE,
+        "lane / 16 * 8 + lane % 8, lane / 8 % 2",
+        "lane % 16, lane / 16",
+    ),
+    ("values_not_transposed", SM80, "LoadMatricesTransposed(b,", "LoadMatrices(b,"),
+    ("mask_forgotten", SM80, "      if (masked) {", "      if (masked && step > 1) {"),
+    ("rows_of_the_other_half", SM80, "BlockIndex() % Config::kParts * Config::kRows", "0"),
+    ("last_keys_lost", SM80, "0, tile.num_keys - slot)", "0, tile.num_keys - slot - 1)"),
+    ("queries_of_nobody", SM80, "tile.begin_row - first_row_,", "tile.begin_row,"),
+    ("exchange_of_other_rows", SHARED_ROWS, "piece ^ (row >> 1 & 3)", "piece ^ (row & 3)"),
+    ("moved_in_the_wrong_group", SHARED_ROWS, "(address ^ pieces % kGroup * 16)", "(address + pieces % kGroup * 16)"),
+]
+
+PROGRAMS = {"mutant_sm80.cc": SM80_MUTANTS, "mutant_sm90.cc": SM90_MUTANTS}

@@ -2,16 +2,20 @@
 // that the emulator runs. See ptx.h for what each does.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
 
+#include "cuda/primitives/host_device.h"
 #include "pbs/dtype.h"
 #include "tests/emulator/async.h"
 #include "tests/emulator/machine.h"
 #include "tests/emulator/synchronization.h"
+#include "tests/emulator/warp.h"
 
 #define PBS_DEVICE inline
 #define PBS_GRID_CONSTANT
@@ -28,21 +32,37 @@ using emulator::TensorMap;
 inline int ThreadIndex() { return emulator::ThreadIndex(); }
 inline int BlockIndex() { return emulator::BlockIndex(); }
 inline uint8_t* SharedMemory() { return emulator::SharedBase(); }
+inline uint32_t SharedAddress(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(shared) - SharedMemory());
+}
 
 // ---- warps
 
 template <class T>
 T Shuffle(T value, int lane, Location where = Location::current()) {
-  static_assert(sizeof(T) == 4);
-  emulator::Words words{};
-  std::memcpy(words.data(), &value, 4);
-  words = emulator::Exchange(words, lane, where);
-  std::memcpy(&value, words.data(), 4);
-  return value;
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  struct Part {
+    T value;
+    int lane;
+    T result;
+  } part{value, lane, {}};
+  const auto exchange = [](const emulator::WarpParts& parts) {
+    for (void* at : parts) {
+      if (at == nullptr) continue;
+      auto& taker = *static_cast<Part*>(at);
+      taker.result = static_cast<const Part*>(parts[taker.lane])->value;
+    }
+  };
+  emulator::Together(&part, exchange, where);
+  return part.result;
 }
 template <class T>
 T ShuffleXor(T value, int mask, Location where = Location::current()) {
   return Shuffle(value, (ThreadIndex() % 32) ^ mask, where);
+}
+
+inline uint32_t Ballot(bool vote, Location where = Location::current()) {
+  return emulator::Ballot(vote, where);
 }
 
 // ---- barriers
@@ -80,11 +100,29 @@ inline void MbarrierWait(Mbarrier* barrier, int parity,
 // ---- copies
 
 inline void CopyBox(void* target, const TensorMap& map, Mbarrier* barrier, int column,
-                    int row, int head, Location where = Location::current()) {
-  emulator::CopyBox(target, map, &barrier->word, column, row, head, where);
+                    int row, int head, int batch,
+                    Location where = Location::current()) {
+  emulator::CopyBox(target, map, &barrier->word, column, row, head, batch, where);
+}
+
+inline void CopyAsync16(uint32_t target, const void* source, bool inside,
+                        Location where = Location::current()) {
+  emulator::CopyAsync16(target, source, inside, where);
+}
+inline void CopyAsyncCommit() { emulator::CopyAsyncCommit(); }
+template <int kGroups>
+void CopyAsyncWait(Location where = Location::current()) {
+  emulator::CopyAsyncWait(kGroups, where);
 }
 
 // ---- memory
+
+struct alignas(8) Int2 {
+  int32_t x, y;
+};
+struct alignas(16) Words4 {
+  uint32_t words[4];
+};
 
 template <class T>
 T LoadGlobal(const T* at, Location where = Location::current()) {
@@ -103,6 +141,14 @@ inline int32_t AtomicAdd(int32_t* at, int32_t value,
   *at += value;
   return before;
 }
+inline int32_t AtomicAddShared(int32_t* at, int32_t value,
+                               Location where = Location::current()) {
+  emulator::CheckReadable(at, 4, where);
+  const int32_t before = *at;
+  *at += value;
+  emulator::Preempt();
+  return before;
+}
 template <class T>
 T LoadShared(const T* at, Location where = Location::current()) {
   emulator::CheckReadable(at, sizeof(T), where);
@@ -116,12 +162,15 @@ void StoreShared(T* at, const T& value, Location where = Location::current()) {
 
 // ---- arithmetic
 
-struct alignas(8) Int2 {
-  int32_t x, y;
-};
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLog2E = 1.44269504088896341f;
 inline float Max(float a, float b) { return std::fmax(a, b); }
+inline float Sqrt(float x) { return std::sqrt(x); }
+inline float Ceil(float x) { return std::ceil(x); }
+inline uint32_t FloatBits(float x) { return std::bit_cast<uint32_t>(x); }
+inline float BitsToFloat(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline int PopulationCount(uint32_t bits) { return std::popcount(bits); }
 inline float Exp2(float x) { return std::exp2(x); }
 inline float Log2(float x) { return std::log2(x); }
 
@@ -130,13 +179,38 @@ struct Bf16Element {
   static uint32_t Pack(float low, float high) {
     return ToBf16(low).bits | static_cast<uint32_t>(ToBf16(high).bits) << 16;
   }
+  static float Low(uint32_t word) { return ToFloat(bf16{static_cast<uint16_t>(word)}); }
+  static float High(uint32_t word) { return Low(word >> 16); }
+  static float Round(float x) { return Low(Pack(x, 0)); }
 };
 struct F16Element {
   static constexpr bool kIsBf16 = false;
   static uint32_t Pack(float low, float high) {
     return ToF16(low).bits | static_cast<uint32_t>(ToF16(high).bits) << 16;
   }
+  static float Low(uint32_t word) { return ToFloat(f16{static_cast<uint16_t>(word)}); }
+  static float High(uint32_t word) { return Low(word >> 16); }
+  static float Round(float x) { return Low(Pack(x, 0)); }
 };
+
+// ---- fragments
+
+inline void LoadMatrices(uint32_t (&words)[4], uint32_t row,
+                         Location where = Location::current()) {
+  const auto loaded = emulator::LoadMatrices(row, /*transposed=*/false, where);
+  std::copy(loaded.begin(), loaded.end(), words);
+}
+inline void LoadMatricesTransposed(uint32_t (&words)[4], uint32_t row,
+                                   Location where = Location::current()) {
+  const auto loaded = emulator::LoadMatrices(row, /*transposed=*/true, where);
+  std::copy(loaded.begin(), loaded.end(), words);
+}
+template <class Element>
+void MultiplyFragments(float* sums, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                       Location where = Location::current()) {
+  emulator::MultiplyFragments(sums, {a[0], a[1], a[2], a[3]}, {b0, b1},
+                              Element::kIsBf16, where);
+}
 
 // ---- warpgroup products
 
@@ -150,8 +224,7 @@ inline void PinBeforeWait(float, float) {}
 
 // The low word of a descriptor's matrix in shared memory.
 inline uint32_t DescriptorStart(const void* shared) {
-  return static_cast<uint32_t>(static_cast<const uint8_t*>(shared) - SharedMemory()) >>
-         4;
+  return SharedAddress(shared) >> 4;
 }
 inline uint64_t Descriptor(uint32_t low, uint32_t high) {
   return static_cast<uint64_t>(high) << 32 | low;

@@ -60,11 +60,6 @@ void BarrierArrive(int id, int threads, const Location& where) {
   Preempt();
 }
 
-void SyncWarp(const Location& where) {
-  Meet(OwnBlock().warps[static_cast<size_t>(ThreadIndex() / kWarpThreads)],
-       "a warp's step", where);
-}
-
 void SyncWarpgroup(const Location& where) {
   Meet(OwnBlock()
            .warpgroups[static_cast<size_t>(ThreadIndex() / kWarpgroupThreads)]
@@ -103,15 +98,14 @@ void MbarrierBytesCame(uint64_t* barrier, int64_t bytes, const Location& where) 
   EndPhaseIfDue(state);
 }
 
-Words Exchange(const Words& mine, int lane, const Location& where) {
-  const int thread = ThreadIndex();
-  Block& block = OwnBlock();
-  block.words[static_cast<size_t>(thread)] = mine;
-  SyncWarp(where);
-  const Words theirs =
-      block.words[static_cast<size_t>(thread / kWarpThreads * kWarpThreads + lane)];
-  SyncWarp(where);
-  return theirs;
+void Together(void* part, void (*work)(const WarpParts& parts), const Location& where) {
+  const auto thread = static_cast<size_t>(ThreadIndex());
+  const size_t warp = thread / kWarpThreads;
+  WarpParts& parts = OwnBlock().warp_parts[warp];
+  parts[thread % kWarpThreads] = part;
+  Gathering& gathering = OwnBlock().warps[warp];
+  if (gathering.arrived + 1 == gathering.expected) work(parts);
+  Meet(gathering, "a warp's step", where);
 }
 
 }  // namespace pbs::emulator

@@ -13,7 +13,6 @@ void SyncThreads(const Location& where);
 // is no multiple of 32, and threads that disagree about the count.
 void BarrierSync(int id, int threads, const Location& where);
 void BarrierArrive(int id, int threads, const Location& where);
-void SyncWarp(const Location& where);
 void SyncWarpgroup(const Location& where);
 
 // Transaction barriers are known by their address in shared memory. A phase ends when
@@ -24,8 +23,9 @@ void MbarrierArrive(uint64_t* barrier, int64_t announced_bytes, const Location& 
 void MbarrierWait(uint64_t* barrier, int parity, const Location& where);
 void MbarrierBytesCame(uint64_t* barrier, int64_t bytes, const Location& where);
 
-// What `lane` of the caller's warp puts up in the same call.
-using Words = std::array<uint32_t, 4>;
-Words Exchange(const Words& mine, int lane, const Location& where);
+// The lanes of the caller's warp bring a part each; the last of them works on all parts
+// while the others wait.
+using WarpParts = std::array<void*, 32>;  // null: no such lane
+void Together(void* part, void (*work)(const WarpParts& parts), const Location& where);
 
 }  // namespace pbs::emulator

@@ -6,6 +6,7 @@
 // others has no mask.
 #pragma once
 
+#include "cuda/attention/attention_rows.h"
 #include "cuda/attention/attention_tile.h"
 #include "cuda/primitives/primitives.h"
 
@@ -27,6 +28,8 @@ struct Sm90Operands {
   TensorMap q;  // box of 64 rows
   TensorMap k;  // box of 128 rows
   TensorMap v;
+  int32_t q_packed;  // as RowStrides::packed
+  int32_t kv_packed;
 };
 
 template <class Config>
@@ -38,7 +41,7 @@ struct alignas(1024) Sm90Shared {
   Mbarrier k_full[Config::kStages], k_empty[Config::kStages];
   Mbarrier v_full[Config::kStages], v_empty[Config::kStages];
   Mbarrier tile_full[2], tile_empty[2];
-  int32_t tile[2];  // index of the tile, or -1 at the end
+  AttentionTile tile[2];  // list_count 0: there are no more
 };
 
 // A ring of stages: which one is next, and the parity of its round.
@@ -55,14 +58,6 @@ struct Ring {
   }
 };
 
-// Entry `step` of a tile's list, from its end.
-PBS_DEVICE int ListBlock(const AttentionParams& params, const AttentionTile& tile,
-                         int step) {
-  const int entry = tile.list_count - 1 - step;
-  if (params.lists == nullptr) return entry;
-  return LoadGlobal(params.lists + tile.list_begin + entry);
-}
-
 template <class Config>
 class Sm90Producer {
  public:
@@ -76,10 +71,11 @@ class Sm90Producer {
       const int index = AtomicAdd(params_.next_tile, 1);
       const int slot = count & 1;
       MbarrierWait(&s_.tile_empty[slot], ((count >> 1) & 1) ^ 1);
-      StoreShared(&s_.tile[slot], index < params_.num_tiles ? index : -1);
+      AttentionTile tile{};
+      if (index < params_.num_tiles) tile = LoadGlobal(params_.tiles + index);
+      StoreShared(&s_.tile[slot], tile);
       MbarrierArrive(&s_.tile_full[slot]);
-      if (index >= params_.num_tiles) return;
-      const AttentionTile tile = LoadGlobal(params_.tiles + index);
+      if (tile.list_count == 0) return;
       LoadQueries(tile, count);
       for (int step = 0; step < tile.list_count; ++step) LoadBlock(tile, step);
     }
@@ -89,28 +85,34 @@ class Sm90Producer {
   PBS_DEVICE void LoadQueries(const AttentionTile& tile, int count) {
     MbarrierWait(&s_.q_empty, (count & 1) ^ 1);
     MbarrierArriveExpect(&s_.q_full, Config::kOperandBytes);
+    const bool packed = operands_.q_packed != 0;
+    const int first = tile.first_query + (packed ? tile.q_begin : 0);
+    const int sequence = packed ? 0 : tile.sequence;
     for (int half = 0; half < 2; ++half) {
       for (int panel = 0; panel < Config::kPanels; ++panel) {
         CopyBox(s_.q[half][panel], operands_.q, &s_.q_full, panel * 64,
-                tile.first_query + half * 64, tile.head);
+                first + half * 64, tile.head, sequence);
       }
     }
   }
 
   PBS_DEVICE void LoadBlock(const AttentionTile& tile, int step) {
-    const int row = tile.first_slot + ListBlock(params_, tile, step) * kTileRows;
+    const bool packed = operands_.kv_packed != 0;
+    const int row =
+        ListBlock(params_, tile, step) * kTileRows + (packed ? tile.first_slot : 0);
+    const int sequence = packed ? 0 : tile.sequence;
     const int stage = ring_.stage;
     MbarrierWait(&s_.k_empty[stage], ring_.round ^ 1);
     MbarrierArriveExpect(&s_.k_full[stage], Config::kOperandBytes);
     for (int panel = 0; panel < Config::kPanels; ++panel) {
       CopyBox(s_.k[stage][panel], operands_.k, &s_.k_full[stage], panel * 64, row,
-              tile.order_head);
+              tile.order_head, sequence);
     }
     MbarrierWait(&s_.v_empty[stage], ring_.round ^ 1);
     MbarrierArriveExpect(&s_.v_full[stage], Config::kOperandBytes);
     for (int panel = 0; panel < Config::kPanels; ++panel) {
       CopyBox(s_.v[stage][panel], operands_.v, &s_.v_full[stage], panel * 64, row,
-              tile.order_head);
+              tile.order_head, sequence);
     }
     ring_.template Advance<Config::kStages>();
   }
@@ -139,13 +141,13 @@ class Sm90Consumer {
     for (int count = 0;; ++count) {
       const int slot = count & 1;
       MbarrierWait(&s_.tile_full[slot], (count >> 1) & 1);
+      tile_ = &s_.tile[slot];
       // Uniform in the warp, and known to be: otherwise every product is serialised.
-      const int index = Shuffle(LoadShared(&s_.tile[slot]), 0);
+      const int blocks = Shuffle(LoadShared(&tile_->list_count), 0);
+      if (blocks == 0) return;
+      Attend(count, blocks);
       BarrierSync(kOwnBarrier + half_, 128);
       if (thread_ == 0) MbarrierArrive(&s_.tile_empty[slot]);
-      if (index < 0) return;
-      tile_ = LoadGlobal(params_.tiles + index);
-      Attend(count);
     }
   }
 
@@ -159,13 +161,11 @@ class Sm90Consumer {
   static constexpr uint32_t kKMajor = 1u << 16;
   static constexpr uint32_t kMnMajor = uint32_t{kTileRows * 128 >> 4} << 16;
 
-  PBS_DEVICE void Attend(int count) {
+  PBS_DEVICE void Attend(int count, int blocks) {
     PBS_UNROLL
     for (int i = 0; i < kSums; ++i) out_[i] = 0;
-    max_[0] = max_[1] = -kInfinity;
-    sum_[0] = sum_[1] = 0;
-    const int blocks = Shuffle(tile_.list_count, 0);
-    const int masked = Shuffle(tile_.num_masked, 0);
+    softmax_.Reset();
+    const int masked = Shuffle(LoadShared(&tile_->num_masked), 0);
     MbarrierWait(&s_.q_full, count & 1);
     First(masked > 0);
     int step = 1;
@@ -175,7 +175,8 @@ class Sm90Consumer {
     for (; step < blocks; ++step) Step<false>(step);
     if (thread_ == 0) MbarrierArrive(&s_.q_empty);
     Last();
-    Store();
+    StoreRows<typename Config::Element>(params_, LoadShared(tile_), Row(), lane_,
+                                        softmax_, out_);
   }
 
   PBS_DEVICE void First(bool masked) {
@@ -188,7 +189,7 @@ class Sm90Consumer {
     PinRegisters(scores_);
     if (thread_ == 0) MbarrierArrive(&s_.k_empty[ring_.stage]);
     if (masked) Mask(0);
-    Softmax<true>();
+    softmax_.Add<true>(params_.scale_log2, scores_);
     Round();
   }
 
@@ -214,13 +215,13 @@ class Sm90Consumer {
     PinRegisters(scores_);
     if (thread_ == 0) MbarrierArrive(&s_.k_empty[ring_.stage]);
     if (kMasked) Mask(step);
-    Softmax<kMasked>();
-    PinBeforeWait(sum_[0], sum_[1]);
+    softmax_.Add<kMasked>(params_.scale_log2, scores_);
+    PinBeforeWait(softmax_.sum[0], softmax_.sum[1]);
     WgmmaWait<0>();
     PinRegisters(out_);
     if (thread_ == 0) MbarrierArrive(&s_.v_empty[before.stage]);
     Round();
-    Rescale();
+    softmax_.Rescale(out_);
   }
 
   PBS_DEVICE void Last() {
@@ -260,90 +261,16 @@ class Sm90Consumer {
     }
   }
 
-  // Keys behind a row's own position, and padding, have no score.
   PBS_DEVICE void Mask(int step) {
-    const int row = Row();
-    const int position = tile_.first_position + row;
-    const int32_t* positions =
-        params_.positions + tile_.order_head * params_.position_stride +
-        tile_.first_slot + int64_t{ListBlock(params_, tile_, step)} * kTileRows;
-    PBS_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      const Int2 key =
-          LoadGlobal(reinterpret_cast<const Int2*>(positions) + i * 4 + lane_ % 4);
-      if (key.x > position) scores_[i * 4] = -kInfinity;
-      if (key.y > position) scores_[i * 4 + 1] = -kInfinity;
-      if (key.x > position + 8) scores_[i * 4 + 2] = -kInfinity;
-      if (key.y > position + 8) scores_[i * 4 + 3] = -kInfinity;
-    }
-  }
-
-  // Scores to probabilities, relative to the largest so far; kMasked: a row may have
-  // seen nothing yet.
-  template <bool kMasked>
-  PBS_DEVICE void Softmax() {
-    PBS_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      float top = max_[r];
-      PBS_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        top = Max(top, Max(scores_[i * 4 + 2 * r], scores_[i * 4 + 2 * r + 1]));
-      }
-      top = Max(top, ShuffleXor(top, 1));
-      top = Max(top, ShuffleXor(top, 2));
-      const float shift =
-          kMasked && top == -kInfinity ? 0.0f : top * params_.scale_log2;
-      shrink_[r] = Exp2(max_[r] * params_.scale_log2 - shift);
-      max_[r] = top;
-      float sum = 0;
-      PBS_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        PBS_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          float& score = scores_[i * 4 + 2 * r + c];
-          score = Exp2(score * params_.scale_log2 - shift);
-          sum += score;
-        }
-      }
-      sum_[r] = sum_[r] * shrink_[r] + sum;
-    }
+    const AttentionTile tile = LoadShared(tile_);
+    MaskRows(params_, tile, ListBlock(params_, tile, step) * kTileRows, Row(), lane_,
+             scores_);
   }
 
   PBS_DEVICE void Round() {
     PBS_UNROLL
     for (int i = 0; i < 32; ++i) {
       p_[i] = Config::Element::Pack(scores_[2 * i], scores_[2 * i + 1]);
-    }
-  }
-
-  PBS_DEVICE void Rescale() {
-    PBS_UNROLL
-    for (int i = 0; i < kSums; ++i) out_[i] *= shrink_[i / 2 % 2];
-  }
-
-  PBS_DEVICE void Store() {
-    PBS_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      float sum = sum_[r];
-      sum += ShuffleXor(sum, 1);
-      sum += ShuffleXor(sum, 2);
-      const int row = Row() + 8 * r;
-      if (row < tile_.begin_row || row >= tile_.end_row) continue;
-      int64_t target = tile_.first_query + row;
-      if (params_.row_map != nullptr) target = LoadGlobal(params_.row_map + target);
-      const float inverse = sum > 0 ? 1.0f / sum : 0.0f;  // no key seen: 0
-      auto* out = static_cast<uint16_t*>(params_.o) + target * params_.o_row_stride +
-                  tile_.head * params_.o_head_stride;
-      PBS_UNROLL
-      for (int i = 0; i < Config::kHeadDim / 8; ++i) {
-        StoreGlobal(reinterpret_cast<uint32_t*>(out + i * 8 + lane_ % 4 * 2),
-                    Config::Element::Pack(out_[i * 4 + 2 * r] * inverse,
-                                          out_[i * 4 + 2 * r + 1] * inverse));
-      }
-      if (params_.lse != nullptr && lane_ % 4 == 0) {
-        StoreGlobal(params_.lse + tile_.head * params_.lse_head_stride + target,
-                    (max_[r] * params_.scale_log2 + Log2(sum)) * kLn2);
-      }
     }
   }
 
@@ -354,12 +281,12 @@ class Sm90Consumer {
   const int half_;
   const int thread_;  // of the warpgroup
   const int lane_;
-  AttentionTile tile_;
+  const AttentionTile* tile_ = nullptr;  // in shared memory
   Ring ring_;
   float scores_[64];
   float out_[kSums];
   uint32_t p_[32];
-  float max_[2], sum_[2], shrink_[2];
+  OnlineSoftmax softmax_;
 };
 
 template <class Config>

@@ -9,6 +9,8 @@
 
 #include "cuda/primitives/ptx_wgmma.h"
 
+#include "cuda/primitives/host_device.h"
+
 #define PBS_DEVICE __device__ __forceinline__
 #define PBS_GRID_CONSTANT __grid_constant__
 #define PBS_UNROLL _Pragma("unroll")
@@ -16,7 +18,8 @@
 
 namespace pbs::cuda {
 
-// Made by the host (cuTensorMapEncodeTiled): [heads, rows, width], 128-byte swizzle.
+// Made by the host (cuTensorMapEncodeTiled): [batch, heads, rows, width], 128-byte
+// swizzle.
 using TensorMap = CUtensorMap;
 
 // ---- who am I
@@ -42,6 +45,9 @@ template <class T>
 PBS_DEVICE T ShuffleXor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
+
+// Bit l is lane l's.
+PBS_DEVICE uint32_t Ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
 
 // ---- barriers
 
@@ -92,24 +98,32 @@ PBS_DEVICE void MbarrierWait(Mbarrier* barrier, int parity) {
 // One box of a tensor map into shared memory, 1024-byte aligned; rows and columns
 // outside the tensor arrive as zeros. By one thread.
 PBS_DEVICE void CopyBox(void* target, const TensorMap& map, Mbarrier* barrier,
-                        int column, int row, int head) {
+                        int column, int row, int head, int batch) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::"
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::"
       "bytes "
-      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(SharedAddress(target)),
-      "l"(&map), "r"(SharedAddress(barrier)), "r"(column), "r"(row), "r"(head)
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(SharedAddress(target)),
+      "l"(&map), "r"(SharedAddress(barrier)), "r"(column), "r"(row), "r"(head),
+      "r"(batch)
       : "memory");
 }
 
 // ---- memory
 
 using Int2 = int2;
+struct alignas(16) Words4 {
+  uint32_t words[4];
+};
 
 // Read-only for the whole kernel.
 template <class T>
 PBS_DEVICE T LoadGlobal(const T* at) {
   if constexpr (sizeof(T) <= 8) {
     return __ldg(at);
+  } else if constexpr (alignof(T) == 16) {
+    static_assert(sizeof(T) == 16);
+    const uint4 value = __ldg(reinterpret_cast<const uint4*>(at));
+    return T{value.x, value.y, value.z, value.w};
   } else {
     static_assert(sizeof(T) % 8 == 0);
     T value;
@@ -127,20 +141,51 @@ PBS_DEVICE void StoreGlobal(T* at, const T& value) {
 PBS_DEVICE int32_t AtomicAdd(int32_t* at, int32_t value) {
   return atomicAdd(at, value);
 }
+PBS_DEVICE int32_t AtomicAddShared(int32_t* at, int32_t value) {
+  return atomicAdd(at, value);
+}
+// Each call reads, or writes.
 template <class T>
 PBS_DEVICE T LoadShared(const T* at) {
-  return *static_cast<const volatile T*>(at);
+  if constexpr (sizeof(T) <= 8) {
+    return *static_cast<const volatile T*>(at);
+  } else {
+    static_assert(sizeof(T) % 8 == 0);
+    T value;
+    PBS_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 8); ++i) {
+      reinterpret_cast<uint64_t*>(&value)[i] =
+          reinterpret_cast<const volatile uint64_t*>(at)[i];
+    }
+    return value;
+  }
 }
 template <class T>
 PBS_DEVICE void StoreShared(T* at, const T& value) {
-  *static_cast<volatile T*>(at) = value;
+  if constexpr (sizeof(T) <= 8) {
+    *static_cast<volatile T*>(at) = value;
+  } else {
+    static_assert(sizeof(T) % 8 == 0);
+    PBS_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 8); ++i) {
+      reinterpret_cast<volatile uint64_t*>(at)[i] =
+          reinterpret_cast<const uint64_t*>(&value)[i];
+    }
+  }
 }
 
 // ---- arithmetic
 
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLog2E = 1.44269504088896341f;
+// The other one, when one is NaN.
 PBS_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
+PBS_DEVICE float Sqrt(float x) { return sqrtf(x); }
+PBS_DEVICE float Ceil(float x) { return ceilf(x); }
+PBS_DEVICE uint32_t FloatBits(float x) { return __float_as_uint(x); }
+PBS_DEVICE float BitsToFloat(uint32_t bits) { return __uint_as_float(bits); }
+PBS_DEVICE int PopulationCount(uint32_t bits) { return __popc(bits); }
 // 2^x and log2(x), approximately; denormal results become 0.
 PBS_DEVICE float Exp2(float x) {
   float y;
@@ -149,7 +194,8 @@ PBS_DEVICE float Exp2(float x) {
 }
 PBS_DEVICE float Log2(float x) { return __log2f(x); }
 
-// 16-bit elements: Pack() rounds to nearest, the first value in the low half.
+// 16-bit elements: Pack() rounds to nearest, the first value in the low half; Low() and
+// High() widen the halves, Round() is what a value becomes.
 struct Bf16Element {
   static constexpr bool kIsBf16 = true;
   PBS_DEVICE static uint32_t Pack(float low, float high) {
@@ -157,6 +203,11 @@ struct Bf16Element {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
   }
+  PBS_DEVICE static float Low(uint32_t word) { return __uint_as_float(word << 16); }
+  PBS_DEVICE static float High(uint32_t word) {
+    return __uint_as_float(word & 0xFFFF0000u);
+  }
+  PBS_DEVICE static float Round(float x) { return Low(Pack(x, 0)); }
 };
 struct F16Element {
   static constexpr bool kIsBf16 = false;
@@ -165,6 +216,11 @@ struct F16Element {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
   }
+  PBS_DEVICE static float Low(uint32_t word) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
+  }
+  PBS_DEVICE static float High(uint32_t word) { return Low(word >> 16); }
+  PBS_DEVICE static float Round(float x) { return Low(Pack(x, 0)); }
 };
 
 // ---- registers
@@ -216,3 +272,5 @@ PBS_DEVICE void WgmmaWait() {
 }
 
 }  // namespace pbs::cuda
+
+#include "cuda/primitives/ptx_warp.h"

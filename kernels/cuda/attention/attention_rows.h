@@ -1,0 +1,72 @@
+// What the attention kernels do with the rows of a fragment (tiles/online_softmax.h).
+#pragma once
+
+#include "cuda/attention/attention_tile.h"
+#include "cuda/primitives/primitives.h"
+#include "cuda/tiles/online_softmax.h"
+
+namespace pbs::cuda {
+
+// Block at `step` of a tile's list, from its end.
+PBS_DEVICE int ListBlock(const AttentionParams& params, const AttentionTile& tile,
+                         int step) {
+  const int entry = tile.list_count - 1 - step;
+  if (tile.list_begin < 0) return entry;
+  return LoadGlobal(params.lists + tile.list_begin + entry);
+}
+
+// Keys behind a row's own position, and padding, have no score. Columns begin at
+// `slot` of the sequence.
+template <int kScores>
+PBS_DEVICE void MaskRows(const AttentionParams& params, const AttentionTile& tile,
+                         int slot, int row, int lane, float (&scores)[kScores]) {
+  const int position = tile.first_position + row;
+  const int32_t* positions = params.positions +
+                             tile.order_head * params.position_stride +
+                             tile.first_slot + slot;
+  PBS_UNROLL
+  for (int i = 0; i < kScores / 4; ++i) {
+    const int column = i * 8 + lane % 4 * 2;
+    Int2 key{slot + column, slot + column + 1};
+    if (params.positions != nullptr) {
+      key = LoadGlobal(reinterpret_cast<const Int2*>(positions + column));
+    }
+    if (key.x > position) scores[i * 4] = -kInfinity;
+    if (key.y > position) scores[i * 4 + 1] = -kInfinity;
+    if (key.x > position + 8) scores[i * 4 + 2] = -kInfinity;
+    if (key.y > position + 8) scores[i * 4 + 3] = -kInfinity;
+  }
+}
+
+// Divides by the sums and writes the rows that are the sequence's, and their LSE.
+template <class Element, int kSums>
+PBS_DEVICE void StoreRows(const AttentionParams& params, const AttentionTile& tile,
+                          int first_row, int lane, const OnlineSoftmax& softmax,
+                          const float (&out)[kSums]) {
+  PBS_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const float sum = softmax.RowSum(r);
+    const int row = first_row + 8 * r;
+    if (row < tile.begin_row || row >= tile.end_row) continue;
+    int target = tile.first_query + row;
+    if (params.row_map != nullptr) {
+      target = LoadGlobal(params.row_map + tile.q_begin + target);
+    }
+    const float inverse = sum > 0 ? 1.0f / sum : 0.0f;  // no key seen: 0
+    auto* o = static_cast<uint16_t*>(params.o) +
+              params.o_strides.Offset(tile.sequence, tile.q_begin, tile.head, target);
+    PBS_UNROLL
+    for (int i = 0; i < kSums / 4; ++i) {
+      StoreGlobal(reinterpret_cast<uint32_t*>(o + i * 8 + lane % 4 * 2),
+                  Element::Pack(out[i * 4 + 2 * r] * inverse,
+                                out[i * 4 + 2 * r + 1] * inverse));
+    }
+    if (params.lse != nullptr && lane % 4 == 0) {
+      StoreGlobal(params.lse + params.lse_strides.Offset(tile.sequence, tile.q_begin,
+                                                         tile.head, target),
+                  (softmax.max[r] * params.scale_log2 + Log2(sum)) * kLn2);
+    }
+  }
+}
+
+}  // namespace pbs::cuda

@@ -1,0 +1,193 @@
+// Block-sparse attention for Ampere and later: four warps share a tile of keys, then of
+// values, that asynchronous copies bring (docs/KERNELS.md, "Ampere").
+//
+// Grid: kParts blocks per tile, in the tiles' order. While scores are multiplied the
+// values arrive, while values are multiplied the next keys do: one buffer each, so that
+// two blocks fit a multiprocessor.
+#pragma once
+
+#include "cuda/attention/attention_rows.h"
+#include "cuda/attention/attention_tile.h"
+#include "cuda/primitives/primitives.h"
+#include "cuda/tiles/row_operand.h"
+#include "cuda/tiles/score_tile.h"
+#include "cuda/tiles/shared_rows.h"
+
+namespace pbs::cuda {
+
+template <class ElementType, int kHeadDimension>
+struct Sm80Config {
+  using Element = ElementType;
+  static constexpr int kHeadDim = kHeadDimension;  // 64, 96, 128 or 256
+  static constexpr int kThreads = 128;
+  // Sixteen-row fragments of a warp: two read each key once for twice the rows, as long
+  // as their sums fit the registers.
+  static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = 4 * kWarpRows;  // query rows of a thread block
+  static constexpr int kParts = kTileRows / kRows;
+  static constexpr int kKeys = 64;  // keys read together
+};
+
+struct Sm80Operands {
+  RowOperand q, k, v;
+};
+
+template <class Config>
+struct alignas(128) Sm80Shared {
+  SharedRows<Config::kRows, Config::kHeadDim> q;
+  SharedRows<Config::kKeys, Config::kHeadDim> k, v;
+  AttentionTile tile;
+};
+
+template <class Config>
+class Sm80Block {
+ public:
+  PBS_DEVICE Sm80Block(const AttentionParams& params, const Sm80Operands& operands,
+                       Sm80Shared<Config>& shared)
+      : params_(params),
+        operands_(operands),
+        s_(shared),
+        first_row_(BlockIndex() % Config::kParts * Config::kRows),
+        warp_(ThreadIndex() / 32),
+        lane_(ThreadIndex() % 32) {}
+
+  PBS_DEVICE void Run() {
+    if (ThreadIndex() == 0) {
+      StoreShared(&s_.tile, LoadGlobal(params_.tiles + BlockIndex() / Config::kParts));
+    }
+    SyncThreads();
+    PBS_UNROLL
+    for (int t = 0; t < Config::kRowTiles; ++t) {
+      softmax_[t].Reset();
+      PBS_UNROLL
+      for (int i = 0; i < Config::kHeadDim / 2; ++i) out_[t][i] = 0;
+    }
+    LoadQueries();
+    LoadKeys(operands_.k, s_.k, 0);
+    CopyAsyncCommit();
+    const int steps = kHalves * LoadShared(&s_.tile.list_count);
+    const int masked = kHalves * LoadShared(&s_.tile.num_masked);
+    PBS_NO_UNROLL
+    for (int step = 0; step < steps; ++step) Step(step, steps, step < masked);
+    PBS_UNROLL
+    for (int t = 0; t < Config::kRowTiles; ++t) {
+      StoreRows<Element>(params_, LoadShared(&s_.tile), Row(t), lane_, softmax_[t],
+                         out_[t]);
+    }
+  }
+
+ private:
+  using Element = typename Config::Element;
+  using Keys = SharedRows<Config::kKeys, Config::kHeadDim>;
+  static constexpr int kHalves = kTileRows / Config::kKeys;  // steps of a block
+
+  PBS_DEVICE void LoadQueries() {
+    const RowOperand& q = operands_.q;
+    const AttentionTile tile = LoadShared(&s_.tile);
+    s_.q.template Load<Config::kThreads>(
+        q.data + q.strides.Offset(tile.sequence, tile.q_begin, tile.head,
+                                  tile.first_query + first_row_),
+        q.strides.row, tile.begin_row - first_row_, tile.end_row - first_row_);
+  }
+
+  // Slot of the sequence where the keys of a step begin.
+  PBS_DEVICE int FirstSlot(const AttentionTile& tile, int step) const {
+    const int block = ListBlock(params_, tile, step / kHalves);
+    return block * kTileRows + (kHalves - 1 - step % kHalves) * Config::kKeys;
+  }
+
+  PBS_DEVICE void LoadKeys(const RowOperand& operand, Keys& target, int step) {
+    const AttentionTile tile = LoadShared(&s_.tile);
+    const int slot = FirstSlot(tile, step);
+    target.template Load<Config::kThreads>(
+        operand.data + operand.strides.Offset(tile.sequence, tile.first_slot,
+                                              tile.order_head, slot),
+        operand.strides.row, 0, tile.num_keys - slot);
+  }
+
+  PBS_DEVICE void Step(int step, int steps, bool masked) {
+    CopyAsyncWait<0>();
+    SyncThreads();  // keys are there, and nobody reads the last values
+    LoadKeys(operands_.v, s_.v, step);
+    CopyAsyncCommit();
+    BeginScores(step, masked);
+    MultiplyKeys<Element, Config::kRowTiles>(s_.q, warp_ * Config::kWarpRows, s_.k,
+                                             lane_, scores_);
+    CopyAsyncWait<0>();
+    SyncThreads();  // values are there, and nobody reads these keys
+    if (step + 1 < steps) LoadKeys(operands_.k, s_.k, step + 1);
+    CopyAsyncCommit();
+    PBS_UNROLL
+    for (int t = 0; t < Config::kRowTiles; ++t) {
+      softmax_[t].template Add<true>(params_.scale_log2, scores_[t]);
+      softmax_[t].Rescale(out_[t]);
+    }
+    MultiplyValues();
+  }
+
+  // Masked before they are multiplied: -inf stays what it is, and fewer registers are
+  // in use then.
+  PBS_DEVICE void BeginScores(int step, bool masked) {
+    PBS_UNROLL
+    for (int t = 0; t < Config::kRowTiles; ++t) {
+      PBS_UNROLL
+      for (int i = 0; i < Config::kKeys / 2; ++i) scores_[t][i] = 0;
+      if (masked) {
+        const AttentionTile tile = LoadShared(&s_.tile);
+        MaskRows(params_, tile, FirstSlot(tile, step), Row(t), lane_, scores_[t]);
+      }
+    }
+  }
+
+  // out += p v, sixteen keys at a time.
+  PBS_DEVICE void MultiplyValues() {
+    const uint32_t v = s_.v.Address(lane_ % 16, lane_ / 16);
+    PBS_UNROLL
+    for (int key = 0; key < Config::kKeys; key += 16) {
+      uint32_t a[Config::kRowTiles][4];
+      PBS_UNROLL
+      for (int t = 0; t < Config::kRowTiles; ++t) {
+        PBS_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          a[t][i] = Element::Pack(scores_[t][key / 2 + 2 * i],
+                                  scores_[t][key / 2 + 2 * i + 1]);
+        }
+      }
+      PBS_UNROLL
+      for (int piece = 0; piece < Config::kHeadDim / 8; piece += 2) {
+        uint32_t b[4];
+        LoadMatricesTransposed(b, Keys::Moved(v, key, piece));
+        PBS_UNROLL
+        for (int t = 0; t < Config::kRowTiles; ++t) {
+          MultiplyFragments<Element>(&out_[t][piece * 4], a[t], b[0], b[1]);
+          MultiplyFragments<Element>(&out_[t][piece * 4 + 4], a[t], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Of the tile, where fragment `t` of the thread begins.
+  PBS_DEVICE int Row(int t) const {
+    return first_row_ + warp_ * Config::kWarpRows + t * 16 + lane_ / 4;
+  }
+
+  const AttentionParams& params_;
+  const Sm80Operands& operands_;
+  Sm80Shared<Config>& s_;
+  const int first_row_;  // of the tile
+  const int warp_;
+  const int lane_;
+  float scores_[Config::kRowTiles][Config::kKeys / 2];
+  float out_[Config::kRowTiles][Config::kHeadDim / 2];
+  OnlineSoftmax softmax_[Config::kRowTiles];
+};
+
+template <class Config>
+PBS_DEVICE void AttendSm80(const AttentionParams& params,
+                           const Sm80Operands& operands) {
+  auto& shared = *reinterpret_cast<Sm80Shared<Config>*>(SharedMemory());
+  Sm80Block<Config>(params, operands, shared).Run();
+}
+
+}  // namespace pbs::cuda

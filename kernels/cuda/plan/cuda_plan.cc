@@ -1,0 +1,329 @@
+#include "cuda/plan/cuda_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <string>
+
+namespace pbs::cuda {
+namespace {
+
+constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
+constexpr int32_t kChunkBlocks = 8;  // most key blocks of a chunk
+// A group's logits stay below this much shared memory.
+constexpr int32_t kLogitBytesMax = 64 << 10;
+// Tiles of short prompts are ordered as one section.
+constexpr int64_t kOneSectionTilesMax = 4096;
+// Multiprocessors should have a few chunks each.
+constexpr int32_t kChunksPerMultiprocessor = 4;
+
+template <class Field>
+Status Unsupported(const char* field, const Field& value, const char* supported) {
+  return Unimplemented(std::string(field) + " " + value + " is not supported by the " +
+                       "cuda backend, which has " + supported);
+}
+
+Status CheckSupported(const AttentionProblem& problem) {
+  if (problem.dtype == DType::kF32) return Unsupported("dtype", "f32", "f16 and bf16");
+  const int32_t head_dim = problem.shape.head_dim;
+  if (std::find(kCudaHeadDims.begin(), kCudaHeadDims.end(), head_dim) ==
+      kCudaHeadDims.end()) {
+    return Unsupported("head_dim", std::to_string(head_dim), "64, 96, 128 and 256");
+  }
+  if (problem.options.block_size != kBlockTokens) {
+    return Unsupported("block_size", std::to_string(problem.options.block_size), "128");
+  }
+  if (problem.options.coverage_rows != 0) {
+    return Unsupported("coverage_rows", std::to_string(problem.options.coverage_rows),
+                       "0 (the cpu backend measures coverage)");
+  }
+  return Status();
+}
+
+int32_t CeilDiv(int32_t value, int32_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+
+// Stages, and key blocks and query blocks that are worked on together.
+void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
+  const AttentionGeometry& g = plan.geometry;
+  const AttentionOptions& options = plan.problem.options;
+  int32_t longest = 0;
+  int64_t scored_blocks = 0;
+  bool sparse = false;
+  for (const SequenceGeometry& s : g.sequences) {
+    longest = std::max(longest, s.num_key_blocks);
+    if (s.dense || s.q_len == 0) continue;
+    sparse = true;
+    scored_blocks += s.k_len / g.segment_size * g.blocks_per_segment;
+  }
+  const bool is_pbs = options.method == Method::kPbs;
+  plan.has_lists = sparse;
+  plan.permutes = sparse && is_pbs;
+  plan.orders = plan.permutes && !options.use_given_order;
+  plan.selects = sparse && !options.use_given_lists;
+
+  const int64_t wanted = int64_t{kChunksPerMultiprocessor} * device.num_multiprocessors;
+  plan.chunk_blocks = static_cast<int32_t>(std::clamp<int64_t>(
+      scored_blocks * g.num_order_heads / std::max<int64_t>(wanted, 1), 1,
+      kChunkBlocks));
+  plan.logit_stride = CeilDiv(std::max(longest, 1), 32) * 32;
+  plan.group_blocks = 8;
+  while (plan.group_blocks > 2 &&
+         plan.group_blocks * plan.logit_stride * 4 > kLogitBytesMax) {
+    plan.group_blocks /= 2;
+  }
+  plan.longest_list = longest;
+  plan.one_section = plan.num_tiles() <= kOneSectionTilesMax && !options.dense_fallback;
+}
+
+void MakeRecords(CudaAttentionPlan& plan) {
+  const AttentionGeometry& g = plan.geometry;
+  for (const SequenceGeometry& s : g.sequences) {
+    const bool sparse = !s.dense && s.q_len > 0;
+    const bool scored = plan.orders && sparse;
+    SequenceRecord record{};
+    record.entries_begin = s.entries_begin;
+    record.entries_per_head = s.entries_per_head;
+    record.q_begin = static_cast<int32_t>(s.q_begin);
+    record.q_len = s.q_len;
+    record.k_begin = static_cast<int32_t>(s.k_begin);
+    record.k_len = s.k_len;
+    record.query_offset = s.query_offset;
+    record.key_block_begin = plan.total_key_blocks;
+    record.num_key_blocks = s.num_key_blocks;
+    record.query_block_begin = plan.total_query_blocks;
+    record.num_query_blocks = s.num_query_blocks;
+    record.first_query_block = s.first_query_block;
+    record.chunk_begin = plan.total_chunks;
+    record.segment_begin = plan.total_segments;
+    record.group_begin = plan.total_groups;
+    const int32_t segments = scored ? s.k_len / g.segment_size : 0;
+    record.scored_blocks = segments * g.blocks_per_segment;
+    record.sparse = sparse ? 1 : 0;
+    plan.sequences.push_back(record);
+    plan.total_key_blocks += s.num_key_blocks;
+    plan.total_query_blocks += s.num_query_blocks;
+    plan.total_chunks += CeilDiv(record.scored_blocks, plan.chunk_blocks);
+    plan.total_segments += segments;
+    plan.total_groups += sparse ? CeilDiv(s.num_query_blocks, plan.group_blocks) : 0;
+  }
+}
+
+// Hands out regions of the workspace, aligned for copies and matrix loads.
+class Regions {
+ public:
+  template <class T>
+  int64_t Add(int64_t count) {
+    const int64_t at = size_;
+    size_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return at;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
+
+void PlaceRegions(CudaAttentionPlan& plan) {
+  const AttentionGeometry& g = plan.geometry;
+  const int64_t slots = int64_t{plan.total_key_blocks} * kBlockTokens;
+  const int64_t order_heads = g.num_order_heads;
+  const auto num_sequences = static_cast<int64_t>(plan.sequences.size());
+  const int64_t scored = plan.orders ? 1 : 0;
+  const int64_t moved = plan.permutes ? 1 : 0;
+  const int64_t selected = plan.selects ? 1 : 0;
+  Regions regions;
+  plan.sequences_at = regions.Add<SequenceRecord>(num_sequences);
+  plan.flags_at = regions.Add<int32_t>(2);
+  plan.tiles_at = regions.Add<AttentionTile>(plan.num_tiles());
+  plan.fell_back_at = regions.Add<int32_t>(order_heads * num_sequences);
+  plan.memory.scratch_bytes = regions.size();
+
+  int64_t before = regions.size();
+  plan.positions_at = regions.Add<int32_t>(moved * order_heads * slots);
+  plan.memory.order_bytes = regions.size() - before;
+
+  before = regions.size();
+  plan.counts_at = regions.Add<uint16_t>(selected * plan.num_tiles());
+  plan.entries_at = regions.Add<uint16_t>(selected * g.total_entries);
+  plan.memory.lists_bytes = regions.size() - before;
+
+  before = regions.size();
+  plan.permuted_k_at = regions.Add<uint16_t>(moved * order_heads * slots * g.head_dim);
+  plan.permuted_v_at = regions.Add<uint16_t>(moved * order_heads * slots * g.head_dim);
+  plan.memory.packed_bytes = regions.size() - before;
+
+  before = regions.size();
+  const int64_t chunk_rows = scored * g.num_heads * plan.total_chunks * kProxies;
+  const int64_t proxy_rows = scored * g.num_heads * num_sequences * kProxies;
+  plan.chunk_max_at = regions.Add<float>(chunk_rows);
+  plan.chunk_sum_at = regions.Add<float>(chunk_rows);
+  plan.proxy_shift_at = regions.Add<float>(proxy_rows);
+  plan.proxy_weight_at = regions.Add<float>(proxy_rows);
+  plan.importance_at = regions.Add<float>(scored * order_heads * slots);
+  plan.first_block_at = regions.Add<int32_t>(selected * order_heads * num_sequences);
+  plan.pooled_keys_at =
+      regions.Add<float>(selected * order_heads * g.head_dim * plan.total_key_blocks);
+  plan.pooled_queries_at =
+      regions.Add<float>(selected * g.num_heads * plan.total_query_blocks * g.head_dim);
+  plan.memory.pooled_bytes = regions.size() - before;
+  plan.workspace_bytes = regions.size();
+}
+
+RowStrides StridesOf(const RowLayout& layout) {
+  const bool packed = layout.sequence_stride == RowLayout::kPacked;
+  return {packed ? 0 : layout.sequence_stride, layout.head_stride, layout.row_stride,
+          packed ? 1 : 0};
+}
+
+StatusOr<RowOperand> OperandOf(const char* name, const ConstRows& rows) {
+  const RowStrides strides = StridesOf(rows.layout);
+  if (reinterpret_cast<uintptr_t>(rows.data) % 16 != 0) {
+    return InvalidArgument(std::string(name) + " is not 16-byte aligned");
+  }
+  for (const int64_t stride : {strides.sequence, strides.head, strides.row}) {
+    if (stride % 8 != 0) {
+      return InvalidArgument(std::string(name) + " has a stride of " +
+                             std::to_string(stride) + " elements, not a multiple of 8");
+    }
+  }
+  return RowOperand{static_cast<const uint16_t*>(rows.data), strides};
+}
+
+ScoreRounding RoundingOf(const AttentionOptions& options) {
+  return options.method == Method::kPbs && options.scope == Scope::kQueryHead
+             ? ScoreRounding::kInputDType
+             : ScoreRounding::kNone;
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
+    const AttentionProblem& problem, const DeviceTraits& device) {
+  if (Status status = ValidateProblem(problem); !status.ok()) return status;
+  if (Status status = CheckSupported(problem); !status.ok()) return status;
+  auto plan = std::make_unique<CudaAttentionPlan>();
+  plan->problem = problem;
+  plan->geometry = MakeGeometry(problem);
+  ChooseStages(device, *plan);
+  MakeRecords(*plan);
+  PlaceRegions(*plan);
+  return plan;
+}
+
+StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
+                                  const AttentionTensors& tensors,
+                                  Workspace workspace) {
+  const AttentionGeometry& g = plan.geometry;
+  const AttentionOptions& options = plan.problem.options;
+  if (workspace.bytes < plan.workspace_bytes) {
+    return ResourceExhausted("the workspace has " + std::to_string(workspace.bytes) +
+                             " bytes, the plan needs " +
+                             std::to_string(plan.workspace_bytes));
+  }
+  auto q = OperandOf("q", tensors.q);
+  if (!q.ok()) return q.status();
+  auto k = OperandOf("k", tensors.k);
+  if (!k.ok()) return k.status();
+  auto v = OperandOf("v", tensors.v);
+  if (!v.ok()) return v.status();
+  const auto at = [&]<class T>(T*& pointer, int64_t offset) {
+    pointer = reinterpret_cast<T*>(static_cast<std::byte*>(workspace.data) + offset);
+  };
+
+  RunParams run{};
+  SelectionParams& s = run.selection;
+  at(s.sequences, plan.sequences_at);
+  s.num_sequences = static_cast<int32_t>(plan.sequences.size());
+  s.num_heads = g.num_heads;
+  s.num_kv_heads = g.num_kv_heads;
+  s.num_order_heads = g.num_order_heads;
+  s.head_dim = g.head_dim;
+  s.segment_size = g.segment_size;
+  s.blocks_per_segment = g.blocks_per_segment;
+  s.chunk_blocks = plan.chunk_blocks;
+  s.group_blocks = plan.group_blocks;
+  s.total_key_blocks = plan.total_key_blocks;
+  s.total_query_blocks = plan.total_query_blocks;
+  s.total_chunks = plan.total_chunks;
+  s.total_segments = plan.total_segments;
+  s.total_groups = plan.total_groups;
+  s.logit_stride = plan.logit_stride;
+  s.threshold = options.threshold;
+  s.force_first_block = options.force_first_block ? 1 : 0;
+  s.own_has_mass = options.method == Method::kMeanPooling ? 1 : 0;
+  s.permutes = plan.permutes ? 1 : 0;
+  s.pools = plan.selects ? 1 : 0;
+  s.rounding = RoundingOf(options);
+  s.q = *q;
+  s.k = *k;
+  s.v = *v;
+  if (options.use_given_order) {
+    s.given_order = static_cast<const int32_t*>(tensors.order.data);
+    s.given_order_strides = StridesOf(tensors.order.layout);
+  }
+  at(s.chunk_max, plan.chunk_max_at);
+  at(s.chunk_sum, plan.chunk_sum_at);
+  at(s.proxy_shift, plan.proxy_shift_at);
+  at(s.proxy_weight, plan.proxy_weight_at);
+  at(s.importance, plan.importance_at);
+  at(s.positions, plan.positions_at);
+  at(s.permuted_k, plan.permuted_k_at);
+  at(s.permuted_v, plan.permuted_v_at);
+  at(s.first_block, plan.first_block_at);
+  at(s.pooled_keys, plan.pooled_keys_at);
+  at(s.pooled_queries, plan.pooled_queries_at);
+  at(s.counts, plan.counts_at);
+  at(s.entries, plan.entries_at);
+  at(s.non_finite, plan.flags_at);
+
+  TileOrderParams& t = run.tile_order;
+  t.sequences = s.sequences;
+  t.num_sequences = s.num_sequences;
+  t.num_heads = g.num_heads;
+  t.num_order_heads = g.num_order_heads;
+  t.blocks_per_segment = g.blocks_per_segment;
+  t.total_tiles = static_cast<int32_t>(plan.num_tiles());
+  t.one_section = plan.one_section ? 1 : 0;
+  t.longest = plan.longest_list;
+  t.dense_fallback = options.dense_fallback && plan.selects ? 1 : 0;
+  t.fallback_density = static_cast<float>(kDenseFallbackDensity);
+  t.permuted = s.permutes;
+  if (options.use_given_lists && plan.has_lists) {
+    t.counts = tensors.lists.count;
+    t.given_begin = tensors.lists.begin;
+    t.entries = tensors.lists.indices;
+  } else if (plan.selects) {
+    t.counts = s.counts;
+    t.entries = s.entries;
+  }
+  at(t.tiles, plan.tiles_at);
+  at(t.next_tile, plan.flags_at + 4);
+  at(t.fell_back, plan.fell_back_at);
+
+  AttentionParams& a = run.attention;
+  a.tiles = t.tiles;
+  a.num_tiles = t.total_tiles;
+  a.next_tile = t.next_tile;
+  a.lists = t.entries;
+  a.scale_log2 = 1.44269504088896341f / std::sqrt(static_cast<float>(g.head_dim));
+  a.o = tensors.o.data;
+  a.o_strides = StridesOf(tensors.o.layout);
+  a.lse = static_cast<float*>(tensors.lse.data);
+  a.lse_strides = StridesOf(tensors.lse.layout);
+  run.q = *q;
+  run.k = *k;
+  run.v = *v;
+  if (plan.permutes) {
+    const int64_t slots = int64_t{plan.total_key_blocks} * kBlockTokens;
+    const RowStrides strides = {0, slots * g.head_dim, g.head_dim, 1};
+    a.positions = s.positions;
+    a.position_stride = slots;
+    run.k = {s.permuted_k, strides};
+    run.v = {s.permuted_v, strides};
+  }
+  return run;
+}
+
+}  // namespace pbs::cuda

@@ -1,0 +1,79 @@
+// The CUDA backend's attention plan: which kernels run, over how much, and where the
+// workspace holds what. Host code without CUDA: built and tested everywhere.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cuda/attention/attention_tile.h"
+#include "cuda/selection/order_tiles_params.h"
+#include "cuda/selection/selection_params.h"
+#include "pbs/attention.h"
+
+namespace pbs::cuda {
+
+// Of the device that the plan is for.
+struct DeviceTraits {
+  int32_t num_multiprocessors = 132;
+};
+
+struct CudaAttentionPlan final : AttentionPlan {
+  std::vector<SequenceRecord> sequences;
+
+  // Stages that run besides attention itself.
+  bool orders = false;    // keys are scored and sorted
+  bool permutes = false;  // keys and values are gathered
+  bool selects = false;   // blocks are scored, lists are made
+  bool has_lists = false;
+
+  int32_t chunk_blocks = 1;
+  int32_t group_blocks = 8;
+  int32_t logit_stride = 32;
+  int32_t total_key_blocks = 0;
+  int32_t total_query_blocks = 0;
+  int32_t total_chunks = 0;
+  int32_t total_segments = 0;
+  int32_t total_groups = 0;
+  int32_t longest_list = 0;
+  bool one_section = false;  // of tiles (order_tiles.h)
+
+  // Workspace offsets in bytes.
+  int64_t sequences_at = 0;
+  int64_t flags_at = 0;  // int32: non_finite, next_tile
+  int64_t chunk_max_at = 0;
+  int64_t chunk_sum_at = 0;
+  int64_t proxy_shift_at = 0;
+  int64_t proxy_weight_at = 0;
+  int64_t importance_at = 0;
+  int64_t positions_at = 0;
+  int64_t permuted_k_at = 0;
+  int64_t permuted_v_at = 0;
+  int64_t first_block_at = 0;
+  int64_t pooled_keys_at = 0;
+  int64_t pooled_queries_at = 0;
+  int64_t counts_at = 0;
+  int64_t entries_at = 0;
+  int64_t tiles_at = 0;
+  int64_t fell_back_at = 0;
+
+  int64_t num_tiles() const { return geometry.total_query_blocks * geometry.num_heads; }
+};
+
+// InvalidArgument as ValidateProblem(); Unimplemented names field, value and what the
+// CUDA backend supports.
+StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
+    const AttentionProblem& problem, const DeviceTraits& device);
+
+// What the kernels of one run take. InvalidArgument when an operand is not 16-byte
+// aligned or a stride is no multiple of eight elements.
+struct RunParams {
+  SelectionParams selection;
+  TileOrderParams tile_order;
+  AttentionParams attention;
+  RowOperand q, k, v;  // of attention
+};
+StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
+                                  const AttentionTensors& tensors, Workspace workspace);
+
+}  // namespace pbs::cuda

@@ -1,0 +1,84 @@
+// The kernels of one run, in order, for whoever can launch them: CUDA, or the emulator.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/plan/cuda_plan.h"
+#include "cuda/primitives/primitives.h"
+#include "cuda/selection/gather_keys.h"
+#include "cuda/selection/order_tiles.h"
+#include "cuda/selection/score_keys.h"
+#include "cuda/selection/select_blocks.h"
+#include "cuda/selection/sort_segments.h"
+#include "cuda/selection/store_sequences.h"
+
+namespace pbs::cuda {
+
+template <class Element, class Launcher>
+void EnqueueSelectBlocks(const CudaAttentionPlan& plan, const SelectionParams& params,
+                         Launcher& launch) {
+  const auto enqueue = [&]<int kRows>() {
+    using Kernel = SelectBlocks<Element, kRows>;
+    launch.template Run<Kernel>(
+        int64_t{params.num_heads} * params.total_groups,
+        Kernel::SharedBytes(params.logit_stride, params.head_dim), params);
+  };
+  switch (plan.group_blocks) {
+    case 8:
+      return enqueue.template operator()<8>();
+    case 4:
+      return enqueue.template operator()<4>();
+    default:
+      return enqueue.template operator()<2>();
+  }
+}
+
+// Enqueues everything that comes before attention. `launch` has
+//   template <class Kernel, class Params>
+//   void Run(int64_t blocks, int64_t shared_bytes, const Params& params);
+// A launch of no blocks must do nothing.
+template <class Element, int kHeadDim, class Launcher>
+void EnqueueSelection(const CudaAttentionPlan& plan, const RunParams& run,
+                      Launcher& launch) {
+  const SelectionParams& params = run.selection;
+  const int64_t heads = params.num_heads;
+  const int64_t order_heads = params.num_order_heads;
+  StoredSequences stored{};
+  stored.target = const_cast<SequenceRecord*>(params.sequences);
+  stored.non_finite = params.non_finite;
+  for (int32_t first = 0; first < params.num_sequences; first += kSequencesPerStore) {
+    stored.first = first;
+    stored.count = std::min(kSequencesPerStore, params.num_sequences - first);
+    std::copy_n(plan.sequences.begin() + first, stored.count, stored.records);
+    launch.template Run<StoreSequences>(1, 0, stored);
+  }
+  if (plan.orders) {
+    const int64_t score_bytes = sizeof(ScoreShared<kHeadDim>);
+    launch.template Run<SumChunks<Element, kHeadDim>>(heads * params.total_chunks,
+                                                      score_bytes, params);
+    launch.template Run<WeighProxies>(heads * params.num_sequences, 0, params);
+    launch.template Run<ShareImportance<Element, kHeadDim>>(
+        order_heads * params.total_chunks, score_bytes, params);
+    launch.template Run<SortSegments>(
+        order_heads * params.total_segments,
+        SortSegments::SortedKeys(params.segment_size) * SortSegments::kBytesPerKey,
+        params);
+  }
+  if (plan.permutes || plan.selects) {
+    launch.template Run<GatherKeys<Element, kHeadDim>>(
+        order_heads * params.total_key_blocks,
+        BlockRows<Element, kHeadDim>::kSharedBytes + kBlockTokens * 4, params);
+  }
+  if (plan.selects) {
+    launch.template Run<PoolQueries<Element, kHeadDim>>(
+        heads * params.total_query_blocks, BlockRows<Element, kHeadDim>::kSharedBytes,
+        params);
+    EnqueueSelectBlocks<Element>(plan, params, launch);
+  }
+  const TileOrderParams& tiles = run.tile_order;
+  launch.template Run<OrderTiles>(
+      tiles.one_section != 0 ? 1 : order_heads * tiles.num_sequences,
+      OrderTiles::SharedBytes(tiles.longest), tiles);
+}
+
+}  // namespace pbs::cuda

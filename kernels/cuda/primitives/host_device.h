@@ -1,0 +1,8 @@
+// For arithmetic that both the host and kernels do.
+#pragma once
+
+#if defined(__CUDACC__)
+#define PBS_HOST_DEVICE __host__ __device__
+#else
+#define PBS_HOST_DEVICE
+#endif

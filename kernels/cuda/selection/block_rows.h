@@ -1,0 +1,77 @@
+// The rows of one block on their way through 128 threads, and their mean.
+#pragma once
+
+#include "cuda/primitives/primitives.h"
+#include "cuda/selection/selection_params.h"
+#include "cuda/tiles/shared_rows.h"
+
+namespace pbs::cuda {
+
+template <class Element, int kHeadDim>
+class BlockRows {
+ public:
+  static constexpr int kThreads = 128;
+  static constexpr int kPieces = kHeadDim / 8;        // 16 bytes each
+  static constexpr int kLanes = PieceGroup(kPieces);  // threads of a row
+  static constexpr int kRowsAtOnce = kThreads / kLanes;
+  static constexpr int kSharedBytes = kRowsAtOnce * kHeadDim * 4;
+
+  // For each row of the block: source(row) is where it begins, null where there is
+  // none (zeros); visit(row, piece, values) gets every piece.
+  template <class Source, class Visit>
+  PBS_DEVICE static void ForEachPiece(Source&& source, Visit&& visit) {
+    PBS_NO_UNROLL
+    for (int row = ThreadIndex() / kLanes; row < kBlockTokens; row += kRowsAtOnce) {
+      const uint16_t* at = source(row);
+      PBS_UNROLL
+      for (int piece = 0; piece < kPieces; piece += kLanes) {
+        const int own = piece + ThreadIndex() % kLanes;
+        Words4 values{};
+        if (at != nullptr) {
+          values = LoadGlobal(reinterpret_cast<const Words4*>(at + own * 8));
+        }
+        visit(row, own, values);
+      }
+    }
+  }
+
+  // As visited in ForEachPiece().
+  PBS_DEVICE void Add(int piece, const Words4& values) {
+    float(&sums)[8] = sums_[piece / kLanes];
+    PBS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      sums[2 * i] += Element::Low(values.words[i]);
+      sums[2 * i + 1] += Element::High(values.words[i]);
+    }
+  }
+
+  // Calls store(column, mean) once per column of the head. A short block is divided by
+  // the size of a whole one all the same (section 3.1 of docs/KERNELS.md).
+  template <class Store>
+  PBS_DEVICE void Mean(ScoreRounding rounding, Store&& store) const {
+    auto* shared = reinterpret_cast<float*>(SharedMemory());
+    PBS_UNROLL
+    for (int group = 0; group < kPieces / kLanes; ++group) {
+      const int piece = group * kLanes + ThreadIndex() % kLanes;
+      PBS_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        StoreShared(shared + ThreadIndex() / kLanes * kHeadDim + piece * 8 + i,
+                    sums_[group][i]);
+      }
+    }
+    SyncThreads();
+    for (int column = ThreadIndex(); column < kHeadDim; column += kThreads) {
+      float sum = 0;
+      for (int row = 0; row < kRowsAtOnce; ++row) {
+        sum += LoadShared(shared + row * kHeadDim + column);
+      }
+      const float mean = sum / static_cast<float>(kBlockTokens);
+      store(column, rounding == ScoreRounding::kNone ? mean : Element::Round(mean));
+    }
+  }
+
+ private:
+  float sums_[kPieces / kLanes][8] = {};
+};
+
+}  // namespace pbs::cuda

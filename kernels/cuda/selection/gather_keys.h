@@ -1,0 +1,150 @@
+// Keys and values of a block in slot order, and the means of blocks.
+#pragma once
+
+#include "cuda/primitives/primitives.h"
+#include "cuda/selection/block_rows.h"
+#include "cuda/selection/sequences.h"
+
+namespace pbs::cuda {
+
+// Grid [num_order_heads, total_key_blocks], 128 threads. Fills in the positions that
+// were not sorted, copies keys and values to their slots (params.permutes), and writes
+// the mean of the block's keys (params.pools).
+template <class Element, int kHeadDim>
+class GatherKeys {
+ public:
+  static constexpr int kThreads = 128;
+  using Rows = BlockRows<Element, kHeadDim>;
+
+  PBS_DEVICE static void Run(const SelectionParams& params) {
+    GatherKeys(params, PlaceInGrid(params.total_key_blocks)).Run();
+  }
+
+ private:
+  PBS_DEVICE GatherKeys(const SelectionParams& params, const GridPlace& place)
+      : params_(params),
+        block_(place.item),
+        head_(place.head),
+        sequence_index_(FindSequence<&SequenceRecord::key_block_begin>(
+            params.sequences, params.num_sequences, place.item)),
+        sequence_(LoadGlobal(params.sequences + sequence_index_)) {}
+
+  PBS_DEVICE void Run() {
+    StoreShared(&positions()[ThreadIndex()], Position(ThreadIndex()));
+    SyncThreads();
+    if (params_.permutes != 0) {
+      StoreGlobal(params_.positions + FirstSlot() + ThreadIndex(),
+                  LoadShared(&positions()[ThreadIndex()]));
+    }
+    if (params_.pools != 0 && LoadShared(&positions()[ThreadIndex()]) == 0) {
+      StoreGlobal(params_.first_block + head_ * params_.num_sequences + sequence_index_,
+                  block_ - sequence_.key_block_begin);
+    }
+    Keys();
+    if (params_.permutes != 0) Values();
+  }
+
+  PBS_DEVICE void Keys() {
+    Rows rows;
+    Rows::ForEachPiece([&](int row) { return Source(params_.k, row); },
+                       [&](int row, int piece, const Words4& values) {
+                         rows.Add(piece, values);
+                         if (params_.permutes != 0) {
+                           Store(params_.permuted_k, row, piece, values);
+                         }
+                       });
+    if (params_.pools == 0) return;
+    rows.Mean(params_.rounding, [&](int column, float mean) {
+      StoreGlobal(params_.pooled_keys +
+                      (int64_t{head_} * kHeadDim + column) * params_.total_key_blocks +
+                      block_,
+                  mean);
+    });
+  }
+
+  PBS_DEVICE void Values() {
+    Rows::ForEachPiece([&](int row) { return Source(params_.v, row); },
+                       [&](int row, int piece, const Words4& values) {
+                         Store(params_.permuted_v, row, piece, values);
+                       });
+  }
+
+  // Original position of a slot of the block; INT32_MAX behind the last key.
+  PBS_DEVICE int32_t Position(int row) const {
+    const int slot = (block_ - sequence_.key_block_begin) * kBlockTokens + row;
+    if (slot >= sequence_.k_len) return INT32_MAX;
+    if (slot < sequence_.scored_blocks * kBlockTokens) {
+      return LoadGlobal(params_.positions + FirstSlot() + row);
+    }
+    if (params_.given_order != nullptr && sequence_.sparse != 0) {
+      return LoadGlobal(params_.given_order +
+                        params_.given_order_strides.Offset(
+                            sequence_index_, sequence_.k_begin, head_, slot));
+    }
+    return slot;
+  }
+
+  PBS_DEVICE const uint16_t* Source(const RowOperand& operand, int row) const {
+    const int32_t position = LoadShared(&positions()[row]);
+    if (position == INT32_MAX) return nullptr;
+    return operand.data + operand.strides.Offset(sequence_index_, sequence_.k_begin,
+                                                 KvHeadOfOrder(params_, head_),
+                                                 position);
+  }
+
+  PBS_DEVICE void Store(uint16_t* target, int row, int piece,
+                        const Words4& values) const {
+    StoreGlobal(
+        reinterpret_cast<Words4*>(target + (FirstSlot() + row) * kHeadDim + piece * 8),
+        values);
+  }
+
+  PBS_DEVICE int64_t FirstSlot() const {
+    return (int64_t{head_} * params_.total_key_blocks + block_) * kBlockTokens;
+  }
+  // Behind what the mean needs.
+  PBS_DEVICE static int32_t* positions() {
+    return reinterpret_cast<int32_t*>(SharedMemory() + Rows::kSharedBytes);
+  }
+
+  const SelectionParams& params_;
+  const int block_;  // of all sequences
+  const int head_;   // that has an order
+  const int sequence_index_;
+  const SequenceRecord sequence_;
+};
+
+// Grid [num_heads, total_query_blocks], 128 threads: the mean of each query block.
+template <class Element, int kHeadDim>
+struct PoolQueries {
+  static constexpr int kThreads = 128;
+  using Rows = BlockRows<Element, kHeadDim>;
+
+  PBS_DEVICE static void Run(const SelectionParams& params) {
+    const GridPlace place = PlaceInGrid(params.total_query_blocks);
+    const int index = FindSequence<&SequenceRecord::query_block_begin>(
+        params.sequences, params.num_sequences, place.item);
+    const SequenceRecord s = LoadGlobal(params.sequences + index);
+    if (s.sparse == 0) return;
+    const int block = s.first_query_block + place.item - s.query_block_begin;
+    const int first = block * kBlockTokens - s.query_offset;  // may be below 0
+    Rows rows;
+    Rows::ForEachPiece(
+        [&](int row) -> const uint16_t* {
+          const int query = first + row;
+          if (query < 0 || query >= s.q_len) return nullptr;
+          return params.q.data +
+                 params.q.strides.Offset(index, s.q_begin, place.head, query);
+        },
+        [&](int, int piece, const Words4& values) { rows.Add(piece, values); });
+    rows.Mean(params.rounding, [&](int column, float mean) {
+      StoreGlobal(params.pooled_queries +
+                      (int64_t{place.head} * params.total_query_blocks + place.item) *
+                          kHeadDim +
+                      column,
+                  mean);
+    });
+  }
+};
+
+}  // namespace pbs::cuda

@@ -1,0 +1,267 @@
+// Importance of keys: the mean, over the last queries of a sequence, of the softmax of
+// their scores with the keys of whole segments (arXiv 2510.21270, section 3.2). Three
+// kernels: sums of each chunk of keys, the weight of each query, the keys' shares.
+#pragma once
+
+#include "cuda/primitives/primitives.h"
+#include "cuda/selection/sequences.h"
+#include "cuda/tiles/online_softmax.h"
+#include "cuda/tiles/score_tile.h"
+#include "cuda/tiles/shared_rows.h"
+
+namespace pbs::cuda {
+
+constexpr int kChunkBlocksMax = 8;  // key blocks that one thread block scores
+
+template <int kHeadDim>
+struct alignas(128) ScoreShared {
+  SharedRows<kProxies, kHeadDim> q;
+  SharedRows<kScoredKeys, kHeadDim> k;
+  float column_sums[4][kScoredKeys];  // by warp
+  float importance[kChunkBlocksMax * kBlockTokens];
+};
+
+// A chunk of keys of one sequence, scored by 128 threads.
+template <class Element, int kHeadDim>
+class KeyChunk {
+ public:
+  static constexpr int kRowTiles = 2;  // 32 proxies of a warp
+
+  PBS_DEVICE KeyChunk(const SelectionParams& params, int chunk)
+      : params_(params),
+        s_(*reinterpret_cast<ScoreShared<kHeadDim>*>(SharedMemory())),
+        sequence_index_(FindSequence<&SequenceRecord::chunk_begin>(
+            params.sequences, params.num_sequences, chunk)),
+        sequence_(LoadGlobal(params.sequences + sequence_index_)),
+        first_block_((chunk - sequence_.chunk_begin) * params.chunk_blocks) {}
+
+  PBS_DEVICE int sequence_index() const { return sequence_index_; }
+  // Of all sequences, one head.
+  PBS_DEVICE int64_t first_slot() const {
+    return int64_t{sequence_.key_block_begin + first_block_} * kBlockTokens;
+  }
+  PBS_DEVICE int num_keys() const {
+    const int left = sequence_.scored_blocks - first_block_;
+    return (left < params_.chunk_blocks ? left : params_.chunk_blocks) * kBlockTokens;
+  }
+  // Logits times this are in base two.
+  PBS_DEVICE float ScaleLog2() const {
+    return params_.rounding == ScoreRounding::kNone ? kLog2E / Root() : kLog2E;
+  }
+
+  // Calls use(first key of the chunk, scores) for every kScoredKeys keys.
+  template <class Use>
+  PBS_DEVICE void Score(int head, Use&& use) {
+    SyncThreads();  // the last head's queries are done with
+    const int first_proxy = sequence_.q_len < kProxies ? 0 : sequence_.q_len - kProxies;
+    s_.q.template Load<128>(
+        params_.q.data + params_.q.strides.Offset(sequence_index_, sequence_.q_begin,
+                                                  head, first_proxy),
+        params_.q.strides.row, 0, sequence_.q_len - first_proxy);
+    PBS_NO_UNROLL
+    for (int key = 0; key < num_keys(); key += kScoredKeys) {
+      s_.k.template Load<128>(
+          params_.k.data + params_.k.strides.Offset(sequence_index_, sequence_.k_begin,
+                                                    head / GroupSize(params_),
+                                                    first_block_ * kBlockTokens + key),
+          params_.k.strides.row, 0, kScoredKeys);
+      CopyAsyncCommit();
+      CopyAsyncWait<0>();
+      SyncThreads();
+      float scores[kRowTiles][kScoredKeys / 2] = {};
+      MultiplyKeys<Element, kRowTiles>(s_.q, ThreadIndex() / 32 * 32, s_.k,
+                                       ThreadIndex() % 32, scores);
+      SyncThreads();  // the next keys may come
+      if (params_.rounding == ScoreRounding::kInputDType) Round(scores);
+      use(key, scores);
+    }
+  }
+
+ private:
+  PBS_DEVICE static float Root() { return Sqrt(static_cast<float>(kHeadDim)); }
+
+  PBS_DEVICE void Round(float (&scores)[kRowTiles][kScoredKeys / 2]) const {
+    PBS_UNROLL
+    for (int t = 0; t < kRowTiles; ++t) {
+      PBS_UNROLL
+      for (int i = 0; i < kScoredKeys / 2; ++i) {
+        scores[t][i] = Element::Round(Element::Round(scores[t][i]) / Root());
+      }
+    }
+  }
+
+  const SelectionParams& params_;
+  ScoreShared<kHeadDim>& s_;
+  const int sequence_index_;
+  const SequenceRecord sequence_;
+  const int first_block_;
+};
+
+// Proxy of register pair `r` of fragment `t`.
+PBS_DEVICE int ProxyRow(int t, int r) {
+  return ThreadIndex() / 32 * 32 + t * 16 + ThreadIndex() % 32 / 4 + r * 8;
+}
+
+// Grid [num_heads, total_chunks], 128 threads.
+template <class Element, int kHeadDim>
+struct SumChunks {
+  static constexpr int kThreads = 128;
+
+  PBS_DEVICE static void Run(const SelectionParams& params) {
+    using Chunk = KeyChunk<Element, kHeadDim>;
+    const GridPlace place = PlaceInGrid(params.total_chunks);
+    Chunk chunk(params, place.item);
+    OnlineSoftmax sums[Chunk::kRowTiles];
+    for (OnlineSoftmax& sum : sums) sum.Reset();
+    chunk.Score(place.head, [&](int, auto& scores) {
+      PBS_UNROLL
+      for (int t = 0; t < Chunk::kRowTiles; ++t) {
+        sums[t].template Add<false>(chunk.ScaleLog2(), scores[t]);
+      }
+    });
+    PBS_UNROLL
+    for (int t = 0; t < Chunk::kRowTiles; ++t) {
+      PBS_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const float sum = sums[t].RowSum(r);
+        if (ThreadIndex() % 4 != 0) continue;
+        const int64_t at =
+            (int64_t{place.head} * params.total_chunks + place.item) * kProxies +
+            ProxyRow(t, r);
+        StoreGlobal(params.chunk_max + at, sums[t].max[r] * chunk.ScaleLog2());
+        StoreGlobal(params.chunk_sum + at, sum);
+      }
+    }
+  }
+};
+
+// Grid [num_heads, num_sequences], a thread per proxy.
+struct WeighProxies {
+  static constexpr int kThreads = kProxies;
+
+  PBS_DEVICE static void Run(const SelectionParams& params) {
+    const GridPlace place = PlaceInGrid(params.num_sequences);
+    const SequenceRecord s = LoadGlobal(params.sequences + place.item);
+    const int chunks =
+        (s.scored_blocks + params.chunk_blocks - 1) / params.chunk_blocks;
+    if (chunks == 0) return;
+    const int proxy = ThreadIndex();
+    const int64_t at =
+        (int64_t{place.head} * params.total_chunks + s.chunk_begin) * kProxies + proxy;
+    float top = -kInfinity;
+    for (int i = 0; i < chunks; ++i) {
+      top = Max(top, LoadGlobal(params.chunk_max + at + i * kProxies));
+    }
+    float sum = 0;
+    for (int i = 0; i < chunks; ++i) {
+      sum += LoadGlobal(params.chunk_sum + at + i * kProxies) *
+             Exp2(LoadGlobal(params.chunk_max + at + i * kProxies) - top);
+    }
+    const int num_proxies = s.q_len < kProxies ? s.q_len : kProxies;
+    const bool counts = proxy < num_proxies;
+    // NaN is neither above nor below a bound.
+    const bool finite = top > -kInfinity && top < kInfinity && sum < kInfinity;
+    if (counts && !finite) StoreGlobal(params.non_finite, 1);
+    const int64_t target =
+        (int64_t{place.head} * params.num_sequences + place.item) * kProxies + proxy;
+    StoreGlobal(params.proxy_shift + target, top);
+    StoreGlobal(params.proxy_weight + target,
+                counts
+                    ? 1.0f / (sum * static_cast<float>(num_proxies * Members(params)))
+                    : 0.0f);
+  }
+};
+
+// Grid [num_order_heads, total_chunks], 128 threads.
+template <class Element, int kHeadDim>
+class ShareImportance {
+ public:
+  static constexpr int kThreads = 128;
+
+  PBS_DEVICE static void Run(const SelectionParams& params) {
+    const GridPlace place = PlaceInGrid(params.total_chunks);
+    ShareImportance(params, place.item).Run(place.head);
+  }
+
+ private:
+  using Chunk = KeyChunk<Element, kHeadDim>;
+
+  PBS_DEVICE ShareImportance(const SelectionParams& params, int chunk)
+      : params_(params),
+        s_(*reinterpret_cast<ScoreShared<kHeadDim>*>(SharedMemory())),
+        chunk_(params, chunk) {}
+
+  PBS_DEVICE void Run(int order_head) {
+    for (int key = ThreadIndex(); key < chunk_.num_keys(); key += kThreads) {
+      StoreShared(&s_.importance[key], 0.0f);
+    }
+    const int members = Members(params_);
+    for (int member = 0; member < members; ++member) {
+      AddMember(order_head * members + member);
+    }
+    SyncThreads();
+    float* target = params_.importance +
+                    int64_t{order_head} * params_.total_key_blocks * kBlockTokens +
+                    chunk_.first_slot();
+    for (int key = ThreadIndex(); key < chunk_.num_keys(); key += kThreads) {
+      StoreGlobal(target + key, LoadShared(&s_.importance[key]));
+    }
+  }
+
+  PBS_DEVICE void AddMember(int head) {
+    float shift[Chunk::kRowTiles][2];
+    float weight[Chunk::kRowTiles][2];
+    PBS_UNROLL
+    for (int t = 0; t < Chunk::kRowTiles; ++t) {
+      PBS_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const int64_t at =
+            (int64_t{head} * params_.num_sequences + chunk_.sequence_index()) *
+                kProxies +
+            ProxyRow(t, r);
+        shift[t][r] = LoadGlobal(params_.proxy_shift + at);
+        weight[t][r] = LoadGlobal(params_.proxy_weight + at);
+      }
+    }
+    chunk_.Score(head, [&](int first_key, auto& scores) {
+      PBS_UNROLL
+      for (int column = 0; column < kScoredKeys / 4; ++column) {
+        const int at = column / 2 * 4 + column % 2;  // of row pair 0
+        float share = 0;
+        PBS_UNROLL
+        for (int t = 0; t < Chunk::kRowTiles; ++t) {
+          PBS_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            share += weight[t][r] *
+                     Exp2(scores[t][at + 2 * r] * chunk_.ScaleLog2() - shift[t][r]);
+          }
+        }
+        share += ShuffleXor(share, 4);
+        share += ShuffleXor(share, 8);
+        share += ShuffleXor(share, 16);
+        const int lane = ThreadIndex() % 32;
+        if (lane < 4) {
+          StoreShared(&s_.column_sums[ThreadIndex() / 32]
+                                     [column / 2 * 8 + lane * 2 + column % 2],
+                      share);
+        }
+      }
+      SyncThreads();
+      if (ThreadIndex() < kScoredKeys) {
+        float* sum = &s_.importance[first_key + ThreadIndex()];
+        float added = LoadShared(sum);
+        PBS_UNROLL
+        for (int warp = 0; warp < 4; ++warp) {
+          added += LoadShared(&s_.column_sums[warp][ThreadIndex()]);
+        }
+        StoreShared(sum, added);
+      }
+    });
+  }
+
+  const SelectionParams& params_;
+  ScoreShared<kHeadDim>& s_;
+  Chunk chunk_;
+};
+
+}  // namespace pbs::cuda

@@ -1,0 +1,141 @@
+// What the kernels that order keys and select blocks read and write, and the index
+// arithmetic that the host's plan shares with them.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/primitives/host_device.h"
+#include "cuda/tiles/row_operand.h"
+
+namespace pbs::cuda {
+
+constexpr int kBlockTokens = 128;  // of a key or query block
+constexpr int kProxies = 128;      // last queries of a sequence, which score its keys
+constexpr int kScoredKeys = 64;    // keys scored together
+
+// One sequence of the batch. `..._begin`: how many there are in earlier sequences.
+struct SequenceRecord {
+  int64_t entries_begin;     // list entries, all heads
+  int64_t entries_per_head;  // of this sequence, worst case
+  int32_t q_begin;
+  int32_t q_len;
+  int32_t k_begin;
+  int32_t k_len;
+  int32_t query_offset;
+  int32_t key_block_begin;
+  int32_t num_key_blocks;
+  int32_t query_block_begin;
+  int32_t num_query_blocks;
+  int32_t first_query_block;  // absolute index
+  int32_t chunk_begin;        // runs of key blocks scored by one thread block
+  int32_t segment_begin;      // whole segments that are sorted
+  int32_t group_begin;        // of query blocks whose lists one thread block makes
+  int32_t scored_blocks;      // key blocks of whole segments; 0: order not computed
+  int32_t sparse;             // 0: runs dense, whatever the options say
+  int32_t padding;
+};
+
+// How scores are rounded on their way (pbs/attention.h, Scope::kQueryHead).
+enum class ScoreRounding : int32_t { kNone, kInputDType };
+
+struct SelectionParams {
+  const SequenceRecord* sequences;
+  int32_t num_sequences;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t num_order_heads;  // num_kv_heads or num_heads
+  int32_t head_dim;
+  int32_t segment_size;
+  int32_t blocks_per_segment;
+  int32_t chunk_blocks;  // key blocks of a chunk
+  int32_t group_blocks;  // query blocks of a group
+  int32_t total_key_blocks;
+  int32_t total_query_blocks;
+  int32_t total_chunks;
+  int32_t total_segments;
+  int32_t total_groups;
+  int32_t logit_stride;  // key blocks of the longest sequence, a multiple of 32
+
+  float threshold;
+  int32_t force_first_block;
+  int32_t own_has_mass;  // mean pooling: blocks up to the diagonal share the mass
+  int32_t permutes;      // keys and values are gathered; else they are read in place
+  int32_t pools;         // block means are wanted
+  ScoreRounding rounding;
+
+  RowOperand q, k, v;
+  const int32_t* given_order;  // null: none
+  RowStrides given_order_strides;
+
+  // Scores: [num_heads, total_chunks, kProxies] largest logit and sum of a chunk;
+  // [num_heads, num_sequences, kProxies] shift and weight of each proxy;
+  // [num_order_heads, total_key_blocks, 128] importance of each key.
+  float* chunk_max;
+  float* chunk_sum;
+  float* proxy_shift;
+  float* proxy_weight;
+  float* importance;
+
+  // [num_order_heads, total_key_blocks, 128] original position of each slot.
+  int32_t* positions;
+  uint16_t* permuted_k;  // [num_order_heads, total_key_blocks, 128, head_dim]
+  uint16_t* permuted_v;
+  int32_t* first_block;   // [num_order_heads, num_sequences] slot block of key 0
+  float* pooled_keys;     // [num_order_heads, head_dim, total_key_blocks]
+  float* pooled_queries;  // [num_heads, total_query_blocks, head_dim]
+
+  // Lists: counts [rows], entries at EntryOffset().
+  uint16_t* counts;
+  uint16_t* entries;
+  int32_t* non_finite;  // set to 1 when a score is not
+};
+
+// Query heads per KV head, and per order.
+PBS_HOST_DEVICE constexpr int GroupSize(const SelectionParams& params) {
+  return params.num_heads / params.num_kv_heads;
+}
+PBS_HOST_DEVICE constexpr int Members(const SelectionParams& params) {
+  return params.num_heads / params.num_order_heads;
+}
+PBS_HOST_DEVICE constexpr int KvHeadOfOrder(const SelectionParams& params,
+                                            int order_head) {
+  return order_head * Members(params) / GroupSize(params);
+}
+
+// First block of the segment that holds block `block`.
+PBS_HOST_DEVICE constexpr int OwnBegin(int block, int blocks_per_segment) {
+  return block / blocks_per_segment * blocks_per_segment;
+}
+// One past the last block that query block `block` may read.
+PBS_HOST_DEVICE constexpr int OwnEnd(int block, int blocks_per_segment,
+                                     int num_key_blocks) {
+  const int end = OwnBegin(block, blocks_per_segment) + blocks_per_segment;
+  return end < num_key_blocks ? end : num_key_blocks;
+}
+// Entries of the rows of the query blocks [0, block) of one head: the sum of their
+// OwnEnd().
+PBS_HOST_DEVICE constexpr int64_t EntriesBefore(int block, int blocks_per_segment,
+                                                int num_key_blocks) {
+  const int64_t per = blocks_per_segment;
+  const int64_t segments = block / blocks_per_segment;
+  const int64_t rest = block % blocks_per_segment;
+  const int64_t end = (segments + 1) * per;
+  return per * per * segments * (segments + 1) / 2 +
+         rest * (end < num_key_blocks ? end : num_key_blocks);
+}
+// Where the list of (head, query block of the sequence) begins.
+PBS_HOST_DEVICE constexpr int64_t EntryOffset(const SequenceRecord& s, int head,
+                                              int query_block, int blocks_per_segment) {
+  return s.entries_begin + head * s.entries_per_head +
+         EntriesBefore(s.first_query_block + query_block, blocks_per_segment,
+                       s.num_key_blocks) -
+         EntriesBefore(s.first_query_block, blocks_per_segment, s.num_key_blocks);
+}
+// Row of the lists, as AttentionGeometry::ListRow().
+PBS_HOST_DEVICE constexpr int64_t ListRow(const SequenceRecord& s, int num_heads,
+                                          int head, int query_block) {
+  return int64_t{s.query_block_begin} * num_heads + int64_t{head} * s.num_query_blocks +
+         query_block;
+}
+
+}  // namespace pbs::cuda

@@ -1,0 +1,89 @@
+// Order of keys inside their segments: by falling importance, lower position first.
+#pragma once
+
+#include "cuda/primitives/primitives.h"
+#include "cuda/selection/sequences.h"
+
+namespace pbs::cuda {
+
+// Grid [num_order_heads, total_segments], 128 threads; dynamic shared memory of
+// kBytesPerKey for each key of a segment, rounded up to a power of two.
+struct SortSegments {
+  static constexpr int kThreads = 128;
+  static constexpr int kBytesPerKey = 6;
+
+  // Keys sorted together: `segment_size` and what fills it up.
+  PBS_HOST_DEVICE static constexpr int SortedKeys(int segment_size) {
+    int keys = 1;
+    while (keys < segment_size) keys *= 2;
+    return keys;
+  }
+
+  PBS_DEVICE static void Run(const SelectionParams& params) {
+    const GridPlace place = PlaceInGrid(params.total_segments);
+    const int index = FindSequence<&SequenceRecord::segment_begin>(
+        params.sequences, params.num_sequences, place.item);
+    const SequenceRecord s = LoadGlobal(params.sequences + index);
+    const int first = (place.item - s.segment_begin) * params.segment_size;
+    const int64_t slots =
+        (int64_t{place.head} * params.total_key_blocks + s.key_block_begin) *
+            kBlockTokens +
+        first;
+    const int keys = SortedKeys(params.segment_size);
+    const Shared shared(keys);
+    for (int i = ThreadIndex(); i < keys; i += kThreads) {
+      // Bits of a non-negative float grow with it: complemented they sort downwards,
+      // and what fills up comes last.
+      uint32_t falling = 0xFFFFFFFFu;
+      if (i < params.segment_size) {
+        falling = ~FloatBits(LoadGlobal(params.importance + slots + i));
+      }
+      StoreShared(shared.falling + i, falling);
+      StoreShared(shared.index + i, static_cast<uint16_t>(i));
+    }
+    Sort(shared, keys);
+    for (int i = ThreadIndex(); i < params.segment_size; i += kThreads) {
+      StoreGlobal(params.positions + slots + i, first + LoadShared(shared.index + i));
+    }
+  }
+
+ private:
+  struct Shared {
+    PBS_DEVICE explicit Shared(int keys)
+        : falling(reinterpret_cast<uint32_t*>(SharedMemory())),
+          index(reinterpret_cast<uint16_t*>(falling + keys)) {}
+
+    uint32_t* falling;
+    uint16_t* index;
+  };
+
+  // Bitonic.
+  PBS_DEVICE static void Sort(const Shared& shared, int keys) {
+    for (int size = 2; size <= keys; size *= 2) {
+      for (int stride = size / 2; stride > 0; stride /= 2) {
+        SyncThreads();
+        for (int pair = ThreadIndex(); pair < keys / 2; pair += kThreads) {
+          const int low = pair / stride * 2 * stride + pair % stride;
+          Exchange(shared, low, low + stride, (low & size) == 0);
+        }
+      }
+    }
+    SyncThreads();
+  }
+
+  PBS_DEVICE static void Exchange(const Shared& shared, int low, int high,
+                                  bool rising) {
+    const uint32_t a = LoadShared(shared.falling + low);
+    const uint32_t b = LoadShared(shared.falling + high);
+    const uint16_t a_index = LoadShared(shared.index + low);
+    const uint16_t b_index = LoadShared(shared.index + high);
+    const bool greater = a > b || (a == b && a_index > b_index);
+    if (greater != rising) return;
+    StoreShared(shared.falling + low, b);
+    StoreShared(shared.falling + high, a);
+    StoreShared(shared.index + low, b_index);
+    StoreShared(shared.index + high, a_index);
+  }
+};
+
+}  // namespace pbs::cuda

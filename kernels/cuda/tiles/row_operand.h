@@ -1,0 +1,34 @@
+// Where the rows of an operand lie on a GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/primitives/host_device.h"
+
+namespace pbs::cuda {
+
+// In elements. A packed operand holds the sequences back to back; another one has a
+// stride between them.
+struct RowStrides {
+  int64_t sequence;
+  int64_t head;
+  int64_t row;
+  int32_t packed;
+
+  // Of row `row_index` of a sequence that has `before` rows before it.
+  PBS_HOST_DEVICE constexpr int64_t Offset(int32_t sequence_index, int32_t before,
+                                           int32_t head_index,
+                                           int32_t row_index) const {
+    const int64_t start =
+        packed != 0 ? int64_t{before} * row : sequence_index * sequence;
+    return start + head_index * head + row_index * row;
+  }
+};
+
+// Rows of 16-bit elements; strides and the address are multiples of eight elements.
+struct RowOperand {
+  const uint16_t* data;
+  RowStrides strides;
+};
+
+}  // namespace pbs::cuda

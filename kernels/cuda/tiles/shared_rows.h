@@ -1,0 +1,62 @@
+// Rows of 16-bit elements in shared memory, in pieces of eight that are exchanged so
+// that the eight rows of a matrix load lie in different banks.
+#pragma once
+
+#include "cuda/primitives/host_device.h"
+#include "cuda/primitives/primitives.h"
+
+namespace pbs::cuda {
+
+// Pieces of a row change places in groups of eight, or of four where a row of an odd
+// number of fours begins half a bank line behind the one before it.
+PBS_HOST_DEVICE constexpr int PieceGroup(int pieces) { return pieces % 8 == 0 ? 8 : 4; }
+// Where piece `piece` of row `row` lies.
+PBS_HOST_DEVICE constexpr int ExchangedPiece(int group, int row, int piece) {
+  return group == 8 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
+}
+
+// 128-byte aligned.
+template <int kNumRows, int kWidth>
+struct SharedRows {
+  static constexpr int kPieces = kWidth / 8;  // 16 bytes each
+  static constexpr int kGroup = PieceGroup(kPieces);
+  static constexpr int kRowBytes = kWidth * 2;
+  static_assert(kPieces % kGroup == 0);
+
+  uint16_t elements[kNumRows * kWidth];
+
+  // Of piece `piece` of row `row`.
+  PBS_DEVICE uint32_t Address(int row, int piece) const {
+    return SharedAddress(elements) + row * kRowBytes +
+           ExchangedPiece(kGroup, row, piece) * 16;
+  }
+  // `rows` (a multiple of eight) further down and `pieces` (even) further right than an
+  // address of an even piece or the one after it, both at the left.
+  PBS_DEVICE static uint32_t Moved(uint32_t address, int rows, int pieces) {
+    return (address ^ pieces % kGroup * 16) + pieces / kGroup * (kGroup * 16) +
+           rows * kRowBytes;
+  }
+
+  // Begins asynchronous copies of all rows, by kThreads threads. Row r comes from
+  // `source` + r * stride when begin <= r < end; others become zeros, nothing is read.
+  template <int kThreads>
+  PBS_DEVICE void Load(const uint16_t* source, int64_t stride, int begin, int end) {
+    constexpr int kRowsAtOnce = kThreads / kGroup;
+    static_assert(kNumRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0);
+    const int first = ThreadIndex() / kGroup;
+    const int piece = ThreadIndex() % kGroup;
+    const uint32_t target = Address(first, piece);
+    source += first * stride + piece * 8;
+    PBS_UNROLL
+    for (int row = 0; row < kNumRows; row += kRowsAtOnce) {
+      const bool inside = first + row >= begin && first + row < end;
+      PBS_UNROLL
+      for (int group = 0; group < kPieces; group += kGroup) {
+        CopyAsync16(target + row * kRowBytes + group * 16,
+                    source + row * stride + group * 8, inside);
+      }
+    }
+  }
+};
+
+}  // namespace pbs::cuda

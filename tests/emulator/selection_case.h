@@ -1,0 +1,149 @@
+// Whole runs of the CUDA pipeline on the emulator: inputs, launches, what they left.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cuda/attention/attention_sm80.h"
+#include "cuda/plan/cuda_plan.h"
+#include "cuda/plan/pipeline.h"
+#include "tests/emulator/machine.h"
+
+namespace pbs::emulator {
+
+// Runs kernels as the pipeline asks for them, until one faults.
+struct EmulatorLauncher {
+  uint32_t seed = 1;
+  Fault fault;
+  int launches = 0;
+
+  template <class Kernel, class Params>
+  void Run(int64_t blocks, int64_t shared_bytes, const Params& params) {
+    if (blocks == 0 || !fault.ok()) return;
+    ++launches;
+    fault = Launch({.blocks = static_cast<int>(blocks),
+                    .threads = Kernel::kThreads,
+                    .resident_blocks = 2,
+                    .shared_bytes = shared_bytes,
+                    .seed = seed},
+                   [&] { Kernel::Run(params); });
+  }
+};
+
+// 16-byte aligned memory that kernels may touch.
+template <class T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(int64_t count, bool written = false)
+      : data_(static_cast<T*>(
+            std::aligned_alloc(256, Rounded(count * static_cast<int64_t>(sizeof(T)))))),
+        count_(count),
+        written_(written) {
+    std::memset(data_.get(), 0xFF, Rounded(bytes()));
+  }
+
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  int64_t bytes() const { return count_ * static_cast<int64_t>(sizeof(T)); }
+  void Allow() const { GlobalMemory::Allow(data_.get(), bytes(), written_); }
+
+ private:
+  static size_t Rounded(int64_t bytes) {
+    return static_cast<size_t>((bytes + 256) / 256 * 256);
+  }
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t count_;
+  bool written_;
+};
+
+// Packed inputs and outputs of a problem, normal values.
+struct PackedInputs {
+  PackedInputs(const AttentionProblem& problem, uint32_t seed)
+      : geometry(MakeGeometry(problem)),
+        q(geometry.num_heads * geometry.total_q * geometry.head_dim, true),
+        k(geometry.num_kv_heads * geometry.total_k * geometry.head_dim, true),
+        v(geometry.num_kv_heads * geometry.total_k * geometry.head_dim, true),
+        o(geometry.num_heads * geometry.total_q * geometry.head_dim),
+        lse(geometry.num_heads * geometry.total_q) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    for (DeviceArray<uint16_t>* array : {&q, &k, &v}) {
+      for (int64_t i = 0; i < array->bytes() / 2; ++i) {
+        const float x = 1.5f * normal(random);
+        array->data()[i] =
+            problem.dtype == DType::kBF16 ? ToBf16(x).bits : ToF16(x).bits;
+      }
+    }
+  }
+
+  AttentionTensors Tensors() {
+    const int64_t dim = geometry.head_dim;
+    AttentionTensors tensors;
+    tensors.q = {q.data(), PackedLayout(geometry.total_q, dim)};
+    tensors.k = {k.data(), PackedLayout(geometry.total_k, dim)};
+    tensors.v = {v.data(), PackedLayout(geometry.total_k, dim)};
+    tensors.o = {o.data(), PackedLayout(geometry.total_q, dim)};
+    tensors.lse = {lse.data(), PackedLayout(geometry.total_q, 1)};
+    return tensors;
+  }
+  void Allow() const {
+    for (const DeviceArray<uint16_t>* array : {&q, &k, &v, &o}) array->Allow();
+    lse.Allow();
+  }
+
+  AttentionGeometry geometry;
+  DeviceArray<uint16_t> q, k, v, o;
+  DeviceArray<float> lse;
+};
+
+// One run: the workspace it left, and how it ended.
+template <class Element, int kHeadDim>
+class PipelineRun {
+ public:
+  PipelineRun(const cuda::CudaAttentionPlan& plan, const AttentionTensors& tensors,
+              uint32_t seed)
+      : plan_(plan), workspace_(plan.workspace_bytes) {
+    workspace_.Allow();
+    const auto params =
+        cuda::MakeRunParams(plan_, tensors, {workspace_.data(), workspace_.bytes()});
+    if (!params.ok()) {
+      launcher_.fault.what = params.status().ToString();
+      return;
+    }
+    launcher_.seed = seed;
+    cuda::EnqueueSelection<Element, kHeadDim>(plan_, *params, launcher_);
+    using Config = cuda::Sm80Config<Element, kHeadDim>;
+    const cuda::Sm80Operands operands = {params->q, params->k, params->v};
+    if (!launcher_.fault.ok()) return;
+    launcher_.fault =
+        Launch({.blocks = params->attention.num_tiles * Config::kParts,
+                .threads = Config::kThreads,
+                .resident_blocks = 2,
+                .shared_bytes = sizeof(cuda::Sm80Shared<Config>),
+                .seed = seed},
+               [&] { cuda::AttendSm80<Config>(params->attention, operands); });
+  }
+
+  const Fault& fault() const { return launcher_.fault; }
+  int launches() const { return launcher_.launches; }
+  template <class T>
+  const T* At(int64_t offset) const {
+    return reinterpret_cast<const T*>(workspace_.data() + offset);
+  }
+  const cuda::AttentionTile* tiles() const {
+    return At<cuda::AttentionTile>(plan_.tiles_at);
+  }
+
+ private:
+  const cuda::CudaAttentionPlan& plan_;
+  DeviceArray<std::byte> workspace_;
+  EmulatorLauncher launcher_;
+};
+
+}  // namespace pbs::emulator

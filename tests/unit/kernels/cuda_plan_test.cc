@@ -1,0 +1,194 @@
+// Spec: cuda/plan/cuda_plan.h and the index arithmetic of cuda/selection. No device.
+#include "cuda/plan/cuda_plan.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/support/case_name.h"
+
+namespace pbs::cuda {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr DeviceTraits kDevice;
+
+AttentionProblem Problem(int32_t tokens, const AttentionOptions& options = {}) {
+  return {{32, 8, 128, {{tokens, tokens}}}, DType::kBF16, options};
+}
+
+struct RefusedCase {
+  const char* name;
+  void (*change)(AttentionProblem&);
+  const char* reason;
+};
+
+void PrintTo(const RefusedCase& c, std::ostream* out) { *out << c.name; }
+
+class RefusedProblemSpec : public testing::TestWithParam<RefusedCase> {};
+
+TEST_P(RefusedProblemSpec, NamesFieldValueAndWhatThereIs) {
+  AttentionProblem problem = Problem(1000);
+  GetParam().change(problem);
+  const auto plan = MakeCudaPlan(problem, kDevice);
+  EXPECT_EQ(plan.status().code(), StatusCode::kUnimplemented);
+  EXPECT_THAT(plan.status().message(), HasSubstr(GetParam().reason));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, RefusedProblemSpec,
+    testing::Values(
+        RefusedCase{"f32", [](auto& p) { p.dtype = DType::kF32; },
+                    "dtype f32 is not supported by the cuda backend, which has f16 and "
+                    "bf16"},
+        RefusedCase{"narrow_head", [](auto& p) { p.shape.head_dim = 32; },
+                    "head_dim 32 is not supported by the cuda backend, which has 64, "
+                    "96, 128 and 256"},
+        RefusedCase{
+            "small_blocks", [](auto& p) { p.options.block_size = 64; },
+            "block_size 64 is not supported by the cuda backend, which has 128"},
+        RefusedCase{"coverage", [](auto& p) { p.options.coverage_rows = 8; },
+                    "coverage_rows 8 is not supported by the cuda backend"}),
+    testing_support::CaseName());
+
+TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {
+  AttentionProblem problem = Problem(1000);
+  problem.options.threshold = 2;
+  EXPECT_EQ(MakeCudaPlan(problem, kDevice).status().code(),
+            StatusCode::kInvalidArgument);
+}
+
+struct StageCase {
+  const char* name;
+  int32_t tokens;
+  AttentionOptions options;
+  bool orders, permutes, selects, has_lists;
+};
+
+void PrintTo(const StageCase& c, std::ostream* out) { *out << c.name; }
+
+class StagesSpec : public testing::TestWithParam<StageCase> {};
+
+TEST_P(StagesSpec, AreThoseThatTheMethodNeeds) {
+  const StageCase& c = GetParam();
+  const auto plan = MakeCudaPlan(Problem(c.tokens, c.options), kDevice);
+  ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+  EXPECT_EQ((*plan)->orders, c.orders);
+  EXPECT_EQ((*plan)->permutes, c.permutes);
+  EXPECT_EQ((*plan)->selects, c.selects);
+  EXPECT_EQ((*plan)->has_lists, c.has_lists);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, StagesSpec,
+    testing::Values(
+        StageCase{
+            "dense", 4096, {.method = Method::kDense}, false, false, false, false},
+        StageCase{"pbs", 4096, {}, true, true, true, true},
+        StageCase{"pbs_of_one_segment", 256, {}, false, false, false, false},
+        StageCase{
+            "own_order", 4096, {.use_given_order = true}, false, true, true, true},
+        StageCase{
+            "own_lists", 4096, {.use_given_lists = true}, true, true, false, true},
+        StageCase{"own_order_and_lists",
+                  4096,
+                  {.use_given_order = true, .use_given_lists = true},
+                  false,
+                  true,
+                  false,
+                  true},
+        StageCase{"mean_pooling",
+                  4096,
+                  {.method = Method::kMeanPooling},
+                  false,
+                  false,
+                  true,
+                  true}),
+    testing_support::CaseName());
+
+// Permuted keys and values once per KV head, lists of two bytes an entry: linear and
+// quadratic with a small factor.
+TEST(CudaPlanSpec, MemoryAt128KAnd512KIsWhatTheTablesSay) {
+  for (const int64_t tokens : {int64_t{128} << 10, int64_t{512} << 10}) {
+    const auto plan = MakeCudaPlan(Problem(static_cast<int32_t>(tokens)), kDevice);
+    ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+    const AttentionMemory& memory = (*plan)->memory;
+    const int64_t blocks = tokens / 128;
+    EXPECT_EQ(memory.packed_bytes, 2 * 8 * tokens * 128 * 2);
+    EXPECT_EQ(memory.order_bytes, 8 * tokens * 4);
+    // Two blocks of a segment read up to its end: blocks (blocks + 2) / 2 entries.
+    EXPECT_EQ(memory.lists_bytes,
+              2 * 32 * (blocks * (blocks + 2) / 2) + 2 * 32 * blocks);
+    EXPECT_LT((*plan)->workspace_bytes, 2 * memory.packed_bytes + memory.lists_bytes);
+  }
+}
+
+TEST(CudaPlanSpec, QueryHeadScopeTakesAsManyCopiesAsQueryHeads) {
+  const auto kv = MakeCudaPlan(Problem(8192), kDevice);
+  const auto q = MakeCudaPlan(Problem(8192, {.scope = Scope::kQueryHead}), kDevice);
+  ASSERT_TRUE(kv.ok() && q.ok());
+  EXPECT_EQ((*q)->memory.packed_bytes, 4 * (*kv)->memory.packed_bytes);
+}
+
+TEST(CudaPlanSpec, LogitsOfAGroupFitSharedMemoryAtEveryLength) {
+  for (const int32_t tokens : {1000, 128 << 10, 512 << 10, 1 << 20}) {
+    const auto plan = MakeCudaPlan(Problem(tokens), kDevice);
+    ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+    EXPECT_LE(int64_t{(*plan)->group_blocks} * (*plan)->logit_stride * 4, 64 << 10);
+    EXPECT_GE((*plan)->logit_stride * 128, tokens);
+  }
+}
+
+TEST(ListOffsetSpec, FollowsTheGeometryUpToAMillionTokens) {
+  struct Case {
+    int32_t q_len, k_len, segment_size;
+  };
+  for (const Case& c : {Case{1000, 1000, 256}, Case{700, 1000, 384}, Case{1, 513, 128},
+                        Case{512 << 10, 512 << 10, 256}, Case{1 << 20, 1 << 20, 512}}) {
+    AttentionProblem problem = Problem(0, {.segment_size = c.segment_size});
+    problem.shape.num_heads = 128;
+    problem.shape.sequences = {{600, 600}, {c.q_len, c.k_len}};
+    const auto plan = MakeCudaPlan(problem, kDevice);
+    ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+    const AttentionGeometry& g = (*plan)->geometry;
+    const SequenceGeometry& s = g.sequences[1];
+    const SequenceRecord& record = (*plan)->sequences[1];
+    for (const int32_t head : {0, 127}) {
+      int64_t expected = s.entries_begin + head * s.entries_per_head;
+      for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+        ASSERT_EQ(EntryOffset(record, head, i, g.blocks_per_segment), expected)
+            << c.k_len << " tokens, head " << head << ", query block " << i;
+        ASSERT_EQ(ListRow(record, g.num_heads, head, i), g.ListRow(1, head, i));
+        expected += g.RowCapacity(s, s.first_query_block + i);
+      }
+    }
+    const int64_t last =
+        EntryOffset(record, 127, s.num_query_blocks - 1, g.blocks_per_segment);
+    EXPECT_EQ(last + g.RowCapacity(s, s.num_key_blocks - 1), g.total_entries);
+  }
+}
+
+TEST(RunParamsSpec, OperandsMustBeWhereCopiesOf16BytesCanReadThem) {
+  const auto plan = MakeCudaPlan(Problem(1000), kDevice);
+  ASSERT_TRUE(plan.ok());
+  alignas(256) static std::byte memory[256];
+  const Workspace workspace{memory, (*plan)->workspace_bytes};  // not touched here
+  AttentionTensors tensors;
+  tensors.q = tensors.k = tensors.v = {memory, PackedLayout(1000, 128)};
+  EXPECT_TRUE(MakeRunParams(**plan, tensors, workspace).ok());
+
+  AttentionTensors misaligned = tensors;
+  misaligned.k.data = memory + 8;
+  EXPECT_EQ(MakeRunParams(**plan, misaligned, workspace).status().message(),
+            "k is not 16-byte aligned");
+  AttentionTensors odd = tensors;
+  odd.v.layout.row_stride = 132;
+  EXPECT_EQ(MakeRunParams(**plan, odd, workspace).status().message(),
+            "v has a stride of 132 elements, not a multiple of 8");
+  const auto small =
+      MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes - 1});
+  EXPECT_EQ(small.status().code(), StatusCode::kResourceExhausted);
+}
+
+}  // namespace
+}  // namespace pbs::cuda
