@@ -197,44 +197,25 @@ ScoreRounding RoundingOf(const AttentionOptions& options) {
              : ScoreRounding::kNone;
 }
 
-}  // namespace
+// Hands out pointers into the workspace.
+class Placer {
+ public:
+  explicit Placer(Workspace workspace)
+      : base_(static_cast<std::byte*>(workspace.data)) {}
 
-StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
-    const AttentionProblem& problem, const DeviceTraits& device) {
-  if (Status status = ValidateProblem(problem); !status.ok()) return status;
-  if (Status status = CheckSupported(problem); !status.ok()) return status;
-  auto plan = std::make_unique<CudaAttentionPlan>();
-  plan->problem = problem;
-  plan->geometry = MakeGeometry(problem);
-  ChooseStages(device, *plan);
-  MakeRecords(*plan);
-  PlaceRegions(*plan);
-  return plan;
-}
+  template <class T>
+  void operator()(T*& pointer, int64_t offset) const {
+    pointer = reinterpret_cast<T*>(base_ + offset);
+  }
 
-StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
-                                  const AttentionTensors& tensors,
-                                  Workspace workspace) {
+ private:
+  std::byte* base_;
+};
+
+void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
+                  SelectionParams& s) {
   const AttentionGeometry& g = plan.geometry;
   const AttentionOptions& options = plan.problem.options;
-  if (workspace.bytes < plan.workspace_bytes) {
-    return ResourceExhausted("the workspace has " + std::to_string(workspace.bytes) +
-                             " bytes, the plan needs " +
-                             std::to_string(plan.workspace_bytes));
-  }
-  auto q = OperandOf("q", tensors.q);
-  if (!q.ok()) return q.status();
-  auto k = OperandOf("k", tensors.k);
-  if (!k.ok()) return k.status();
-  auto v = OperandOf("v", tensors.v);
-  if (!v.ok()) return v.status();
-  const auto at = [&]<class T>(T*& pointer, int64_t offset) {
-    pointer = reinterpret_cast<T*>(static_cast<std::byte*>(workspace.data) + offset);
-  };
-
-  RunParams run{};
-  SelectionParams& s = run.selection;
-  at(s.sequences, plan.sequences_at);
   s.num_sequences = static_cast<int32_t>(plan.sequences.size());
   s.num_heads = g.num_heads;
   s.num_kv_heads = g.num_kv_heads;
@@ -256,13 +237,15 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   s.permutes = plan.permutes ? 1 : 0;
   s.pools = plan.selects ? 1 : 0;
   s.rounding = RoundingOf(options);
-  s.q = *q;
-  s.k = *k;
-  s.v = *v;
   if (options.use_given_order) {
     s.given_order = static_cast<const int32_t*>(tensors.order.data);
     s.given_order_strides = StridesOf(tensors.order.layout);
   }
+}
+
+void PlaceSelection(const CudaAttentionPlan& plan, const Placer& at,
+                    SelectionParams& s) {
+  at(s.sequences, plan.sequences_at);
   at(s.chunk_max, plan.chunk_max_at);
   at(s.chunk_sum, plan.chunk_sum_at);
   at(s.proxy_shift, plan.proxy_shift_at);
@@ -277,7 +260,13 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   at(s.counts, plan.counts_at);
   at(s.entries, plan.entries_at);
   at(s.non_finite, plan.flags_at);
+}
 
+void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
+                  const Placer& at, RunParams& run) {
+  const AttentionGeometry& g = plan.geometry;
+  const AttentionOptions& options = plan.problem.options;
+  const SelectionParams& s = run.selection;
   TileOrderParams& t = run.tile_order;
   t.sequences = s.sequences;
   t.num_sequences = s.num_sequences;
@@ -301,7 +290,14 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   at(t.tiles, plan.tiles_at);
   at(t.next_tile, plan.flags_at + 4);
   at(t.fell_back, plan.fell_back_at);
+}
 
+// After the others.
+void SetAttention(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
+                  RunParams& run) {
+  const AttentionGeometry& g = plan.geometry;
+  const SelectionParams& s = run.selection;
+  const TileOrderParams& t = run.tile_order;
   AttentionParams& a = run.attention;
   a.tiles = t.tiles;
   a.num_tiles = t.total_tiles;
@@ -312,9 +308,9 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   a.o_strides = StridesOf(tensors.o.layout);
   a.lse = static_cast<float*>(tensors.lse.data);
   a.lse_strides = StridesOf(tensors.lse.layout);
-  run.q = *q;
-  run.k = *k;
-  run.v = *v;
+  run.q = s.q;
+  run.k = s.k;
+  run.v = s.v;
   if (plan.permutes) {
     const int64_t slots = int64_t{plan.total_key_blocks} * kBlockTokens;
     const RowStrides strides = {0, slots * g.head_dim, g.head_dim, 1};
@@ -323,6 +319,46 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
     run.k = {s.permuted_k, strides};
     run.v = {s.permuted_v, strides};
   }
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
+    const AttentionProblem& problem, const DeviceTraits& device) {
+  if (Status status = ValidateProblem(problem); !status.ok()) return status;
+  if (Status status = CheckSupported(problem); !status.ok()) return status;
+  auto plan = std::make_unique<CudaAttentionPlan>();
+  plan->problem = problem;
+  plan->geometry = MakeGeometry(problem);
+  ChooseStages(device, *plan);
+  MakeRecords(*plan);
+  PlaceRegions(*plan);
+  return plan;
+}
+
+StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
+                                  const AttentionTensors& tensors,
+                                  Workspace workspace) {
+  if (workspace.bytes < plan.workspace_bytes) {
+    return ResourceExhausted("the workspace has " + std::to_string(workspace.bytes) +
+                             " bytes, the plan needs " +
+                             std::to_string(plan.workspace_bytes));
+  }
+  auto q = OperandOf("q", tensors.q);
+  if (!q.ok()) return q.status();
+  auto k = OperandOf("k", tensors.k);
+  if (!k.ok()) return k.status();
+  auto v = OperandOf("v", tensors.v);
+  if (!v.ok()) return v.status();
+  RunParams run{};
+  run.selection.q = *q;
+  run.selection.k = *k;
+  run.selection.v = *v;
+  const Placer at(workspace);
+  SetSelection(plan, tensors, run.selection);
+  PlaceSelection(plan, at, run.selection);
+  SetTileOrder(plan, tensors, at, run);
+  SetAttention(plan, tensors, run);
   return run;
 }
 
