@@ -8,11 +8,9 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 install_packages "${build_packages[@]}" python3-venv
-build_targets pbs_emulator pbs_kernels
+build_targets pbs_emulator pbs_kernels pbs_reference pbs_cuda_plan
 say "planted defects"
-python3 "$repo/tests/emulator/check_mutants.py" --jobs "$jobs" \
-  --emulator "$build_dir/tests/emulator/libpbs_emulator.a" \
-  --kernels "$build_dir/kernels/libpbs_kernels.a"
+python3 "$repo/tests/emulator/check_mutants.py" --jobs "$jobs" --build "$build_dir"
 [ "${1:-}" = --without-nvcc ] && exit 0
 
 command -v nvcc >/dev/null || fail "there is no nvcc: install the CUDA toolkit 13, or

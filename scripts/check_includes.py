@@ -37,8 +37,8 @@ ROOMS = [
     Room("kernels/synthetic", 1),
     Room("kernels/reference", 1),
     # Its primitives are the emulator's when the host compiles it.
-    Room("kernels/cuda", 1, ("cuda",), ("tests/emulator",)),
-    Room("kernels/cpu", 1, ("tbb", "dnnl"), ("kernels/methods",)),
+    Room("kernels/cuda", 1, ("cuda",), ("kernels/common", "tests/emulator")),
+    Room("kernels/cpu", 1, ("tbb", "dnnl"), ("kernels/common", "kernels/methods")),
     Room("server/model", 2, ("nlohmann", "xxhash")),
     Room("proto/wire", 2, ("grpc", "protobuf"), ("proto",)),
     Room("server/base/grpc_status", 2, ("absl", "grpc", "protobuf"), ("server/base", "proto")),

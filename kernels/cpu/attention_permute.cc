@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "common/score_rounding.h"
 #include "cpu/attention_run.h"
 #include "methods/key_order.h"
 
@@ -95,7 +96,7 @@ void ScoreKeyTile(AttentionRun& run, const Unit& unit, int64_t tile, int worker)
   run.kernels.proxy_softmax({.keys = keys,
                              .proxies = scores.padded,
                              .scale = kLog2E / root,
-                             .rounding = RoundingCode(ScoreRounding(plan.problem)),
+                             .rounding = RoundingCode(ScoreRoundingOf(plan.problem)),
                              .sqrt_head_dim = root,
                              .scores = out,
                              .tile_max = scores.tile_max(tile),
@@ -236,12 +237,6 @@ void PackBlock(AttentionRun& run, const Unit& unit, int32_t block, int worker) {
 
 }  // namespace
 
-DType ScoreRounding(const AttentionProblem& problem) {
-  const bool rounds = problem.options.method == Method::kPbs &&
-                      problem.options.scope == Scope::kQueryHead;
-  return rounds ? problem.dtype : DType::kF32;
-}
-
 void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
                 float* mean) {
   const CpuAttentionPlan& plan = run.plan;
@@ -258,7 +253,7 @@ void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
     }
   }
   run.kernels.divide(static_cast<float>(g.block_size), mean, g.head_dim);
-  if (ScoreRounding(plan.problem) != DType::kF32) {
+  if (ScoreRoundingOf(plan.problem) != DType::kF32) {
     uint16_t narrow[kHeadDims.back()];
     RowFromF32(run.kernels, plan.problem.dtype, mean, g.head_dim, narrow);
     RowToF32(run.kernels, plan.problem.dtype, narrow, g.head_dim, mean);

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "common/list_report.h"
 #include "cpu/attention_run.h"
 
 namespace pbs::cpu {
@@ -53,12 +54,6 @@ double RowCoverage(const AttentionRun& run, const Unit& unit, int32_t head, int3
   return selected / total;
 }
 
-// One row of the lists that ran.
-struct RanRow {
-  bool dense = false;
-  std::span<const uint16_t> entries;  // unless dense
-};
-
 class ReportReader {
  public:
   ReportReader(const CpuAttentionPlan& plan, const std::byte* workspace)
@@ -77,53 +72,15 @@ class ReportReader {
 
   RanRow Row(int32_t sequence, int32_t head, int32_t query_block) const {
     const int32_t unit = unit_of_[sequence * g_.num_order_heads + g_.OrderHead(head)];
-    if (!plan_.units[unit].sparse || At<uint8_t>(plan_.unit_dense_at)[unit] != 0) {
-      return {.dense = true, .entries = {}};
-    }
     const SequenceGeometry& s = g_.sequences[sequence];
-    const uint16_t* entries = At<uint16_t>(plan_.entries_at) + s.entries_begin +
-                              head * s.entries_per_head +
-                              plan_.row_entries[s.query_block_begin + query_block];
-    return {.dense = false,
-            .entries = {entries,
-                        At<uint16_t>(
-                            plan_.counts_at)[g_.ListRow(sequence, head, query_block)]}};
-  }
-
-  void CountBlocks(AttentionReport& report) const {
-    AttentionStats& stats = report.stats;
-    std::vector<int64_t> executed(static_cast<size_t>(g_.num_heads));
-    int64_t head_causal = 0;
-    for (int32_t n = 0; n < static_cast<int32_t>(g_.sequences.size()); ++n) {
-      const SequenceGeometry& s = g_.sequences[n];
-      stats.dense_flops += 4.0 * g_.head_dim * g_.num_heads * s.q_len *
-                           (s.query_offset + (s.q_len + 1) / 2.0);
-      for (int32_t i = 0; i < s.num_query_blocks; ++i) {
-        const int32_t block = s.first_query_block + i;
-        head_causal += block + 1;
-        for (int32_t head = 0; head < g_.num_heads; ++head) {
-          const RanRow row = Row(n, head, i);
-          const int64_t lower = row.dense ? block + 1
-                                          : std::upper_bound(row.entries.begin(),
-                                                             row.entries.end(), block) -
-                                                row.entries.begin();
-          executed[head] +=
-              row.dense ? block + 1 : static_cast<int64_t>(row.entries.size());
-          stats.lower_blocks += lower;
-        }
-      }
+    if (!plan_.units[unit].sparse || At<uint8_t>(plan_.unit_dense_at)[unit] != 0) {
+      return {.entries = nullptr, .count = s.first_query_block + query_block + 1};
     }
-    stats.causal_blocks = head_causal * g_.num_heads;
-    stats.executed_blocks =
-        std::accumulate(executed.begin(), executed.end(), int64_t{0});
-    stats.executed_flops = 4.0 * g_.block_size * g_.block_size * g_.head_dim *
-                           static_cast<double>(stats.executed_blocks);
-    for (int64_t blocks : executed) {
-      report.head_density.push_back(head_causal == 0
-                                        ? 1.0
-                                        : static_cast<double>(blocks) /
-                                              static_cast<double>(head_causal));
-    }
+    return {.entries = At<uint16_t>(plan_.entries_at) + s.entries_begin +
+                       head * s.entries_per_head +
+                       plan_.row_entries[s.query_block_begin + query_block],
+            .count =
+                At<uint16_t>(plan_.counts_at)[g_.ListRow(sequence, head, query_block)]};
   }
 
   void WhatRan(AttentionStats& stats) const {
@@ -161,38 +118,7 @@ class ReportReader {
     return order;
   }
 
-  BlockLists Lists() const {
-    BlockLists lists;
-    for (int32_t n = 0; n < static_cast<int32_t>(g_.sequences.size()); ++n) {
-      const SequenceGeometry& s = g_.sequences[n];
-      for (int32_t head = 0; head < g_.num_heads; ++head) {
-        for (int32_t i = 0; i < s.num_query_blocks; ++i) {
-          AppendRow(Row(n, head, i), s.first_query_block + i, lists);
-        }
-      }
-    }
-    return lists;
-  }
-
  private:
-  void AppendRow(const RanRow& row, int32_t block, BlockLists& lists) const {
-    const auto begin = static_cast<int64_t>(lists.indices.size());
-    if (row.dense) {
-      for (int32_t j = 0; j <= block; ++j) {
-        lists.indices.push_back(static_cast<uint16_t>(j));
-      }
-    } else {
-      lists.indices.insert(lists.indices.end(), row.entries.begin(), row.entries.end());
-    }
-    const int32_t own = block / g_.blocks_per_segment * g_.blocks_per_segment;
-    const auto masked =
-        std::lower_bound(lists.indices.begin() + begin, lists.indices.end(), own);
-    lists.begin.push_back(begin);
-    lists.count.push_back(
-        static_cast<uint16_t>(static_cast<int64_t>(lists.indices.size()) - begin));
-    lists.num_masked.push_back(static_cast<uint16_t>(lists.indices.end() - masked));
-  }
-
   const CpuAttentionPlan& plan_;
   const AttentionGeometry& g_;
   const std::byte* workspace_;
@@ -228,7 +154,10 @@ void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,
                 const ReportRequest& request, AttentionReport* report) {
   *report = {};
   const ReportReader reader(plan, workspace);
-  reader.CountBlocks(*report);
+  const auto row_of = [&](int32_t sequence, int32_t head, int32_t query_block) {
+    return reader.Row(sequence, head, query_block);
+  };
+  CountBlocks(plan.geometry, row_of, report);
   reader.WhatRan(report->stats);
   reader.Coverage(report->stats);
   const double* times = reader.At<double>(plan.times_at);
@@ -236,7 +165,7 @@ void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,
   report->stats.select_seconds = times[1];
   report->stats.attend_seconds = times[2];
   if (request.order) report->order = reader.Order();
-  if (request.lists) report->lists = reader.Lists();
+  if (request.lists) report->lists = RanLists(plan.geometry, row_of);
 }
 
 }  // namespace pbs::cpu

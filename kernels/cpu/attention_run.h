@@ -131,10 +131,6 @@ double UnitDensity(const AttentionRun& run, const Unit& unit);
 void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
                 float* mean);
 
-// Query-head scope repeats the published code's rounding of scores to the input dtype:
-// kF32 means none.
-DType ScoreRounding(const AttentionProblem& problem);
-
 // Fills `report` from the workspace of a finished run.
 void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,
                 const ReportRequest& request, AttentionReport* report);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/score_rounding.h"
 #include "cpu/attention_run.h"
 #include "methods/block_selection.h"
 
@@ -36,7 +37,7 @@ void PoolQueryBlock(AttentionRun& run, const Unit& unit, int32_t member,
 // Raw dot products of block means -> scaled logits.
 void ScaleLogits(const AttentionRun& run, std::span<float> logits) {
   const float root = std::sqrt(static_cast<float>(run.plan.geometry.head_dim));
-  const DType rounding = ScoreRounding(run.plan.problem);
+  const DType rounding = ScoreRoundingOf(run.plan.problem);
   VisitDType(rounding, [&](auto element) {
     using Element = decltype(element);
     const auto round = [](float x) { return ToFloat(FromFloat<Element>(x)); };

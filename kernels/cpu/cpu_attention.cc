@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "common/score_rounding.h"
 #include "cpu/attention_run.h"
 
 namespace pbs::cpu {
@@ -39,16 +40,6 @@ void CopyGivenLists(AttentionRun& run) {
 }
 
 // What to tell when products of finite inputs were too large.
-std::string OverflowText(const AttentionProblem& problem) {
-  const std::string scope = ScopeName(problem.options.scope);
-  if (ScoreRounding(problem) == DType::kF16) {
-    return "attention scores pass the largest f16, 65504, to which scope " + scope +
-           " rounds them; use scope kv_head, bf16 or smaller inputs";
-  }
-  return "attention scores pass the largest f32, 3.4e38: products of q and k are too "
-         "large";
-}
-
 // False when the run was stopped or met scores that are not finite.
 bool RunWave(AttentionRun& run, const Wave& wave, double* times) {
   const auto healthy = [&run] { return !run.Stopped() && !run.non_finite; };
@@ -122,7 +113,7 @@ Status CpuAttention::Run(const AttentionPlan& plan, const AttentionTensors& tens
   for (const Wave& wave : cpu_plan.waves) {
     if (RunWave(run, wave, times)) continue;
     if (run.non_finite) {
-      return InvalidArgument(OverflowText(plan.problem));
+      return ScoreOverflow(plan.problem);
     }
     return Cancelled("attention stopped by its caller");
   }

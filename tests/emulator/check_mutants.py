@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
 """Shows that the emulator catches each planted defect of mutants.py.
 
-    python3 tests/emulator/check_mutants.py --compiler g++ --emulator libpbs_emulator.a \
-        --kernels libpbs_kernels.a [--jobs N]
+    python3 tests/emulator/check_mutants.py --build FOLDER [--compiler g++] [--jobs N]
 
 Builds the programs of mutants.py from the sources as they are, which must pass, and once
-per mutant from a copy with that defect, which must not. A mutant whose text is not in the sources
-exactly once is an error.
+per mutant from a copy with that defect, which must not. The build FOLDER has the
+libraries. A mutant whose text is not in the sources exactly once is an error.
 """
 
 from __future__ import annotations
@@ -23,6 +22,12 @@ from mutants import PROGRAMS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RUN_SECONDS_MAX = 120
+LIBRARIES = [  # of a build, in the order of linking
+    "tests/emulator/libpbs_emulator.a",
+    "kernels/libpbs_reference.a",
+    "kernels/libpbs_cuda_plan.a",
+    "kernels/libpbs_kernels.a",
+]
 
 
 def run_build(
@@ -33,7 +38,7 @@ def run_build(
     flags = ["-std=c++20", "-O1", "-DPBS_EMULATOR"]
     for include in (folder, ROOT, ROOT / "kernels", ROOT / "kernels/include"):
         flags += ["-I", str(include)]
-    libraries = [str(arguments.emulator), str(arguments.kernels)]
+    libraries = [str(arguments.build / library) for library in LIBRARIES]
     subprocess.run(
         [arguments.compiler, *flags, str(ROOT / "tests/emulator" / source), *libraries]
         + ["-o", str(program)],
@@ -69,8 +74,7 @@ def main() -> int:
     """Prints one line per mutant."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compiler", default="g++")
-    parser.add_argument("--emulator", type=pathlib.Path, required=True)
-    parser.add_argument("--kernels", type=pathlib.Path, required=True)
+    parser.add_argument("--build", type=pathlib.Path, required=True)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     for program in PROGRAMS:

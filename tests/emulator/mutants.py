@@ -172,4 +172,37 @@ SM80_MUTANTS = [
     ("moved_in_the_wrong_group", SHARED_ROWS, "(address ^ pieces % kGroup * 16)", "(address + pieces % kGroup * 16)"),
 ]
 
-PROGRAMS = {"mutant_sm80.cc": SM80_MUTANTS, "mutant_sm90.cc": SM90_MUTANTS}
+SCORE_KEYS = "cuda/selection/score_keys.h"
+SORT = "cuda/selection/sort_segments.h"
+GATHER = "cuda/selection/gather_keys.h"
+SELECT = "cuda/selection/select_blocks.h"
+TILES = "cuda/selection/order_tiles.h"
+PARAMS = "cuda/selection/selection_params.h"
+
+SELECTION_MUTANTS = [
+    ("sorted_upwards", SORT, "greater != rising", "greater == rising"),
+    ("keys_overwritten_while_scored", SCORE_KEYS, "      SyncThreads();  // the next keys may come\n", ""),
+    (
+        "shares_read_too_early",
+        SCORE_KEYS,
+        """      SyncThreads();
+      if (ThreadIndex() < kScoredKeys) {""",
+        """      if (ThreadIndex() < kScoredKeys) {""",
+    ),
+    ("proxies_of_another_row", SCORE_KEYS, "ThreadIndex() % 32 / 4 + r * 8", "ThreadIndex() % 32 / 4 + r * 4"),
+    ("values_of_the_keys", GATHER, "Source(params_.v, row)", "Source(params_.k, row)"),
+    ("padding_is_a_key", GATHER, "slot >= sequence_.k_len", "slot > sequence_.k_len"),
+    ("queries_of_nobody_pooled", GATHER, "query < 0 || query >= s.q_len", "query >= s.q_len"),
+    ("first_block_not_forced", SELECT, "keep || (past && block == forced)", "keep"),
+    ("candidates_of_the_first_row", SELECT, "NumCandidates(rows - 1)", "NumCandidates(0)"),
+    ("mass_of_too_many", SELECT, "FloatBits(weight) >= bits", "FloatBits(weight) > 0"),
+    ("mask_of_too_few", TILES, "- 1) >= own)", "- 1) > own)"),
+    ("tiles_of_another_place", TILES, "params_.tiles + begin_ + place", "params_.tiles + place"),
+    ("lists_overlap", PARAMS, "segments * (segments + 1) / 2", "segments * segments / 2"),
+]
+
+PROGRAMS = {
+    "mutant_sm80.cc": SM80_MUTANTS,
+    "mutant_sm90.cc": SM90_MUTANTS,
+    "mutant_selection.cc": SELECTION_MUTANTS,
+}

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/plan/cuda_report.h"
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
 #include "tests/emulator/selection_case.h"
@@ -30,48 +31,6 @@ class PipelineSpec : public testing::TestWithParam<PipelineCase> {
     return {GetParam().shape, GetParam().dtype, GetParam().options};
   }
 };
-
-// What a run decided, as the reference says it.
-template <class Run>
-reference::Decision DecisionOf(const cuda::CudaAttentionPlan& plan, const Run& run) {
-  const AttentionGeometry& g = plan.geometry;
-  reference::Decision decision;
-  decision.order.resize(static_cast<size_t>(g.num_order_heads * g.total_k));
-  for (int32_t head = 0; head < g.num_order_heads; ++head) {
-    for (const SequenceGeometry& s : g.sequences) {
-      for (int32_t slot = 0; slot < s.k_len; ++slot) {
-        decision.order[head * g.total_k + s.k_begin + slot] =
-            plan.permutes
-                ? run.template At<int32_t>(
-                      plan.positions_at)[head * g.total_slots + s.slot_begin + slot]
-                : slot;
-      }
-    }
-  }
-  // Tiles know their row; lists that are not stored are arithmetic.
-  const int64_t rows = plan.num_tiles();
-  std::vector<std::vector<uint16_t>> lists(static_cast<size_t>(rows));
-  for (int64_t i = 0; i < rows; ++i) {
-    const cuda::AttentionTile& tile = run.tiles()[i];
-    const SequenceGeometry& s = g.sequences[tile.sequence];
-    auto& list = lists[g.ListRow(tile.sequence, tile.head,
-                                 tile.first_position / 128 - s.first_query_block)];
-    for (int32_t entry = 0; entry < tile.list_count; ++entry) {
-      list.push_back(
-          tile.list_begin < 0
-              ? static_cast<uint16_t>(entry)
-              : run.template At<uint16_t>(plan.entries_at)[tile.list_begin + entry]);
-    }
-  }
-  for (const auto& list : lists) {
-    decision.lists.begin.push_back(static_cast<int64_t>(decision.lists.indices.size()));
-    decision.lists.count.push_back(static_cast<uint16_t>(list.size()));
-    decision.lists.num_masked.push_back(0);
-    decision.lists.indices.insert(decision.lists.indices.end(), list.begin(),
-                                  list.end());
-  }
-  return decision;
-}
 
 // Inside whole segments keys fall in importance, up to f32's rounding of it.
 void ExpectSorted(const AttentionProblem& problem, const AttentionTensors& tensors,
@@ -101,39 +60,59 @@ void ExpectSorted(const AttentionProblem& problem, const AttentionTensors& tenso
   }
 }
 
+// Largest differences from the exact answer over the order and lists that ran.
+void ExpectOutputs(const AttentionProblem& problem, const AttentionTensors& tensors,
+                   const AttentionReport& report, const PackedInputs& inputs) {
+  reference::Decision decision;
+  decision.order = report.order;
+  decision.lists = report.lists;
+  const reference::Output exact = reference::Attend(problem, tensors, decision);
+  double o_error = 0;
+  double lse_error = 0;
+  const auto grow = [](double& largest, double error) {
+    if (!(error <= largest)) largest = error;  // NaN too
+  };
+  for (size_t i = 0; i < exact.o.size(); ++i) {
+    const uint16_t bits = inputs.o.data()[i];
+    const float o =
+        problem.dtype == DType::kBF16 ? ToFloat(bf16{bits}) : ToFloat(f16{bits});
+    grow(o_error, std::abs(o - exact.o[i]));
+  }
+  for (size_t i = 0; i < exact.lse.size(); ++i) {
+    grow(lse_error, std::abs(inputs.lse.data()[i] - exact.lse[i]));
+  }
+  EXPECT_LE(o_error, problem.dtype == DType::kBF16 ? 3e-2 : 4e-3);
+  EXPECT_LE(lse_error, 2e-5);
+}
+
 template <class Element, int kHeadDim>
 void CheckRun(const AttentionProblem& problem, uint32_t seed) {
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   ASSERT_TRUE(plan.ok()) << plan.status().ToString();
-  const AttentionGeometry& g = (*plan)->geometry;
   PackedInputs inputs(problem, seed);
   GlobalMemory::Clear();
   inputs.Allow();
   const AttentionTensors tensors = inputs.Tensors();
   const PipelineRun<Element, kHeadDim> run(**plan, tensors, seed);
   ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
-  const reference::Decision decision = DecisionOf(**plan, run);
-
-  if ((*plan)->orders) ExpectSorted(problem, tensors, decision.order);
-  if (!problem.options.dense_fallback) {
-    const reference::Decision expected = reference::Decide(problem, tensors);
-    EXPECT_EQ(ExpandMask(g, decision.lists.View()),
-              ExpandMask(g, expected.lists.View()));
+  AttentionReport report;
+  ASSERT_TRUE(cuda::FillCudaReport(**plan, run.workspace(),
+                                   {.order = true, .lists = true}, &report)
+                  .ok());
+  if ((*plan)->orders) ExpectSorted(problem, tensors, report.order);
+  if (problem.options.dense_fallback) {
+    EXPECT_TRUE(report.stats.dense_fallback);
+    EXPECT_EQ(report.stats.method_run, Method::kDense);
+  } else {
+    const reference::Result expected = reference::Run(problem, tensors);
+    EXPECT_EQ(ExpandMask((*plan)->geometry, report.lists.View()),
+              ExpandMask((*plan)->geometry, expected.decision.lists.View()));
+    EXPECT_EQ(report.stats.executed_blocks, expected.stats.executed_blocks);
+    EXPECT_EQ(report.stats.lower_blocks, expected.stats.lower_blocks);
+    EXPECT_EQ(report.stats.causal_blocks, expected.stats.causal_blocks);
+    EXPECT_EQ(report.stats.method_run, expected.stats.method_run);
   }
-  const reference::Output output = reference::Attend(problem, tensors, decision);
-  double o_error = 0;
-  double lse_error = 0;
-  for (size_t i = 0; i < output.o.size(); ++i) {
-    const uint16_t bits = inputs.o.data()[i];
-    const float o =
-        problem.dtype == DType::kBF16 ? ToFloat(bf16{bits}) : ToFloat(f16{bits});
-    o_error = std::max(o_error, std::abs(o - output.o[i]));
-  }
-  for (size_t i = 0; i < output.lse.size(); ++i) {
-    lse_error = std::max(lse_error, std::abs(inputs.lse.data()[i] - output.lse[i]));
-  }
-  EXPECT_LE(o_error, problem.dtype == DType::kBF16 ? 3e-2 : 4e-3);
-  EXPECT_LE(lse_error, 2e-5);
+  ExpectOutputs(problem, tensors, report, inputs);
 }
 
 TEST_P(PipelineSpec, EqualsTheReference) {
@@ -184,6 +163,67 @@ INSTANTIATE_TEST_SUITE_P(
         PipelineCase{
             "f16", Shape(2, 1, 64, {{600, 600}}), {.threshold = 0.7f}, DType::kF16}),
     testing_support::CaseName());
+
+// A run, its order and its lists; then the same with both given.
+TEST(GivenSpec, AnOrderAndListsOfTheCallerGiveTheSameBits) {
+  AttentionProblem problem{
+      Shape(2, 1, 64, {{700, 700}, {90, 600}}), DType::kBF16, {.threshold = 0.6f}};
+  const auto plan = cuda::MakeCudaPlan(problem, {});
+  ASSERT_TRUE(plan.ok());
+  PackedInputs inputs(problem, 7);
+  GlobalMemory::Clear();
+  inputs.Allow();
+  AttentionTensors tensors = inputs.Tensors();
+  const PipelineRun<cuda::Bf16Element, 64> chosen(**plan, tensors, 1);
+  ASSERT_TRUE(chosen.fault().ok()) << chosen.fault().ToString();
+  AttentionReport report;
+  ASSERT_TRUE(cuda::FillCudaReport(**plan, chosen.workspace(),
+                                   {.order = true, .lists = true}, &report)
+                  .ok());
+  const std::vector<uint16_t> expected(inputs.o.data(),
+                                       inputs.o.data() + inputs.o.bytes() / 2);
+
+  problem.options.use_given_order = problem.options.use_given_lists = true;
+  const auto given_plan = cuda::MakeCudaPlan(problem, {});
+  ASSERT_TRUE(given_plan.ok());
+  tensors.order = {report.order.data(), PackedLayout((*plan)->geometry.total_k, 1)};
+  tensors.lists = report.lists.View();
+  const auto allow = [](const auto& values) {
+    GlobalMemory::Allow(values.data(),
+                        static_cast<int64_t>(values.size() * sizeof(values[0])), true);
+  };
+  allow(report.order);
+  allow(report.lists.begin);
+  allow(report.lists.count);
+  allow(report.lists.indices);
+  const PipelineRun<cuda::Bf16Element, 64> given(**given_plan, tensors, 2);
+  ASSERT_TRUE(given.fault().ok()) << given.fault().ToString();
+  EXPECT_TRUE(std::equal(expected.begin(), expected.end(), inputs.o.data()));
+  AttentionReport again;
+  ASSERT_TRUE(cuda::FillCudaReport(**given_plan, given.workspace(),
+                                   {.order = true, .lists = true}, &again)
+                  .ok());
+  EXPECT_EQ(again.order, report.order);
+  EXPECT_EQ(again.lists.indices, report.lists.indices);
+  EXPECT_EQ(again.lists.num_masked, report.lists.num_masked);
+}
+
+TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
+  const AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16, {}};
+  const auto plan = cuda::MakeCudaPlan(problem, {});
+  ASSERT_TRUE(plan.ok());
+  PackedInputs inputs(problem, 3);
+  for (DeviceArray<uint16_t>* array : {&inputs.q, &inputs.k}) {
+    std::fill_n(array->data(), array->bytes() / 2, ToBf16(3e19f).bits);
+  }
+  GlobalMemory::Clear();
+  inputs.Allow();
+  const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
+  ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
+  AttentionReport report;
+  EXPECT_EQ(cuda::FillCudaReport(**plan, run.workspace(), {}, &report).code(),
+            StatusCode::kInvalidArgument);
+}
 
 }  // namespace
 }  // namespace pbs::emulator

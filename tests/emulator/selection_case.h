@@ -117,7 +117,8 @@ class PipelineRun {
       return;
     }
     launcher_.seed = seed;
-    cuda::EnqueueSelection<Element, kHeadDim>(plan_, *params, launcher_);
+    cuda::EnqueueOrder<Element, kHeadDim>(plan_, *params, launcher_);
+    cuda::EnqueueLists<Element, kHeadDim>(plan_, *params, launcher_);
     using Config = cuda::Sm80Config<Element, kHeadDim>;
     const cuda::Sm80Operands operands = {params->q, params->k, params->v};
     if (!launcher_.fault.ok()) return;
@@ -132,13 +133,7 @@ class PipelineRun {
 
   const Fault& fault() const { return launcher_.fault; }
   int launches() const { return launcher_.launches; }
-  template <class T>
-  const T* At(int64_t offset) const {
-    return reinterpret_cast<const T*>(workspace_.data() + offset);
-  }
-  const cuda::AttentionTile* tiles() const {
-    return At<cuda::AttentionTile>(plan_.tiles_at);
-  }
+  const std::byte* workspace() const { return workspace_.data(); }
 
  private:
   const cuda::CudaAttentionPlan& plan_;

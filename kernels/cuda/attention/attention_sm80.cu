@@ -1,6 +1,9 @@
 // The Ampere kernels, one per configuration.
 #include "cuda/attention/attention_sm80.h"
 
+#include "cuda/attention/attention_launch.h"
+#include "cuda/backend/launcher.h"
+
 namespace pbs::cuda {
 namespace {
 
@@ -11,16 +14,42 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kHeadDim <= 128 ? 2 
   AttendSm80<Config>(params, operands);
 }
 
-#define PBS_INSTANTIATE(head_dim)                                                     \
-  template __global__ void AttendSm80Kernel<Sm80Config<Bf16Element, head_dim>>(       \
-      const __grid_constant__ AttentionParams, const __grid_constant__ Sm80Operands); \
-  template __global__ void AttendSm80Kernel<Sm80Config<F16Element, head_dim>>(        \
-      const __grid_constant__ AttentionParams, const __grid_constant__ Sm80Operands)
+template <class Config>
+cudaError_t Launch(const AttentionLaunch& launch, cudaStream_t stream) {
+  auto* kernel = AttendSm80Kernel<Config>;
+  constexpr int64_t kSharedBytes = sizeof(Sm80Shared<Config>);
+  if (const cudaError_t error = AllowSharedMemory(kernel, kSharedBytes);
+      error != cudaSuccess) {
+    return error;
+  }
+  const auto blocks = static_cast<unsigned>(launch.params.num_tiles * Config::kParts);
+  if (blocks == 0) return cudaSuccess;
+  kernel<<<blocks, Config::kThreads, kSharedBytes, stream>>>(
+      launch.params, Sm80Operands{launch.q, launch.k, launch.v});
+  return cudaGetLastError();
+}
 
-PBS_INSTANTIATE(64);
-PBS_INSTANTIATE(96);
-PBS_INSTANTIATE(128);
-PBS_INSTANTIATE(256);
+template <class Element>
+cudaError_t LaunchOf(const AttentionLaunch& launch, cudaStream_t stream) {
+  switch (launch.head_dim) {
+    case 64:
+      return Launch<Sm80Config<Element, 64>>(launch, stream);
+    case 96:
+      return Launch<Sm80Config<Element, 96>>(launch, stream);
+    case 128:
+      return Launch<Sm80Config<Element, 128>>(launch, stream);
+    case 256:
+      return Launch<Sm80Config<Element, 256>>(launch, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
 
 }  // namespace
+
+cudaError_t LaunchAttentionSm80(const AttentionLaunch& launch, cudaStream_t stream) {
+  return launch.bf16 ? LaunchOf<Bf16Element>(launch, stream)
+                     : LaunchOf<F16Element>(launch, stream);
+}
+
 }  // namespace pbs::cuda

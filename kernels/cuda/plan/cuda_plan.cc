@@ -5,6 +5,8 @@
 #include <cmath>
 #include <string>
 
+#include "common/score_rounding.h"
+
 namespace pbs::cuda {
 namespace {
 
@@ -68,11 +70,9 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
       scored_blocks * g.num_order_heads / std::max<int64_t>(wanted, 1), 1,
       kChunkBlocks));
   plan.logit_stride = CeilDiv(std::max(longest, 1), 32) * 32;
-  plan.group_blocks = 8;
-  while (plan.group_blocks > 2 &&
-         plan.group_blocks * plan.logit_stride * 4 > kLogitBytesMax) {
-    plan.group_blocks /= 2;
-  }
+  plan.group_blocks = kGroupBlocksMax * plan.logit_stride * 4 <= kLogitBytesMax
+                          ? kGroupBlocksMax
+                          : kGroupBlocksMin;
   plan.longest_list = longest;
   plan.one_section = plan.num_tiles() <= kOneSectionTilesMax && !options.dense_fallback;
 }
@@ -146,7 +146,7 @@ void PlaceRegions(CudaAttentionPlan& plan) {
 
   before = regions.size();
   plan.counts_at = regions.Add<uint16_t>(selected * plan.num_tiles());
-  plan.entries_at = regions.Add<uint16_t>(selected * g.total_entries);
+  plan.entries_at = regions.Add<uint16_t>(plan.has_lists ? g.total_entries : 0);
   plan.memory.lists_bytes = regions.size() - before;
 
   before = regions.size();
@@ -191,12 +191,6 @@ StatusOr<RowOperand> OperandOf(const char* name, const ConstRows& rows) {
   return RowOperand{static_cast<const uint16_t*>(rows.data), strides};
 }
 
-ScoreRounding RoundingOf(const AttentionOptions& options) {
-  return options.method == Method::kPbs && options.scope == Scope::kQueryHead
-             ? ScoreRounding::kInputDType
-             : ScoreRounding::kNone;
-}
-
 // Hands out pointers into the workspace.
 class Placer {
  public:
@@ -236,7 +230,9 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.own_has_mass = options.method == Method::kMeanPooling ? 1 : 0;
   s.permutes = plan.permutes ? 1 : 0;
   s.pools = plan.selects ? 1 : 0;
-  s.rounding = RoundingOf(options);
+  s.rounding = ScoreRoundingOf(plan.problem) == DType::kF32
+                   ? ScoreRounding::kNone
+                   : ScoreRounding::kInputDType;
   if (options.use_given_order) {
     s.given_order = static_cast<const int32_t*>(tensors.order.data);
     s.given_order_strides = StridesOf(tensors.order.layout);
@@ -282,11 +278,11 @@ void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   if (options.use_given_lists && plan.has_lists) {
     t.counts = tensors.lists.count;
     t.given_begin = tensors.lists.begin;
-    t.entries = tensors.lists.indices;
+    t.given_entries = tensors.lists.indices;
   } else if (plan.selects) {
     t.counts = s.counts;
-    t.entries = s.entries;
   }
+  t.entries = run.selection.entries;
   at(t.tiles, plan.tiles_at);
   at(t.next_tile, plan.flags_at + 4);
   at(t.fell_back, plan.fell_back_at);
@@ -331,6 +327,15 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
   plan->problem = problem;
   plan->geometry = MakeGeometry(problem);
   ChooseStages(device, *plan);
+  if (plan->selects) {
+    const int64_t bytes = SelectionSharedBytes(plan->group_blocks, plan->logit_stride,
+                                               plan->geometry.head_dim);
+    if (bytes > device.shared_bytes_max) {
+      return Unimplemented("block scores of the longest sequence take " +
+                           std::to_string(bytes) + " bytes of shared memory; this " +
+                           "device has " + std::to_string(device.shared_bytes_max));
+    }
+  }
   MakeRecords(*plan);
   PlaceRegions(*plan);
   return plan;

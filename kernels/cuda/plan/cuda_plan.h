@@ -16,6 +16,7 @@ namespace pbs::cuda {
 // Of the device that the plan is for.
 struct DeviceTraits {
   int32_t num_multiprocessors = 132;
+  int64_t shared_bytes_max = 227 << 10;  // of a thread block
 };
 
 struct CudaAttentionPlan final : AttentionPlan {
@@ -28,7 +29,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   bool has_lists = false;
 
   int32_t chunk_blocks = 1;
-  int32_t group_blocks = 8;
+  int32_t group_blocks = kGroupBlocksMax;
   int32_t logit_stride = 32;
   int32_t total_key_blocks = 0;
   int32_t total_query_blocks = 0;

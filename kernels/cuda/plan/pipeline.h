@@ -21,25 +21,22 @@ void EnqueueSelectBlocks(const CudaAttentionPlan& plan, const SelectionParams& p
     using Kernel = SelectBlocks<Element, kRows>;
     launch.template Run<Kernel>(
         int64_t{params.num_heads} * params.total_groups,
-        Kernel::SharedBytes(params.logit_stride, params.head_dim), params);
+        SelectionSharedBytes(kRows, params.logit_stride, params.head_dim), params);
   };
-  switch (plan.group_blocks) {
-    case 8:
-      return enqueue.template operator()<8>();
-    case 4:
-      return enqueue.template operator()<4>();
-    default:
-      return enqueue.template operator()<2>();
+  if (plan.group_blocks == kGroupBlocksMax) {
+    enqueue.template operator()<kGroupBlocksMax>();
+  } else {
+    enqueue.template operator()<kGroupBlocksMin>();
   }
 }
 
-// Enqueues everything that comes before attention. `launch` has
+// Enqueues what orders and moves keys. `launch` has
 //   template <class Kernel, class Params>
 //   void Run(int64_t blocks, int64_t shared_bytes, const Params& params);
 // A launch of no blocks must do nothing.
 template <class Element, int kHeadDim, class Launcher>
-void EnqueueSelection(const CudaAttentionPlan& plan, const RunParams& run,
-                      Launcher& launch) {
+void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
+                  Launcher& launch) {
   const SelectionParams& params = run.selection;
   const int64_t heads = params.num_heads;
   const int64_t order_heads = params.num_order_heads;
@@ -69,6 +66,15 @@ void EnqueueSelection(const CudaAttentionPlan& plan, const RunParams& run,
         order_heads * params.total_key_blocks,
         BlockRows<Element, kHeadDim>::kSharedBytes + kBlockTokens * 4, params);
   }
+}
+
+// Enqueues what makes lists and tiles, after EnqueueOrder().
+template <class Element, int kHeadDim, class Launcher>
+void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
+                  Launcher& launch) {
+  const SelectionParams& params = run.selection;
+  const int64_t heads = params.num_heads;
+  const int64_t order_heads = params.num_order_heads;
   if (plan.selects) {
     launch.template Run<PoolQueries<Element, kHeadDim>>(
         heads * params.total_query_blocks, BlockRows<Element, kHeadDim>::kSharedBytes,

@@ -149,6 +149,14 @@ template <class T>
 PBS_DEVICE T LoadShared(const T* at) {
   if constexpr (sizeof(T) <= 8) {
     return *static_cast<const volatile T*>(at);
+  } else if constexpr (alignof(T) == 16) {
+    static_assert(sizeof(T) == 16);
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(SharedAddress(at))
+                 : "memory");
+    return T{value.x, value.y, value.z, value.w};
   } else {
     static_assert(sizeof(T) % 8 == 0);
     T value;

@@ -17,27 +17,28 @@ class BlockRows {
   static constexpr int kSharedBytes = kRowsAtOnce * kHeadDim * 4;
 
   // For each row of the block: source(row) is where it begins, null where there is
-  // none (zeros); visit(row, piece, values) gets every piece.
+  // none (zeros); visit(row, group, piece, values) gets every piece, piece / kLanes
+  // being the group, which the compiler knows.
   template <class Source, class Visit>
   PBS_DEVICE static void ForEachPiece(Source&& source, Visit&& visit) {
     PBS_NO_UNROLL
     for (int row = ThreadIndex() / kLanes; row < kBlockTokens; row += kRowsAtOnce) {
       const uint16_t* at = source(row);
       PBS_UNROLL
-      for (int piece = 0; piece < kPieces; piece += kLanes) {
-        const int own = piece + ThreadIndex() % kLanes;
+      for (int group = 0; group < kPieces / kLanes; ++group) {
+        const int piece = group * kLanes + ThreadIndex() % kLanes;
         Words4 values{};
         if (at != nullptr) {
-          values = LoadGlobal(reinterpret_cast<const Words4*>(at + own * 8));
+          values = LoadGlobal(reinterpret_cast<const Words4*>(at + piece * 8));
         }
-        visit(row, own, values);
+        visit(row, group, piece, values);
       }
     }
   }
 
   // As visited in ForEachPiece().
-  PBS_DEVICE void Add(int piece, const Words4& values) {
-    float(&sums)[8] = sums_[piece / kLanes];
+  PBS_DEVICE void Add(int group, const Words4& values) {
+    float(&sums)[8] = sums_[group];
     PBS_UNROLL
     for (int i = 0; i < 4; ++i) {
       sums[2 * i] += Element::Low(values.words[i]);

@@ -32,7 +32,7 @@ class GatherKeys {
   PBS_DEVICE void Run() {
     StoreShared(&positions()[ThreadIndex()], Position(ThreadIndex()));
     SyncThreads();
-    if (params_.permutes != 0) {
+    if (params_.permutes != 0 && !IsSorted()) {
       StoreGlobal(params_.positions + FirstSlot() + ThreadIndex(),
                   LoadShared(&positions()[ThreadIndex()]));
     }
@@ -47,8 +47,8 @@ class GatherKeys {
   PBS_DEVICE void Keys() {
     Rows rows;
     Rows::ForEachPiece([&](int row) { return Source(params_.k, row); },
-                       [&](int row, int piece, const Words4& values) {
-                         rows.Add(piece, values);
+                       [&](int row, int group, int piece, const Words4& values) {
+                         rows.Add(group, values);
                          if (params_.permutes != 0) {
                            Store(params_.permuted_k, row, piece, values);
                          }
@@ -64,16 +64,21 @@ class GatherKeys {
 
   PBS_DEVICE void Values() {
     Rows::ForEachPiece([&](int row) { return Source(params_.v, row); },
-                       [&](int row, int piece, const Words4& values) {
+                       [&](int row, int, int piece, const Words4& values) {
                          Store(params_.permuted_v, row, piece, values);
                        });
+  }
+
+  // Whether the positions of the block's slots are there already.
+  PBS_DEVICE bool IsSorted() const {
+    return block_ - sequence_.key_block_begin < sequence_.scored_blocks;
   }
 
   // Original position of a slot of the block; INT32_MAX behind the last key.
   PBS_DEVICE int32_t Position(int row) const {
     const int slot = (block_ - sequence_.key_block_begin) * kBlockTokens + row;
     if (slot >= sequence_.k_len) return INT32_MAX;
-    if (slot < sequence_.scored_blocks * kBlockTokens) {
+    if (IsSorted()) {
       return LoadGlobal(params_.positions + FirstSlot() + row);
     }
     if (params_.given_order != nullptr && sequence_.sparse != 0) {
@@ -136,7 +141,7 @@ struct PoolQueries {
           return params.q.data +
                  params.q.strides.Offset(index, s.q_begin, place.head, query);
         },
-        [&](int, int piece, const Words4& values) { rows.Add(piece, values); });
+        [&](int, int group, int, const Words4& values) { rows.Add(group, values); });
     rows.Mean(params.rounding, [&](int column, float mean) {
       StoreGlobal(params.pooled_queries +
                       (int64_t{place.head} * params.total_query_blocks + place.item) *

@@ -10,11 +10,11 @@
 
 namespace pbs::cuda {
 
-// Grid [1] or [num_order_heads, num_sequences], 256 threads; dynamic shared memory:
+// Grid [1] or [num_order_heads, num_sequences], 512 threads; dynamic shared memory:
 // SharedBytes(longest).
 class OrderTiles {
  public:
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 512;
 
   PBS_HOST_DEVICE static constexpr int SharedBytes(int longest) {
     return (longest + 1 + kThreads + 4) * 4;
@@ -38,7 +38,9 @@ class OrderTiles {
     }
     SyncThreads();
     for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
-      AtomicAddShared(counts_ + MakeTile(row).list_count, 1);
+      const AttentionTile tile = MakeTile(row);
+      if (tile.list_begin >= 0 && params_.given_begin != nullptr) CopyGiven(row, tile);
+      AtomicAddShared(counts_ + tile.list_count, 1);
     }
     SyncThreads();
     CountsToPlaces();
@@ -115,6 +117,19 @@ class OrderTiles {
     SyncThreads();
   }
 
+  PBS_DEVICE void CopyGiven(int64_t row, const AttentionTile& tile) const {
+    const uint16_t* given = Entries(row, tile);
+    for (int i = 0; i < tile.list_count; ++i) {
+      StoreGlobal(params_.entries + tile.list_begin + i, LoadGlobal(given + i));
+    }
+  }
+
+  // Where the list of a row comes from.
+  PBS_DEVICE const uint16_t* Entries(int64_t row, const AttentionTile& tile) const {
+    if (params_.given_begin == nullptr) return params_.entries + tile.list_begin;
+    return params_.given_entries + LoadGlobal(params_.given_begin + row);
+  }
+
   PBS_DEVICE AttentionTile MakeTile(int64_t row) const {
     const int index = SequenceOfRow(row);
     const SequenceRecord s = LoadGlobal(params_.sequences + index);
@@ -146,13 +161,10 @@ class OrderTiles {
       tile.num_masked = own_end - own;
       return tile;
     }
-    tile.list_begin =
-        params_.given_begin != nullptr
-            ? LoadGlobal(params_.given_begin + row)
-            : EntryOffset(s, head, query_block, params_.blocks_per_segment);
+    tile.list_begin = EntryOffset(s, head, query_block, params_.blocks_per_segment);
     tile.list_count = LoadGlobal(params_.counts + row);
     tile.num_masked = 0;
-    const uint16_t* end = params_.entries + tile.list_begin + tile.list_count;
+    const uint16_t* end = Entries(row, tile) + tile.list_count;
     while (tile.num_masked < tile.list_count &&
            LoadGlobal(end - tile.num_masked - 1) >= own) {
       ++tile.num_masked;

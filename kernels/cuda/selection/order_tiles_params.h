@@ -14,14 +14,16 @@ struct TileOrderParams {
   int32_t num_heads;
   int32_t num_order_heads;
   int32_t blocks_per_segment;
-  int32_t total_tiles;         // rows of the lists
-  int32_t one_section;         // all tiles in one; else one per sequence and order head
-  int32_t longest;             // most blocks that a list can have
-  int32_t dense_fallback;      // lists of little use are not read
-  float fallback_density;      // from which on they are not
-  const uint16_t* counts;      // [tiles] by ListRow(); null: every list is arithmetic
-  const int64_t* given_begin;  // [tiles] lists of the caller; null: by EntryOffset()
-  const uint16_t* entries;
+  int32_t total_tiles;     // rows of the lists
+  int32_t one_section;     // all tiles in one; else one per sequence and order head
+  int32_t longest;         // most blocks that a list can have
+  int32_t dense_fallback;  // lists of little use are not read
+  float fallback_density;  // from which on they are not
+  const uint16_t* counts;  // [tiles] by ListRow(); null: every list is arithmetic
+  uint16_t* entries;       // by EntryOffset()
+  // Lists of the caller, which are copied to `entries`; null: none.
+  const int64_t* given_begin;  // [tiles]
+  const uint16_t* given_entries;
   int32_t permuted;      // own blocks hold keys of the whole segment
   AttentionTile* tiles;  // [total_tiles]
   int32_t* next_tile;

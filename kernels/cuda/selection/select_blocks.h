@@ -8,8 +8,8 @@
 
 namespace pbs::cuda {
 
-// Grid [num_heads, total_groups], 128 threads; kRows = params.group_blocks query blocks
-// of one head and sequence. Dynamic shared memory: SharedBytes().
+// Grid [num_heads, total_groups], 128 threads; kRows = params.group_blocks (4 or 8)
+// query blocks of one head and sequence. Dynamic shared memory: SelectionSharedBytes().
 //
 // No sort: probabilities are non-negative floats, whose bits are ordered like they are.
 // Thirty halvings of the bit range find the smallest probability that is needed; mass
@@ -18,10 +18,6 @@ template <class Element, int kRows>
 class SelectBlocks {
  public:
   static constexpr int kThreads = 128;
-
-  PBS_HOST_DEVICE static constexpr int SharedBytes(int logit_stride, int head_dim) {
-    return kRows * (logit_stride + head_dim) * 4;
-  }
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
     SelectBlocks(params, PlaceInGrid(params.total_groups)).Run();
@@ -80,8 +76,13 @@ class SelectBlocks {
         const float key =
             LoadGlobal(keys + int64_t{d} * params_.total_key_blocks + block);
         PBS_UNROLL
-        for (int row = 0; row < kRows; ++row) {
-          sums[row] += LoadShared(queries_ + d * kRows + row) * key;
+        for (int row = 0; row < kRows; row += 4) {
+          const Words4 queries =
+              LoadShared(reinterpret_cast<const Words4*>(queries_ + d * kRows + row));
+          PBS_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            sums[row + i] += BitsToFloat(queries.words[i]) * key;
+          }
         }
       }
       PBS_UNROLL
@@ -100,8 +101,10 @@ class SelectBlocks {
     const int candidates = NumCandidates(row);
     uint32_t least = 0;    // bits of the smallest weight that is taken
     int ties = INT32_MAX;  // how many blocks of just that weight
-    if (candidates > 0 && !Exponentiate(weights, candidates)) return;
-    if (candidates > 0 && params_.threshold < 1) {
+    if (candidates > 0 && !Exponentiate(weights, candidates)) {
+      least = 0xFFFFFFFFu;  // none: the list must be one all the same
+      ties = 0;
+    } else if (candidates > 0 && params_.threshold < 1) {
       const float wanted = params_.threshold * MassFrom(weights, candidates, 0);
       uint32_t above = kOneBits + 1;  // too few weigh so much
       while (above - least > 1) {

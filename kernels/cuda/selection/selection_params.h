@@ -12,6 +12,9 @@ namespace pbs::cuda {
 constexpr int kBlockTokens = 128;  // of a key or query block
 constexpr int kProxies = 128;      // last queries of a sequence, which score its keys
 constexpr int kScoredKeys = 64;    // keys scored together
+// Query blocks whose lists one thread block makes, for short and for long prompts.
+constexpr int kGroupBlocksMax = 8;
+constexpr int kGroupBlocksMin = 4;
 
 // One sequence of the batch. `..._begin`: how many there are in earlier sequences.
 struct SequenceRecord {
@@ -90,6 +93,11 @@ struct SelectionParams {
   int32_t* non_finite;  // set to 1 when a score is not
 };
 
+// Shared memory that selection takes for a group of query blocks.
+PBS_HOST_DEVICE constexpr int64_t SelectionSharedBytes(int group_blocks,
+                                                       int logit_stride, int head_dim) {
+  return int64_t{group_blocks} * (logit_stride + head_dim) * 4;
+}
 // Query heads per KV head, and per order.
 PBS_HOST_DEVICE constexpr int GroupSize(const SelectionParams& params) {
   return params.num_heads / params.num_kv_heads;

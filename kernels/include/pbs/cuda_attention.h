@@ -1,0 +1,37 @@
+// Attention on a CUDA device (compute capability 8.0 and later; Hopper has kernels of
+// its own).
+//
+// f16 and bf16; head dim 64, 96, 128 and 256; blocks of 128 tokens; no coverage. Plan()
+// answers Unimplemented, with what there is instead, to anything else. q, k and v must
+// be 16-byte aligned, their strides multiples of eight elements. Tensors, lists, orders
+// and the workspace (256-byte aligned) lie in device memory.
+//
+// Run() only enqueues kernels on the stream: no allocation, no copy, no wait; it can be
+// captured into a graph. Scores that overflow show in ReadReport(). A head that falls
+// back to dense keeps its order and reads every block of its own and earlier segments.
+// Masked scores may be -inf before they are summed: products of finite inputs that
+// overflow to +inf make NaN there. Behind the end of a packed sequence rows of the next
+// one are read, with weight 0: they must be finite, too.
+//
+// Built with PBS_CUDA=ON.
+#pragma once
+
+#include <memory>
+
+#include "pbs/attention.h"
+#include "pbs/status.h"
+
+namespace pbs {
+
+struct CudaAttentionOptions {
+  int32_t device = 0;
+  void* stream = nullptr;  // cudaStream_t; null: the default stream
+  // Off: Hopper runs the kernels of compute capability 8.0, for comparison.
+  bool use_hopper_kernels = true;
+};
+
+// FailedPrecondition when there is no driver, no such device, or it is too old.
+StatusOr<std::unique_ptr<AttentionBackend>> CreateCudaAttention(
+    const CudaAttentionOptions& options);
+
+}  // namespace pbs

@@ -1,0 +1,295 @@
+// Compares the CUDA backend's attention with kernels/reference on a real device: a
+// table of methods, dtypes and shapes, then random problems.
+//
+//   check_attention [--random N] [--seed S] [--ampere-kernels]
+//
+// One JSON line per problem: errors of o and lse against the exact answer over the same
+// order and lists, rows whose lists differ from the reference's (a near tie may), and
+// whether a second run gave the same bits. Exit status 1 when any is out of bounds.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "pbs/block_mask.h"
+#include "pbs/cuda_attention.h"
+#include "reference/reference_attention.h"
+#include "tests/gpu/device_memory.h"
+
+namespace pbs::gpu {
+namespace {
+
+constexpr double kBf16ErrorMax = 3e-2;
+constexpr double kF16ErrorMax = 4e-3;
+constexpr double kLseErrorMax = 2e-4;
+// Rows of the lists that may differ by a near tie of block masses, in f32.
+constexpr double kOtherRowsMax = 0.01;
+
+struct Inputs {
+  Inputs(const AttentionProblem& problem, uint32_t seed)
+      : geometry(MakeGeometry(problem)) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](std::vector<uint16_t>& values, int64_t rows) {
+      values.resize(static_cast<size_t>(rows * geometry.head_dim));
+      for (uint16_t& value : values) {
+        const float x = 1.5f * normal(random);
+        value = problem.dtype == DType::kBF16 ? ToBf16(x).bits : ToF16(x).bits;
+      }
+    };
+    fill(q, geometry.num_heads * geometry.total_q);
+    fill(k, geometry.num_kv_heads * geometry.total_k);
+    fill(v, geometry.num_kv_heads * geometry.total_k);
+  }
+
+  AttentionTensors Tensors(const void* q_data, const void* k_data, const void* v_data,
+                           void* o, void* lse) const {
+    const int64_t dim = geometry.head_dim;
+    AttentionTensors tensors;
+    tensors.q = {q_data, PackedLayout(geometry.total_q, dim)};
+    tensors.k = {k_data, PackedLayout(geometry.total_k, dim)};
+    tensors.v = {v_data, PackedLayout(geometry.total_k, dim)};
+    tensors.o = {o, PackedLayout(geometry.total_q, dim)};
+    tensors.lse = {lse, PackedLayout(geometry.total_q, 1)};
+    return tensors;
+  }
+
+  AttentionGeometry geometry;
+  std::vector<uint16_t> q, k, v;
+};
+
+struct Outputs {
+  std::vector<uint16_t> o;
+  std::vector<float> lse;
+  bool equal_bits = true;  // of two runs
+  AttentionReport report;
+};
+
+struct Verdict {
+  double o_error = 0;
+  double lse_error = 0;
+  int64_t rows = 0;
+  int64_t other_rows = 0;
+  bool equal_bits = true;
+  double density = 0;
+};
+
+// Rows of lists that are not the same.
+int64_t OtherRows(const BlockLists& a, const BlockLists& b) {
+  int64_t other = 0;
+  for (size_t row = 0; row < a.count.size(); ++row) {
+    const auto ours = a.View().Row(static_cast<int64_t>(row));
+    const auto theirs = b.View().Row(static_cast<int64_t>(row));
+    other += std::equal(ours.begin(), ours.end(), theirs.begin(), theirs.end()) ? 0 : 1;
+  }
+  return other;
+}
+
+// On the device, over a poisoned workspace and poisoned outputs.
+StatusOr<Outputs> RunTwice(AttentionBackend& backend, const AttentionPlan& plan,
+                           const Inputs& inputs) {
+  const AttentionGeometry& g = plan.geometry;
+  const DeviceVector<uint16_t> q(inputs.q), k(inputs.k), v(inputs.v);
+  const DeviceVector<uint16_t> o(static_cast<int64_t>(inputs.q.size()));
+  const DeviceVector<float> lse(g.num_heads * g.total_q);
+  const DeviceBytes workspace(plan.workspace_bytes);
+  Check(cudaMemset(workspace.data(), 0xFF, static_cast<size_t>(workspace.bytes())),
+        "memset");
+  const AttentionTensors tensors =
+      inputs.Tensors(q.data(), k.data(), v.data(), o.data(), lse.data());
+  const Workspace lent{workspace.data(), workspace.bytes()};
+  Outputs outputs;
+  for (int run = 0; run < 2; ++run) {
+    Check(cudaMemset(o.data(), 0xFF, static_cast<size_t>(o.bytes())), "memset");
+    Status status = backend.Run(plan, tensors, lent, {});
+    if (!status.ok()) return status;
+    status =
+        backend.ReadReport(plan, lent, {.order = true, .lists = true}, &outputs.report);
+    if (!status.ok()) return status;
+    const std::vector<uint16_t> now = o.Download();
+    outputs.equal_bits = run == 0 || now == outputs.o;
+    outputs.o = now;
+  }
+  outputs.lse = lse.Download();
+  return outputs;
+}
+
+// With the exact answer over the order and the lists that ran.
+Verdict Compare(const AttentionProblem& problem, const Inputs& inputs,
+                const Outputs& outputs) {
+  const AttentionTensors tensors = inputs.Tensors(inputs.q.data(), inputs.k.data(),
+                                                  inputs.v.data(), nullptr, nullptr);
+  reference::Decision decision;
+  decision.order = outputs.report.order;
+  decision.lists = outputs.report.lists;
+  const reference::Output exact = reference::Attend(problem, tensors, decision);
+  const auto grow = [](double& largest, double error) {
+    if (!(error <= largest)) largest = error;  // NaN too
+  };
+  Verdict verdict;
+  for (size_t i = 0; i < outputs.o.size(); ++i) {
+    const uint16_t bits = outputs.o[i];
+    const float value =
+        problem.dtype == DType::kBF16 ? ToFloat(bf16{bits}) : ToFloat(f16{bits});
+    grow(verdict.o_error, std::abs(value - exact.o[i]));
+  }
+  for (size_t i = 0; i < outputs.lse.size(); ++i) {
+    grow(verdict.lse_error, std::abs(outputs.lse[i] - exact.lse[i]));
+  }
+  verdict.rows = static_cast<int64_t>(decision.lists.count.size());
+  if (!problem.options.dense_fallback) {
+    verdict.other_rows =
+        OtherRows(decision.lists, reference::Decide(problem, tensors).lists);
+  }
+  verdict.equal_bits = outputs.equal_bits;
+  verdict.density = outputs.report.stats.Density();
+  return verdict;
+}
+
+StatusOr<Verdict> Judge(AttentionBackend& backend, const AttentionProblem& problem,
+                        uint32_t seed) {
+  const auto plan = backend.Plan(problem);
+  if (!plan.ok()) return plan.status();
+  const Inputs inputs(problem, seed);
+  const auto outputs = RunTwice(backend, **plan, inputs);
+  if (!outputs.ok()) return outputs.status();
+  return Compare(problem, inputs, *outputs);
+}
+
+bool IsRight(const AttentionProblem& problem, const Verdict& verdict) {
+  const double o_max = problem.dtype == DType::kBF16 ? kBf16ErrorMax : kF16ErrorMax;
+  return verdict.o_error <= o_max && verdict.lse_error <= kLseErrorMax &&
+         verdict.equal_bits &&
+         static_cast<double>(verdict.other_rows) <=
+             kOtherRowsMax * static_cast<double>(verdict.rows);
+}
+
+bool Report(AttentionBackend& backend, const std::string& name,
+            const AttentionProblem& problem, uint32_t seed) {
+  const auto verdict = Judge(backend, problem, seed);
+  if (!verdict.ok()) {
+    std::printf("{\"case\": \"%s\", \"seed\": %u, \"error\": \"%s\"}\n", name.c_str(),
+                seed, verdict.status().ToString().c_str());
+    return false;
+  }
+  const bool right = IsRight(problem, *verdict);
+  std::printf(
+      "{\"case\": \"%s\", \"seed\": %u, \"right\": %s, \"o_error\": %.3g, "
+      "\"lse_error\": %.3g, \"other_rows\": %lld, \"rows\": %lld, \"equal_bits\": %s, "
+      "\"density\": %.3f}\n",
+      name.c_str(), seed, right ? "true" : "false", verdict->o_error,
+      verdict->lse_error, static_cast<long long>(verdict->other_rows),
+      static_cast<long long>(verdict->rows), verdict->equal_bits ? "true" : "false",
+      verdict->density);
+  std::fflush(stdout);
+  return right;
+}
+
+std::string NameOf(const AttentionProblem& problem) {
+  std::string name = MethodName(problem.options.method);
+  name += problem.options.scope == Scope::kQueryHead ? "_query_head" : "";
+  name += problem.dtype == DType::kBF16 ? "_bf16_d" : "_f16_d";
+  name += std::to_string(problem.shape.head_dim);
+  for (const SequenceShape& s : problem.shape.sequences) {
+    name.append("_").append(std::to_string(s.q_len));
+    name.append("of").append(std::to_string(s.k_len));
+  }
+  return name;
+}
+
+std::vector<AttentionProblem> Table() {
+  std::vector<AttentionProblem> problems;
+  for (const int32_t head_dim : {64, 96, 128, 256}) {
+    for (const DType dtype : {DType::kBF16, DType::kF16}) {
+      for (const Method method : {Method::kDense, Method::kPbs, Method::kMeanPooling}) {
+        for (const Scope scope : {Scope::kKvHead, Scope::kQueryHead}) {
+          if (scope == Scope::kQueryHead && method != Method::kPbs) continue;
+          problems.push_back({{4, 2, head_dim, {{900, 900}, {130, 700}, {1, 1}}},
+                              dtype,
+                              {.method = method, .threshold = 0.6f, .scope = scope}});
+        }
+      }
+    }
+  }
+  problems.push_back({{8, 1, 128, {{1300, 1300}}}, DType::kBF16, {.threshold = 1}});
+  problems.push_back({{2, 2, 128, {{1300, 1300}}},
+                      DType::kBF16,
+                      {.segment_size = 512, .threshold = 0.4f}});
+  problems.push_back({{2, 1, 64, {{1000, 1000}}},
+                      DType::kBF16,
+                      {.threshold = 1, .dense_fallback = true}});
+  return problems;
+}
+
+AttentionProblem RandomProblem(std::mt19937& random) {
+  const auto pick = [&](auto... choices) {
+    const std::vector values{choices...};
+    return values[random() % values.size()];
+  };
+  AttentionProblem problem;
+  problem.dtype = pick(DType::kBF16, DType::kF16);
+  problem.shape.num_kv_heads = pick(1, 2, 3);
+  problem.shape.num_heads = problem.shape.num_kv_heads * pick(1, 2, 4);
+  problem.shape.head_dim = pick(64, 96, 128, 256);
+  problem.options.method =
+      pick(Method::kDense, Method::kPbs, Method::kPbs, Method::kMeanPooling);
+  problem.options.scope = pick(Scope::kKvHead, Scope::kQueryHead);
+  problem.options.segment_size = pick(128, 256, 384, 1024);
+  problem.options.threshold = pick(0.2f, 0.7f, 0.95f, 1.0f);
+  problem.options.force_first_block = pick(true, false);
+  const int sequences = pick(1, 2, 5);
+  for (int i = 0; i < sequences; ++i) {
+    const auto k_len = static_cast<int32_t>(1 + random() % 800);
+    const auto q_len =
+        pick(true, false) ? k_len : static_cast<int32_t>(1 + random() % k_len);
+    problem.shape.sequences.push_back({q_len, k_len});
+  }
+  return problem;
+}
+
+}  // namespace
+}  // namespace pbs::gpu
+
+int main(int argc, char** argv) {
+  int random_problems = 40;
+  uint32_t seed = 1;
+  pbs::CudaAttentionOptions options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--ampere-kernels") {
+      options.use_hopper_kernels = false;
+    } else if (argument == "--random" && i + 1 < argc) {
+      random_problems = std::atoi(argv[++i]);
+    } else if (argument == "--seed" && i + 1 < argc) {
+      seed = static_cast<uint32_t>(std::atoi(argv[++i]));
+    } else {
+      std::fprintf(stderr, "unknown argument %s; see the first lines of %s\n", argv[i],
+                   "tests/gpu/check_attention.cc");
+      return 2;
+    }
+  }
+  const auto backend = pbs::CreateCudaAttention(options);
+  if (!backend.ok()) {
+    std::fprintf(stderr, "%s\n", backend.status().ToString().c_str());
+    return 2;
+  }
+  int wrong = 0;
+  for (const pbs::AttentionProblem& problem : pbs::gpu::Table()) {
+    wrong +=
+        pbs::gpu::Report(**backend, pbs::gpu::NameOf(problem), problem, seed) ? 0 : 1;
+  }
+  for (int i = 0; i < random_problems; ++i) {
+    std::mt19937 random(seed + static_cast<uint32_t>(i));
+    const pbs::AttentionProblem problem = pbs::gpu::RandomProblem(random);
+    wrong += pbs::gpu::Report(**backend, "random_" + pbs::gpu::NameOf(problem), problem,
+                              seed + static_cast<uint32_t>(i))
+                 ? 0
+                 : 1;
+  }
+  std::printf("{\"wrong\": %d}\n", wrong);
+  return wrong == 0 ? 0 : 1;
+}

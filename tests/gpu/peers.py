@@ -1,0 +1,101 @@
+"""What others run on the same tensors: torch SDPA, FlexAttention, and a block-sparse
+Triton kernel of our own that stands in for the published one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend):
+    """A call of dense causal attention on one backend of torch; q [H, L, D]."""
+
+    def run() -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, enable_gqa=True
+            )[0]
+
+    return run
+
+
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor):
+    """A call of FlexAttention that visits the blocks of `mask`, causal inside."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    def causal(_batch, _head, query, key):
+        return query >= key
+
+    lower = torch.tril(mask)
+    count = lower.sum(-1, dtype=torch.int32)[None]
+    indices = torch.argsort(lower.int(), dim=-1, descending=True, stable=True)
+    block_mask = BlockMask.from_kv_blocks(
+        count, indices.to(torch.int32)[None], BLOCK_SIZE=128, mask_mod=causal
+    )
+    compiled = torch.compile(flex_attention)
+
+    def run() -> torch.Tensor:
+        return compiled(q[None], k[None], v[None], block_mask=block_mask, enable_gqa=True)[0]
+
+    return run
+
+
+@triton.jit
+def block_sparse_kernel(
+    q, k, v, positions, begin, count, indices, o,
+    tokens, scale_log2,
+    group: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr,
+    segment_blocks: tl.constexpr,
+):  # fmt: skip
+    """One block of queries: its listed key blocks, own segment masked by position."""
+    query_block = tl.program_id(0)
+    head = tl.program_id(1)
+    rows = query_block * block + tl.arange(0, block)
+    columns = tl.arange(0, head_dim)
+    kv = (head // group).to(tl.int64) * tokens
+    q_at = q + (head.to(tl.int64) * tokens + rows[:, None]) * head_dim + columns[None, :]
+    queries = tl.load(q_at)
+    largest = tl.full([block], -float("inf"), tl.float32)
+    total = tl.zeros([block], tl.float32)
+    out = tl.zeros([block, head_dim], tl.float32)
+    row = head * tl.num_programs(0) + query_block
+    first = tl.load(begin + row)
+    own = query_block // segment_blocks * segment_blocks
+    for i in range(tl.load(count + row)):
+        key_block = tl.load(indices + first + i).to(tl.int32)
+        slots = key_block * block + tl.arange(0, block)
+        keys = tl.load(k + (kv + slots[None, :]) * head_dim + columns[:, None])
+        scores = tl.dot(queries, keys) * scale_log2
+        if key_block >= own:
+            at = tl.load(positions + kv + slots)
+            scores = tl.where(at[None, :] <= rows[:, None], scores, -1.0e6)
+        top = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores - top[:, None])
+        shrink = tl.exp2(largest - top)
+        total = total * shrink + tl.sum(weights, 1)
+        values = tl.load(v + (kv + slots[:, None]) * head_dim + columns[None, :])
+        out = out * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
+        largest = top
+    o_at = o + (head.to(tl.int64) * tokens + rows[:, None]) * head_dim + columns[None, :]
+    tl.store(o_at, (out / total[:, None]).to(o.dtype.element_ty))
+
+
+def triton_sparse(q, k, v, positions, lists):
+    """A call over permuted k, v [G, L, D] with positions int32 [G, L]; L a multiple of 128."""
+    heads, tokens, head_dim = q.shape
+    o = torch.empty_like(q)
+    count = lists.count.to(torch.int32)
+
+    def run() -> torch.Tensor:
+        block_sparse_kernel[(tokens // 128, heads)](
+            q, k, v, positions, lists.begin, count, lists.indices, o, tokens,
+            math.log2(math.e) / math.sqrt(head_dim), heads // k.shape[0], head_dim, 128, 2,
+            num_warps=8, num_stages=2,
+        )  # fmt: skip
+        return o
+
+    return run
