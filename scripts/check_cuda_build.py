@@ -76,14 +76,27 @@ UNITS = [
     Unit("kernels/cuda/backend/cuda_attention.cu", "90", {}, registers_max=255),
 ]
 
+# What runs on a GPU machine only must at least compile here.
+HOST_SOURCES = ["tests/gpu/check_attention.cc", "tests/gpu/python_library.cc"]
+INCLUDES = ["-I", str(ROOT), "-I", str(ROOT / "kernels"), "-I", str(ROOT / "kernels/include")]
+
+
+def compile_host(source: str) -> list[str]:
+    """Complaints about a source that has no kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = str(pathlib.Path(folder) / "host.o")
+        command = ["nvcc", "-std=c++20", *INCLUDES, "-c", "-o", target, str(ROOT / source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    print(f"{source}: {'compiles' if done.returncode == 0 else 'does not compile'}")
+    return [] if done.returncode == 0 else [f"{source}:\n{done.stderr}"]
+
 
 def compile_unit(unit: Unit, cubin: pathlib.Path) -> tuple[list[str], str]:
     """Complaints, and what ptxas said."""
     architecture = f"arch=compute_{unit.architecture},code=sm_{unit.architecture}"
     command = [
         "nvcc", "-std=c++20", "-O3", "-gencode", architecture, "-Xptxas", "-v",
-        "-I", str(ROOT / "kernels"), "-I", str(ROOT / "kernels/include"),
-        "-cubin", "-o", str(cubin), str(ROOT / unit.source),
+        *INCLUDES, "-cubin", "-o", str(cubin), str(ROOT / unit.source),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     said = done.stdout + done.stderr
@@ -180,7 +193,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        found = sum(pool.map(lambda unit: check_unit(unit, arguments.cuobjdump), UNITS), [])
+        checks = [pool.submit(check_unit, unit, arguments.cuobjdump) for unit in UNITS]
+        checks += [pool.submit(compile_host, source) for source in HOST_SOURCES]
+        found = sum((check.result() for check in checks), [])
     print("\n".join(found) or "the kernels are as planned")
     return 1 if found else 0
 

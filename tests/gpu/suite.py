@@ -13,6 +13,7 @@ is done, and stops beginning new parts when the seconds are used up.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -32,6 +33,7 @@ LENGTHS = [8192, 16384, 32768, 65536, 131072, 262144]
 # The paper's densities at 8K .. 128K with threshold .9.
 REPLAY = {8192: 0.58, 16384: 0.485, 32768: 0.405, 65536: 0.287, 131072: 0.219}
 GOLDEN_MAX = {"f16": 2e-3, "bf16": 4e-2}
+ROUNDS_MIN = 5
 FLEX_TOKENS_MAX = 32768  # its masks are made on the host side of a compiler
 
 
@@ -71,34 +73,33 @@ def golden(library: Library, case: dict) -> dict:
     return {"case": case["name"], "error": error, "right": error <= GOLDEN_MAX[case["dtype"]]}
 
 
-def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict]:
-    """Milliseconds of each call: rounds in which every call runs once."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    failed: dict[str, str] = {}
-    for name, call in calls.items():
+def interleave(makers: dict[str, Callable[[], Callable]], seconds: float) -> dict[str, dict]:
+    """Milliseconds of each call: rounds in which every call runs once. A peer that cannot
+    be made or run is told as an error, not fatal."""
+    calls: dict[str, Callable] = {}
+    found: dict[str, dict] = {}
+    for name, make in makers.items():
         try:
+            call = make()
             for _ in range(2):
                 call()
             torch.cuda.synchronize()
-        except Exception as error:  # a peer may refuse a shape: said, not fatal
-            failed[name] = str(error).splitlines()[0][:160]
-    begin = time.monotonic()
-    while time.monotonic() - begin < seconds or len(next(iter(times.values()))) < 5:
+            calls[name] = call
+        except Exception as error:  # whatever a peer's compiler may raise
+            found[name] = {"error": str(error).splitlines()[0][:160]}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin, rounds = time.monotonic(), 0
+    while time.monotonic() - begin < seconds or rounds < ROUNDS_MIN:
+        rounds += 1
         for name, call in calls.items():
-            if name in failed:
-                continue
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
             call()
             events[1].record()
             torch.cuda.synchronize()
             times[name].append(events[0].elapsed_time(events[1]))
-    found = {}
     for name, values in times.items():
-        if name in failed:
-            found[name] = {"error": failed[name]}
-        else:
-            found[name] = {"ms": statistics.median(values), "rounds": len(values)}
+        found[name] = {"ms": statistics.median(values), "rounds": rounds}
     return found
 
 
@@ -136,9 +137,9 @@ def time_length(library: Library, tokens: int, head_dim: int, seconds: float) ->
             ours["pbs_dense_ampere"] = Attention(
                 library, q, k, v, method="dense", ampere_kernels=True
             )
-        calls: dict[str, Callable[[], object]] = {
-            "cudnn": peers.sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION),
-            "flash": peers.sdpa(q, k, v, SDPBackend.FLASH_ATTENTION),
+        makers: dict[str, Callable[[], Callable]] = {
+            "cudnn": functools.partial(peers.sdpa, q, k, v, SDPBackend.CUDNN_ATTENTION),
+            "flash": functools.partial(peers.sdpa, q, k, v, SDPBackend.FLASH_ATTENTION),
         }
         if kind == "structured" and tokens in REPLAY:
             mask = inputs.replay_mask(HEADS, tokens, REPLAY[tokens])
@@ -146,13 +147,16 @@ def time_length(library: Library, tokens: int, head_dim: int, seconds: float) ->
             ours["pbs_replay"] = Attention(library, q, k, v, lists=lists)
             slots = torch.arange(tokens, device="cuda", dtype=torch.int32)
             positions = slots.repeat(KV_HEADS, 1)
-            calls["triton_replay"] = peers.triton_sparse(q, k, v, positions, lists)
+            makers["triton_replay"] = functools.partial(
+                peers.triton_sparse, q, k, v, positions, lists
+            )
             if tokens <= FLEX_TOKENS_MAX:
-                calls["flex_replay"] = peers.flex(q, k, v, mask)
-        calls |= {name: attention.run for name, attention in ours.items()}
-        found = interleave(calls, seconds)
+                makers["flex_replay"] = functools.partial(peers.flex, q, k, v, mask)
+        makers |= {name: functools.partial(getattr, a, "run") for name, a in ours.items()}
+        found = interleave(makers, seconds)
         for name, attention in ours.items():
-            found[name] |= stages(attention)
+            if "ms" in found[name]:
+                found[name] |= stages(attention)
             attention.close()
         for name, figure in found.items():
             row = {"inputs": kind, "tokens": tokens, "head_dim": head_dim, "name": name}
@@ -160,7 +164,7 @@ def time_length(library: Library, tokens: int, head_dim: int, seconds: float) ->
                 figure["dense_tflops"] = dense_flops(tokens, head_dim) / figure["ms"] * 1e-9
             rows.append(row | figure)
             print(json.dumps(rows[-1]), flush=True)
-        del q, k, v, ours, calls
+        del q, k, v, ours, makers
         torch.cuda.empty_cache()
     return rows
 
