@@ -143,6 +143,9 @@ INSTANTIATE_TEST_SUITE_P(
         PipelineCase{"query_head_scope",
                      Shape(2, 1, 64, {{800, 800}}),
                      {.threshold = 0.6f, .scope = Scope::kQueryHead}},
+        PipelineCase{"query_head_scope_of_a_short_prompt",
+                     Shape(4, 2, 64, {{200, 200}}),
+                     {.scope = Scope::kQueryHead}},
         PipelineCase{
             "everything_kept", Shape(1, 1, 64, {{700, 700}}), {.threshold = 1}},
         PipelineCase{"no_first_block",

@@ -268,6 +268,7 @@ void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   t.num_sequences = s.num_sequences;
   t.num_heads = g.num_heads;
   t.num_order_heads = g.num_order_heads;
+  t.num_read_heads = plan.permutes ? g.num_order_heads : g.num_kv_heads;
   t.blocks_per_segment = g.blocks_per_segment;
   t.total_tiles = static_cast<int32_t>(plan.num_tiles());
   t.one_section = plan.one_section ? 1 : 0;

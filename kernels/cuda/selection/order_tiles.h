@@ -144,7 +144,7 @@ class OrderTiles {
         .num_masked = 1,
         .sequence = index,
         .head = head,
-        .order_head = head / (params_.num_heads / params_.num_order_heads),
+        .order_head = head / (params_.num_heads / params_.num_read_heads),
         .q_begin = s.q_begin,
         .first_query = first,
         .begin_row = first < 0 ? -first : 0,

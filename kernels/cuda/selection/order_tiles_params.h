@@ -13,6 +13,8 @@ struct TileOrderParams {
   int32_t num_sequences;
   int32_t num_heads;
   int32_t num_order_heads;
+  int32_t num_read_heads;  // of the keys and values that attention reads: those with an
+                           // order if they are permuted, else the KV heads
   int32_t blocks_per_segment;
   int32_t total_tiles;     // rows of the lists
   int32_t one_section;     // all tiles in one; else one per sequence and order head

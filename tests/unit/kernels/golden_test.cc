@@ -14,165 +14,20 @@
 #include <cmath>
 #include <cstdio>
 #include <map>
-#include <nlohmann/json.hpp>
 
 #include "cpu/cpu_attention.h"
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
 #include "tests/support/attention_case.h"
-#include "tests/support/safetensors_file.h"
+#include "tests/support/golden_case.h"
 
 namespace pbs::cpu {
 namespace {
 
 using testing_support::BackendRun;
-using testing_support::FileTensor;
-using testing_support::ReadSafetensors;
+using testing_support::GoldenCase;
+using testing_support::GoldenCases;
 using testing_support::RunOn;
-using testing_support::TensorMap;
-
-constexpr char kFolder[] = "tests/golden/";
-
-nlohmann::json Manifest() {
-  const auto text = ReadTextFile(std::string(kFolder) + "manifest.json", 1 << 20);
-  PBS_CHECK(text.ok());
-  return nlohmann::json::parse(*text);
-}
-
-// One case of the manifest, ready to run.
-class GoldenCase {
- public:
-  explicit GoldenCase(const nlohmann::json& entry)
-      : name(entry["name"]),
-        file_(ReadSafetensors(kFolder + entry["file"].get<std::string>())),
-        inputs_(entry.contains("inputs_from")
-                    ? ReadSafetensors(kFolder +
-                                      entry["inputs_from"].get<std::string>() +
-                                      ".safetensors")
-                    : file_) {
-    problem.dtype = *ParseDType(entry["dtype"].get<std::string>());
-    problem.options = Options(entry);
-    const auto& q = inputs_.at("q").shape;
-    const auto len = static_cast<int32_t>(q[2]);
-    problem.shape = {
-        .num_heads = static_cast<int32_t>(q[1]),
-        .num_kv_heads = static_cast<int32_t>(inputs_.at("k").shape[1]),
-        .head_dim = static_cast<int32_t>(q[3]),
-        .sequences = std::vector<SequenceShape>(static_cast<size_t>(q[0]), {len, len})};
-    q_ = inputs_.at("q").As(problem.dtype);
-    k_ = inputs_.at("k").As(problem.dtype);
-    v_ = inputs_.at("v").As(problem.dtype);
-    o_.assign(q_.size(), 0xFF);
-    if (file_.contains("order")) order_ = file_.at("order").Integers();
-  }
-
-  bool has_mask() const { return file_.contains("block_mask"); }
-  bool has_order() const { return !order_.empty(); }
-  const std::vector<uint8_t>& mask() const { return file_.at("block_mask").bytes; }
-  // Theirs, [batch, heads, len].
-  const std::vector<int32_t>& order() const { return order_; }
-
-  AttentionTensors Tensors() {
-    const AttentionShape& s = problem.shape;
-    const int32_t len = s.sequences[0].k_len;
-    const RowLayout rows = DenseBatchLayout(s.num_heads, len, s.head_dim);
-    const RowLayout kv_rows = DenseBatchLayout(s.num_kv_heads, len, s.head_dim);
-    return {.q = {q_.data(), rows},
-            .k = {k_.data(), kv_rows},
-            .v = {v_.data(), kv_rows},
-            .o = {o_.data(), rows},
-            .lse = {},
-            .order = {},
-            .lists = {}};
-  }
-
-  // The same inputs as f32, in which scores are not rounded: for KeyImportance().
-  AttentionTensors WideTensors() {
-    wide_q_ = inputs_.at("q").As(DType::kF32);
-    wide_k_ = inputs_.at("k").As(DType::kF32);
-    AttentionTensors tensors = Tensors();
-    tensors.q.data = wide_q_.data();
-    tensors.k.data = wide_k_.data();
-    tensors.v.data = wide_k_.data();  // not read
-    return tensors;
-  }
-
-  ConstRows GivenOrder() const {
-    const AttentionShape& s = problem.shape;
-    return {order_.data(), DenseBatchLayout(s.num_heads, s.sequences[0].k_len, 1)};
-  }
-
-  // Largest distance of the last output from theirs.
-  double DistanceFromGolden() const {
-    const std::vector<float> golden = file_.at("o").Floats();
-    std::vector<float> ours(golden.size());
-    ConvertElements(o_.data(), problem.dtype, ours.data(), DType::kF32,
-                    static_cast<int64_t>(ours.size()));
-    double worst = 0;
-    for (size_t i = 0; i < ours.size(); ++i) {
-      EXPECT_FALSE(std::isnan(ours[i])) << name << " element " << i;
-      worst = std::max(worst, std::abs(static_cast<double>(ours[i]) - golden[i]));
-    }
-    return worst;
-  }
-
-  // Largest distance of the last output (f32) from the reference's, which is packed.
-  double DistanceFrom(const reference::Output& expected) const {
-    const AttentionGeometry g = MakeGeometry(problem);
-    const auto* ours = reinterpret_cast<const float*>(o_.data());
-    const int64_t len = g.sequences[0].q_len;
-    double worst = 0;
-    for (int64_t batch = 0; batch < static_cast<int64_t>(g.sequences.size()); ++batch) {
-      for (int64_t head = 0; head < g.num_heads; ++head) {
-        for (int64_t i = 0; i < len * g.head_dim; ++i) {
-          const double theirs =
-              expected.o[(head * g.total_q + batch * len) * g.head_dim + i];
-          const float x = ours[(batch * g.num_heads + head) * len * g.head_dim + i];
-          worst = std::max(worst, std::abs(x - theirs));
-        }
-      }
-    }
-    return worst;
-  }
-
-  const std::string name;
-  AttentionProblem problem;
-
- private:
-  static AttentionOptions Options(const nlohmann::json& entry) {
-    AttentionOptions options;
-    if (entry["method"] == "meanpooling") {
-      const auto& params = entry["params"];
-      options.method = Method::kMeanPooling;
-      options.block_size = params["block_size"];
-      options.threshold = params["threshold"];
-      options.force_first_block = params["force_select_first_block"];
-      return options;
-    }
-    options.scope = Scope::kQueryHead;
-    options.block_size = entry["block"];
-    options.segment_size = entry["segment"];
-    options.threshold = entry["tau"];
-    options.force_first_block = entry["force_first"];
-    return options;
-  }
-
-  TensorMap file_;
-  TensorMap inputs_;
-  std::vector<uint8_t> q_, k_, v_, o_, wide_q_, wide_k_;
-  std::vector<int32_t> order_;
-};
-
-std::vector<GoldenCase> Cases(bool f32) {
-  const nlohmann::json manifest = Manifest();
-  std::vector<GoldenCase> cases;
-  for (const char* list : {"cases", "baselines"}) {
-    for (const auto& entry : manifest[list]) {
-      if ((entry["dtype"] == "f32") == f32) cases.emplace_back(entry);
-    }
-  }
-  return cases;
-}
 
 // The report's packed order [heads, batch * len] as theirs [batch, heads, len].
 std::vector<int32_t> AsBatch(const AttentionGeometry& g,
@@ -246,7 +101,7 @@ class GoldenSpec : public testing::TestWithParam<Isa> {
 };
 
 TEST_P(GoldenSpec, F32OrderMaskAndOutputAreTheAuthors) {
-  std::vector<GoldenCase> cases = Cases(/*f32=*/true);
+  std::vector<GoldenCase> cases = GoldenCases(/*f32=*/true);
   ASSERT_EQ(cases.size(), 8u);
   for (GoldenCase& golden : cases) {
     SCOPED_TRACE(golden.name);
@@ -273,7 +128,7 @@ TEST_P(GoldenSpec, F32OrderMaskAndOutputAreTheAuthors) {
 }
 
 TEST_P(GoldenSpec, HalfPrecisionMasksAreTheAuthorsGivenTheirOrder) {
-  std::vector<GoldenCase> cases = Cases(/*f32=*/false);
+  std::vector<GoldenCase> cases = GoldenCases(/*f32=*/false);
   ASSERT_EQ(cases.size(), 6u);
   for (GoldenCase& golden : cases) {
     if (!golden.has_mask()) continue;  // the case that runs dense
@@ -291,7 +146,7 @@ TEST_P(GoldenSpec, HalfPrecisionMasksAreTheAuthorsGivenTheirOrder) {
 }
 
 TEST_P(GoldenSpec, HalfPrecisionOutputsAreTheAuthorsGivenTheirOrderAndMask) {
-  for (GoldenCase& golden : Cases(/*f32=*/false)) {
+  for (GoldenCase& golden : GoldenCases(/*f32=*/false)) {
     SCOPED_TRACE(golden.name);
     AttentionProblem problem = golden.problem;
     AttentionTensors tensors = golden.Tensors();
@@ -313,7 +168,7 @@ TEST_P(GoldenSpec, HalfPrecisionOutputsAreTheAuthorsGivenTheirOrderAndMask) {
 }
 
 TEST_P(GoldenSpec, HalfPrecisionOrdersDifferOnlyOnNearTies) {
-  for (GoldenCase& golden : Cases(/*f32=*/false)) {
+  for (GoldenCase& golden : GoldenCases(/*f32=*/false)) {
     if (!golden.has_order()) continue;
     SCOPED_TRACE(golden.name);
     const BackendRun run = Run(golden, golden.problem, golden.Tensors());

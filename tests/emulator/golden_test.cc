@@ -1,0 +1,114 @@
+// Spec: the CUDA pipeline on the emulator against the authors' own outputs
+// (tests/golden/README.md), in half precision: masks identical given their order,
+// outputs within 2e-3 (f16) and 4e-2 (bf16) given their order and mask.
+#include "tests/support/golden_case.h"
+
+#include <gtest/gtest.h>
+
+#include <utility>
+
+#include "cuda/plan/cuda_report.h"
+#include "pbs/block_mask.h"
+#include "tests/emulator/selection_case.h"
+
+namespace pbs::emulator {
+namespace {
+
+using testing_support::GoldenCase;
+using testing_support::GoldenCases;
+
+// Longer ones take the emulator too long.
+constexpr int32_t kTokensMax = 700;
+
+template <class Values>
+void Allow(const Values& values) {
+  GlobalMemory::Allow(values.data(),
+                      static_cast<int64_t>(values.size() * sizeof(values[0])), true);
+}
+
+template <class Element>
+void Run(GoldenCase& golden, const AttentionProblem& problem,
+         const AttentionTensors& tensors, AttentionReport* report) {
+  const auto plan = cuda::MakeCudaPlan(problem, {});
+  ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+  golden.ForEachArray([](const void* data, int64_t bytes, bool written) {
+    GlobalMemory::Allow(data, bytes, written);
+  });
+  const PipelineRun<Element, 64> run(**plan, tensors, 1);
+  ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
+  ASSERT_TRUE(
+      cuda::FillCudaReport(**plan, run.workspace(), {.lists = true}, report).ok());
+}
+
+void RunAny(GoldenCase& golden, const AttentionProblem& problem,
+            const AttentionTensors& tensors, AttentionReport* report) {
+  if (problem.dtype == DType::kF16) {
+    Run<cuda::F16Element>(golden, problem, tensors, report);
+  } else {
+    Run<cuda::Bf16Element>(golden, problem, tensors, report);
+  }
+}
+
+std::vector<GoldenCase> ShortCases() {
+  std::vector<GoldenCase> cases;
+  for (GoldenCase& golden : GoldenCases(/*f32=*/false)) {
+    if (golden.problem.shape.sequences[0].k_len <= kTokensMax) {
+      cases.push_back(std::move(golden));
+    }
+  }
+  return cases;
+}
+
+TEST(GoldenOnTheEmulatorSpec, MasksAreTheAuthorsGivenTheirOrder) {
+  int checked = 0;
+  for (GoldenCase& golden : ShortCases()) {
+    if (!golden.has_mask()) continue;  // the case that runs dense
+    SCOPED_TRACE(golden.name);
+    GlobalMemory::Clear();
+    AttentionProblem problem = golden.problem;
+    AttentionTensors tensors = golden.Tensors();
+    if (golden.has_order()) {
+      problem.options.use_given_order = true;
+      tensors.order = golden.GivenOrder();
+      Allow(golden.order());
+    }
+    AttentionReport report;
+    RunAny(golden, problem, tensors, &report);
+    EXPECT_EQ(ExpandMask(MakeGeometry(problem), report.lists.View()), golden.mask());
+    ++checked;
+  }
+  EXPECT_EQ(checked, 3);
+}
+
+TEST(GoldenOnTheEmulatorSpec, OutputsAreTheAuthorsGivenTheirOrderAndMask) {
+  int checked = 0;
+  for (GoldenCase& golden : ShortCases()) {
+    SCOPED_TRACE(golden.name);
+    GlobalMemory::Clear();
+    AttentionProblem problem = golden.problem;
+    AttentionTensors tensors = golden.Tensors();
+    BlockLists lists;
+    if (golden.has_mask()) {
+      problem.options.use_given_lists = true;
+      lists = *ListsFromMask(MakeGeometry(problem), golden.mask());
+      tensors.lists = lists.View();
+      Allow(lists.begin);
+      Allow(lists.count);
+      Allow(lists.indices);
+    }
+    if (golden.has_order()) {
+      problem.options.use_given_order = true;
+      tensors.order = golden.GivenOrder();
+      Allow(golden.order());
+    }
+    AttentionReport report;
+    RunAny(golden, problem, tensors, &report);
+    EXPECT_LE(golden.DistanceFromGolden(),
+              golden.problem.dtype == DType::kF16 ? 2e-3 : 4e-2);
+    ++checked;
+  }
+  EXPECT_EQ(checked, 4);
+}
+
+}  // namespace
+}  // namespace pbs::emulator
