@@ -78,16 +78,19 @@ UNITS = [
 
 # What runs on a GPU machine only must at least compile here.
 HOST_SOURCES = ["tests/gpu/check_attention.cc", "tests/gpu/python_library.cc"]
+# For parts that come later.
+PTX_SOURCES = ["kernels/cuda/attention/attention_sm80.cu", "kernels/cuda/backend/cuda_attention.cu"]
 INCLUDES = ["-I", str(ROOT), "-I", str(ROOT / "kernels"), "-I", str(ROOT / "kernels/include")]
 
 
-def compile_host(source: str) -> list[str]:
-    """Complaints about a source that has no kernels."""
+def compiles(source: str, options: list[str], what: str) -> list[str]:
+    """Complaints when nvcc does not take a source; nothing else is looked at."""
     with tempfile.TemporaryDirectory() as folder:
-        target = str(pathlib.Path(folder) / "host.o")
-        command = ["nvcc", "-std=c++20", *INCLUDES, "-c", "-o", target, str(ROOT / source)]
+        target = str(pathlib.Path(folder) / "output")
+        command = ["nvcc", "-std=c++20", *INCLUDES, *options, "-o", target, str(ROOT / source)]
         done = subprocess.run(command, capture_output=True, text=True)
-    print(f"{source}: {'compiles' if done.returncode == 0 else 'does not compile'}")
+    said = "compiles" if done.returncode == 0 else "does not compile"
+    print(f"{source}, {what}: {said}")
     return [] if done.returncode == 0 else [f"{source}:\n{done.stderr}"]
 
 
@@ -194,7 +197,10 @@ def main() -> int:
     arguments = parser.parse_args()
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         checks = [pool.submit(check_unit, unit, arguments.cuobjdump) for unit in UNITS]
-        checks += [pool.submit(compile_host, source) for source in HOST_SOURCES]
+        for source in HOST_SOURCES:
+            checks.append(pool.submit(compiles, source, ["-c"], "host"))
+        for source in PTX_SOURCES:
+            checks.append(pool.submit(compiles, source, ["-ptx", "-arch=compute_90"], "PTX"))
         found = sum((check.result() for check in checks), [])
     print("\n".join(found) or "the kernels are as planned")
     return 1 if found else 0

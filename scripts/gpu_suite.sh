@@ -21,7 +21,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv
 say "building"
 build_kernels() {
   cmake -S "$repo/kernels" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
-    -DPBS_CPU=OFF -DPBS_CUDA=ON &&
+    -DPBS_CPU=OFF -DPBS_CUDA=ON -DPBS_CUDA_TUNING=ON &&
     ninja -C "$build"
 }
 if ! build_kernels >"$logs/gpu_build.log" 2>&1; then

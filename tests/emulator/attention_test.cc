@@ -123,5 +123,19 @@ INSTANTIATE_TEST_SUITE_P(
                    {.head_dim = 64, .sequences = {{384, 384}}, .map_rows = true}}),
     testing_support::CaseName());
 
+// docs/KERNELS.md, "Hopper" and "Ampere": what decides how many blocks a multiprocessor
+// holds.
+TEST(SharedMemorySpec, IsWhatTheTablesSay) {
+  EXPECT_LE(sizeof(cuda::Sm90Shared<Sm90Config<Bf16Element, 64, 3, true>>), 113u << 10);
+  EXPECT_LE(sizeof(cuda::Sm90Shared<Sm90Config<Bf16Element, 128, 2, true>>),
+            161u << 10);
+  // Two blocks in 164 KiB, one KiB of each being the system's.
+  EXPECT_LE(sizeof(cuda::Sm80Shared<Sm80Config<Bf16Element, 64>>), (32u << 10) + 128);
+  EXPECT_LE(sizeof(cuda::Sm80Shared<Sm80Config<Bf16Element, 96>>), (48u << 10) + 128);
+  EXPECT_LE(sizeof(cuda::Sm80Shared<Sm80Config<Bf16Element, 128>>), (64u << 10) + 128);
+  // One block also in the 99 KiB of 8.6 and 8.9.
+  EXPECT_LE(sizeof(cuda::Sm80Shared<Sm80Config<Bf16Element, 256>>), (96u << 10) + 128);
+}
+
 }  // namespace
 }  // namespace pbs::emulator

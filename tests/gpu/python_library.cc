@@ -47,6 +47,7 @@ struct PbsSetting {
   int32_t given_order;
   int32_t given_lists;
   int32_t ampere_kernels;
+  int32_t tuning;  // of pbs::CudaTuning
 };
 
 struct PbsTensors {
@@ -76,7 +77,9 @@ const char* PbsError() { return LastError().c_str(); }
 // Null on failure: see PbsError().
 void* PbsOpen(const PbsSetting* setting, void* stream) {
   auto backend = pbs::CreateCudaAttention(
-      {.stream = stream, .use_hopper_kernels = setting->ampere_kernels == 0});
+      {.stream = stream,
+       .use_hopper_kernels = setting->ampere_kernels == 0,
+       .tuning = static_cast<pbs::CudaTuning>(setting->tuning)});
   if (!Succeeds(backend.status())) return nullptr;
   pbs::AttentionProblem problem;
   problem.shape = {setting->num_heads,

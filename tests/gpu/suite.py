@@ -25,7 +25,7 @@ from collections.abc import Callable
 import inputs
 import peers
 import torch
-from pbs_library import Attention, Library, Lists
+from pbs_library import TUNINGS, Attention, Library, Lists
 from torch.nn.attention import SDPBackend
 
 HEADS, KV_HEADS = 32, 8  # Llama-3.1-8B
@@ -33,6 +33,7 @@ LENGTHS = [8192, 16384, 32768, 65536, 131072, 262144]
 # The paper's densities at 8K .. 128K with threshold .9.
 REPLAY = {8192: 0.58, 16384: 0.485, 32768: 0.405, 65536: 0.287, 131072: 0.219}
 GOLDEN_MAX = {"f16": 2e-3, "bf16": 4e-2}
+TUNED_TOKENS = 32768
 ROUNDS_MIN = 5
 FLEX_TOKENS_MAX = 32768  # its masks are made on the host side of a compiler
 
@@ -133,10 +134,13 @@ def time_length(library: Library, tokens: int, head_dim: int, seconds: float) ->
         }
         if tokens >= 131072 and kind == "structured":
             ours["pbs_s512"] = Attention(library, q, k, v, segment_size=512)
-        if tokens == 32768:
+        if tokens == TUNED_TOKENS and kind == "structured":
             ours["pbs_dense_ampere"] = Attention(
                 library, q, k, v, method="dense", ampere_kernels=True
             )
+            for tuning in TUNINGS[1:]:
+                if tuning != "fewer_stages" or head_dim == 64:
+                    ours[f"pbs_{tuning}"] = Attention(library, q, k, v, tuning=tuning)
         makers: dict[str, Callable[[], Callable]] = {
             "cudnn": functools.partial(peers.sdpa, q, k, v, SDPBackend.CUDNN_ATTENTION),
             "flash": functools.partial(peers.sdpa, q, k, v, SDPBackend.FLASH_ATTENTION),

@@ -7,6 +7,7 @@
 
 #include "cuda/attention/attention_tile.h"
 #include "cuda/tiles/row_operand.h"
+#include "pbs/cuda_attention.h"
 
 namespace pbs::cuda {
 
@@ -23,6 +24,7 @@ struct AttentionLaunch {
   int32_t head_dim = 0;
   bool bf16 = true;
   int32_t num_multiprocessors = 0;
+  CudaTuning tuning = CudaTuning::kNone;
 };
 
 // Head dim 64, 96, 128, 256.

@@ -87,13 +87,38 @@ cudaError_t Launch(const AttentionLaunch& launch, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// kStages: what is chosen for the head dim.
+template <class Element, int kHeadDim, int kStages>
+cudaError_t LaunchTuned(const AttentionLaunch& launch, cudaStream_t stream) {
+  switch (launch.tuning) {
+    case CudaTuning::kNone:
+    case CudaTuning::kOneSection:
+      return Launch<Sm90Config<Element, kHeadDim, kStages, true>>(launch, stream);
+#if defined(PBS_CUDA_TUNING)
+    case CudaTuning::kWithoutTurns:
+      return Launch<Sm90Config<Element, kHeadDim, kStages, false>>(launch, stream);
+    case CudaTuning::kMoreStages:
+      return Launch<Sm90Config<Element, kHeadDim, kStages + 1, true>>(launch, stream);
+    case CudaTuning::kFewerStages:
+      if constexpr (kStages > 2) {
+        return Launch<Sm90Config<Element, kHeadDim, kStages - 1, true>>(launch, stream);
+      }
+      break;
+#else
+    default:
+      break;
+#endif
+  }
+  return cudaErrorNotSupported;
+}
+
 template <class Element>
 cudaError_t LaunchOf(const AttentionLaunch& launch, cudaStream_t stream) {
   switch (launch.head_dim) {
     case 64:
-      return Launch<Sm90Config<Element, 64, 3, true>>(launch, stream);
+      return LaunchTuned<Element, 64, 3>(launch, stream);
     case 128:
-      return Launch<Sm90Config<Element, 128, 2, true>>(launch, stream);
+      return LaunchTuned<Element, 128, 2>(launch, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -35,9 +35,10 @@ class CudaAttention final : public AttentionBackend {
   CudaAttention(const CudaAttentionOptions& options, const cudaDeviceProp& device)
       : stream_(static_cast<cudaStream_t>(options.stream)),
         device_(options.device),
-        traits_{
-            .num_multiprocessors = device.multiProcessorCount,
-            .shared_bytes_max = static_cast<int64_t>(device.sharedMemPerBlockOptin)},
+        traits_{.num_multiprocessors = device.multiProcessorCount,
+                .shared_bytes_max = static_cast<int64_t>(device.sharedMemPerBlockOptin),
+                .one_section = options.tuning == CudaTuning::kOneSection},
+        tuning_(options.tuning),
         hopper_(options.use_hopper_kernels &&
                 device.major * 10 + device.minor == kCapabilityHopper) {}
   ~CudaAttention() override {
@@ -84,6 +85,7 @@ class CudaAttention final : public AttentionBackend {
   cudaStream_t stream_;
   int32_t device_;
   cuda::DeviceTraits traits_;
+  CudaTuning tuning_;
   bool hopper_;
   cudaEvent_t marks_[kNumMarks] = {};
 };
@@ -131,6 +133,7 @@ cudaError_t CudaAttention::EnqueueAttention(const cuda::CudaAttentionPlan& plan,
   launch.head_dim = g.head_dim;
   launch.bf16 = plan.problem.dtype == DType::kBF16;
   launch.num_multiprocessors = traits_.num_multiprocessors;
+  launch.tuning = tuning_;
   const bool hopper = hopper_ && (g.head_dim == 64 || g.head_dim == 128);
   return hopper ? cuda::LaunchAttentionSm90(launch, stream_)
                 : cuda::LaunchAttentionSm80(launch, stream_);

@@ -74,7 +74,8 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
                           ? kGroupBlocksMax
                           : kGroupBlocksMin;
   plan.longest_list = longest;
-  plan.one_section = plan.num_tiles() <= kOneSectionTilesMax && !options.dense_fallback;
+  plan.one_section = (device.one_section || plan.num_tiles() <= kOneSectionTilesMax) &&
+                     !options.dense_fallback;
 }
 
 void MakeRecords(CudaAttentionPlan& plan) {

@@ -17,6 +17,7 @@ namespace pbs::cuda {
 struct DeviceTraits {
   int32_t num_multiprocessors = 132;
   int64_t shared_bytes_max = 227 << 10;  // of a thread block
+  bool one_section = false;              // of tiles, however many there are
 };
 
 struct CudaAttentionPlan final : AttentionPlan {

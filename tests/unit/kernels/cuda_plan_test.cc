@@ -173,6 +173,17 @@ TEST(ListOffsetSpec, FollowsTheGeometryUpToAMillionTokens) {
   }
 }
 
+TEST(RowStridesSpec, ReachTheLastRowOf512KTokens) {
+  constexpr int64_t kTokens = 512 << 10;
+  constexpr int64_t kDim = 256;
+  const RowStrides packed{0, 4 * kTokens * kDim, kDim, 1};
+  EXPECT_EQ(packed.Offset(3, 3 * kTokens, 63, kTokens - 1),
+            (63 * 4 * kTokens + 3 * kTokens + kTokens - 1) * kDim);
+  const RowStrides strided{64 * kTokens * kDim, kTokens * kDim, kDim, 0};
+  EXPECT_EQ(strided.Offset(3, 3 * kTokens, 63, kTokens - 1),
+            ((3 * 64 + 63) * kTokens + kTokens - 1) * kDim);
+}
+
 TEST(RunParamsSpec, OperandsMustBeWhereCopiesOf16BytesCanReadThem) {
   const auto plan = MakeCudaPlan(Problem(1000), kDevice);
   ASSERT_TRUE(plan.ok());
