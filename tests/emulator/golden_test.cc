@@ -9,7 +9,7 @@
 
 #include "cuda/plan/cuda_report.h"
 #include "pbs/block_mask.h"
-#include "tests/emulator/selection_case.h"
+#include "tests/emulator/pipeline_run.h"
 
 namespace pbs::emulator {
 namespace {
@@ -22,6 +22,7 @@ constexpr int32_t kTokensMax = 700;
 
 template <class Values>
 void Allow(const Values& values) {
+  if (values.empty()) return;
   GlobalMemory::Allow(values.data(),
                       static_cast<int64_t>(values.size() * sizeof(values[0])), true);
 }
@@ -67,11 +68,8 @@ TEST(GoldenOnTheEmulatorSpec, MasksAreTheAuthorsGivenTheirOrder) {
     GlobalMemory::Clear();
     AttentionProblem problem = golden.problem;
     AttentionTensors tensors = golden.Tensors();
-    if (golden.has_order()) {
-      problem.options.use_given_order = true;
-      tensors.order = golden.GivenOrder();
-      Allow(golden.order());
-    }
+    golden.GiveOrder(problem, tensors);
+    Allow(golden.order());
     AttentionReport report;
     RunAny(golden, problem, tensors, &report);
     EXPECT_EQ(ExpandMask(MakeGeometry(problem), report.lists.View()), golden.mask());
@@ -88,19 +86,11 @@ TEST(GoldenOnTheEmulatorSpec, OutputsAreTheAuthorsGivenTheirOrderAndMask) {
     AttentionProblem problem = golden.problem;
     AttentionTensors tensors = golden.Tensors();
     BlockLists lists;
-    if (golden.has_mask()) {
-      problem.options.use_given_lists = true;
-      lists = *ListsFromMask(MakeGeometry(problem), golden.mask());
-      tensors.lists = lists.View();
-      Allow(lists.begin);
-      Allow(lists.count);
-      Allow(lists.indices);
-    }
-    if (golden.has_order()) {
-      problem.options.use_given_order = true;
-      tensors.order = golden.GivenOrder();
-      Allow(golden.order());
-    }
+    golden.GiveOrderAndMask(problem, tensors, lists);
+    Allow(golden.order());
+    Allow(lists.begin);
+    Allow(lists.count);
+    Allow(lists.indices);
     AttentionReport report;
     RunAny(golden, problem, tensors, &report);
     EXPECT_LE(golden.DistanceFromGolden(),

@@ -8,7 +8,7 @@
 #include "cuda/plan/cuda_report.h"
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
-#include "tests/emulator/selection_case.h"
+#include "tests/emulator/pipeline_run.h"
 
 namespace pbs::emulator {
 namespace {

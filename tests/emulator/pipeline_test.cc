@@ -10,7 +10,7 @@
 #include "cuda/plan/cuda_report.h"
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
-#include "tests/emulator/selection_case.h"
+#include "tests/emulator/pipeline_run.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::emulator {

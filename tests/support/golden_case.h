@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "pbs/attention.h"
+#include "pbs/block_mask.h"
 #include "pbs/check.h"
 #include "reference/reference_attention.h"
 #include "tests/support/safetensors_file.h"
@@ -69,6 +70,22 @@ class GoldenCase {
             .lse = {},
             .order = {},
             .lists = {}};
+  }
+
+  // Makes `problem` and `tensors` use their order, or their order and mask (whose lists
+  // `lists` then holds), where the case has them.
+  void GiveOrder(AttentionProblem& given, AttentionTensors& tensors) const {
+    if (!has_order()) return;
+    given.options.use_given_order = true;
+    tensors.order = GivenOrder();
+  }
+  void GiveOrderAndMask(AttentionProblem& given, AttentionTensors& tensors,
+                        BlockLists& lists) const {
+    GiveOrder(given, tensors);
+    if (!has_mask()) return;
+    given.options.use_given_lists = true;
+    lists = *ListsFromMask(MakeGeometry(given), mask());
+    tensors.lists = lists.View();
   }
 
   // Calls body(data, bytes, whether it holds values) for what Tensors() points to.

@@ -23,8 +23,10 @@ namespace pbs::testing_support {
 
 class ServerProcess {
  public:
-  // Starts `binary` with `arguments` on free ports.
-  ServerProcess(const std::string& binary, std::vector<std::string> arguments) {
+  // Starts `binary` with `arguments` on free ports, `settings` (NAME=VALUE) before this
+  // process's environment.
+  ServerProcess(const std::string& binary, std::vector<std::string> arguments,
+                std::vector<std::string> settings = {}) {
     arguments.insert(arguments.begin(), {binary, "--listen", "127.0.0.1:0"});
     int pipe_fds[2];
     EXPECT_EQ(pipe2(pipe_fds, O_CLOEXEC), 0);
@@ -35,8 +37,15 @@ class ServerProcess {
     std::vector<char*> argv;
     for (std::string& argument : arguments) argv.push_back(argument.data());
     argv.push_back(nullptr);
-    EXPECT_EQ(
-        posix_spawn(&pid_, binary.c_str(), &actions, nullptr, argv.data(), environ), 0);
+    std::vector<char*> variables;
+    for (std::string& setting : settings) variables.push_back(setting.data());
+    for (char** variable = environ; *variable != nullptr; ++variable) {
+      variables.push_back(*variable);
+    }
+    variables.push_back(nullptr);
+    EXPECT_EQ(posix_spawn(&pid_, binary.c_str(), &actions, nullptr, argv.data(),
+                          variables.data()),
+              0);
     posix_spawn_file_actions_destroy(&actions);
     close(pipe_fds[1]);
     reader_ = std::thread([this, fd = pipe_fds[0]] { ReadLog(fd); });

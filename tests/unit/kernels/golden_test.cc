@@ -135,10 +135,7 @@ TEST_P(GoldenSpec, HalfPrecisionMasksAreTheAuthorsGivenTheirOrder) {
     SCOPED_TRACE(golden.name);
     AttentionProblem problem = golden.problem;
     AttentionTensors tensors = golden.Tensors();
-    if (golden.has_order()) {
-      problem.options.use_given_order = true;
-      tensors.order = golden.GivenOrder();
-    }
+    golden.GiveOrder(problem, tensors);
     const BackendRun run = Run(golden, problem, tensors);
     EXPECT_EQ(ExpandMask(MakeGeometry(problem), run.report.lists.View()),
               golden.mask());
@@ -151,15 +148,7 @@ TEST_P(GoldenSpec, HalfPrecisionOutputsAreTheAuthorsGivenTheirOrderAndMask) {
     AttentionProblem problem = golden.problem;
     AttentionTensors tensors = golden.Tensors();
     BlockLists lists;
-    if (golden.has_mask()) {
-      problem.options.use_given_lists = true;
-      lists = *ListsFromMask(MakeGeometry(problem), golden.mask());
-      tensors.lists = lists.View();
-    }
-    if (golden.has_order()) {
-      problem.options.use_given_order = true;
-      tensors.order = golden.GivenOrder();
-    }
+    golden.GiveOrderAndMask(problem, tensors, lists);
     Run(golden, problem, tensors);
     const double distance = golden.DistanceFromGolden();
     EXPECT_LE(distance, golden.problem.dtype == DType::kF16 ? 2e-3 : 4e-2);
