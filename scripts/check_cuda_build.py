@@ -50,7 +50,7 @@ UNITS = [
     # plain blocks have code of their own. Copies: two halves of the queries, keys and
     # values, one per 64 columns, in up to four unrolled places.
     Unit(
-        "kernels/cuda/attention/attention_sm90.cu",
+        "kernels/cuda/backend/attention_sm90.cu",
         "90a",
         {
             64: Expected({"HGMMA": 36, "UTMALDG": 16}, overlaps=2),
@@ -61,7 +61,7 @@ UNITS = [
     # 64 keys: two fragments of rows (one at 256) x head_dim / 16 x 8 products for scores,
     # as many for values. Copies of 16 bytes: queries, and keys and values in three places.
     Unit(
-        "kernels/cuda/attention/attention_sm80.cu",
+        "kernels/cuda/backend/attention_sm80.cu",
         "80",
         {
             64: Expected({"HMMA": 128, "LDGSTS": 20}),
@@ -79,7 +79,7 @@ UNITS = [
 # What runs on a GPU machine only must at least compile here.
 HOST_SOURCES = ["tests/gpu/check_attention.cc", "tests/gpu/python_library.cc"]
 # For parts that come later.
-PTX_SOURCES = ["kernels/cuda/attention/attention_sm80.cu", "kernels/cuda/backend/cuda_attention.cu"]
+PTX_SOURCES = ["kernels/cuda/backend/attention_sm80.cu", "kernels/cuda/backend/cuda_attention.cu"]
 INCLUDES = ["-I", str(ROOT), "-I", str(ROOT / "kernels"), "-I", str(ROOT / "kernels/include")]
 
 

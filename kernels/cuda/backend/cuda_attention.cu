@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/attention/attention_launch.h"
+#include "cuda/backend/attention_launch.h"
 #include "cuda/backend/launcher.h"
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/plan/cuda_report.h"

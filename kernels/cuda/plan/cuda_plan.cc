@@ -11,7 +11,6 @@ namespace pbs::cuda {
 namespace {
 
 constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
-constexpr int32_t kChunkBlocks = 8;  // most key blocks of a chunk
 // A group's logits stay below this much shared memory.
 constexpr int32_t kLogitBytesMax = 64 << 10;
 // Tiles of short prompts are ordered as one section.
@@ -68,7 +67,7 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   const int64_t wanted = int64_t{kChunksPerMultiprocessor} * device.num_multiprocessors;
   plan.chunk_blocks = static_cast<int32_t>(std::clamp<int64_t>(
       scored_blocks * g.num_order_heads / std::max<int64_t>(wanted, 1), 1,
-      kChunkBlocks));
+      kChunkBlocksMax));
   plan.logit_stride = CeilDiv(std::max(longest, 1), 32) * 32;
   plan.group_blocks = kGroupBlocksMax * plan.logit_stride * 4 <= kLogitBytesMax
                           ? kGroupBlocksMax

@@ -11,8 +11,6 @@
 
 namespace pbs::cuda {
 
-constexpr int kChunkBlocksMax = 8;  // key blocks that one thread block scores
-
 template <int kHeadDim>
 struct alignas(128) ScoreShared {
   SharedRows<kProxies, kHeadDim> q;

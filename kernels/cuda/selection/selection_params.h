@@ -9,9 +9,10 @@
 
 namespace pbs::cuda {
 
-constexpr int kBlockTokens = 128;  // of a key or query block
-constexpr int kProxies = 128;      // last queries of a sequence, which score its keys
-constexpr int kScoredKeys = 64;    // keys scored together
+constexpr int kBlockTokens = 128;   // of a key or query block
+constexpr int kProxies = 128;       // last queries of a sequence, which score its keys
+constexpr int kScoredKeys = 64;     // keys scored together
+constexpr int kChunkBlocksMax = 8;  // key blocks that one thread block scores
 // Query blocks whose lists one thread block makes, for short and for long prompts.
 constexpr int kGroupBlocksMax = 8;
 constexpr int kGroupBlocksMin = 4;

@@ -1,7 +1,7 @@
 // The Ampere kernels, one per configuration.
 #include "cuda/attention/attention_sm80.h"
 
-#include "cuda/attention/attention_launch.h"
+#include "cuda/backend/attention_launch.h"
 #include "cuda/backend/launcher.h"
 
 namespace pbs::cuda {

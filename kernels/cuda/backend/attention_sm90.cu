@@ -1,7 +1,7 @@
 // The Hopper kernels, one per configuration, and the maps of their operands.
 #include "cuda/attention/attention_sm90.h"
 
-#include "cuda/attention/attention_launch.h"
+#include "cuda/backend/attention_launch.h"
 #include "cuda/backend/launcher.h"
 
 namespace pbs::cuda {
