@@ -5,7 +5,8 @@
 //
 // One JSON line per problem: errors of o and lse against the exact answer over the same
 // order and lists, rows whose lists differ from the reference's (a near tie may), and
-// whether a second run gave the same bits. Exit status 1 when any is out of bounds.
+// whether a second run and a replay of a captured graph gave the same bits. Exit status
+// 1 when any is out of bounds.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -65,7 +66,7 @@ struct Inputs {
 struct Outputs {
   std::vector<uint16_t> o;
   std::vector<float> lse;
-  bool equal_bits = true;  // of two runs
+  bool equal_bits = true;  // of all runs
   AttentionReport report;
 };
 
@@ -89,29 +90,77 @@ int64_t OtherRows(const BlockLists& a, const BlockLists& b) {
   return other;
 }
 
-// On the device, over a poisoned workspace and poisoned outputs.
-StatusOr<Outputs> RunTwice(AttentionBackend& backend, const AttentionPlan& plan,
-                           const Inputs& inputs) {
+// What problems run on. The default stream could not be captured.
+struct Device {
+  // Ends the program, with the reason, where there is no device.
+  explicit Device(CudaAttentionOptions options) {
+    if (const auto answer = CreateCudaAttention(options); !answer.ok()) {
+      std::fprintf(stderr, "%s\n", answer.status().ToString().c_str());
+      std::exit(2);
+    }
+    Check(cudaStreamCreate(&stream), "cudaStreamCreate");
+    options.stream = stream;
+    backend = *CreateCudaAttention(options);
+  }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  ~Device() {
+    backend.reset();  // before the stream that it uses
+    cudaStreamDestroy(stream);
+  }
+
+  cudaStream_t stream = nullptr;
+  std::unique_ptr<AttentionBackend> backend;
+};
+
+// Captures a run into a graph and launches that.
+Status RunCaptured(Device& device, const AttentionPlan& plan,
+                   const AttentionTensors& tensors, Workspace workspace) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  Check(cudaStreamBeginCapture(device.stream, cudaStreamCaptureModeGlobal), "capture");
+  const Status status = device.backend->Run(plan, tensors, workspace, {});
+  Check(cudaStreamEndCapture(device.stream, &graph), "end of the capture");
+  if (!status.ok()) return status;
+  Check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+  Check(cudaGraphLaunch(executable, device.stream), "cudaGraphLaunch");
+  Check(cudaStreamSynchronize(device.stream), "graph");
+  Check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
+  Check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  return Status();
+}
+
+// On the device, over a poisoned workspace and poisoned outputs: twice as it is, then
+// as a graph.
+StatusOr<Outputs> RunAll(Device& device, const AttentionPlan& plan,
+                         const Inputs& inputs) {
+  AttentionBackend& backend = *device.backend;
   const AttentionGeometry& g = plan.geometry;
   const DeviceVector<uint16_t> q(inputs.q), k(inputs.k), v(inputs.v);
   const DeviceVector<uint16_t> o(static_cast<int64_t>(inputs.q.size()));
   const DeviceVector<float> lse(g.num_heads * g.total_q);
   const DeviceBytes workspace(plan.workspace_bytes);
-  Check(cudaMemset(workspace.data(), 0xFF, static_cast<size_t>(workspace.bytes())),
-        "memset");
+  const auto poison = [&](const DeviceBytes& bytes) {
+    Check(cudaMemsetAsync(bytes.data(), 0xFF, static_cast<size_t>(bytes.bytes()),
+                          device.stream),
+          "memset");
+  };
+  poison(workspace);
   const AttentionTensors tensors =
       inputs.Tensors(q.data(), k.data(), v.data(), o.data(), lse.data());
   const Workspace lent{workspace.data(), workspace.bytes()};
   Outputs outputs;
-  for (int run = 0; run < 2; ++run) {
-    Check(cudaMemset(o.data(), 0xFF, static_cast<size_t>(o.bytes())), "memset");
-    Status status = backend.Run(plan, tensors, lent, {});
+  for (int run = 0; run < 3; ++run) {
+    poison(o);
+    poison(lse);
+    Status status = run < 2 ? backend.Run(plan, tensors, lent, {})
+                            : RunCaptured(device, plan, tensors, lent);
     if (!status.ok()) return status;
     status =
         backend.ReadReport(plan, lent, {.order = true, .lists = true}, &outputs.report);
     if (!status.ok()) return status;
     const std::vector<uint16_t> now = o.Download();
-    outputs.equal_bits = run == 0 || now == outputs.o;
+    outputs.equal_bits = outputs.equal_bits && (run == 0 || now == outputs.o);
     outputs.o = now;
   }
   outputs.lse = lse.Download();
@@ -150,12 +199,12 @@ Verdict Compare(const AttentionProblem& problem, const Inputs& inputs,
   return verdict;
 }
 
-StatusOr<Verdict> Judge(AttentionBackend& backend, const AttentionProblem& problem,
+StatusOr<Verdict> Judge(Device& device, const AttentionProblem& problem,
                         uint32_t seed) {
-  const auto plan = backend.Plan(problem);
+  const auto plan = device.backend->Plan(problem);
   if (!plan.ok()) return plan.status();
   const Inputs inputs(problem, seed);
-  const auto outputs = RunTwice(backend, **plan, inputs);
+  const auto outputs = RunAll(device, **plan, inputs);
   if (!outputs.ok()) return outputs.status();
   return Compare(problem, inputs, *outputs);
 }
@@ -168,9 +217,9 @@ bool IsRight(const AttentionProblem& problem, const Verdict& verdict) {
              kOtherRowsMax * static_cast<double>(verdict.rows);
 }
 
-bool Report(AttentionBackend& backend, const std::string& name,
-            const AttentionProblem& problem, uint32_t seed) {
-  const auto verdict = Judge(backend, problem, seed);
+bool Report(Device& device, const std::string& name, const AttentionProblem& problem,
+            uint32_t seed) {
+  const auto verdict = Judge(device, problem, seed);
   if (!verdict.ok()) {
     std::printf("{\"case\": \"%s\", \"seed\": %u, \"error\": \"%s\"}\n", name.c_str(),
                 seed, verdict.status().ToString().c_str());
@@ -272,20 +321,15 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  const auto backend = pbs::CreateCudaAttention(options);
-  if (!backend.ok()) {
-    std::fprintf(stderr, "%s\n", backend.status().ToString().c_str());
-    return 2;
-  }
+  pbs::gpu::Device device(options);
   int wrong = 0;
   for (const pbs::AttentionProblem& problem : pbs::gpu::Table()) {
-    wrong +=
-        pbs::gpu::Report(**backend, pbs::gpu::NameOf(problem), problem, seed) ? 0 : 1;
+    wrong += pbs::gpu::Report(device, pbs::gpu::NameOf(problem), problem, seed) ? 0 : 1;
   }
   for (int i = 0; i < random_problems; ++i) {
     std::mt19937 random(seed + static_cast<uint32_t>(i));
     const pbs::AttentionProblem problem = pbs::gpu::RandomProblem(random);
-    wrong += pbs::gpu::Report(**backend, "random_" + pbs::gpu::NameOf(problem), problem,
+    wrong += pbs::gpu::Report(device, "random_" + pbs::gpu::NameOf(problem), problem,
                               seed + static_cast<uint32_t>(i))
                  ? 0
                  : 1;

@@ -16,17 +16,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kHeadDim <= 128 ? 2 
 
 template <class Config>
 cudaError_t Launch(const AttentionLaunch& launch, cudaStream_t stream) {
-  auto* kernel = AttendSm80Kernel<Config>;
-  constexpr int64_t kSharedBytes = sizeof(Sm80Shared<Config>);
-  if (const cudaError_t error = AllowSharedMemory(kernel, kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
-  const auto blocks = static_cast<unsigned>(launch.params.num_tiles * Config::kParts);
-  if (blocks == 0) return cudaSuccess;
-  kernel<<<blocks, Config::kThreads, kSharedBytes, stream>>>(
-      launch.params, Sm80Operands{launch.q, launch.k, launch.v});
-  return cudaGetLastError();
+  return LaunchKernel(AttendSm80Kernel<Config>,
+                      int64_t{launch.params.num_tiles} * Config::kParts,
+                      Config::kThreads, sizeof(Sm80Shared<Config>), stream,
+                      launch.params, {launch.q, launch.k, launch.v});
 }
 
 template <class Element>

@@ -1,6 +1,8 @@
 // The Hopper kernels, one per configuration, and the maps of their operands.
 #include "cuda/attention/attention_sm90.h"
 
+#include <algorithm>
+
 #include "cuda/backend/attention_launch.h"
 #include "cuda/backend/launcher.h"
 
@@ -73,18 +75,10 @@ cudaError_t Launch(const AttentionLaunch& launch, cudaStream_t stream) {
       !MakeMap(launch, launch.v, kv, kTileRows, &operands.v)) {
     return cudaErrorInvalidValue;
   }
-  auto* kernel = AttendSm90Kernel<Config>;
-  constexpr int64_t kSharedBytes = sizeof(Sm90Shared<Config>);
-  if (const cudaError_t error = AllowSharedMemory(kernel, kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
-  const int32_t blocks = launch.params.num_tiles < launch.num_multiprocessors
-                             ? launch.params.num_tiles
-                             : launch.num_multiprocessors;
-  kernel<<<static_cast<unsigned>(blocks), Config::kThreads, kSharedBytes, stream>>>(
-      launch.params, operands);
-  return cudaGetLastError();
+  return LaunchKernel(AttendSm90Kernel<Config>,
+                      std::min(launch.params.num_tiles, launch.num_multiprocessors),
+                      Config::kThreads, sizeof(Sm90Shared<Config>), stream,
+                      launch.params, operands);
 }
 
 // kStages: what is chosen for the head dim.

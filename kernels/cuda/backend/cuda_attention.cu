@@ -70,12 +70,13 @@ class CudaAttention final : public AttentionBackend {
                     const ReportRequest& request, AttentionReport* report) override;
 
  private:
+  cudaError_t Enqueue(const cuda::CudaAttentionPlan& plan, const cuda::RunParams& run);
   template <class Element>
   cudaError_t EnqueueSelection(const cuda::CudaAttentionPlan& plan,
                                const cuda::RunParams& run);
   cudaError_t EnqueueAttention(const cuda::CudaAttentionPlan& plan,
                                const cuda::RunParams& run);
-  cudaError_t MarkTime(Mark mark) { return cudaEventRecord(marks_[mark], stream_); }
+  cudaError_t MarkTime(Mark mark);
   double Seconds(Mark from, Mark to) const {
     float milliseconds = 0;
     cudaEventElapsedTime(&milliseconds, marks_[from], marks_[to]);
@@ -96,7 +97,10 @@ cudaError_t CudaAttention::EnqueueSelection(const cuda::CudaAttentionPlan& plan,
   cuda::CudaLauncher launch(stream_);
   const auto enqueue = [&]<int kHeadDim>() {
     cuda::EnqueueOrder<Element, kHeadDim>(plan, run, launch);
-    if (launch.error() == cudaSuccess) MarkTime(kPermuted);
+    if (launch.error() != cudaSuccess) return launch.error();
+    if (const cudaError_t error = MarkTime(kPermuted); error != cudaSuccess) {
+      return error;
+    }
     cuda::EnqueueLists<Element, kHeadDim>(plan, run, launch);
     return launch.error();
   };
@@ -139,6 +143,34 @@ cudaError_t CudaAttention::EnqueueAttention(const cuda::CudaAttentionPlan& plan,
                 : cuda::LaunchAttentionSm80(launch, stream_);
 }
 
+// A graph that this is captured into marks the times of each launch.
+cudaError_t CudaAttention::MarkTime(Mark mark) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (const cudaError_t error = cudaStreamIsCapturing(stream_, &status);
+      error != cudaSuccess) {
+    return error;
+  }
+  return cudaEventRecordWithFlags(marks_[mark], stream_,
+                                  status == cudaStreamCaptureStatusActive
+                                      ? cudaEventRecordExternal
+                                      : cudaEventRecordDefault);
+}
+
+cudaError_t CudaAttention::Enqueue(const cuda::CudaAttentionPlan& plan,
+                                   const cuda::RunParams& run) {
+  cudaError_t error = cudaSetDevice(device_);
+  if (error == cudaSuccess) error = MarkTime(kBegin);
+  if (error == cudaSuccess) {
+    error = plan.problem.dtype == DType::kBF16
+                ? EnqueueSelection<cuda::Bf16Element>(plan, run)
+                : EnqueueSelection<cuda::F16Element>(plan, run);
+  }
+  if (error == cudaSuccess) error = MarkTime(kSelected);
+  if (error == cudaSuccess) error = EnqueueAttention(plan, run);
+  if (error == cudaSuccess) error = MarkTime(kAttended);
+  return error;
+}
+
 Status CudaAttention::Run(const AttentionPlan& plan, const AttentionTensors& tensors,
                           Workspace workspace, const RunControl& control) {
   if (control.stop != nullptr && control.stop->load(std::memory_order_relaxed)) {
@@ -147,17 +179,7 @@ Status CudaAttention::Run(const AttentionPlan& plan, const AttentionTensors& ten
   const auto& cuda_plan = static_cast<const cuda::CudaAttentionPlan&>(plan);
   const auto run = cuda::MakeRunParams(cuda_plan, tensors, workspace);
   if (!run.ok()) return run.status();
-  cudaError_t error = cudaSetDevice(device_);
-  if (error == cudaSuccess) error = MarkTime(kBegin);
-  if (error == cudaSuccess) {
-    error = plan.problem.dtype == DType::kBF16
-                ? EnqueueSelection<cuda::Bf16Element>(cuda_plan, *run)
-                : EnqueueSelection<cuda::F16Element>(cuda_plan, *run);
-  }
-  if (error == cudaSuccess) error = MarkTime(kSelected);
-  if (error == cudaSuccess) error = EnqueueAttention(cuda_plan, *run);
-  if (error == cudaSuccess) error = MarkTime(kAttended);
-  return FromCuda("attention", error);
+  return FromCuda("attention", Enqueue(cuda_plan, *run));
 }
 
 Status CudaAttention::ReadReport(const AttentionPlan& plan, Workspace workspace,

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace pbs::cuda {
 
@@ -15,12 +16,25 @@ __global__ void __launch_bounds__(Kernel::kThreads, 2)
   Kernel::Run(params);
 }
 
-// Dynamic shared memory above 48 KiB must be asked for.
-template <class Function>
-cudaError_t AllowSharedMemory(Function* kernel, int64_t bytes) {
-  if (bytes <= 48 << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+// Dynamic shared memory above 48 KiB must be asked for. Answers with this launch's own
+// error: cudaGetLastError() would also tell what somebody else left behind.
+template <class... Params>
+cudaError_t LaunchKernel(void (*kernel)(Params...), int64_t blocks, int threads,
+                         int64_t shared_bytes, cudaStream_t stream,
+                         const std::type_identity_t<Params>&... params) {
+  if (blocks == 0) return cudaSuccess;
+  if (shared_bytes > 48 << 10) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
 // Enqueues until something fails.
@@ -30,13 +44,9 @@ class CudaLauncher {
 
   template <class Kernel, class Params>
   void Run(int64_t blocks, int64_t shared_bytes, const Params& params) {
-    if (blocks == 0 || error_ != cudaSuccess) return;
-    auto* kernel = RunKernel<Kernel, Params>;
-    error_ = AllowSharedMemory(kernel, shared_bytes);
     if (error_ != cudaSuccess) return;
-    kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads,
-             static_cast<size_t>(shared_bytes), stream_>>>(params);
-    error_ = cudaGetLastError();
+    error_ = LaunchKernel(RunKernel<Kernel, Params>, blocks, Kernel::kThreads,
+                          shared_bytes, stream_, params);
   }
 
   cudaError_t error() const { return error_; }
