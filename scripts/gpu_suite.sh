@@ -6,12 +6,14 @@
 #   scripts/gpu_suite.sh              results to docs/results/gpu_attention.json
 #   OUT=FOLDER scripts/gpu_suite.sh   results, and what each part said, to FOLDER
 #
-# PBS_GPU_SECONDS: what the timings may take (default 300).
+# PBS_GPU_SECONDS: what the timings may take (default 300). PBS_COMMIT: what the results
+# name where there is no git.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=$(realpath -m "${OUT:-$repo/docs/results}")
 build=$(realpath -m "${PBS_BUILD_DIR:-$repo/build-gpu}")
-commit=$(git -C "$repo" describe --always --dirty=+changes 2>/dev/null || echo unknown)
+commit=$(git -C "$repo" describe --always --dirty=+changes 2>/dev/null ||
+  echo "${PBS_COMMIT:-unknown}")
 logs=$(realpath -m "${OUT:-$build/logs}")
 mkdir -p "$out" "$logs"
 say() { printf '== %s (%s s)\n' "$*" "$SECONDS" >&2; }

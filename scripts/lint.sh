@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$repo"
 
 install_packages clang-format-16 shellcheck yamllint python3
-mapfile -t sources < <(git ls-files '*.h' '*.cc' '*.inc')
+mapfile -t sources < <(git ls-files '*.h' '*.cc' '*.cu' '*.inc')
 if [ "${1:-}" = --fix ]; then
   clang-format-16 -i "${sources[@]}"
   exit
