@@ -106,6 +106,11 @@ Status CpuBackend::Embed(const EmbedOp& op) {
   return OkStatus();
 }
 
+Status CpuBackend::Rotations(const RotationsOp& op) {
+  cpu::Rotations(pool_, op);
+  return OkStatus();
+}
+
 Status CpuBackend::RmsNorm(const RmsNormOp& op) {
   cpu::RmsNorm(pool_, pointwise_, op);
   return OkStatus();

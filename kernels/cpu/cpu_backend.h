@@ -38,6 +38,7 @@ class CpuBackend final : public Backend {
                 Workspace workspace) override;
 
   Status Embed(const EmbedOp& op) override;
+  Status Rotations(const RotationsOp& op) override;
   Status RmsNorm(const RmsNormOp& op) override;
   Status Qkv(const QkvOp& op) override;
   Status Logits(const LogitsOp& op) override;

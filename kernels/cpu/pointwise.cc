@@ -1,6 +1,7 @@
 #include "cpu/pointwise.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace pbs::cpu {
@@ -80,6 +81,17 @@ void Embed(ThreadPool& pool, const PointwiseKernels& kernels, const EmbedOp& op)
   ForRows(pool, op.rows, [&](int64_t row) {
     kernels.widen(At(op.table, op.tokens[row] * op.hidden, op.table_dtype),
                   ElementOf(op.table_dtype), op.residual + row * op.hidden, op.hidden);
+  });
+}
+
+void Rotations(ThreadPool& pool, const RotationsOp& op) {
+  ForRows(pool, op.rows, [&](int64_t row) {
+    const auto position = static_cast<double>(op.first_position + row);
+    for (int64_t i = 0; i < op.pairs; ++i) {
+      const double angle = position * op.frequencies[i];
+      op.cosines[row * op.pairs + i] = static_cast<float>(std::cos(angle) * op.factor);
+      op.sines[row * op.pairs + i] = static_cast<float>(std::sin(angle) * op.factor);
+    }
   });
 }
 

@@ -15,6 +15,7 @@ const PointwiseKernels& PointwiseFor(Isa isa);
 
 // As Backend's methods of these names.
 void Embed(ThreadPool& pool, const PointwiseKernels& kernels, const EmbedOp& op);
+void Rotations(ThreadPool& pool, const RotationsOp& op);
 void RmsNorm(ThreadPool& pool, const PointwiseKernels& kernels, const RmsNormOp& op);
 void Qkv(ThreadPool& pool, const PointwiseKernels& kernels, const QkvOp& op);
 void Logits(ThreadPool& pool, const PointwiseKernels& kernels, const LogitsOp& op);

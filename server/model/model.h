@@ -42,16 +42,19 @@ class Model {
   DType kv_dtype() const { return kv_dtype_; }
   // The cache of one sequence of up to `capacity` tokens.
   KvShape kv_shape(int32_t capacity) const;
-  // [head_dim / 2]; see rope.h.
-  const std::vector<double>& inverse_frequencies() const { return frequencies_; }
+  // [head_dim / 2], device memory; see rope.h.
+  const double* inverse_frequencies() const {
+    return static_cast<const double*>(frequencies_.data());
+  }
 
  private:
-  Model(ModelConfig config, ModelWeights weights, DType kv_dtype, Backend& backend);
+  Model(ModelConfig config, ModelWeights weights, Buffer frequencies, DType kv_dtype,
+        Backend& backend);
 
   const ModelConfig config_;
   const ModelWeights weights_;
   const DType kv_dtype_;
-  const std::vector<double> frequencies_;
+  const Buffer frequencies_;
   Backend& backend_;
 };
 

@@ -2,18 +2,14 @@
 
 #include <algorithm>
 #include <string>
-#include <vector>
 
 #include "pbs/check.h"
-#include "server/model/rope.h"
 
 namespace pbs {
 namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kWord = 4;  // bytes of a float or a token id
-// Rows of rotations computed on the host before they are uploaded.
-constexpr int64_t kRotationRows = 256;
 
 // Hands out aligned pieces of the workspace in the order of the plan.
 class Carver {
@@ -143,18 +139,13 @@ Status PrefillRun::Embed(std::span<const int32_t> tokens) {
                                       .rows = rows,
                                       .hidden = config.hidden_size,
                                       .residual = at_.residual}));
-  const int64_t half = config.head_dim / 2;
-  std::vector<float> cosines(static_cast<size_t>(kRotationRows * half));
-  std::vector<float> sines(cosines.size());
-  for (int64_t row = 0; row < rows; row += kRotationRows) {
-    const int64_t count = std::min(kRotationRows, rows - row);
-    FillRotations(model_.inverse_frequencies(), config.rope.attention_factor,
-                  plan_.problem.past_len + row, count, cosines.data(), sines.data());
-    const int64_t bytes = count * half * kWord;
-    PBS_RETURN_IF_ERROR(
-        backend_.Upload(cosines.data(), at_.cosines + row * half, bytes));
-    PBS_RETURN_IF_ERROR(backend_.Upload(sines.data(), at_.sines + row * half, bytes));
-  }
+  PBS_RETURN_IF_ERROR(backend_.Rotations({.frequencies = model_.inverse_frequencies(),
+                                          .factor = config.rope.attention_factor,
+                                          .first_position = plan_.problem.past_len,
+                                          .rows = rows,
+                                          .pairs = config.head_dim / 2,
+                                          .cosines = at_.cosines,
+                                          .sines = at_.sines}));
   PBS_RETURN_IF_ERROR(backend_.MarkTime(1));
   PBS_ASSIGN_OR_RETURN(embed_seconds_, backend_.SecondsBetween(0, 1));
   return OkStatus();

@@ -75,17 +75,4 @@ std::vector<double> InverseFrequencies(const RopeConfig& rope, int32_t head_dim)
   return frequencies;
 }
 
-void FillRotations(const std::vector<double>& inverse_frequencies,
-                   double attention_factor, int64_t first_position, int64_t count,
-                   float* cosines, float* sines) {
-  for (int64_t row = 0; row < count; ++row) {
-    const auto position = static_cast<double>(first_position + row);
-    for (double frequency : inverse_frequencies) {
-      const double angle = position * frequency;
-      *cosines++ = static_cast<float>(std::cos(angle) * attention_factor);
-      *sines++ = static_cast<float>(std::sin(angle) * attention_factor);
-    }
-  }
-}
-
 }  // namespace pbs

@@ -1,8 +1,8 @@
 // Rotary position embedding: rotate-half, dimension i pairs with i + head_dim / 2.
 //
-// Angles are position times inverse frequency, computed and reduced in f64, so that
-// they are right at any position; cosines and sines are f32 and carry the attention
-// factor of yarn (and therefore so do cached keys).
+// Angles are position times inverse frequency, computed and reduced in f64
+// (RotationsOp), so that they are right at any position; cosines and sines are f32 and
+// carry the attention factor of yarn (and therefore so do cached keys).
 //
 // Threading: pure functions.
 #pragma once
@@ -16,10 +16,5 @@ namespace pbs {
 
 // [head_dim / 2], falling.
 std::vector<double> InverseFrequencies(const RopeConfig& rope, int32_t head_dim);
-
-// Writes [count, head_dim / 2] each, for positions from `first_position` on.
-void FillRotations(const std::vector<double>& inverse_frequencies,
-                   double attention_factor, int64_t first_position, int64_t count,
-                   float* cosines, float* sines);
 
 }  // namespace pbs

@@ -6,7 +6,7 @@
 // are row-major matrices whose rows are contiguous; strides count elements.
 //
 // dtypes: the residual stream is f32. Everything else between two operations is in the
-// *compute dtype*, f32 or bf16 (ComputeDType()); products accumulate in f32.
+// *compute dtype* (ComputeDType()); products accumulate in f32.
 //
 // Threading: one caller at a time; but info(), Plan(), Allocate(),
 // LinearWorkspaceBytes() and the end of a Buffer are safe from any thread at any time:
@@ -116,6 +116,18 @@ struct EmbedOp {
   float* residual = nullptr;  // [rows, hidden]
 };
 
+// cosines[r, i] = cos((first_position + r) frequencies[i]) factor, sines likewise; the
+// angles in f64. Positions are below kSeqLenMax, frequencies in [0, 1].
+struct RotationsOp {
+  const double* frequencies = nullptr;  // [pairs]
+  double factor = 1;
+  int64_t first_position = 0;
+  int64_t rows = 0;
+  int64_t pairs = 0;         // head_dim / 2
+  float* cosines = nullptr;  // [rows, pairs]
+  float* sines = nullptr;
+};
+
 // y = x / sqrt(mean(x^2) + epsilon) * weight, row by row
 struct RmsNormOp {
   const float* x = nullptr;       // [rows, cols]
@@ -207,6 +219,7 @@ class Backend : public AttentionBackend {
                         void* y, Workspace workspace) = 0;
 
   virtual Status Embed(const EmbedOp& op) = 0;
+  virtual Status Rotations(const RotationsOp& op) = 0;
   virtual Status RmsNorm(const RmsNormOp& op) = 0;
   virtual Status Qkv(const QkvOp& op) = 0;
   virtual Status Logits(const LogitsOp& op) = 0;

@@ -1,6 +1,7 @@
 // Spec: kernels/include/pbs/cpu_backend.h, and the small operations of pbs/backend.h.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -122,6 +123,34 @@ TEST(CpuBackendSpec, EmbedsTokensInTheirOrder) {
                   .ok());
   EXPECT_EQ(std::vector<float>(residual, residual + 6),
             (std::vector<float>{20, 21, 0, 1, 20, 21}));
+}
+
+TEST(CpuBackendSpec, RotatesByPositionTimesFrequencyExactlyEvenFarOut) {
+  const auto backend = MakeBackend();
+  // In f32 the angle of the second alone would be off by 0.03.
+  const double frequencies[] = {1.0, 0.7498942093324559};
+  for (const int64_t first : {int64_t{0}, int64_t{1'000'003}}) {
+    SCOPED_TRACE(first);
+    float cosines[6];
+    float sines[6];
+    ASSERT_TRUE(backend
+                    ->Rotations({.frequencies = frequencies,
+                                 .factor = 1.25,
+                                 .first_position = first,
+                                 .rows = 3,
+                                 .pairs = 2,
+                                 .cosines = cosines,
+                                 .sines = sines})
+                    .ok());
+    for (int row = 0; row < 3; ++row) {
+      for (int i = 0; i < 2; ++i) {
+        const long double angle =
+            static_cast<long double>(first + row) * frequencies[i];
+        EXPECT_NEAR(cosines[2 * row + i], 1.25 * std::cos(angle), 1e-7);
+        EXPECT_NEAR(sines[2 * row + i], 1.25 * std::sin(angle), 1e-7);
+      }
+    }
+  }
 }
 
 TEST(CpuBackendSpec, CopiesChosenRowsAndConvertsThem) {

@@ -126,38 +126,5 @@ TEST(InverseFrequenciesSpec, EqualsWhatTransformersComputes) {
   ExpectPublished(yarn, 63, 3.10234441e-07);
 }
 
-TEST(FillRotationsSpec, GivesCosineAndSineOfPositionTimesFrequency) {
-  const std::vector<double> frequencies = {1.0, 0.25};
-  float cosines[6];
-  float sines[6];
-  FillRotations(frequencies, 1.0, 5, 3, cosines, sines);
-  for (int row = 0; row < 3; ++row) {
-    for (int i = 0; i < 2; ++i) {
-      const double angle = (5 + row) * frequencies[i];
-      EXPECT_EQ(cosines[2 * row + i], static_cast<float>(std::cos(angle)));
-      EXPECT_EQ(sines[2 * row + i], static_cast<float>(std::sin(angle)));
-    }
-  }
-}
-
-TEST(FillRotationsSpec, CarriesTheAttentionFactor) {
-  float cosine = 0;
-  float sine = 0;
-  FillRotations({0.5}, 1.25, 3, 1, &cosine, &sine);
-  EXPECT_EQ(cosine, static_cast<float>(1.25 * std::cos(1.5)));
-  EXPECT_EQ(sine, static_cast<float>(1.25 * std::sin(1.5)));
-}
-
-TEST(FillRotationsSpec, StaysExactFarOut) {
-  // In f32 the angle alone would be off by 0.03.
-  const double frequency = InverseFrequencies(Plain(10000), 64)[1];
-  float cosine = 0;
-  float sine = 0;
-  FillRotations({frequency}, 1.0, 1'000'003, 1, &cosine, &sine);
-  const long double angle = 1'000'003.0L * static_cast<long double>(frequency);
-  EXPECT_NEAR(cosine, static_cast<double>(std::cos(angle)), 1e-7);
-  EXPECT_NEAR(sine, static_cast<double>(std::sin(angle)), 1e-7);
-}
-
 }  // namespace
 }  // namespace pbs
