@@ -356,16 +356,21 @@ int64_t SharedOffset(const void* at, int64_t bytes, const Location& where) {
   return offset;
 }
 
-// The region that holds [at, at + bytes), or a fault.
-Region& RegionOf(const void* at, int64_t bytes, const Location& where) {
+// The region that holds [at, at + bytes), or null.
+Region* FindRegion(const void* at, int64_t bytes) {
   const auto* begin = static_cast<const uint8_t*>(at);
   auto& regions = Regions();
   auto next = regions.upper_bound(begin);
-  if (next != regions.begin()) {
-    auto& [start, region] = *std::prev(next);
-    if (begin + bytes <= region.end) return region;
-  }
-  Fail(Span(at, bytes) + " are in no global tensor", where);
+  if (next == regions.begin()) return nullptr;
+  auto& [start, region] = *std::prev(next);
+  return begin + bytes <= region.end ? &region : nullptr;
+}
+
+// Or a fault.
+Region& RegionOf(const void* at, int64_t bytes, const Location& where) {
+  Region* region = FindRegion(at, bytes);
+  if (region == nullptr) Fail(Span(at, bytes) + " are in no global tensor", where);
+  return *region;
 }
 
 void CheckAligned(const void* at, int64_t alignment, const Location& where) {
@@ -401,6 +406,19 @@ void GlobalMemory::Allow(const void* at, int64_t bytes, bool written) {
   const auto* begin = static_cast<const uint8_t*>(at);
   Regions()[begin] = {begin + bytes,
                       std::vector<bool>(static_cast<size_t>(bytes), written)};
+}
+
+void GlobalMemory::Forbid(const void* at) {
+  Regions().erase(static_cast<const uint8_t*>(at));
+}
+
+Fault GlobalMemory::MarkWritten(const void* at, int64_t bytes) {
+  Region* region = FindRegion(at, bytes);
+  if (region == nullptr) return {.what = Span(at, bytes) + " are in no global tensor"};
+  const int64_t offset =
+      static_cast<const uint8_t*>(at) - (region->end - region->written.size());
+  std::fill_n(region->written.begin() + offset, bytes, true);
+  return {};
 }
 
 void GlobalMemory::Clear() { Regions().clear(); }

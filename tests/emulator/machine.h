@@ -26,7 +26,7 @@ struct Fault {
   std::string what;  // "" when the run was clean
   int block = -1;
   int thread = -1;
-  std::string where;  // file:line of the kernel source
+  std::string where = {};  // file:line of the kernel source
 
   bool ok() const { return what.empty(); }
   std::string ToString() const;
@@ -86,8 +86,11 @@ bool IsShared(const void* at);
 // Global memory that kernels may touch.
 class GlobalMemory {
  public:
-  // Adds [at, at + bytes); it stays until Clear().
+  // Adds [at, at + bytes); it stays until Forbid(at) or Clear().
   static void Allow(const void* at, int64_t bytes, bool written);
+  static void Forbid(const void* at);
+  // What somebody else than a kernel writes; a fault when kernels may not touch it.
+  static Fault MarkWritten(const void* at, int64_t bytes);
   static void Clear();
   static void CheckRead(const void* at, int64_t bytes, int64_t alignment,
                         const Location& where);

@@ -191,6 +191,8 @@ constexpr float kLog2E = 1.44269504088896341f;
 PBS_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
 PBS_DEVICE float Sqrt(float x) { return sqrtf(x); }
 PBS_DEVICE float Ceil(float x) { return ceilf(x); }
+// To the nearest integer, ties to even.
+PBS_DEVICE double Round(double x) { return rint(x); }
 PBS_DEVICE uint32_t FloatBits(float x) { return __float_as_uint(x); }
 PBS_DEVICE float BitsToFloat(uint32_t bits) { return __uint_as_float(bits); }
 PBS_DEVICE int PopulationCount(uint32_t bits) { return __popc(bits); }

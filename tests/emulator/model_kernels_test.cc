@@ -1,0 +1,348 @@
+// Spec: cuda/model, every kernel on the emulator against plain f64 loops.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/model/model_launches.h"
+#include "pbs/dtype.h"
+#include "tests/emulator/device_array.h"
+
+namespace pbs::emulator {
+namespace {
+
+constexpr DType kDTypes[] = {DType::kF32, DType::kF16, DType::kBF16};
+
+// A matrix of normal values in `dtype` on the device, and the same as f64.
+class Matrix {
+ public:
+  Matrix(DType dtype, int64_t count, uint32_t seed, float spread = 2.0f)
+      : dtype_(dtype), stored_(count * DTypeBytes(dtype), /*written=*/true) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal(0.0f, spread);
+    std::vector<float> values(static_cast<size_t>(count));
+    for (float& x : values) x = normal(random);
+    Set(values);
+  }
+  // Values that nothing has written yet.
+  Matrix(DType dtype, int64_t count) : dtype_(dtype), stored_(count * DTypeBytes(dtype)) {
+    stored_.Allow();
+  }
+
+  void Set(std::vector<float> values) {
+    const auto count = static_cast<int64_t>(values.size());
+    ConvertElements(values.data(), DType::kF32, stored_.data(), dtype_, count);
+    ConvertElements(stored_.data(), dtype_, values.data(), DType::kF32, count);
+    exact.assign(values.begin(), values.end());
+    stored_.Allow();
+  }
+  std::vector<float> Read() const {
+    const int64_t count = stored_.bytes() / DTypeBytes(dtype_);
+    std::vector<float> values(static_cast<size_t>(count));
+    ConvertElements(stored_.data(), dtype_, values.data(), DType::kF32, count);
+    return values;
+  }
+  void* data() { return stored_.data(); }
+  float* f32() { return reinterpret_cast<float*>(stored_.data()); }
+
+  std::vector<double> exact;
+
+ private:
+  DType dtype_;
+  DeviceArray<std::byte> stored_;
+};
+
+// Half an ulp of the stored type, and a few f32 roundings before it.
+double Relative(DType dtype) {
+  constexpr double kF32Roundings = 16 * 0x1p-24;
+  if (dtype == DType::kF32) return kF32Roundings;
+  return (dtype == DType::kF16 ? 0x1p-11 : 0x1p-8) + kF32Roundings;
+}
+
+double InverseRms(const double* x, int64_t count, double epsilon) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i] * x[i];
+  return 1 / std::sqrt(sum / static_cast<double>(count) + epsilon);
+}
+
+class ModelKernelsSpec : public testing::Test {
+ protected:
+  ~ModelKernelsSpec() override {
+    EXPECT_TRUE(launch_.fault.ok()) << launch_.fault.ToString();
+    GlobalMemory::Clear();
+  }
+
+  EmulatorLauncher launch_;
+};
+
+TEST_F(ModelKernelsSpec, MovesChosenRowsAndConvertsThem) {
+  constexpr int64_t kCols = 520;  // more quads than threads
+  const std::vector<int32_t> index = {4, 0, 4};
+  DeviceArray<int32_t> rows(3, /*written=*/true);
+  std::copy(index.begin(), index.end(), rows.data());
+  rows.Allow();
+  for (DType from : kDTypes) {
+    for (DType to : kDTypes) {
+      for (bool indexed : {false, true}) {
+        SCOPED_TRACE(std::string(DTypeName(from)) + " to " + DTypeName(to));
+        Matrix source(from, 5 * kCols, 1);
+        Matrix target(to, 3 * kCols);
+        cuda::EnqueueCopyRows({.source = source.data(),
+                               .source_dtype = from,
+                               .row_index = indexed ? rows.data() : nullptr,
+                               .rows = 3,
+                               .cols = kCols,
+                               .target = target.data(),
+                               .target_dtype = to},
+                              launch_);
+        const std::vector<float> actual = target.Read();
+        for (int64_t i = 0; i < 3 * kCols; ++i) {
+          const int64_t row = indexed ? index[i / kCols] : i / kCols;
+          const double expected = source.exact[row * kCols + i % kCols];
+          ASSERT_NEAR(actual[i], expected, Relative(to) * std::abs(expected)) << i;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(ModelKernelsSpec, NormalisesRowsOfAnyLength) {
+  for (DType dtype : kDTypes) {
+    for (int64_t cols : {8, 64, 1032, 2056}) {
+      SCOPED_TRACE(std::string(DTypeName(dtype)) + " cols " + std::to_string(cols));
+      Matrix x(DType::kF32, 3 * cols, 1);
+      Matrix weight(DType::kF32, cols, 2);
+      Matrix y(dtype, 3 * cols);
+      cuda::EnqueueRmsNorm({.x = x.f32(),
+                            .weight = weight.f32(),
+                            .epsilon = 1e-5f,
+                            .rows = 3,
+                            .cols = cols,
+                            .y = y.data(),
+                            .y_dtype = dtype},
+                           launch_);
+      const std::vector<float> actual = y.Read();
+      for (int64_t i = 0; i < 3 * cols; ++i) {
+        const double factor =
+            InverseRms(x.exact.data() + i / cols * cols, cols, 1e-5);
+        const double expected = x.exact[i] * factor * weight.exact[i % cols];
+        ASSERT_NEAR(actual[i], expected,
+                    Relative(dtype) * std::abs(expected) + 0x1p-24)
+            << i;
+      }
+    }
+  }
+}
+
+TEST_F(ModelKernelsSpec, MakesRotationsOfAnyPosition) {
+  constexpr int64_t kRows = 7;
+  constexpr int64_t kPairs = 48;
+  DeviceArray<double> frequencies(kPairs, /*written=*/true);
+  for (int64_t i = 0; i < kPairs; ++i) {
+    frequencies.data()[i] = std::pow(500000.0, -static_cast<double>(i) / kPairs);
+  }
+  frequencies.Allow();
+  for (int64_t first : {0, 1, 131'070, 1'048'569}) {
+    SCOPED_TRACE(first);
+    Matrix cosines(DType::kF32, kRows * kPairs);
+    Matrix sines(DType::kF32, kRows * kPairs);
+    cuda::EnqueueRotations({.frequencies = frequencies.data(),
+                            .factor = 1.25,
+                            .first_position = first,
+                            .rows = kRows,
+                            .pairs = kPairs,
+                            .cosines = cosines.f32(),
+                            .sines = sines.f32()},
+                           launch_);
+    const std::vector<float> cosine = cosines.Read();
+    const std::vector<float> sine = sines.Read();
+    for (int64_t i = 0; i < kRows * kPairs; ++i) {
+      const long double angle = static_cast<long double>(first + i / kPairs) *
+                                frequencies.data()[i % kPairs];
+      ASSERT_NEAR(cosine[i], 1.25 * static_cast<double>(std::cos(angle)), 1e-7) << i;
+      ASSERT_NEAR(sine[i], 1.25 * static_cast<double>(std::sin(angle)), 1e-7) << i;
+    }
+  }
+}
+
+struct Heads {
+  int32_t dim;
+  int32_t num_heads, num_kv_heads;
+  bool norm;
+};
+
+TEST_F(ModelKernelsSpec, SplitsRotatesAndNormalisesHeads) {
+  constexpr int64_t kRows = 3;
+  constexpr int64_t kCapacity = 9;
+  constexpr int64_t kFirst = 4;  // position of the first row
+  for (const Heads& heads : {Heads{32, 2, 1, false}, Heads{64, 4, 2, true},
+                             Heads{96, 3, 3, true}, Heads{96, 3, 1, false},
+                             Heads{128, 5, 1, true}, Heads{256, 2, 2, true}}) {
+    for (DType from : kDTypes) {
+      for (DType to : {DType::kF16, DType::kBF16}) {
+        SCOPED_TRACE("dim " + std::to_string(heads.dim) + " " + DTypeName(from) +
+                     " to " + DTypeName(to));
+        const int64_t dim = heads.dim;
+        const int64_t half = dim / 2;
+        const int64_t width = (heads.num_heads + 2 * heads.num_kv_heads) * dim;
+        Matrix qkv(from, kRows * width, 3);
+        Matrix cosines(DType::kF32, kRows * half, 4, 0.5f);
+        Matrix sines(DType::kF32, kRows * half, 5, 0.5f);
+        Matrix q_norm(DType::kF32, dim, 6);
+        Matrix k_norm(DType::kF32, dim, 7);
+        Matrix q(to, kRows * heads.num_heads * dim);
+        Matrix k(to, heads.num_kv_heads * kCapacity * dim);
+        Matrix v(to, heads.num_kv_heads * kCapacity * dim);
+        const auto at_first = [&](Matrix& cache) {
+          return static_cast<std::byte*>(cache.data()) + kFirst * dim * DTypeBytes(to);
+        };
+        cuda::EnqueueQkv({.qkv = qkv.data(),
+                          .qkv_dtype = from,
+                          .rows = kRows,
+                          .num_heads = heads.num_heads,
+                          .num_kv_heads = heads.num_kv_heads,
+                          .head_dim = heads.dim,
+                          .q_norm = heads.norm ? q_norm.f32() : nullptr,
+                          .k_norm = heads.norm ? k_norm.f32() : nullptr,
+                          .epsilon = 1e-6f,
+                          .cosines = cosines.f32(),
+                          .sines = sines.f32(),
+                          .kv_dtype = to,
+                          .q = q.data(),
+                          .k = at_first(k),
+                          .v = at_first(v),
+                          .kv_head_stride = kCapacity * dim},
+                         launch_);
+        const std::vector<float> queries = q.Read();
+        const std::vector<float> keys = k.Read();
+        const std::vector<float> values = v.Read();
+        for (int64_t at = 0; at < kRows * width; ++at) {
+          const int64_t row = at / width;
+          const int64_t head = at % width / dim;
+          const int64_t i = at % dim;
+          const double* x = qkv.exact.data() + at - i;
+          const int64_t kv_head = (head - heads.num_heads) % heads.num_kv_heads;
+          const int64_t cached = (kv_head * kCapacity + kFirst + row) * dim + i;
+          if (head >= heads.num_heads + heads.num_kv_heads) {
+            ASSERT_NEAR(values[cached], x[i], Relative(to) * std::abs(x[i]));
+            continue;
+          }
+          const bool query = head < heads.num_heads;
+          const double factor = heads.norm ? InverseRms(x, dim, 1e-6) : 1.0;
+          const Matrix& norm = query ? q_norm : k_norm;
+          const auto value = [&](int64_t j) {
+            return x[j] * factor * (heads.norm ? norm.exact[j] : 1.0);
+          };
+          const int64_t partner = i < half ? i + half : i - half;
+          const int64_t pair = row * half + std::min(i, partner);
+          const double a = value(i) * cosines.exact[pair];
+          const double b = (i < half ? -1 : 1) * value(partner) * sines.exact[pair];
+          const double actual =
+              query ? queries[(row * heads.num_heads + head) * dim + i] : keys[cached];
+          ASSERT_NEAR(actual, a + b,
+                      Relative(to) * std::abs(a + b) +
+                          16 * 0x1p-24 * (std::abs(a) + std::abs(b)) + 0x1p-24)
+              << "row " << row << " head " << head << " element " << i;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(ModelKernelsSpec, GatesBySiluOverTheWholeRangeOfFloats) {
+  constexpr int64_t kCols = 1032;
+  constexpr int64_t kStride = 1040;
+  for (DType dtype : kDTypes) {
+    for (bool biased : {false, true}) {
+      SCOPED_TRACE(DTypeName(dtype));
+      Matrix gate_up(dtype, 2 * 2 * kCols, 8, 10.0f);
+      std::vector<float> values = gate_up.Read();
+      const float extremes[] = {0.0f, 300.0f, -300.0f, 3e3f, -3e3f, -88.0f, 1e-6f};
+      std::copy(std::begin(extremes), std::end(extremes), values.begin());
+      std::fill_n(values.begin() + kCols, std::size(extremes), 1.5f);
+      gate_up.Set(values);
+      Matrix bias(DType::kF32, 2 * kCols, 9);
+      Matrix y(dtype, 2 * kStride);
+      launch_.Run<cuda::GateRows>(2, 0,
+                                  cuda::GateRowsParams{
+                                      .gate_up = gate_up.data(),
+                                      .bias = biased ? bias.f32() : nullptr,
+                                      .y = y.data(),
+                                      .quads = kCols / cuda::kQuad,
+                                      .y_stride_quads = kStride / cuda::kQuad,
+                                      .dtype = dtype});
+      const std::vector<float> actual = y.Read();
+      for (int64_t i = 0; i < 2 * kCols; ++i) {
+        const int64_t row = i / kCols;
+        const int64_t col = i % kCols;
+        const double* x = gate_up.exact.data() + row * 2 * kCols;
+        const double gate = x[col] + (biased ? bias.exact[col] : 0);
+        const double up = x[kCols + col] + (biased ? bias.exact[kCols + col] : 0);
+        const double expected = gate / (1 + std::exp(-gate)) * up;
+        // Below f16's normal numbers steps no longer shrink.
+        const double least = dtype == DType::kF16 ? 0x1p-25 : 1e-30;
+        ASSERT_NEAR(actual[row * kStride + col], expected,
+                    (Relative(dtype) + 0x1p-18) * std::abs(expected) + least)
+            << i;
+      }
+    }
+  }
+}
+
+TEST_F(ModelKernelsSpec, KeepsABrokenActivationVisible) {
+  const std::vector<float> gates = {NAN, -INFINITY, 1.0f, 2.0f};
+  Matrix gate_up(DType::kF32, 8, 1);
+  std::vector<float> values = gates;
+  values.insert(values.end(), 4, 1.5f);
+  gate_up.Set(values);
+  Matrix y(DType::kF32, 4);
+  launch_.Run<cuda::GateRows>(1, 0,
+                              cuda::GateRowsParams{.gate_up = gate_up.data(),
+                                                   .bias = nullptr,
+                                                   .y = y.data(),
+                                                   .quads = 1,
+                                                   .y_stride_quads = 1,
+                                                   .dtype = DType::kF32});
+  EXPECT_FALSE(std::isfinite(y.Read()[0]));
+  EXPECT_FALSE(std::isfinite(y.Read()[1]));
+}
+
+TEST_F(ModelKernelsSpec, MultipliesRowsByAWeightAsItWasStored) {
+  for (DType dtype : kDTypes) {
+    for (int64_t hidden : {8, 64, 136}) {
+      for (int64_t rows : {1, 8, 19}) {
+        constexpr int64_t kVocab = 13;  // no multiple of a block's warps
+        SCOPED_TRACE(std::string(DTypeName(dtype)) + " hidden " +
+                     std::to_string(hidden) + " rows " + std::to_string(rows));
+        Matrix x(DType::kF32, rows * hidden, 10);
+        Matrix weight(dtype, kVocab * hidden, 11);
+        Matrix y(DType::kF32, rows * kVocab);
+        cuda::EnqueueLogits({.x = x.f32(),
+                             .weight = weight.data(),
+                             .weight_dtype = dtype,
+                             .rows = rows,
+                             .hidden = hidden,
+                             .vocab = kVocab,
+                             .y = y.f32()},
+                            launch_);
+        const std::vector<float> actual = y.Read();
+        for (int64_t i = 0; i < rows * kVocab; ++i) {
+          double expected = 0;
+          double magnitude = 0;
+          for (int64_t j = 0; j < hidden; ++j) {
+            const double term = x.exact[i / kVocab * hidden + j] *
+                                weight.exact[i % kVocab * hidden + j];
+            expected += term;
+            magnitude += std::abs(term);
+          }
+          ASSERT_NEAR(actual[i], expected, 32 * 0x1p-24 * magnitude) << i;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pbs::emulator
