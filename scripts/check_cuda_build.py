@@ -71,14 +71,18 @@ UNITS = [
         },
     ),
     # Everything before attention: no spills is what is asked.
-    Unit("kernels/cuda/backend/cuda_attention.cu", "80", {}),
-    Unit("kernels/cuda/backend/cuda_attention.cu", "90", {}),
+    Unit("kernels/cuda/backend/cuda_driver.cu", "80", {}),
+    Unit("kernels/cuda/backend/cuda_driver.cu", "90", {}),
 ]
 
 # What runs on a GPU machine only must at least compile here.
-HOST_SOURCES = ["tests/gpu/check_attention.cc", "tests/gpu/python_library.cc"]
+HOST_SOURCES = [
+    "kernels/cuda/backend/create_attention.cc",
+    "tests/gpu/check_attention.cc",
+    "tests/gpu/python_library.cc",
+]
 # For parts that come later.
-PTX_SOURCES = ["kernels/cuda/backend/attention_sm80.cu", "kernels/cuda/backend/cuda_attention.cu"]
+PTX_SOURCES = ["kernels/cuda/backend/attention_sm80.cu", "kernels/cuda/backend/cuda_driver.cu"]
 INCLUDES = ["-I", str(ROOT), "-I", str(ROOT / "kernels"), "-I", str(ROOT / "kernels/include")]
 
 

@@ -40,7 +40,8 @@ void CountBlocks(const AttentionGeometry& g, const RanRowOf& row_of,
   ForEachRow(g, [&](int32_t n, int32_t head, int32_t i) {
     const RanRow row = row_of(n, head, i);
     executed[head] += row.count;
-    stats.lower_blocks += CountBelow(row, g.sequences[n].first_query_block + i + 1);
+    const int32_t diagonal = g.sequences[n].first_query_block + i;
+    stats.lower_blocks += row.lower >= 0 ? row.lower : CountBelow(row, diagonal + 1);
   });
   stats.causal_blocks = head_causal * g.num_heads;
   stats.executed_blocks = std::accumulate(executed.begin(), executed.end(), int64_t{0});

@@ -13,6 +13,8 @@ namespace pbs {
 struct RanRow {
   const uint16_t* entries = nullptr;  // ascending; null: every block below `count`
   int32_t count = 0;
+  // Of them, on or below the diagonal, where that is known without looking.
+  int32_t lower = -1;
 };
 // Of (sequence, query head, query block of the sequence).
 using RanRowOf = std::function<RanRow(int32_t, int32_t, int32_t)>;

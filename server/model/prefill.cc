@@ -8,7 +8,6 @@
 namespace pbs {
 namespace {
 
-constexpr int64_t kAlignment = 64;
 constexpr int64_t kWord = 4;  // bytes of a float or a token id
 
 // Hands out aligned pieces of the workspace in the order of the plan.
@@ -19,7 +18,7 @@ class Carver {
   template <class T = void>
   T* Take(int64_t bytes) {
     char* taken = next_;
-    next_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    next_ += (bytes + kMemoryAlignment - 1) / kMemoryAlignment * kMemoryAlignment;
     return static_cast<T*>(static_cast<void*>(taken));
   }
   char* next() const { return next_; }

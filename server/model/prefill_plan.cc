@@ -7,10 +7,8 @@
 namespace pbs {
 namespace {
 
-constexpr int64_t kAlignment = 64;
-
 int64_t Align(int64_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return (bytes + kMemoryAlignment - 1) / kMemoryAlignment * kMemoryAlignment;
 }
 
 Status CheckProblem(const ModelConfig& config, const PrefillProblem& problem) {
@@ -93,7 +91,7 @@ StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem) {
   PrefillPlan plan;
   plan.problem = std::move(problem);
   PBS_ASSIGN_OR_RETURN(plan.attention, model.backend().Plan(attention));
-  plan.row_tile = std::min(plan.problem.num_tokens, kRowTile);
+  plan.row_tile = std::min(plan.problem.num_tokens, model.backend().info().row_tile);
   plan.memory = PlanMemory(model, plan);
   plan.workspace_bytes = plan.memory.total();
   return plan;

@@ -14,9 +14,6 @@
 
 namespace pbs {
 
-// Rows that pass through a linear layer at once: weights are read (and widened) once
-// per tile, and the tile bounds the activations that exist beside the residual stream.
-inline constexpr int32_t kRowTile = 1024;
 inline constexpr int32_t kLogitRowsMax = 1024;
 
 struct PrefillProblem {
@@ -53,7 +50,10 @@ struct PrefillPlan {
   std::unique_ptr<AttentionPlan> attention;
   PrefillMemory memory;
   int64_t workspace_bytes = 0;  // memory.total(); the KV cache is apart (kv_cache.h)
-  int32_t row_tile = 0;         // min(num_tokens, kRowTile)
+  // Rows that pass through a linear layer at once, at most the backend's row_tile:
+  // weights are read once per tile, and the tile bounds the activations that exist
+  // beside the residual stream.
+  int32_t row_tile = 0;
 };
 
 // InvalidArgument names field, value and limit; errors of the backend's Plan().

@@ -154,15 +154,17 @@ class Loader {
     return *session_.checkpoint.Find(name);
   }
 
-  // bf16 pays only when no activation has to be widened for a weight that is not bf16.
+  // That of every projection; where they differ, that of f32, so that no activation is
+  // converted on its way.
   DType CommonComputeDType() const {
+    std::optional<DType> common;
     for (const TensorInfo& tensor : session_.checkpoint.tensors()) {
-      if (tensor.name.ends_with("_proj.weight") && tensor.dtype.has_value() &&
-          backend_.ComputeDType(*tensor.dtype) == DType::kF32) {
-        return DType::kF32;
-      }
+      if (!tensor.name.ends_with("_proj.weight") || !tensor.dtype.has_value()) continue;
+      const DType own = backend_.ComputeDType(*tensor.dtype);
+      if (own != common.value_or(own)) return backend_.ComputeDType(DType::kF32);
+      common = own;
     }
-    return backend_.ComputeDType(DType::kBF16);
+    return common.value_or(backend_.ComputeDType(DType::kF32));
   }
 
   Status LoadTable(std::string_view name, Buffer& table, DType& dtype) {

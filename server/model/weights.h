@@ -35,7 +35,7 @@ struct LayerWeights {
 };
 
 struct ModelWeights {
-  // Of all activations: bf16 when every linear weight multiplies as bf16, else f32.
+  // Of all activations (Backend::ComputeDType).
   DType compute_dtype = DType::kF32;
   Buffer embedding;  // [vocab, hidden]
   DType embedding_dtype = DType::kF32;

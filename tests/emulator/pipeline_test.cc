@@ -99,6 +99,10 @@ void CheckRun(const AttentionProblem& problem, uint32_t seed) {
   ASSERT_TRUE(cuda::FillCudaReport(**plan, run.workspace(),
                                    {.order = true, .lists = true}, &report)
                   .ok());
+  AttentionReport brief;
+  ASSERT_TRUE(cuda::FillCudaReport(**plan, run.workspace(), {}, &brief).ok());
+  EXPECT_EQ(brief.stats.lower_blocks, report.stats.lower_blocks)
+      << "counted without looking at the lists";
   if ((*plan)->orders) ExpectSorted(problem, tensors, report.order);
   if (problem.options.dense_fallback) {
     EXPECT_TRUE(report.stats.dense_fallback);

@@ -15,8 +15,15 @@ const T* At(const std::byte* workspace, int64_t offset) {
   return reinterpret_cast<const T*>(workspace + offset);
 }
 
+// Our own lists hold all of the own segment, so that what they hold is known from their
+// lengths: megabytes of entries stay on the device.
+bool ReadsEntries(const CudaAttentionPlan& plan, const ReportRequest& request) {
+  return plan.has_lists && (request.lists || plan.problem.options.use_given_lists);
+}
+
 // Rows of the lists by ListRow(), from the tiles that ran.
-std::vector<RanRow> RowsOf(const CudaAttentionPlan& plan, const std::byte* workspace) {
+std::vector<RanRow> RowsOf(const CudaAttentionPlan& plan, const std::byte* workspace,
+                           bool reads_entries) {
   const AttentionGeometry& g = plan.geometry;
   const auto* tiles = At<AttentionTile>(workspace, plan.tiles_at);
   const auto* entries = At<uint16_t>(workspace, plan.entries_at);
@@ -24,10 +31,16 @@ std::vector<RanRow> RowsOf(const CudaAttentionPlan& plan, const std::byte* works
   for (size_t i = 0; i < rows.size(); ++i) {
     const AttentionTile& tile = tiles[i];
     const SequenceGeometry& s = g.sequences[tile.sequence];
-    const int32_t query_block = tile.first_position / kTileRows - s.first_query_block;
-    rows[g.ListRow(tile.sequence, tile.head, query_block)] = {
-        .entries = tile.list_begin < 0 ? nullptr : entries + tile.list_begin,
-        .count = tile.list_count};
+    const int32_t block = tile.first_position / kTileRows;
+    RanRow& row =
+        rows[g.ListRow(tile.sequence, tile.head, block - s.first_query_block)];
+    row.count = tile.list_count;
+    if (tile.list_begin < 0) continue;
+    if (reads_entries) {
+      row.entries = entries + tile.list_begin;
+    } else {
+      row.lower = row.count - (g.RowCapacity(s, block) - block - 1);
+    }
   }
   return rows;
 }
@@ -77,7 +90,7 @@ std::vector<ReportRegion> ReportRegions(const CudaAttentionPlan& plan,
       {plan.tiles_at, plan.num_tiles() * static_cast<int64_t>(sizeof(AttentionTile))},
       {plan.fell_back_at, static_cast<int64_t>(sizeof(int32_t)) * g.num_order_heads *
                               static_cast<int64_t>(plan.sequences.size())}};
-  if (plan.has_lists) {
+  if (ReadsEntries(plan, request)) {
     regions.push_back({plan.entries_at, 2 * g.total_entries});
   }
   if (request.order && plan.permutes) {
@@ -92,7 +105,7 @@ Status FillCudaReport(const CudaAttentionPlan& plan, const std::byte* workspace,
   if (*At<int32_t>(workspace, plan.flags_at) != 0) {
     return ScoreOverflow(plan.problem);
   }
-  const std::vector<RanRow> rows = RowsOf(plan, workspace);
+  const std::vector<RanRow> rows = RowsOf(plan, workspace, ReadsEntries(plan, request));
   const auto row_of = [&](int32_t sequence, int32_t head, int32_t query_block) {
     return rows[plan.geometry.ListRow(sequence, head, query_block)];
   };

@@ -231,7 +231,10 @@ Status ValidateOrder(const AttentionGeometry& geometry, ConstRows order);
 Status ValidateLists(const AttentionGeometry& geometry, ConstRows order,
                      const BlockListsView& lists);
 
-// Memory that the caller owns and lends to one Run(). 64-byte aligned.
+// Bytes on whose multiples workspaces, and what backends allocate, begin.
+inline constexpr int64_t kMemoryAlignment = 256;
+
+// Memory that the caller owns and lends to one Run().
 struct Workspace {
   void* data = nullptr;
   int64_t bytes = 0;

@@ -74,6 +74,9 @@ struct BackendInfo {
   int32_t num_threads = 0;
   // bf16 over f32 product speed, measured at start; 0 where bf16 products are missing.
   double bf16_speedup = 0;
+  // Rows of a linear layer's call that keep the device busy: prompts go through their
+  // layers in tiles of so many.
+  int32_t row_tile = 1024;
 };
 
 // What becomes of the products of a linear layer.
@@ -192,10 +195,13 @@ class Backend : public AttentionBackend {
  public:
   virtual const BackendInfo& info() const = 0;
 
+  // OK, or the error after which the device can be used no more; from any thread.
+  virtual Status Health() const { return OkStatus(); }
+
   // The dtype in which weights stored as `stored` are best multiplied here.
   virtual DType ComputeDType(DType stored) const = 0;
 
-  // 64-byte aligned, zeroed memory, given back to the system when the buffer dies.
+  // Zeroed memory, given back when the buffer dies.
   // ResourceExhausted when there is not enough. `bytes` >= 0; 0 gives an empty buffer.
   virtual StatusOr<Buffer> Allocate(int64_t bytes) = 0;
 

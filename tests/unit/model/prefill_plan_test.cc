@@ -64,7 +64,7 @@ TEST_F(PrefillRunSpec, PlansMemoryByPart) {
       PlanPrefill(*model_, {.num_tokens = 100, .attention = kDenseOptions});
   ASSERT_TRUE(plan.ok());
   const PrefillMemory& memory = plan->memory;
-  const auto align = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  const auto align = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   EXPECT_EQ(memory.residual, align(100 * 48 * 4));
   EXPECT_EQ(memory.queries, 2 * align(100 * 4 * 32 * 4));
   EXPECT_EQ(memory.rotations, 2 * align(100 * 16 * 4));
@@ -81,10 +81,11 @@ TEST_F(PrefillRunSpec, PlansMemoryByPart) {
 }
 
 TEST_F(PrefillRunSpec, BoundsRowTilesHoweverLongThePrompt) {
+  const int32_t tile = backend_->info().row_tile;
   const auto small =
-      PlanPrefill(*model_, {.num_tokens = kRowTile, .attention = kDenseOptions});
+      PlanPrefill(*model_, {.num_tokens = tile, .attention = kDenseOptions});
   const auto large =
-      PlanPrefill(*model_, {.num_tokens = 4 * kRowTile, .attention = kDenseOptions});
+      PlanPrefill(*model_, {.num_tokens = 4 * tile, .attention = kDenseOptions});
   ASSERT_TRUE(small.ok() && large.ok());
   EXPECT_EQ(small->memory.tiles, large->memory.tiles);
   EXPECT_EQ(small->memory.linear, large->memory.linear);

@@ -202,7 +202,7 @@ TEST_F(PrefillRunSpec, MayStartOverOnAShorterPast) {
 }
 
 TEST_F(PrefillRunSpec, RunsEqualBitsTwiceAndInTiles) {
-  const int32_t count = kRowTile + 77;  // more than one row tile
+  const int32_t count = backend_->info().row_tile + 77;  // more than one row tile
   const auto tokens = RandomTokens(count, 5);
   std::vector<std::vector<float>> first;
   for (int round = 0; round < 2; ++round) {

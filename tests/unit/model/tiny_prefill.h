@@ -100,9 +100,10 @@ inline Prefilled Prefill(const Model& model, const PrefillProblem& problem,
     if (!result.status.ok()) return result;
   }
   result.status = (*run)->ComputeLogits();
-  for (size_t i = 0; i < plan->problem.logit_rows.size(); ++i) {
+  const auto num_rows = static_cast<int32_t>(plan->problem.logit_rows.size());
+  for (int32_t i = 0; i < num_rows && result.status.ok(); ++i) {
     std::vector<float> row(static_cast<size_t>(model.config().vocab_size));
-    EXPECT_TRUE((*run)->ReadLogits(static_cast<int32_t>(i), row).ok());
+    result.status = (*run)->ReadLogits(i, row);
     result.logits.push_back(row);
   }
   return result;

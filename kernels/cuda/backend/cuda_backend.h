@@ -1,0 +1,74 @@
+// pbs::Backend on a device: composes memory, linear layers, pointwise steps, attention.
+//
+// See pbs/cuda_backend.h for what callers may rely on.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <span>
+
+#include "cuda/backend/cuda_attention.h"
+#include "cuda/backend/driver.h"
+#include "cuda/backend/staged_copies.h"
+#include "pbs/backend.h"
+
+namespace pbs::cuda {
+
+class CudaBackend final : public Backend {
+ public:
+  static StatusOr<std::unique_ptr<CudaBackend>> Create(std::unique_ptr<Driver> driver);
+  ~CudaBackend() override;
+
+  const BackendInfo& info() const override { return info_; }
+  Status Health() const override { return driver_->Health(); }
+  DType ComputeDType(DType stored) const override;
+
+  StatusOr<Buffer> Allocate(int64_t bytes) override;
+  Status Upload(const void* source, void* target, int64_t bytes) override;
+  Status Download(const void* source, void* target, int64_t bytes) override;
+  Status Synchronize() override;
+
+  StatusOr<std::unique_ptr<PackedLinear>> PackLinear(
+      const LinearSpec& spec, const RowReader& read,
+      std::span<const float> bias) override;
+  int64_t LinearWorkspaceBytes(const PackedLinear& linear, int64_t rows) const override;
+  Status Linear(const PackedLinear& linear, const void* x, int64_t rows, void* y,
+                Workspace workspace) override;
+
+  Status Embed(const EmbedOp& op) override { return driver_->Embed(op); }
+  Status Rotations(const RotationsOp& op) override { return driver_->Rotations(op); }
+  Status RmsNorm(const RmsNormOp& op) override { return driver_->RmsNorm(op); }
+  Status Qkv(const QkvOp& op) override { return driver_->Qkv(op); }
+  Status Logits(const LogitsOp& op) override { return driver_->Logits(op); }
+  Status CopyRows(const CopyRowsOp& op) override { return driver_->CopyRows(op); }
+
+  StatusOr<std::unique_ptr<AttentionPlan>> Plan(
+      const AttentionProblem& problem) const override {
+    return attention_->Plan(problem);
+  }
+  Status Run(const AttentionPlan& plan, const AttentionTensors& tensors,
+             Workspace workspace, const RunControl& control) override {
+    return attention_->Run(plan, tensors, workspace, control);
+  }
+  Status ReadReport(const AttentionPlan& plan, Workspace workspace,
+                    const ReportRequest& request, AttentionReport* report) override {
+    return attention_->ReadReport(plan, workspace, request, report);
+  }
+
+  Status MarkTime(int mark) override;
+  StatusOr<double> SecondsBetween(int from, int to) override;
+
+ private:
+  explicit CudaBackend(std::unique_ptr<Driver> driver);
+  // Allocate(), without clearing.
+  StatusOr<Buffer> AllocateAny(int64_t bytes);
+
+  const std::unique_ptr<Driver> driver_;
+  BackendInfo info_;
+  std::unique_ptr<StagedCopies> copies_;
+  std::unique_ptr<CudaAttention> attention_;
+  std::array<EventId, kTimeMarks> marks_{};
+  EventId called_so_far_ = 0;
+};
+
+}  // namespace pbs::cuda

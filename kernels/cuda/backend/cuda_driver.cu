@@ -1,0 +1,348 @@
+#include "cuda/backend/cuda_driver.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <deque>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "cuda/backend/attention_launch.h"
+#include "cuda/backend/launched_driver.h"
+#include "cuda/backend/launcher.h"
+
+namespace pbs::cuda {
+namespace {
+
+constexpr int32_t kCapabilityMin = 80;
+constexpr int32_t kCapabilityHopper = 90;
+
+std::string Text(const char* what, cudaError_t error) {
+  return std::string(what) + ": " + cudaGetErrorName(error) + ", " +
+         cudaGetErrorString(error);
+}
+
+// Whether the device goes on: these say what was wrong with a call, everything else
+// what went wrong on the device.
+bool IsOfCall(cudaError_t error) {
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+    case cudaErrorInvalidValue:
+    case cudaErrorInvalidConfiguration:
+    case cudaErrorNotSupported:
+    case cudaErrorLaunchOutOfResources:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Brings the error of its launches to the driver.
+class StreamLauncher : public CudaLauncher {
+ public:
+  using Finished = Status (*)(void* driver, cudaError_t error);
+  StreamLauncher(cudaStream_t stream, Finished finished, void* driver)
+      : CudaLauncher(stream), finished_(finished), driver_(driver) {}
+  Status Finish() { return finished_(driver_, error()); }
+
+ private:
+  Finished finished_;
+  void* driver_;
+};
+
+class CudaDriver final : public LaunchedDriver<StreamLauncher> {
+ public:
+  explicit CudaDriver(const CudaDriverOptions& options) : options_(options) {}
+  ~CudaDriver() override;
+
+  Status Open(const cudaDeviceProp& device);
+
+  const DeviceInfo& info() const override { return info_; }
+  Status Health() const override {
+    const std::lock_guard lock(mutex_);
+    return health_;
+  }
+
+  StatusOr<void*> Allocate(int64_t bytes) override;
+  void Free(void* data) override;
+  StatusOr<void*> AllocateHost(int64_t bytes) override;
+  void FreeHost(void* data) override;
+
+  Status Clear(StreamId stream, void* target, int64_t bytes) override {
+    return Try("clearing memory", [&] {
+      return cudaMemsetAsync(target, 0, static_cast<size_t>(bytes), At(stream));
+    });
+  }
+  Status CopyToDevice(StreamId stream, const void* host, void* device,
+                      int64_t bytes) override {
+    return Copy(stream, host, device, bytes, cudaMemcpyHostToDevice);
+  }
+  Status CopyToHost(StreamId stream, const void* device, void* host,
+                    int64_t bytes) override {
+    return Copy(stream, device, host, bytes, cudaMemcpyDeviceToHost);
+  }
+
+  StatusOr<EventId> CreateEvent() override;
+  Status Record(EventId event, StreamId stream) override;
+  Status WaitFor(EventId event, StreamId stream) override {
+    return Try("cudaStreamWaitEvent", [&] {
+      return cudaStreamWaitEvent(At(stream), At(event), cudaEventWaitDefault);
+    });
+  }
+  Status Synchronize(EventId event) override {
+    return Try("waiting for the device", [&] { return cudaEventSynchronize(At(event)); });
+  }
+  StatusOr<double> SecondsBetween(EventId from, EventId to) override;
+
+  int64_t product_workspace_bytes() const override {
+    return products_ == nullptr ? 0 : products_->workspace_bytes();
+  }
+  Status Multiply(const Product& product) override;
+  Status Attend(const CudaAttentionPlan& plan, const RunParams& run) override;
+
+ protected:
+  StreamLauncher MakeLauncher() override {
+    static_cast<void>(cudaSetDevice(options_.device));  // a launch would tell
+    const auto finished = [](void* driver, cudaError_t error) {
+      return static_cast<CudaDriver*>(driver)->Checked("launching a kernel", error);
+    };
+    return StreamLauncher(At(StreamId::kCompute), finished, this);
+  }
+
+ private:
+  // OK, or what `error` is; remembers one that ends the device.
+  Status Checked(const char* what, cudaError_t error);
+  // Runs a call of the runtime on this driver's device, from any thread.
+  template <class Call>
+  Status Try(const char* what, Call&& call) {
+    cudaError_t error = cudaSetDevice(options_.device);
+    if (error == cudaSuccess) error = call();
+    return Checked(what, error);
+  }
+  Status Copy(StreamId stream, const void* source, void* target, int64_t bytes,
+              cudaMemcpyKind kind) {
+    return Try("copying", [&] {
+      return cudaMemcpyAsync(target, source, static_cast<size_t>(bytes), kind,
+                             At(stream));
+    });
+  }
+  cudaStream_t At(StreamId stream) const {
+    return streams_[static_cast<size_t>(stream)];
+  }
+  cudaEvent_t At(EventId event) const {
+    const std::lock_guard lock(mutex_);
+    return events_[static_cast<size_t>(event)];
+  }
+
+  const CudaDriverOptions options_;
+  DeviceInfo info_;
+  bool hopper_ = false;
+  cudaStream_t streams_[kNumStreams] = {};
+  bool owns_stream_[kNumStreams] = {};
+  cudaMemPool_t pool_ = nullptr;
+  std::unique_ptr<Products> products_;
+  mutable std::mutex mutex_;
+  std::deque<cudaEvent_t> events_;
+  Status health_;
+};
+
+CudaDriver::~CudaDriver() {
+  products_.reset();
+  static_cast<void>(cudaSetDevice(options_.device));
+  for (int i = 0; i < kNumStreams; ++i) {
+    if (!owns_stream_[i]) continue;
+    cudaStreamSynchronize(streams_[i]);
+    cudaStreamDestroy(streams_[i]);
+  }
+  for (cudaEvent_t event : events_) cudaEventDestroy(event);
+  if (pool_ != nullptr) cudaMemPoolDestroy(pool_);
+}
+
+Status CudaDriver::Open(const cudaDeviceProp& device) {
+  const auto make_stream = [&](StreamId id) {
+    const auto i = static_cast<size_t>(id);
+    owns_stream_[i] = true;
+    return Try("cudaStreamCreate", [&] {
+      return cudaStreamCreateWithFlags(&streams_[i], cudaStreamNonBlocking);
+    });
+  };
+  PBS_RETURN_IF_ERROR(make_stream(StreamId::kDownload));
+  if (options_.stream.has_value()) {
+    streams_[static_cast<size_t>(StreamId::kCompute)] =
+        static_cast<cudaStream_t>(*options_.stream);
+  } else {
+    PBS_RETURN_IF_ERROR(make_stream(StreamId::kCompute));
+  }
+  // A pool of its own keeps what it has: nothing is asked of the driver once warm.
+  cudaMemPoolProps properties{};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.location.type = cudaMemLocationTypeDevice;
+  properties.location.id = options_.device;
+  PBS_RETURN_IF_ERROR(Try("cudaMemPoolCreate", [&] {
+    return cudaMemPoolCreate(&pool_, &properties);
+  }));
+  uint64_t keep = UINT64_MAX;
+  PBS_RETURN_IF_ERROR(Try("cudaMemPoolSetAttribute", [&] {
+    return cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &keep);
+  }));
+  size_t free_bytes = 0;
+  size_t all_bytes = 0;
+  PBS_RETURN_IF_ERROR(
+      Try("cudaMemGetInfo", [&] { return cudaMemGetInfo(&free_bytes, &all_bytes); }));
+  const int32_t capability = device.major * 10 + device.minor;
+  info_ = {.name = device.name,
+           .architecture = "sm_" + std::to_string(capability),
+           .memory_bytes = static_cast<int64_t>(all_bytes),
+           .memory_bytes_free = static_cast<int64_t>(free_bytes),
+           .traits = {.num_multiprocessors = device.multiProcessorCount,
+                      .shared_bytes_max =
+                          static_cast<int64_t>(device.sharedMemPerBlockOptin),
+                      .one_section = options_.tuning == CudaTuning::kOneSection}};
+  hopper_ = options_.use_hopper_kernels && capability == kCapabilityHopper;
+  if (options_.make_products == nullptr) return OkStatus();
+  PBS_ASSIGN_OR_RETURN(products_, options_.make_products(At(StreamId::kCompute)));
+  return OkStatus();
+}
+
+Status CudaDriver::Checked(const char* what, cudaError_t error) {
+  if (error == cudaSuccess) return OkStatus();
+  if (error == cudaErrorMemoryAllocation) return ResourceExhausted(Text(what, error));
+  const Status status = Internal(Text(what, error));
+  if (!IsOfCall(error)) {
+    const std::lock_guard lock(mutex_);
+    if (health_.ok()) health_ = status;
+  }
+  return status;
+}
+
+StatusOr<void*> CudaDriver::Allocate(int64_t bytes) {
+  void* data = nullptr;
+  PBS_RETURN_IF_ERROR(
+      Try(("allocating " + std::to_string(bytes) + " bytes of device memory").c_str(),
+          [&] {
+            return cudaMallocFromPoolAsync(&data, static_cast<size_t>(bytes), pool_,
+                                           At(StreamId::kCompute));
+          }));
+  return data;
+}
+
+void CudaDriver::Free(void* data) {
+  // An error is in the driver's health.
+  static_cast<void>(
+      Try("cudaFree", [&] { return cudaFreeAsync(data, At(StreamId::kCompute)); }));
+}
+
+StatusOr<void*> CudaDriver::AllocateHost(int64_t bytes) {
+  void* data = nullptr;
+  PBS_RETURN_IF_ERROR(Try("allocating pinned host memory", [&] {
+    return cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocPortable);
+  }));
+  return data;
+}
+
+void CudaDriver::FreeHost(void* data) {
+  static_cast<void>(Try("cudaFreeHost", [&] { return cudaFreeHost(data); }));
+}
+
+StatusOr<EventId> CudaDriver::CreateEvent() {
+  cudaEvent_t event = nullptr;
+  PBS_RETURN_IF_ERROR(
+      Try("cudaEventCreate", [&] { return cudaEventCreate(&event); }));
+  const std::lock_guard lock(mutex_);
+  events_.push_back(event);
+  return static_cast<EventId>(events_.size() - 1);
+}
+
+// A graph that this is captured into records the event at each of its launches.
+Status CudaDriver::Record(EventId event, StreamId stream) {
+  return Try("cudaEventRecord", [&] {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (const cudaError_t error = cudaStreamIsCapturing(At(stream), &status);
+        error != cudaSuccess) {
+      return error;
+    }
+    return cudaEventRecordWithFlags(At(event), At(stream),
+                                    status == cudaStreamCaptureStatusActive
+                                        ? cudaEventRecordExternal
+                                        : cudaEventRecordDefault);
+  });
+}
+
+StatusOr<double> CudaDriver::SecondsBetween(EventId from, EventId to) {
+  float milliseconds = 0;
+  PBS_RETURN_IF_ERROR(Try("cudaEventElapsedTime", [&] {
+    return cudaEventElapsedTime(&milliseconds, At(from), At(to));
+  }));
+  return milliseconds * 1e-3;
+}
+
+Status CudaDriver::Multiply(const Product& product) {
+  if (products_ == nullptr) {
+    return Unimplemented("this driver was made without linear layers");
+  }
+  static_cast<void>(cudaSetDevice(options_.device));
+  return products_->Multiply(product);
+}
+
+Status CudaDriver::Attend(const CudaAttentionPlan& plan, const RunParams& run) {
+  const AttentionGeometry& g = plan.geometry;
+  AttentionLaunch launch{.params = run.attention, .q = run.q, .k = run.k, .v = run.v};
+  launch.num_heads = g.num_heads;
+  launch.num_order_heads = plan.permutes ? g.num_order_heads : g.num_kv_heads;
+  for (const SequenceGeometry& s : g.sequences) {
+    launch.q_rows = std::max<int64_t>(launch.q_rows, s.q_len);
+    launch.kv_rows = std::max<int64_t>(launch.kv_rows, s.k_len);
+  }
+  if (run.q.strides.packed != 0) launch.q_rows = g.total_q;
+  if (plan.permutes) {
+    launch.kv_rows = g.total_slots;
+  } else if (run.k.strides.packed != 0) {
+    launch.kv_rows = g.total_k;
+  }
+  launch.num_sequences = static_cast<int32_t>(g.sequences.size());
+  launch.head_dim = g.head_dim;
+  launch.bf16 = plan.problem.dtype == DType::kBF16;
+  launch.num_multiprocessors = info_.traits.num_multiprocessors;
+  launch.tuning = options_.tuning;
+  const bool hopper = hopper_ && (g.head_dim == 64 || g.head_dim == 128);
+  return Try("attention", [&] {
+    return hopper ? LaunchAttentionSm90(launch, At(StreamId::kCompute))
+                  : LaunchAttentionSm80(launch, At(StreamId::kCompute));
+  });
+}
+
+}  // namespace
+
+StatusOr<int32_t> CountDevices() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return FailedPrecondition(Text("CUDA sees no device", error));
+  if (count == 0) return FailedPrecondition("CUDA sees no device");
+  return int32_t{count};
+}
+
+StatusOr<std::unique_ptr<Driver>> CreateCudaDriver(const CudaDriverOptions& options) {
+  PBS_ASSIGN_OR_RETURN(const int32_t count, CountDevices());
+  if (options.device < 0 || options.device >= count) {
+    return FailedPrecondition("device " + std::to_string(options.device) +
+                              " is not there: CUDA sees " + std::to_string(count) +
+                              " devices, from 0 on");
+  }
+  cudaDeviceProp device{};
+  if (const cudaError_t error = cudaGetDeviceProperties(&device, options.device);
+      error != cudaSuccess) {
+    return Internal(Text("cudaGetDeviceProperties", error));
+  }
+  if (device.major * 10 + device.minor < kCapabilityMin) {
+    return FailedPrecondition(std::string(device.name) + " has compute capability " +
+                              std::to_string(device.major) + "." +
+                              std::to_string(device.minor) +
+                              ", at least 8.0 is needed");
+  }
+  auto driver = std::make_unique<CudaDriver>(options);
+  PBS_RETURN_IF_ERROR(driver->Open(device));
+  return std::unique_ptr<Driver>(std::move(driver));
+}
+
+}  // namespace pbs::cuda

@@ -1,0 +1,32 @@
+// The driver of a real device.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+
+#include "cuda/backend/driver.h"
+#include "cuda/backend/products.h"
+#include "pbs/cuda_attention.h"
+
+namespace pbs::cuda {
+
+struct CudaDriverOptions {
+  int32_t device = 0;
+  // A cudaStream_t to compute on; nothing: one of its own.
+  std::optional<void*> stream;
+  bool use_hopper_kernels = true;
+  CudaTuning tuning = CudaTuning::kNone;
+  // Makes what multiplies on the compute stream, a cudaStream_t; without, Multiply() is
+  // Unimplemented.
+  std::function<StatusOr<std::unique_ptr<Products>>(void* stream)> make_products = {};
+};
+
+// Devices that CUDA sees, at least one; FailedPrecondition says why there is none.
+StatusOr<int32_t> CountDevices();
+
+// FailedPrecondition when there is no driver, no such device, or it is too old.
+StatusOr<std::unique_ptr<Driver>> CreateCudaDriver(const CudaDriverOptions& options);
+
+}  // namespace pbs::cuda

@@ -1,0 +1,270 @@
+// Spec: kernels/include/pbs/cuda_backend.h, the whole backend over an emulated device:
+// memory, copies, linear layers, models, and what happens when the device breaks.
+#include "cuda/backend/cuda_backend.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "reference/reference_attention.h"
+#include "tests/emulator/emulated_driver.h"
+#include "tests/support/case_name.h"
+#include "tests/support/linear_layer_case.h"
+#include "tests/unit/model/tiny_prefill.h"
+
+namespace pbs::emulator {
+namespace {
+
+using cuda::StagedCopies;
+using testing::HasSubstr;
+using testing_support::LinearCase;
+using namespace tiny_prefill;  // NOLINT
+
+struct EmulatedDevice {
+  explicit EmulatedDevice(const EmulatedOptions& options = {}) {
+    auto made = std::make_unique<EmulatedDriver>(options);
+    driver = made.get();
+    auto created = cuda::CudaBackend::Create(std::move(made));
+    EXPECT_TRUE(created.ok()) << created.status().ToString();
+    backend = *std::move(created);
+  }
+
+  EmulatedDriver* driver = nullptr;  // the backend's
+  std::unique_ptr<cuda::CudaBackend> backend;
+};
+
+TEST(CudaBackendSpec, AllocatesZeroedMemoryAndGivesItBack) {
+  EmulatedDevice device;
+  const int64_t before = device.driver->bytes_held();
+  {
+    auto buffer = device.backend->Allocate(1000);
+    ASSERT_TRUE(buffer.ok());
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer->data()) % kMemoryAlignment, 0u);
+    std::vector<char> bytes(1000, 'x');
+    ASSERT_TRUE(device.backend->Download(buffer->data(), bytes.data(), 1000).ok());
+    EXPECT_EQ(std::accumulate(bytes.begin(), bytes.end(), 0), 0);
+    EXPECT_EQ(device.driver->bytes_held(), before + 1000);
+  }
+  EXPECT_EQ(device.driver->bytes_held(), before);
+  EXPECT_EQ(device.backend->Allocate(0)->data(), nullptr);
+}
+
+TEST(CudaBackendSpec, RefusesMoreMemoryThanThereIsAndGoesOn) {
+  EmulatedDevice device({.memory_bytes = 1 << 20});
+  const auto refused = device.backend->Allocate(2 << 20);
+  EXPECT_EQ(refused.status().code(), StatusCode::kResourceExhausted);
+  EXPECT_TRUE(device.backend->Health().ok());
+  EXPECT_TRUE(device.backend->Allocate(1 << 19).ok());
+}
+
+TEST(CudaBackendSpec, CopiesAnySizeAndLetsTheSourceGo) {
+  constexpr int64_t kPiece = StagedCopies::kPieceBytes;
+  for (uint32_t seed : {1u, 2u, 3u}) {
+    EmulatedDevice device({.seed = seed});
+    for (int64_t bytes : {int64_t{1}, kPiece - 1, kPiece, kPiece + 1, 5 * kPiece + 7}) {
+      SCOPED_TRACE(testing::Message() << "seed " << seed << " bytes " << bytes);
+      auto buffer = device.backend->Allocate(bytes);
+      ASSERT_TRUE(buffer.ok());
+      std::mt19937 random(seed);
+      std::vector<uint8_t> expected(static_cast<size_t>(bytes));
+      for (uint8_t& byte : expected) byte = static_cast<uint8_t>(random());
+      std::vector<uint8_t> source = expected;
+      ASSERT_TRUE(device.backend->Upload(source.data(), buffer->data(), bytes).ok());
+      source.assign(source.size(), 0);
+      std::vector<uint8_t> actual(expected.size());
+      ASSERT_TRUE(device.backend->Download(buffer->data(), actual.data(), bytes).ok());
+      EXPECT_TRUE(actual == expected);
+    }
+  }
+}
+
+class CudaLinearSpec : public testing::TestWithParam<LinearCase> {};
+
+TEST_P(CudaLinearSpec, EqualsPlainLoops) {
+  EmulatedDevice device;
+  const DType compute = device.backend->ComputeDType(GetParam().weights);
+  for (int64_t rows : {1, 9}) {
+    CheckLayer(*device.backend, GetParam(), compute, rows, /*rounds_gates=*/true);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, CudaLinearSpec,
+    testing::Values(
+        LinearCase{"bf16", 64, 40, DType::kBF16},
+        LinearCase{"bf16_without_bias", 64, 40, DType::kBF16, LinearEpilogue::kStore,
+                   false},
+        LinearCase{"f16", 72, 64, DType::kF16},
+        LinearCase{"bf16_residual", 96, 104, DType::kBF16, LinearEpilogue::kAdd},
+        LinearCase{"f16_residual", 96, 104, DType::kF16, LinearEpilogue::kAdd, false},
+        LinearCase{"bf16_gated", 64, 144, DType::kBF16, LinearEpilogue::kSwiGlu},
+        LinearCase{"f16_gated", 40, 144, DType::kF16, LinearEpilogue::kSwiGlu, false}),
+    testing_support::CaseName());
+
+TEST(CudaLinearSpec, RefusesWhatItCannotMultiplyAndASmallWorkspace) {
+  EmulatedDevice device;
+  const RowReader zeros = [](int64_t, int64_t count, void* rows) {
+    std::fill_n(static_cast<uint16_t*>(rows), count * 64, uint16_t{0});
+    return OkStatus();
+  };
+  LinearSpec spec = {.in_features = 64,
+                     .out_features = 64,
+                     .weight_dtype = DType::kBF16,
+                     .compute_dtype = DType::kBF16,
+                     .x_stride = 64,
+                     .y_stride = 64};
+  const auto linear = device.backend->PackLinear(spec, zeros, {});
+  ASSERT_TRUE(linear.ok()) << linear.status().ToString();
+  EXPECT_EQ((*linear)->bytes, 64 * 64 * 2);
+  const Status small = device.backend->Linear(**linear, nullptr, 1, nullptr, {});
+  EXPECT_EQ(small.code(), StatusCode::kResourceExhausted);
+  spec.out_features = 60;
+  EXPECT_THAT(device.backend->PackLinear(spec, zeros, {}).status().message(),
+              HasSubstr("out_features 60 of a linear layer is not a multiple of 8"));
+  spec.out_features = 64;
+  spec.compute_dtype = DType::kF32;
+  EXPECT_THAT(device.backend->PackLinear(spec, zeros, {}).status().message(),
+              HasSubstr("bf16 weights cannot be multiplied as f32"));
+  spec.compute_dtype = DType::kBF16;
+  const RowReader broken = [](int64_t, int64_t, void*) {
+    return DataLoss("short file");
+  };
+  EXPECT_EQ(device.backend->PackLinear(spec, broken, {}).status().ToString(),
+            "DATA_LOSS: short file");
+}
+
+struct ModelCase {
+  const char* name;
+  TinyModelSpec spec;
+  double difference_max;
+};
+
+void PrintTo(const ModelCase& c, std::ostream* out) { *out << c.name; }
+
+class CudaModelSpec : public testing::TestWithParam<ModelCase> {};
+
+TinyModelSpec OnDevice(TinyModelSpec spec) {
+  spec.hidden = 64;
+  spec.inner = 96;
+  spec.head_dim = 64;
+  return spec;
+}
+
+TEST_P(CudaModelSpec, EqualsAPlainTransformer) {
+  EmulatedDevice device;
+  const TinyModel tiny(OnDevice(GetParam().spec));
+  const auto model = LoadTiny(tiny, *device.backend);
+  for (int32_t count : {1, 37}) {
+    SCOPED_TRACE(count);
+    const auto tokens = RandomTokens(count, 5);
+    KvCache cache = MakeCache(*model, count);
+    const Prefilled result = Prefill(
+        *model,
+        {.num_tokens = count, .attention = kDenseOptions, .logit_rows = AllRows(count)},
+        tokens, cache);
+    ASSERT_TRUE(result.status.ok()) << result.status.ToString();
+    EXPECT_LE(Difference(result.logits, ReferenceModel(tiny).Logits(tokens)),
+              GetParam().difference_max);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, CudaModelSpec,
+    testing::Values(ModelCase{"llama_bf16", {.dtype = DType::kBF16}, kBf16ComputeMax},
+                    ModelCase{"llama_f16", {.dtype = DType::kF16}, kF16CacheMax},
+                    ModelCase{"llama_f32_as_bf16", {}, kBf16ComputeMax},
+                    ModelCase{"qwen2_biases",
+                              {.model_type = "qwen2", .dtype = DType::kF16},
+                              kF16CacheMax},
+                    ModelCase{"qwen3_tied",
+                              {.model_type = "qwen3", .tied = true, .dtype = DType::kF16},
+                              kF16CacheMax},
+                    ModelCase{"one_kv_head",
+                              {.model_type = "mistral",
+                               .kv_heads = 1,
+                               .dtype = DType::kF16},
+                              kF16CacheMax},
+                    ModelCase{"biases_everywhere",
+                              {.attention_bias = true,
+                               .mlp_bias = true,
+                               .dtype = DType::kF16},
+                              kF16CacheMax}),
+    testing_support::CaseName());
+
+// Long enough for PBS-Attn: two segments of one block, and a tail.
+TEST(CudaPrefillSpec, SparsePrefillEqualsTheCpus) {
+  constexpr int32_t kTokens = 300;
+  const PrefillProblem problem = {
+      .num_tokens = kTokens,
+      .attention = {.segment_size = 128, .threshold = 0.5f}};
+  const TinyModel tiny(OnDevice({.dtype = DType::kF16}));
+  const auto tokens = RandomTokens(kTokens, 3);
+  const auto run = [&](Backend& backend) {
+    const auto model = LoadTiny(tiny, backend, {.kv_dtype = DType::kF16});
+    KvCache cache = MakeCache(*model, kTokens);
+    EventLog log;
+    Prefilled result = Prefill(*model, problem, tokens, cache, &log);
+    EXPECT_TRUE(result.status.ok()) << result.status.ToString();
+    EXPECT_EQ(log.reports.front().attention.method_run, Method::kPbs);
+    return std::pair(result.logits, log.reports.front().attention.executed_blocks);
+  };
+  EmulatedDevice device;
+  const auto [actual, blocks] = run(*device.backend);
+  const auto [expected, expected_blocks] = run(*MakeBackend());
+  EXPECT_EQ(blocks, expected_blocks);
+  EXPECT_LE(Difference(actual, expected), kF16CacheMax);
+}
+
+TEST(CudaPrefillSpec, ContinuesACache) {
+  EmulatedDevice device;
+  const TinyModel tiny(OnDevice({.dtype = DType::kF16}));
+  const auto model = LoadTiny(tiny, *device.backend);
+  const auto tokens = RandomTokens(20, 5);
+  const std::span all(tokens);
+  KvCache cache = MakeCache(*model, 20);
+  ASSERT_TRUE(Prefill(*model, {.num_tokens = 15, .attention = kDenseOptions},
+                      all.first(15), cache)
+                  .status.ok());
+  const Prefilled rest =
+      Prefill(*model, {.num_tokens = 5, .past_len = 15, .attention = kDenseOptions},
+              all.subspan(15), cache);
+  const auto expected = ReferenceModel(tiny).Logits(tokens);
+  EXPECT_LE(Difference(rest.logits, ReferenceModel::Rows{expected.back()}),
+            kF16CacheMax);
+}
+
+// Wherever the device breaks: an error, soon; no hang, no result, no memory kept.
+TEST(CudaFaultSpec, ABrokenDeviceEndsEveryCallWithItsReason) {
+  const TinyModel tiny(OnDevice({.layers = 1, .dtype = DType::kF16}));
+  const auto tokens = RandomTokens(5, 1);
+  int64_t broken_runs = 0;
+  for (int64_t breaks_at = 1;; breaks_at += 7) {
+    SCOPED_TRACE(breaks_at);
+    EmulatedDevice device({.breaks_at = breaks_at});
+    const TempFolder folder;
+    tiny.Write(folder, 1);
+    const auto model = Model::Load(folder.path(), {}, *device.backend);
+    Status status = model.status();
+    if (model.ok()) {
+      auto cache = KvCache::Create((*model)->kv_shape(5), *device.backend);
+      status = cache.status();
+      if (cache.ok()) {
+        status = Prefill(**model, {.num_tokens = 5, .attention = kDenseOptions}, tokens,
+                         *cache)
+                     .status;
+      }
+    }
+    if (status.ok() && device.backend->Synchronize().ok()) break;
+    ++broken_runs;
+    EXPECT_THAT(device.backend->Health().message(), HasSubstr("the device broke"));
+    EXPECT_THAT(device.backend->Synchronize().message(), HasSubstr("the device broke"));
+    EXPECT_FALSE(device.backend->Allocate(8).ok());
+  }
+  EXPECT_GT(broken_runs, 5);
+}
+
+}  // namespace
+}  // namespace pbs::emulator
