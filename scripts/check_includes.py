@@ -39,6 +39,7 @@ ROOMS = [
     # Its primitives are the emulator's when the host compiles it.
     Room("kernels/cuda", 1, ("cuda",), ("kernels/common", "tests/emulator")),
     Room("kernels/cpu", 1, ("tbb", "dnnl"), ("kernels/common", "kernels/methods")),
+    Room("kernels/loader", 1),
     Room("server/model", 2, ("nlohmann", "xxhash")),
     Room("proto/wire", 2, ("grpc", "protobuf"), ("proto",)),
     Room("server/base/grpc_status", 2, ("absl", "grpc", "protobuf"), ("server/base", "proto")),
@@ -48,10 +49,11 @@ ROOMS = [
     Room("server/transfer", 5, ("absl", "grpc", "protobuf"), ("proto",)),
     Room("server/service", 6, ("absl", "grpc", "protobuf"), ("proto",)),
     Room("server/config", 7, ("absl", "protobuf"), ("proto",)),
-    Room("server/main.cc", 8, ("absl", "CLI11", "grpc", "protobuf", "prometheus"), ("proto",)),
-    Room("client/cpp/decode", 9, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
+    Room("server/backend", 8, ("absl",)),
+    Room("server/main.cc", 9, ("absl", "CLI11", "grpc", "protobuf", "prometheus"), ("proto",)),
+    Room("client/cpp/decode", 10, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
          ("proto",)),
-    Room("client/cpp", 9, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
+    Room("client/cpp", 10, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
          ("proto",)),
 ]
 # The client sees the protocol only; its reference decode tier also sees the data plane.
@@ -77,7 +79,7 @@ LIBRARIES = {
 SPELLINGS = [
     (re.compile(r"^pbs/v1/|^google/rpc/"), "proto"),
     (re.compile(r"^pbs/"), "kernels/include/pbs"),
-    (re.compile(r"^(common|methods|reference|cpu|cuda|synthetic)/"), "kernels/{0}"),
+    (re.compile(r"^(common|methods|reference|cpu|cuda|loader|synthetic)/"), "kernels/{0}"),
 ]
 
 

@@ -2,13 +2,14 @@
 // need each other, serves until SIGTERM or SIGINT, drains, exits.
 //
 // Exit status: 0 after a drain that finished all admitted work, 1 when the server could
-// not start or the drain's limit cut work, 2 for a wrong command line or configuration.
+// not start, the drain's limit cut work or the device was lost, 2 for a wrong command
+// line or configuration.
 #include <prometheus/registry.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
-#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -19,7 +20,8 @@
 #include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "pbs/cpu_backend.h"
+#include "server/backend/make_backend.h"
+#include "server/backend/memory_budget.h"
 #include "server/base/clock.h"
 #include "server/base/log.h"
 #include "server/base/mutex.h"
@@ -122,40 +124,11 @@ absl::StatusOr<ServerSettings> ReadSettings(const Flags& flags) {
 
 // ---- start
 
-absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const ServerSettings& settings,
-                                                     Log& log) {
-  if (settings.backend == BackendChoice::kCuda) {
-    return absl::FailedPreconditionError(
-        "backend cuda is not part of this build; use cpu or auto");
-  }
-  if (settings.backend == BackendChoice::kAuto) {
-    log.Info("backend_auto", {{"backend", "cpu"}, {"reason", "no cuda in this build"}});
-  }
-  CpuBackendOptions options;
-  options.num_threads = settings.cpu.threads > 0 ? settings.cpu.threads : UsableCpus();
-  options.isa = settings.cpu.isa;
-  PBS_ABSL_ASSIGN_OR_RETURN(options.compute,
-                            ToAbsl(ParseComputePreference(settings.cpu.compute_dtype)));
-  return ToAbsl(CreateCpuBackend(options));
-}
-
-// Models' files take memory too: the budget is half of what this process may use, or
-// most of what the files leave when that is less.
-int64_t DefaultBudget(const std::vector<ModelSettings>& models) {
-  constexpr double kShareOfRest = 0.8;
-  const int64_t limit = MemoryLimitBytes();
-  int64_t files = 0;
-  for (const ModelSettings& model : models) {
-    std::error_code ignored;
-    for (const auto& entry : std::filesystem::directory_iterator(model.path, ignored)) {
-      if (entry.path().extension() != ".safetensors") continue;
-      const auto size = entry.file_size(ignored);
-      if (!ignored) files += static_cast<int64_t>(size);
-    }
-  }
-  const auto rest = static_cast<int64_t>(
-      kShareOfRest * static_cast<double>(std::max<int64_t>(0, limit - files)));
-  return std::min(limit / 2, rest);
+// Empty where device memory is ordinary memory.
+std::optional<ByteLedger> MakeDeviceLedger(const CudaSettings& settings,
+                                           const Backend& backend) {
+  if (backend.info().host_memory) return std::nullopt;
+  return std::optional<ByteLedger>(std::in_place, DeviceBudget(settings, backend));
 }
 
 // ---- the node
@@ -173,6 +146,7 @@ class Node {
   // Finishes what was admitted and serves leases, for at most the configured time.
   // False when that was too short for the work.
   bool Drain();
+  bool device_lost() const { return device_lost_.load(); }
 
  private:
   Node(const ServerSettings& settings, std::unique_ptr<Backend> backend,
@@ -181,6 +155,8 @@ class Node {
   absl::Status LoadModel(const ModelSettings& source);
   ServiceOptions MakeServiceOptions() const;
   void LogServing() const;
+  // On the executor's thread.
+  void StopIfDeviceIsLost();
   // True when all admitted work was done before `until`; what is left then ends.
   bool FinishWork(absl::Time until);
   // Calls `start` with a callback and waits for that to be called; false when `until`
@@ -198,8 +174,11 @@ class Node {
       std::make_shared<prometheus::Registry>();
   ServerMetrics metrics_{*registry_};
   const std::unique_ptr<Backend> backend_;
+  std::atomic<bool> device_lost_ = false;
   std::vector<std::unique_ptr<ServedModel>> models_;
   ByteLedger ledger_;
+  std::optional<ByteLedger> device_ledger_;
+  std::vector<ByteReservation> weights_;  // on the device
   EngineImpl engine_;
   LeaseStore leases_;
   std::unique_ptr<MetricsServer> metrics_server_;
@@ -215,10 +194,11 @@ Node::Node(const ServerSettings& settings, std::unique_ptr<Backend> backend,
       signals_(signals),
       log_(log),
       backend_(std::move(backend)),
-      ledger_(settings.memory_bytes_max > 0 ? settings.memory_bytes_max
-                                            : DefaultBudget(settings.models)),
+      ledger_(MemoryBudget(settings)),
+      device_ledger_(MakeDeviceLedger(settings.cuda, *backend_)),
       engine_({settings.service.limits.queue_requests_max},
-              {*backend_, ledger_, clock_, timers_, metrics_}),
+              {*backend_, ledger_, clock_, timers_, metrics_,
+               device_ledger_ ? &*device_ledger_ : nullptr}),
       leases_({settings.service.limits.lease_ttl_seconds_default,
                settings.service.limits.lease_ttl_seconds_max, settings.leases_max},
               RandomU64(), clock_, timers_, metrics_.kv) {
@@ -246,8 +226,8 @@ ServiceOptions Node::MakeServiceOptions() const {
   options.backend.isa = info.isa;
   options.backend.device =
       absl::StrCat(info.device, ", ", info.num_threads, " threads");
-  options.backend.head_dims.assign(kHeadDims.begin(), kHeadDims.end());
-  options.backend.dtypes = {DType::kF32, DType::kF16, DType::kBF16};
+  options.backend.head_dims = info.head_dims;
+  options.backend.dtypes = info.dtypes;
   return options;
 }
 
@@ -317,12 +297,22 @@ absl::Status Node::LoadModel(const ModelSettings& source) {
              {"tokens_max", served->tokens_max},
              {"model_digest", model.digest()},
              {"seconds", absl::ToDoubleSeconds(clock_.Now() - begin)}});
+  if (device_ledger_ && settings_.cuda.memory_bytes_max == 0) {
+    auto charged = device_ledger_->Reserve(model.weight_bytes());
+    if (!charged.ok()) {
+      return {charged.status().code(),
+              absl::StrCat("model ", source.name,
+                           ": weights on the device: ", charged.status().message())};
+    }
+    weights_.push_back(*std::move(charged));
+  }
   models_.push_back(std::move(served));
   return absl::OkStatus();
 }
 
 absl::Status Node::Prepare() {
-  PBS_ABSL_ASSIGN_OR_RETURN(const SelfTestReport report, RunSelfTest(*backend_));
+  PBS_ABSL_ASSIGN_OR_RETURN(const SelfTestReport report,
+                            RunSelfTest(*backend_, *backend_));
   log_.Info("self_test_passed",
             {{"cases", report.num_cases}, {"worst_f32_error", report.worst_f32_error}});
   std::vector<const ServedModel*> models;
@@ -330,7 +320,8 @@ absl::Status Node::Prepare() {
     PBS_ABSL_RETURN_IF_ERROR(LoadModel(source));
     models.push_back(models_.back().get());
   }
-  executor_thread_ = std::make_unique<ExecutorThread>(engine_.executor());
+  executor_thread_ = std::make_unique<ExecutorThread>(engine_.executor(),
+                                                      [this] { StopIfDeviceIsLost(); });
   server_->SetModels(std::move(models));
   return absl::OkStatus();
 }
@@ -347,23 +338,33 @@ void Node::LogServing() const {
           : bound(settings_.metrics_listen, metrics_server_->port());
   const std::string models = absl::StrJoin(
       models_, ",", [](std::string* out, const auto& model) { *out += model->name; });
-  log_.Info("serving", {{"listen", address},
-                        {"metrics", metrics},
-                        {"models", models},
-                        {"backend", info.name},
-                        {"isa", info.isa},
-                        {"device", info.device},
-                        {"threads", info.num_threads},
-                        {"bf16_speedup", info.bf16_speedup},
-                        {"memory_bytes_max", ledger_.bytes_max()},
-                        {"epoch", leases_.epoch()},
-                        {"version", PBS_VERSION},
-                        {"commit", PBS_COMMIT}});
+  log_.Info("serving",
+            {{"listen", address},
+             {"metrics", metrics},
+             {"models", models},
+             {"backend", info.name},
+             {"isa", info.isa},
+             {"device", info.device},
+             {"threads", info.num_threads},
+             {"bf16_speedup", info.bf16_speedup},
+             {"memory_bytes_max", ledger_.bytes_max()},
+             {"device_bytes_max", device_ledger_ ? device_ledger_->bytes_max() : 0},
+             {"epoch", leases_.epoch()},
+             {"version", PBS_VERSION},
+             {"commit", PBS_COMMIT}});
   std::printf("pbs-prefilld %s serving on %s, metrics %s, models %s, %s %s x%d\n",
               PBS_VERSION, address.c_str(), metrics.c_str(),
               models.empty() ? "none (raw attention only)" : models.c_str(),
               info.name.c_str(), info.isa.c_str(), info.num_threads);
   std::fflush(stdout);
+}
+
+void Node::StopIfDeviceIsLost() {
+  const pbs::Status health = backend_->Health();
+  if (health.ok() || device_lost_.exchange(true)) return;
+  log_.Error("device_lost", {{"message", health.message()}});
+  server_->SetServing(false);
+  signals_.RequestStop();
 }
 
 void Node::Serve() {
@@ -440,7 +441,8 @@ int Run(const ServerSettings& settings, SignalWatcher& signals) {
     return kExitCut;
   }
   (*node)->Serve();
-  return (*node)->Drain() ? 0 : kExitCut;
+  const bool finished = (*node)->Drain();
+  return finished && !(*node)->device_lost() ? 0 : kExitCut;
 }
 
 }  // namespace

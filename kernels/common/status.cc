@@ -44,6 +44,9 @@ std::string Status::ToString() const {
 Status InvalidArgument(std::string message) {
   return {StatusCode::kInvalidArgument, std::move(message)};
 }
+Status Unavailable(std::string message) {
+  return {StatusCode::kUnavailable, std::move(message)};
+}
 Status NotFound(std::string message) {
   return {StatusCode::kNotFound, std::move(message)};
 }

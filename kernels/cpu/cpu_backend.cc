@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "cpu/host_memory.h"
+#include "common/host_memory.h"
 #include "cpu/linear_calibration.h"
 #include "cpu/pointwise.h"
 #include "pbs/check.h"
@@ -69,7 +69,9 @@ CpuBackend::CpuBackend(int32_t num_threads, Isa isa, bool bf16_products,
             .isa = IsaName(isa),
             .device = ProcessorName(),
             .num_threads = num_threads,
-            .bf16_speedup = bf16_speedup} {}
+            .bf16_speedup = bf16_speedup,
+            .head_dims = {kHeadDims.begin(), kHeadDims.end()},
+            .dtypes = {DType::kF32, DType::kF16, DType::kBF16}} {}
 
 DType CpuBackend::ComputeDType(DType stored) const {
   return stored == DType::kBF16 && bf16_products_ ? DType::kBF16 : DType::kF32;

@@ -28,6 +28,11 @@ class CpuBackend final : public Backend {
   StatusOr<Buffer> Allocate(int64_t bytes) override;
   Status Upload(const void* source, void* target, int64_t bytes) override;
   Status Download(const void* source, void* target, int64_t bytes) override;
+  StatusOr<Buffer> AllocateHost(int64_t bytes) override { return Allocate(bytes); }
+  void DownloadLater(const void* source, void* target, int64_t bytes,
+                     std::function<void(const Status&)> done) override {
+    done(Download(source, target, bytes));
+  }
   Status Synchronize() override { return OkStatus(); }
 
   StatusOr<std::unique_ptr<PackedLinear>> PackLinear(

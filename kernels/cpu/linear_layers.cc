@@ -4,7 +4,7 @@
 #include <mutex>
 #include <string>
 
-#include "cpu/host_memory.h"
+#include "common/host_memory.h"
 #include "pbs/check.h"
 #include "pbs/limits.h"
 

@@ -31,10 +31,14 @@ void SignalWatcher::Watch() {
   int signal = 0;
   while (sigwait(&signals_, &signal) == 0 && signal != kEndOfWatch) {
     if (stop_.load()) _exit(128 + signal);
-    MutexLock lock(mutex_);
-    stop_.store(true);
-    stopped_.NotifyAll();
+    RequestStop();
   }
+}
+
+void SignalWatcher::RequestStop() {
+  MutexLock lock(mutex_);
+  stop_.store(true);
+  stopped_.NotifyAll();
 }
 
 void SignalWatcher::WaitForStop() {

@@ -26,6 +26,8 @@ class SignalWatcher {
   const std::atomic<bool>& stop_flag() const { return stop_; }
   bool stop_requested() const { return stop_.load(); }
   void WaitForStop();
+  // As the first signal does.
+  void RequestStop();
 
  private:
   void Watch();

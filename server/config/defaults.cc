@@ -39,6 +39,11 @@ void ApplyDefaults(v1::ServerConfig& config) {
   if (!cpu.has_threads()) cpu.set_threads(0);
   if (!cpu.has_isa()) cpu.set_isa("auto");
   if (!cpu.has_compute_dtype()) cpu.set_compute_dtype("auto");
+  v1::CudaConfig& cuda = *config.mutable_cuda();
+  if (!cuda.has_device()) cuda.set_device(0);
+  if (!cuda.has_module()) cuda.set_module("");
+  if (!cuda.has_cublaslt()) cuda.set_cublaslt("");
+  if (!cuda.has_memory_bytes_max()) cuda.set_memory_bytes_max(0);
   ApplyAdmissionDefaults(*config.mutable_admission());
   v1::LeaseConfig& lease = *config.mutable_lease();
   if (!lease.has_ttl_seconds_default()) lease.set_ttl_seconds_default(60);

@@ -90,6 +90,9 @@ absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
   }
   settings.cpu = {config.cpu().threads(), config.cpu().isa(),
                   config.cpu().compute_dtype()};
+  settings.cuda = {config.cuda().module(),
+                   {config.cuda().device(), config.cuda().cublaslt()},
+                   config.cuda().memory_bytes_max()};
   settings.memory_bytes_max = config.admission().memory_bytes_max();
   settings.leases_max = config.lease().leases_max();
   settings.log_level = ToLogLevel(config.log().level());

@@ -11,6 +11,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "pbs/cuda_backend.h"
 #include "pbs/dtype.h"
 #include "pbs/v1/server_config.pb.h"
 #include "server/base/log.h"
@@ -33,6 +34,12 @@ struct CpuSettings {
   std::string compute_dtype;  // "auto", "f32" or "bf16"
 };
 
+struct CudaSettings {
+  std::string module;  // "": CudaModule::Load() looks for it
+  CudaBackendOptions backend;
+  int64_t memory_bytes_max = 0;  // 0: decided at start
+};
+
 struct ServerSettings {
   // Version, commit and backend facts are main()'s to fill in.
   ServiceOptions service;
@@ -41,6 +48,7 @@ struct ServerSettings {
   bool vllm_metrics = false;
   std::vector<ModelSettings> models;
   CpuSettings cpu;
+  CudaSettings cuda;
   int64_t memory_bytes_max = 0;  // 0: decided at start (docs/OPERATIONS.md)
   int32_t leases_max = 0;
   LogLevel log_level = LogLevel::kInfo;

@@ -16,6 +16,7 @@ namespace {
 constexpr size_t kModelNameBytesMax = 64;
 constexpr int32_t kModelsMax = 64;
 constexpr int32_t kThreadsMax = 1024;
+constexpr int32_t kDevicesMax = 64;
 constexpr int64_t kMemoryBytesMax = int64_t{1} << 50;
 
 // Collects violations.
@@ -166,6 +167,9 @@ std::vector<std::string> Validate(const v1::ServerConfig& config) {
   check.Range("cpu.threads", config.cpu().threads(), 0, kThreadsMax);
   check.OneOf("cpu.isa", config.cpu().isa(), kIsas);
   check.OneOf("cpu.compute_dtype", config.cpu().compute_dtype(), kComputeDTypes);
+  check.Range("cuda.device", config.cuda().device(), 0, kDevicesMax - 1);
+  check.Range("cuda.memory_bytes_max", config.cuda().memory_bytes_max(), 0,
+              kMemoryBytesMax);
   CheckAdmission(config.admission(), check);
   CheckLease(config.lease(), check);
   CheckTransport(config.transport(), check);

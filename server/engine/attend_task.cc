@@ -93,10 +93,14 @@ absl::Status AttendTask::Allocate() {
   }
   PBS_ABSL_ASSIGN_OR_RETURN(workspace_,
                             ToAbsl(parts_.backend.Allocate(plan_->workspace_bytes)));
+  if (!parts_.backend.info().host_memory) {
+    PBS_ABSL_ASSIGN_OR_RETURN(
+        device_, DeviceTensors::Upload(*plan_, HostTensors(), parts_.backend));
+  }
   return absl::OkStatus();
 }
 
-AttentionTensors AttendTask::Tensors() {
+AttentionTensors AttendTask::HostTensors() {
   AttentionTensors tensors;
   tensors.q = {job_.q.bytes.data(), job_.q.layout};
   tensors.k = {job_.k.bytes.data(), job_.k.layout};
@@ -121,7 +125,8 @@ absl::StatusOr<StepResult> AttendTask::Step(const RunControl& control) {
 
 absl::Status AttendTask::RunOnce(const RunControl& control, bool is_last) {
   PBS_ABSL_RETURN_IF_ERROR(
-      ToAbsl(parts_.backend.Run(*plan_, Tensors(), workspace_.workspace(), control)));
+      ToAbsl(parts_.backend.Run(*plan_, device_ ? device_->tensors() : HostTensors(),
+                                workspace_.workspace(), control)));
   const ReportRequest request = {.order = is_last && job_.want_order,
                                  .lists = is_last && job_.want_lists};
   AttentionReport report;
@@ -135,8 +140,9 @@ absl::Status AttendTask::RunOnce(const RunControl& control, bool is_last) {
     result_.iterations.push_back(
         {stats.permute_seconds, stats.select_seconds, stats.attend_seconds});
   }
-  if (is_last) result_.report = std::move(report);
-  return absl::OkStatus();
+  if (!is_last) return absl::OkStatus();
+  result_.report = std::move(report);
+  return device_ ? device_->Download(HostTensors(), parts_.backend) : absl::OkStatus();
 }
 
 void AttendTask::Measure() {
@@ -161,8 +167,10 @@ void AttendTask::Measure() {
 
 void AttendTask::Finish(const absl::Status& status) {
   workspace_ = Buffer();
+  device_.reset();
   AttendListener& listener = listener_;
-  ByteReservation reservation = std::move(job_.reservation);
+  job_.reservation.device.Reset();
+  ByteReservation reservation = std::move(job_.reservation.host);
   job_ = AttendJob();
   if (!status.ok()) {
     result_ = AttendResult();

@@ -5,10 +5,12 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 
 #include "pbs/backend.h"
 #include "server/base/clock.h"
 #include "server/engine/cost_model.h"
+#include "server/engine/device_tensors.h"
 #include "server/engine/engine.h"
 #include "server/engine/job.h"
 #include "server/telemetry/server_metrics.h"
@@ -22,6 +24,9 @@ struct AttendBytes {
   int64_t outputs = 0;  // o; wanted lse, order and lists (worst case)
 
   int64_t Total() const { return inputs + workspace + outputs; }
+  // Of which host memory holds all but the workspace, too, where a device has memory of
+  // its own.
+  int64_t Tensors() const { return inputs + outputs; }
 };
 
 struct AttendWanted {
@@ -58,7 +63,7 @@ class AttendTask final : public Job {
  private:
   absl::Status Allocate();
   absl::Status RunOnce(const RunControl& control, bool is_last);
-  AttentionTensors Tensors();
+  AttentionTensors HostTensors();
   void Measure();
 
   const Parts parts_;
@@ -69,6 +74,7 @@ class AttendTask final : public Job {
   int32_t runs_done_ = 0;
   double run_seconds_ = 0;  // of all runs
   Buffer workspace_;
+  std::optional<DeviceTensors> device_;  // where device memory is not ordinary memory
   AttendResult result_;
 };
 

@@ -8,8 +8,9 @@
 //
 // Threading: all methods are safe from any thread and never block on work. Listener
 // calls come from the executor thread (or, for a job that never ran, from the thread
-// that cancelled it or, at its deadline, the timers' thread), one at a time per job,
-// without a lock held; they must not block. OnDone may come before Submit returns.
+// that cancelled it or, at its deadline, the timers' thread; OnKvReady also from a
+// backend's thread), one at a time per job; they must not block and may not call back
+// into the job. OnDone may come before Submit returns.
 // Memory: a job's bytes are reserved before it is accepted (ReserveAttend/-Prefill) and
 // travel inside it, so that finishing, failing or dropping a job gives them back.
 #pragma once
@@ -37,6 +38,17 @@ struct StageTimes {
   double queue = 0, embed = 0, qkv = 0, permute = 0, select = 0, attend = 0, mlp = 0;
 };
 
+// What a job may hold, charged before it is accepted.
+struct JobReservation {
+  ByteReservation host;
+  ByteReservation device;  // empty where device memory is ordinary memory
+
+  void Reset() {
+    host.Reset();
+    device.Reset();
+  }
+};
+
 // ---- raw attention
 
 // A tensor in host memory with its layout.
@@ -55,7 +67,7 @@ struct AttendJob {
   bool want_lse = false, want_order = false, want_lists = false;
   int32_t warmup = 0;
   int32_t repetitions = 1;
-  ByteReservation reservation;  // from ReserveAttend()
+  JobReservation reservation;  // from ReserveAttend()
 };
 
 struct AttendIteration {
@@ -87,8 +99,8 @@ struct PrefillJob {
   std::vector<int32_t> logit_positions;
   int32_t top_logits = 0;  // k best of the last token and of logit_positions
   bool all_logits_last_token = false;
-  std::shared_ptr<HeldKv> kv;   // from ReservePrefill()
-  ByteReservation reservation;  // workspace; from ReservePrefill()
+  std::shared_ptr<HeldKv> kv;  // from ReservePrefill()
+  JobReservation reservation;  // workspace; from ReservePrefill()
 };
 
 using ScoredToken = TokenScore;
@@ -116,7 +128,7 @@ class PrefillListener {
 
 struct PrefillReservation {
   std::shared_ptr<HeldKv> kv;
-  ByteReservation workspace;
+  JobReservation workspace;
   ByteReservation reply;
 };
 
@@ -126,9 +138,9 @@ class Engine {
 
   // Charges everything an Attend needs: upload, workspace, results. Errors as
   // ByteLedger::Reserve().
-  virtual absl::StatusOr<ByteReservation> ReserveAttend(const AttentionProblem& problem,
-                                                        bool want_lse, bool want_order,
-                                                        bool want_lists) = 0;
+  virtual absl::StatusOr<JobReservation> ReserveAttend(const AttentionProblem& problem,
+                                                       bool want_lse, bool want_order,
+                                                       bool want_lists) = 0;
   // Charges and allocates the KV cache, charges the workspace and the `reply_bytes`
   // that the caller will hold beside them. Errors as above.
   virtual absl::StatusOr<PrefillReservation> ReservePrefill(

@@ -7,6 +7,7 @@
 #include "pbs/check.h"
 #include "server/base/status.h"
 #include "server/engine/attend_task.h"
+#include "server/engine/kv_window.h"
 #include "server/engine/prefill_task.h"
 #include "server/model/prefill_plan.h"
 
@@ -16,12 +17,13 @@ EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
     : parts_(parts),
       executor_(options.queue_requests_max, parts.clock, parts.timers,
                 parts.metrics.engine) {
+  PBS_CHECK(has_device_memory() != parts_.backend.info().host_memory);
   parts_.metrics.engine.memory_budget.Set(
       static_cast<double>(parts_.ledger.bytes_max()));
 }
 
-absl::StatusOr<ByteReservation> EngineImpl::Charge(int64_t bytes) {
-  absl::StatusOr<ByteReservation> charged = parts_.ledger.Reserve(bytes);
+absl::StatusOr<ByteReservation> EngineImpl::Charge(ByteLedger& ledger, int64_t bytes) {
+  absl::StatusOr<ByteReservation> charged = ledger.Reserve(bytes);
   if (!charged.ok()) {
     const bool never = absl::IsInvalidArgument(charged.status());
     parts_.metrics.engine
@@ -33,12 +35,20 @@ absl::StatusOr<ByteReservation> EngineImpl::Charge(int64_t bytes) {
 
 // ---- raw attention
 
-absl::StatusOr<ByteReservation> EngineImpl::ReserveAttend(
+absl::StatusOr<JobReservation> EngineImpl::ReserveAttend(
     const AttentionProblem& problem, bool want_lse, bool want_order, bool want_lists) {
   PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<AttentionPlan> plan,
                             ToAbsl(parts_.backend.Plan(problem)));
   const AttendWanted wanted = {want_lse, want_order, want_lists};
-  return Charge(BytesOfAttend(*plan, wanted).Total());
+  const AttendBytes bytes = BytesOfAttend(*plan, wanted);
+  JobReservation reservation;
+  if (has_device_memory()) {
+    PBS_ABSL_ASSIGN_OR_RETURN(reservation.device,
+                              Charge(*parts_.device_ledger, bytes.Total()));
+  }
+  const int64_t host = has_device_memory() ? bytes.Tensors() : bytes.Total();
+  PBS_ABSL_ASSIGN_OR_RETURN(reservation.host, Charge(parts_.ledger, host));
+  return reservation;
 }
 
 absl::StatusOr<Admission> EngineImpl::SubmitAttend(AttendJob job,
@@ -83,16 +93,23 @@ absl::StatusOr<PrefillReservation> EngineImpl::ReservePrefill(
                                                               .attention = attention,
                                                               .logit_rows = rows})));
   const KvShape shape = model.model->kv_shape(num_tokens);
-  const int64_t workspace = plan.workspace_bytes + LogitScratchBytes(*model.model);
+  PrefillReservation reservation;
+  int64_t workspace = plan.workspace_bytes + LogitScratchBytes(*model.model);
+  if (has_device_memory()) {
+    workspace = LogitScratchBytes(*model.model);
+    PBS_ABSL_ASSIGN_OR_RETURN(
+        reservation.workspace.device,
+        Charge(*parts_.device_ledger, plan.workspace_bytes + KvWindow::BytesOf(shape)));
+  }
   // One charge for all, so that two requests cannot each hold half of what they need,
   // and one that could never fit is told so.
-  PBS_ABSL_ASSIGN_OR_RETURN(ByteReservation all,
-                            Charge(shape.bytes() + workspace + reply_bytes));
-  PrefillReservation reservation;
-  reservation.workspace = all.Split(workspace);
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      ByteReservation all,
+      Charge(parts_.ledger, shape.bytes() + workspace + reply_bytes));
+  reservation.workspace.host = all.Split(workspace);
   reservation.reply = all.Split(reply_bytes);
   PBS_ABSL_ASSIGN_OR_RETURN(KvCache cache,
-                            ToAbsl(KvCache::Create(shape, parts_.backend)));
+                            ToAbsl(KvCache::CreateOnHost(shape, parts_.backend)));
   reservation.kv = Hold(std::move(cache), std::move(all));
   return reservation;
 }
@@ -105,7 +122,9 @@ absl::StatusOr<Admission> EngineImpl::SubmitPrefill(PrefillJob job,
                             ToAbsl(PlanPrefill(model, {.num_tokens = num_tokens,
                                                        .attention = job.attention,
                                                        .logit_rows = LogitRows(job)})));
-  if (plan.workspace_bytes > job.reservation.bytes()) {
+  const ByteReservation& reserved =
+      has_device_memory() ? job.reservation.device : job.reservation.host;
+  if (plan.workspace_bytes > reserved.bytes()) {
     return absl::InternalError("the prefill was reserved with another shape");
   }
   const JobTerms terms = job.terms;

@@ -32,6 +32,8 @@ struct EngineParts {
   const Clock& clock;
   TimerQueue& timers;
   ServerMetrics& metrics;
+  // Of the device's own memory; null where that is ordinary memory.
+  ByteLedger* device_ledger = nullptr;
 };
 
 class EngineImpl final : public Engine {
@@ -41,9 +43,9 @@ class EngineImpl final : public Engine {
   // To be run by an ExecutorThread, or by hand in a test.
   Executor& executor() { return executor_; }
 
-  absl::StatusOr<ByteReservation> ReserveAttend(const AttentionProblem& problem,
-                                                bool want_lse, bool want_order,
-                                                bool want_lists) override;
+  absl::StatusOr<JobReservation> ReserveAttend(const AttentionProblem& problem,
+                                               bool want_lse, bool want_order,
+                                               bool want_lists) override;
   absl::StatusOr<PrefillReservation> ReservePrefill(const ServedModel& model,
                                                     int32_t num_tokens,
                                                     const AttentionOptions& attention,
@@ -60,7 +62,8 @@ class EngineImpl final : public Engine {
 
  private:
   // Counts refusals.
-  absl::StatusOr<ByteReservation> Charge(int64_t bytes);
+  absl::StatusOr<ByteReservation> Charge(ByteLedger& ledger, int64_t bytes);
+  bool has_device_memory() const { return parts_.device_ledger != nullptr; }
   std::shared_ptr<HeldKv> Hold(KvCache cache, ByteReservation bytes);
 
   const EngineParts parts_;

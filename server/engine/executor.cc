@@ -318,9 +318,12 @@ bool Executor::WaitForWork() {
   return !records_.empty();
 }
 
-ExecutorThread::ExecutorThread(Executor& executor)
-    : executor_(executor), thread_([this] {
-        while (executor_.WaitForWork()) executor_.RunOneStep();
+ExecutorThread::ExecutorThread(Executor& executor, std::function<void()> after_step)
+    : executor_(executor), after_step_(std::move(after_step)), thread_([this] {
+        while (executor_.WaitForWork()) {
+          executor_.RunOneStep();
+          if (after_step_) after_step_();
+        }
       }) {}
 
 ExecutorThread::~ExecutorThread() {

@@ -16,6 +16,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -139,13 +140,15 @@ class Executor {
 // Runs an executor until destroyed; ends what is left with UNAVAILABLE.
 class ExecutorThread {
  public:
-  explicit ExecutorThread(Executor& executor);
+  // `after_step` is called on the thread after every step; may be null.
+  explicit ExecutorThread(Executor& executor, std::function<void()> after_step = {});
   ~ExecutorThread();
   ExecutorThread(const ExecutorThread&) = delete;
   ExecutorThread& operator=(const ExecutorThread&) = delete;
 
  private:
   Executor& executor_;
+  const std::function<void()> after_step_;
   std::thread thread_;
 };
 

@@ -58,19 +58,29 @@ absl::Status PrefillTask::Begin() {
   const Model& model = *job_.model->model;
   PBS_ABSL_ASSIGN_OR_RETURN(workspace_,
                             ToAbsl(model.backend().Allocate(plan_.workspace_bytes)));
+  KvCache* cache = &job_.kv->writable_cache();
+  if (!model.backend().info().host_memory) {
+    PBS_ABSL_ASSIGN_OR_RETURN(window_, KvWindow::Create(*cache, model.backend()));
+    cache = &window_->cache();
+  }
   PBS_ABSL_ASSIGN_OR_RETURN(
-      run_,
-      ToAbsl(PrefillRun::Start(model, plan_, {.tokens = job_.tokens},
-                               job_.kv->writable_cache(), workspace_.workspace())));
+      run_, ToAbsl(PrefillRun::Start(model, plan_, {.tokens = job_.tokens}, *cache,
+                                     workspace_.workspace())));
   result_.stages.embed = run_->embed_seconds();
   return absl::OkStatus();
 }
 
 absl::StatusOr<StepResult> PrefillTask::Step(const RunControl& control) {
   if (run_ == nullptr) PBS_ABSL_RETURN_IF_ERROR(Begin());
+  if (window_ != nullptr) {
+    PBS_ABSL_RETURN_IF_ERROR(window_->MakeRoomFor(run_->next_layer()));
+  }
   PBS_ABSL_RETURN_IF_ERROR(ToAbsl(run_->RunLayer(this, control)));
   if (run_->layers_done()) {
     PBS_ABSL_RETURN_IF_ERROR(ReadResult());
+    if (window_ != nullptr) PBS_ABSL_RETURN_IF_ERROR(window_->Wait());
+    job_.kv->writable_cache().set_num_tokens(static_cast<int32_t>(job_.tokens.size()));
+    result_.total_seconds = SecondsSinceAdmission();
     Measure();
   }
   const double layers = job_.model->model->config().num_layers;
@@ -78,8 +88,14 @@ absl::StatusOr<StepResult> PrefillTask::Step(const RunControl& control) {
 }
 
 void PrefillTask::OnKvReady(int32_t layer) {
+  if (window_ == nullptr) return OnHeld(layer);
+  window_->Send(layer, [this, layer] { OnHeld(layer); });
+}
+
+void PrefillTask::OnHeld(int32_t layer) {
   if (layer == 0) result_.time_to_first_layer_seconds = SecondsSinceAdmission();
   job_.kv->Publish(layer + 1);
+  MutexLock lock(listener_mutex_);
   listener_.OnKvReady(layer);
 }
 
@@ -95,6 +111,7 @@ void PrefillTask::OnLayerDone(const LayerReport& report) {
   parts_.metrics.flops_computed.Increment(attention.executed_flops);
   parts_.metrics.flops_dense.Increment(attention.dense_flops);
   parts_.metrics.Density(attention.method_run).Observe(attention.Density());
+  MutexLock lock(listener_mutex_);
   listener_.OnLayerDone(report.layer, attention.Density(), report.seconds);
 }
 
@@ -113,7 +130,6 @@ absl::Status PrefillTask::ReadResult() {
   result_.first_token_id = Argmax(logits);
   if (job_.all_logits_last_token) result_.last_token_logits = std::move(logits);
   result_.stages.mlp += absl::ToDoubleSeconds(parts_.clock.Now() - begin);
-  result_.total_seconds = SecondsSinceAdmission();
   return absl::OkStatus();
 }
 
@@ -159,6 +175,7 @@ double PrefillTask::SecondsSinceAdmission() const {
 
 void PrefillTask::Finish(const absl::Status& status) {
   run_.reset();
+  window_.reset();
   workspace_ = Buffer();
   const std::shared_ptr<HeldKv> kv = std::move(job_.kv);
   job_ = PrefillJob();

@@ -11,9 +11,11 @@
 #include <vector>
 
 #include "server/base/clock.h"
+#include "server/base/mutex.h"
 #include "server/engine/cost_model.h"
 #include "server/engine/engine.h"
 #include "server/engine/job.h"
+#include "server/engine/kv_window.h"
 #include "server/model/prefill.h"
 #include "server/telemetry/server_metrics.h"
 
@@ -47,6 +49,8 @@ class PrefillTask final : public Job, private PrefillObserver {
 
  private:
   void OnKvReady(int32_t layer) override;
+  // The layer is in the job's HeldKv. From the executor's thread or the backend's.
+  void OnHeld(int32_t layer);
   void OnLayerDone(const LayerReport& report) override;
 
   absl::Status Begin();
@@ -62,8 +66,10 @@ class PrefillTask final : public Job, private PrefillObserver {
   PrefillListener& listener_;
   JobTiming timing_;
   Buffer workspace_;
+  std::unique_ptr<KvWindow> window_;  // where device memory is not ordinary memory
   std::unique_ptr<PrefillRun> run_;
   PrefillResult result_;
+  Mutex listener_mutex_;  // calls come one at a time
 };
 
 }  // namespace pbs::server

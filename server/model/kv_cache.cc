@@ -10,14 +10,36 @@ int64_t KvShape::plane_bytes() const {
   return int64_t{num_kv_heads} * capacity * head_dim * DTypeBytes(dtype);
 }
 
-StatusOr<KvCache> KvCache::Create(const KvShape& shape, Backend& backend) {
+namespace {
+
+Status CheckCapacity(const KvShape& shape) {
   if (shape.capacity < 1 || shape.capacity > kSeqLenMax) {
     return InvalidArgument("capacity " + std::to_string(shape.capacity) +
                            " of the KV cache is outside [1, " +
                            std::to_string(kSeqLenMax) + "]");
   }
-  PBS_ASSIGN_OR_RETURN(Buffer buffer, backend.Allocate(shape.bytes()));
-  return KvCache(shape, std::move(buffer));
+  return OkStatus();
+}
+
+}  // namespace
+
+StatusOr<KvCache> KvCache::Create(const KvShape& shape, Backend& backend) {
+  return CreateWindow(shape, shape.num_layers, backend);
+}
+
+StatusOr<KvCache> KvCache::CreateOnHost(const KvShape& shape, Backend& backend) {
+  PBS_RETURN_IF_ERROR(CheckCapacity(shape));
+  PBS_ASSIGN_OR_RETURN(Buffer buffer, backend.AllocateHost(shape.bytes()));
+  return KvCache(shape, shape.num_layers, std::move(buffer));
+}
+
+StatusOr<KvCache> KvCache::CreateWindow(const KvShape& shape, int32_t resident_layers,
+                                        Backend& backend) {
+  PBS_RETURN_IF_ERROR(CheckCapacity(shape));
+  PBS_CHECK(resident_layers >= 1 && resident_layers <= shape.num_layers);
+  PBS_ASSIGN_OR_RETURN(Buffer buffer,
+                       backend.Allocate(2 * shape.plane_bytes() * resident_layers));
+  return KvCache(shape, resident_layers, std::move(buffer));
 }
 
 void KvCache::set_num_tokens(int32_t num_tokens) {

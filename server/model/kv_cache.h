@@ -6,7 +6,7 @@
 //
 // Threading: one writer. A layer that its writer has announced is never written again
 // below num_tokens, so others may read it.
-// Memory: one allocation of Bytes(). Device: pointers are the backend's.
+// Memory: one allocation. Device: pointers are the backend's, but for CreateOnHost().
 #pragma once
 
 #include <cstdint>
@@ -32,12 +32,19 @@ struct KvShape {
 
 class KvCache {
  public:
-  // ResourceExhausted when the memory cannot be had.
+  // Backend memory. ResourceExhausted when it cannot be had; so all three.
   static StatusOr<KvCache> Create(const KvShape& shape, Backend& backend);
+  // Ordinary memory, for readers: where it is not the backend's, no prefill runs on it.
+  static StatusOr<KvCache> CreateOnHost(const KvShape& shape, Backend& backend);
+  // Backend memory of `resident_layers` layers, for one prefill from position 0: layer
+  // l is written where layer l - resident_layers was.
+  static StatusOr<KvCache> CreateWindow(const KvShape& shape, int32_t resident_layers,
+                                        Backend& backend);
 
   const KvShape& shape() const { return shape_; }
-  void* k(int32_t layer) const { return Plane(2 * int64_t{layer}); }
-  void* v(int32_t layer) const { return Plane(2 * int64_t{layer} + 1); }
+  int32_t resident_layers() const { return resident_layers_; }
+  void* k(int32_t layer) const { return Plane(2 * (layer % resident_layers_)); }
+  void* v(int32_t layer) const { return Plane(2 * (layer % resident_layers_) + 1); }
   // Of k(layer) and v(layer).
   RowLayout layout() const { return PackedLayout(shape_.capacity, shape_.head_dim); }
   int64_t head_stride() const { return int64_t{shape_.capacity} * shape_.head_dim; }
@@ -48,11 +55,12 @@ class KvCache {
   void set_num_tokens(int32_t num_tokens);
 
  private:
-  KvCache(const KvShape& shape, Buffer buffer)
-      : shape_(shape), buffer_(std::move(buffer)) {}
+  KvCache(const KvShape& shape, int32_t resident_layers, Buffer buffer)
+      : shape_(shape), resident_layers_(resident_layers), buffer_(std::move(buffer)) {}
   void* Plane(int64_t index) const;
 
   KvShape shape_;
+  int32_t resident_layers_ = 0;
   Buffer buffer_;
   int32_t num_tokens_ = 0;
 };

@@ -64,6 +64,11 @@ Status CheckInputs(const Model& model, const PrefillPlan& plan,
                            " exceeds the tokens in the KV cache, " +
                            text(cache.num_tokens()));
   }
+  if (problem.past_len > 0 && cache.resident_layers() < cache.shape().num_layers) {
+    return InvalidArgument("past_len " + text(problem.past_len) +
+                           " needs all layers in the KV cache, which holds " +
+                           text(cache.resident_layers()));
+  }
   if (workspace.bytes < plan.workspace_bytes) {
     return ResourceExhausted("the workspace has " + text(workspace.bytes) +
                              " bytes; the plan asks for " + text(plan.workspace_bytes));

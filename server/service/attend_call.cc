@@ -84,7 +84,7 @@ absl::Status AttendCall::TakeHeader(const v1::AttendHeader& header) {
   limits.default_attention = service_.options.default_attention;
   PBS_ABSL_ASSIGN_OR_RETURN(spec_, DecodeAttendHeader(header, limits));
   PBS_ABSL_ASSIGN_OR_RETURN(
-      ByteReservation reservation,
+      JobReservation reservation,
       service_.parts.engine.ReserveAttend(spec_->problem, spec_->want_lse,
                                           spec_->want_order, spec_->want_lists));
   terms_.request_id = header.request_id();

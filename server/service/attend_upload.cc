@@ -30,7 +30,7 @@ void* SequenceStart(HostBytes& bytes, const RowLayout& layout, int32_t sequence,
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<AttendUpload>> AttendUpload::Create(
-    AttendSpec spec, ByteReservation reservation, BlockCache& blocks) {
+    AttendSpec spec, JobReservation reservation, BlockCache& blocks) {
   auto upload = std::unique_ptr<AttendUpload>(
       new AttendUpload(std::move(spec), std::move(reservation)));
   PBS_ABSL_RETURN_IF_ERROR(upload->Allocate(blocks));

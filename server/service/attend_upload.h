@@ -27,7 +27,7 @@ class AttendUpload {
   // `reservation` is the engine's for `spec`; tensors come from `blocks`, which must
   // outlive upload and job. ResourceExhausted when the system has no memory after all.
   static absl::StatusOr<std::unique_ptr<AttendUpload>> Create(
-      AttendSpec spec, ByteReservation reservation, BlockCache& blocks);
+      AttendSpec spec, JobReservation reservation, BlockCache& blocks);
 
   // Copies a chunk to its place and looks at the new elements. Errors as
   // ChunkAssembler::Add(); InvalidArgument names the tensor and index of a NaN or
@@ -56,7 +56,7 @@ class AttendUpload {
     int64_t scanned = 0;  // elements known to be finite
   };
 
-  AttendUpload(AttendSpec spec, ByteReservation reservation)
+  AttendUpload(AttendSpec spec, JobReservation reservation)
       : spec_(std::move(spec)), reservation_(std::move(reservation)) {}
 
   absl::Status Allocate(BlockCache& blocks);
@@ -65,7 +65,7 @@ class AttendUpload {
   Input& Find(v1::TensorName tensor);
 
   AttendSpec spec_;
-  ByteReservation reservation_;
+  JobReservation reservation_;
   std::array<Input, 6> inputs_ = {{{v1::Q, {}},
                                    {v1::K, {}},
                                    {v1::V, {}},

@@ -131,8 +131,8 @@ absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
                                 *model_, facts_.prompt_tokens, spec_.attention,
                                 static_cast<int32_t>(spec_.logit_positions.size()) + 1,
                                 result_bytes + buffer_bytes));
-  facts_.planned_bytes =
-      shape.bytes() + reserved.workspace.bytes() + reserved.reply.bytes();
+  facts_.planned_bytes = shape.bytes() + reserved.workspace.host.bytes() +
+                         reserved.workspace.device.bytes() + reserved.reply.bytes();
   kv_ = reserved.kv;
   buffers_ = reserved.reply.Split(buffer_bytes);
   result_bytes_ = std::move(reserved.reply);

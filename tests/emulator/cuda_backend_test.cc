@@ -173,33 +173,29 @@ TEST_P(CudaModelSpec, EqualsAPlainTransformer) {
 
 INSTANTIATE_TEST_SUITE_P(
     Cases, CudaModelSpec,
-    testing::Values(ModelCase{"llama_bf16", {.dtype = DType::kBF16}, kBf16ComputeMax},
-                    ModelCase{"llama_f16", {.dtype = DType::kF16}, kF16CacheMax},
-                    ModelCase{"llama_f32_as_bf16", {}, kBf16ComputeMax},
-                    ModelCase{"qwen2_biases",
-                              {.model_type = "qwen2", .dtype = DType::kF16},
-                              kF16CacheMax},
-                    ModelCase{"qwen3_tied",
-                              {.model_type = "qwen3", .tied = true, .dtype = DType::kF16},
-                              kF16CacheMax},
-                    ModelCase{"one_kv_head",
-                              {.model_type = "mistral",
-                               .kv_heads = 1,
-                               .dtype = DType::kF16},
-                              kF16CacheMax},
-                    ModelCase{"biases_everywhere",
-                              {.attention_bias = true,
-                               .mlp_bias = true,
-                               .dtype = DType::kF16},
-                              kF16CacheMax}),
+    testing::Values(
+        ModelCase{"llama_bf16", {.dtype = DType::kBF16}, kBf16ComputeMax},
+        ModelCase{"llama_f16", {.dtype = DType::kF16}, kF16CacheMax},
+        ModelCase{"llama_f32_as_bf16", {}, kBf16ComputeMax},
+        ModelCase{"qwen2_biases",
+                  {.model_type = "qwen2", .dtype = DType::kF16},
+                  kF16CacheMax},
+        ModelCase{"qwen3_tied",
+                  {.model_type = "qwen3", .tied = true, .dtype = DType::kF16},
+                  kF16CacheMax},
+        ModelCase{"one_kv_head",
+                  {.model_type = "mistral", .kv_heads = 1, .dtype = DType::kF16},
+                  kF16CacheMax},
+        ModelCase{"biases_everywhere",
+                  {.attention_bias = true, .mlp_bias = true, .dtype = DType::kF16},
+                  kF16CacheMax}),
     testing_support::CaseName());
 
 // Long enough for PBS-Attn: two segments of one block, and a tail.
 TEST(CudaPrefillSpec, SparsePrefillEqualsTheCpus) {
   constexpr int32_t kTokens = 300;
   const PrefillProblem problem = {
-      .num_tokens = kTokens,
-      .attention = {.segment_size = 128, .threshold = 0.5f}};
+      .num_tokens = kTokens, .attention = {.segment_size = 128, .threshold = 0.5f}};
   const TinyModel tiny(OnDevice({.dtype = DType::kF16}));
   const auto tokens = RandomTokens(kTokens, 3);
   const auto run = [&](Backend& backend) {

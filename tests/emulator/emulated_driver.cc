@@ -94,8 +94,7 @@ StatusOr<void*> EmulatedDriver::TakeLocked(Memory& memory, int64_t bytes, int64_
   if (!health_.ok()) return health_;
   if (held + bytes > limit) {
     return ResourceExhausted("the device has " + std::to_string(limit - held) +
-                             " bytes left, " + std::to_string(bytes) +
-                             " are needed");
+                             " bytes left, " + std::to_string(bytes) + " are needed");
   }
   const auto rounded = static_cast<size_t>((bytes + kMemoryAlignment - 1) /
                                            kMemoryAlignment * kMemoryAlignment);
@@ -143,10 +142,13 @@ int64_t EmulatedDriver::bytes_held() const {
 }
 
 Status EmulatedDriver::Enqueue(StreamId stream, std::function<Fault()> run,
-                               std::function<bool()> is_ready) {
+                               std::function<bool()> is_ready, bool is_product) {
   const std::lock_guard lock(mutex_);
   if (!health_.ok()) return health_;
-  if (++enqueued_ == options_.breaks_at) {
+  ++enqueued_;
+  products_ += is_product ? 1 : 0;
+  if (enqueued_ == options_.breaks_at ||
+      (is_product && products_ == options_.breaks_at_product)) {
     run = [] { return Fault{.what = "the device broke, as it was told to"}; };
     is_ready = nullptr;
   }
@@ -169,7 +171,7 @@ bool EmulatedDriver::StepLocked() {
   ++done_;
   if (!health_.ok()) return true;  // a broken device does nothing more
   const Fault fault = operation.run();
-  if (!fault.ok()) health_ = Internal(fault.ToString());
+  if (!fault.ok()) health_ = Unavailable(fault.ToString());
   return true;
 }
 
@@ -251,7 +253,9 @@ StatusOr<double> EmulatedDriver::SecondsBetween(EventId from, EventId to) {
 }
 
 Status EmulatedDriver::Multiply(const Product& product) {
-  return Enqueue(StreamId::kCompute, [product] { return RunProduct(product); });
+  return Enqueue(
+      StreamId::kCompute, [product] { return RunProduct(product); }, nullptr,
+      /*is_product=*/true);
 }
 
 Status EmulatedDriver::Attend(const CudaAttentionPlan& plan, const RunParams& run) {

@@ -27,8 +27,9 @@ namespace pbs::emulator {
 struct EmulatedOptions {
   uint32_t seed = 1;
   int64_t memory_bytes = int64_t{1} << 30;  // Allocate() fails beyond
-  // The so-many-th enqueued operation breaks the device; 0: none does.
+  // The so-many-th enqueued operation, or product, breaks the device; 0: none does.
   int64_t breaks_at = 0;
+  int64_t breaks_at_product = 0;
 };
 
 // Launches as operations of the compute stream.
@@ -111,7 +112,7 @@ class EmulatedDriver final : public cuda::LaunchedDriver<EmulatedLauncher> {
   StatusOr<void*> TakeLocked(Memory& memory, int64_t bytes, int64_t held,
                              int64_t limit);
   Status Enqueue(cuda::StreamId stream, std::function<Fault()> run,
-                 std::function<bool()> is_ready = nullptr);
+                 std::function<bool()> is_ready = nullptr, bool is_product = false);
   // One operation of a stream that can go on; false when none can.
   bool StepLocked();
 
@@ -126,6 +127,7 @@ class EmulatedDriver final : public cuda::LaunchedDriver<EmulatedLauncher> {
   std::array<std::deque<Operation>, cuda::kNumStreams> streams_;
   std::deque<Event> events_;
   int64_t enqueued_ = 0;
+  int64_t products_ = 0;
   int64_t done_ = 0;
   Status health_;
 };

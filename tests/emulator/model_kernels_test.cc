@@ -27,7 +27,8 @@ class Matrix {
     Set(values);
   }
   // Values that nothing has written yet.
-  Matrix(DType dtype, int64_t count) : dtype_(dtype), stored_(count * DTypeBytes(dtype)) {
+  Matrix(DType dtype, int64_t count)
+      : dtype_(dtype), stored_(count * DTypeBytes(dtype)) {
     stored_.Allow();
   }
 
@@ -125,11 +126,9 @@ TEST_F(ModelKernelsSpec, NormalisesRowsOfAnyLength) {
                            launch_);
       const std::vector<float> actual = y.Read();
       for (int64_t i = 0; i < 3 * cols; ++i) {
-        const double factor =
-            InverseRms(x.exact.data() + i / cols * cols, cols, 1e-5);
+        const double factor = InverseRms(x.exact.data() + i / cols * cols, cols, 1e-5);
         const double expected = x.exact[i] * factor * weight.exact[i % cols];
-        ASSERT_NEAR(actual[i], expected,
-                    Relative(dtype) * std::abs(expected) + 0x1p-24)
+        ASSERT_NEAR(actual[i], expected, Relative(dtype) * std::abs(expected) + 0x1p-24)
             << i;
       }
     }
@@ -159,8 +158,8 @@ TEST_F(ModelKernelsSpec, MakesRotationsOfAnyPosition) {
     const std::vector<float> cosine = cosines.Read();
     const std::vector<float> sine = sines.Read();
     for (int64_t i = 0; i < kRows * kPairs; ++i) {
-      const long double angle = static_cast<long double>(first + i / kPairs) *
-                                frequencies.data()[i % kPairs];
+      const long double angle =
+          static_cast<long double>(first + i / kPairs) * frequencies.data()[i % kPairs];
       ASSERT_NEAR(cosine[i], 1.25 * static_cast<double>(std::cos(angle)), 1e-7) << i;
       ASSERT_NEAR(sine[i], 1.25 * static_cast<double>(std::sin(angle)), 1e-7) << i;
     }
@@ -173,79 +172,105 @@ struct Heads {
   bool norm;
 };
 
+// One call of SplitHeads, and what must come of it.
+struct SplitCase {
+  static constexpr int64_t kRows = 3;
+  static constexpr int64_t kCapacity = 9;
+  static constexpr int64_t kFirst = 4;  // position of the first row
+
+  SplitCase(const Heads& of, DType from, DType to_dtype)
+      : heads(of),
+        to(to_dtype),
+        qkv(from, kRows * width(), 3),
+        cosines(DType::kF32, kRows * of.dim / 2, 4, 0.5f),
+        sines(DType::kF32, kRows * of.dim / 2, 5, 0.5f),
+        q_norm(DType::kF32, of.dim, 6),
+        k_norm(DType::kF32, of.dim, 7),
+        q(to_dtype, kRows * of.num_heads * of.dim),
+        k(to_dtype, of.num_kv_heads * kCapacity * of.dim),
+        v(to_dtype, of.num_kv_heads * kCapacity * of.dim),
+        op{.qkv = qkv.data(),
+           .qkv_dtype = from,
+           .rows = kRows,
+           .num_heads = of.num_heads,
+           .num_kv_heads = of.num_kv_heads,
+           .head_dim = of.dim,
+           .q_norm = of.norm ? q_norm.f32() : nullptr,
+           .k_norm = of.norm ? k_norm.f32() : nullptr,
+           .epsilon = 1e-6f,
+           .cosines = cosines.f32(),
+           .sines = sines.f32(),
+           .kv_dtype = to_dtype,
+           .q = q.data(),
+           .k = AtFirst(k),
+           .v = AtFirst(v),
+           .kv_head_stride = kCapacity * of.dim} {}
+
+  int64_t width() const {
+    return (heads.num_heads + 2 * int64_t{heads.num_kv_heads}) * heads.dim;
+  }
+  std::byte* AtFirst(Matrix& cache) const {
+    return static_cast<std::byte*>(cache.data()) + kFirst * heads.dim * DTypeBytes(to);
+  }
+
+  // Of element i of a head that begins at x: exact, and what f32 rounds in.
+  std::pair<double, double> Rotated(const double* x, int64_t row, int64_t i,
+                                    const Matrix& norm) const {
+    const int64_t half = heads.dim / 2;
+    const double factor = heads.norm ? InverseRms(x, heads.dim, 1e-6) : 1.0;
+    const auto value = [&](int64_t j) {
+      return x[j] * factor * (heads.norm ? norm.exact[j] : 1.0);
+    };
+    const int64_t partner = i < half ? i + half : i - half;
+    const int64_t pair = row * half + std::min(i, partner);
+    const double a = value(i) * cosines.exact[pair];
+    const double b = (i < half ? -1 : 1) * value(partner) * sines.exact[pair];
+    return {a + b, std::abs(a) + std::abs(b)};
+  }
+
+  void Check() const {
+    const std::vector<float> queries = q.Read();
+    const std::vector<float> keys = k.Read();
+    const std::vector<float> values = v.Read();
+    for (int64_t at = 0; at < kRows * width(); ++at) {
+      const int64_t row = at / width();
+      const int64_t head = at % width() / heads.dim;
+      const int64_t i = at % heads.dim;
+      const double* x = qkv.exact.data() + at - i;
+      const int64_t kv_head = (head - heads.num_heads) % heads.num_kv_heads;
+      const int64_t cached = (kv_head * kCapacity + kFirst + row) * heads.dim + i;
+      if (head >= heads.num_heads + heads.num_kv_heads) {
+        ASSERT_NEAR(values[cached], x[i], Relative(to) * std::abs(x[i]));
+        continue;
+      }
+      const bool query = head < heads.num_heads;
+      const auto [expected, magnitude] = Rotated(x, row, i, query ? q_norm : k_norm);
+      const double actual =
+          query ? queries[(row * heads.num_heads + head) * heads.dim + i]
+                : keys[cached];
+      ASSERT_NEAR(actual, expected,
+                  Relative(to) * std::abs(expected) + 0x1p-20 * magnitude + 0x1p-24)
+          << "row " << row << " head " << head << " element " << i;
+    }
+  }
+
+  const Heads heads;
+  const DType to;
+  Matrix qkv, cosines, sines, q_norm, k_norm, q, k, v;
+  const QkvOp op;
+};
+
 TEST_F(ModelKernelsSpec, SplitsRotatesAndNormalisesHeads) {
-  constexpr int64_t kRows = 3;
-  constexpr int64_t kCapacity = 9;
-  constexpr int64_t kFirst = 4;  // position of the first row
-  for (const Heads& heads : {Heads{32, 2, 1, false}, Heads{64, 4, 2, true},
-                             Heads{96, 3, 3, true}, Heads{96, 3, 1, false},
-                             Heads{128, 5, 1, true}, Heads{256, 2, 2, true}}) {
+  for (const Heads& heads :
+       {Heads{32, 2, 1, false}, Heads{64, 4, 2, true}, Heads{96, 3, 3, true},
+        Heads{96, 3, 1, false}, Heads{128, 5, 1, true}, Heads{256, 2, 2, true}}) {
     for (DType from : kDTypes) {
       for (DType to : {DType::kF16, DType::kBF16}) {
         SCOPED_TRACE("dim " + std::to_string(heads.dim) + " " + DTypeName(from) +
                      " to " + DTypeName(to));
-        const int64_t dim = heads.dim;
-        const int64_t half = dim / 2;
-        const int64_t width = (heads.num_heads + 2 * heads.num_kv_heads) * dim;
-        Matrix qkv(from, kRows * width, 3);
-        Matrix cosines(DType::kF32, kRows * half, 4, 0.5f);
-        Matrix sines(DType::kF32, kRows * half, 5, 0.5f);
-        Matrix q_norm(DType::kF32, dim, 6);
-        Matrix k_norm(DType::kF32, dim, 7);
-        Matrix q(to, kRows * heads.num_heads * dim);
-        Matrix k(to, heads.num_kv_heads * kCapacity * dim);
-        Matrix v(to, heads.num_kv_heads * kCapacity * dim);
-        const auto at_first = [&](Matrix& cache) {
-          return static_cast<std::byte*>(cache.data()) + kFirst * dim * DTypeBytes(to);
-        };
-        cuda::EnqueueQkv({.qkv = qkv.data(),
-                          .qkv_dtype = from,
-                          .rows = kRows,
-                          .num_heads = heads.num_heads,
-                          .num_kv_heads = heads.num_kv_heads,
-                          .head_dim = heads.dim,
-                          .q_norm = heads.norm ? q_norm.f32() : nullptr,
-                          .k_norm = heads.norm ? k_norm.f32() : nullptr,
-                          .epsilon = 1e-6f,
-                          .cosines = cosines.f32(),
-                          .sines = sines.f32(),
-                          .kv_dtype = to,
-                          .q = q.data(),
-                          .k = at_first(k),
-                          .v = at_first(v),
-                          .kv_head_stride = kCapacity * dim},
-                         launch_);
-        const std::vector<float> queries = q.Read();
-        const std::vector<float> keys = k.Read();
-        const std::vector<float> values = v.Read();
-        for (int64_t at = 0; at < kRows * width; ++at) {
-          const int64_t row = at / width;
-          const int64_t head = at % width / dim;
-          const int64_t i = at % dim;
-          const double* x = qkv.exact.data() + at - i;
-          const int64_t kv_head = (head - heads.num_heads) % heads.num_kv_heads;
-          const int64_t cached = (kv_head * kCapacity + kFirst + row) * dim + i;
-          if (head >= heads.num_heads + heads.num_kv_heads) {
-            ASSERT_NEAR(values[cached], x[i], Relative(to) * std::abs(x[i]));
-            continue;
-          }
-          const bool query = head < heads.num_heads;
-          const double factor = heads.norm ? InverseRms(x, dim, 1e-6) : 1.0;
-          const Matrix& norm = query ? q_norm : k_norm;
-          const auto value = [&](int64_t j) {
-            return x[j] * factor * (heads.norm ? norm.exact[j] : 1.0);
-          };
-          const int64_t partner = i < half ? i + half : i - half;
-          const int64_t pair = row * half + std::min(i, partner);
-          const double a = value(i) * cosines.exact[pair];
-          const double b = (i < half ? -1 : 1) * value(partner) * sines.exact[pair];
-          const double actual =
-              query ? queries[(row * heads.num_heads + head) * dim + i] : keys[cached];
-          ASSERT_NEAR(actual, a + b,
-                      Relative(to) * std::abs(a + b) +
-                          16 * 0x1p-24 * (std::abs(a) + std::abs(b)) + 0x1p-24)
-              << "row " << row << " head " << head << " element " << i;
-        }
+        const SplitCase split(heads, from, to);
+        cuda::EnqueueQkv(split.op, launch_);
+        split.Check();
       }
     }
   }
@@ -265,14 +290,14 @@ TEST_F(ModelKernelsSpec, GatesBySiluOverTheWholeRangeOfFloats) {
       gate_up.Set(values);
       Matrix bias(DType::kF32, 2 * kCols, 9);
       Matrix y(dtype, 2 * kStride);
-      launch_.Run<cuda::GateRows>(2, 0,
-                                  cuda::GateRowsParams{
-                                      .gate_up = gate_up.data(),
-                                      .bias = biased ? bias.f32() : nullptr,
-                                      .y = y.data(),
-                                      .quads = kCols / cuda::kQuad,
-                                      .y_stride_quads = kStride / cuda::kQuad,
-                                      .dtype = dtype});
+      launch_.Run<cuda::GateRows>(
+          2, 0,
+          cuda::GateRowsParams{.gate_up = gate_up.data(),
+                               .bias = biased ? bias.f32() : nullptr,
+                               .y = y.data(),
+                               .quads = kCols / cuda::kQuad,
+                               .y_stride_quads = kStride / cuda::kQuad,
+                               .dtype = dtype});
       const std::vector<float> actual = y.Read();
       for (int64_t i = 0; i < 2 * kCols; ++i) {
         const int64_t row = i / kCols;

@@ -112,7 +112,15 @@ INSTANTIATE_TEST_SUITE_P(
     Reasons, RefusedStartSpec,
     testing::Values(
         RefusalCase{"missing_model", {"--model", "x=/nowhere"}, 1, "model x: "},
-        RefusalCase{"cuda", {"--backend", "cuda"}, 1, "not part of this build"},
+        RefusalCase{
+            "cuda_without_its_module",
+            {"--backend", "cuda", "--set", "cuda.module=/nowhere.so"},
+            1,
+            "backend cuda: cannot load the CUDA module (cuda.module): /nowhere"},
+        RefusalCase{"a_module_of_something_else",
+                    {"--backend", "cuda", "--set", "cuda.module=libm.so.6"},
+                    1,
+                    "libm.so.6 is no CUDA module of this project"},
         RefusalCase{"foreign_address", {"--listen", "192.0.2.1:1"}, 1, "192.0.2.1:1"},
         RefusalCase{"foreign_metrics_address",
                     {"--metrics-listen", "192.0.2.1:1"},

@@ -23,9 +23,12 @@
 #include "server/engine/engine_impl.h"
 #include "server/service/server.h"
 #include "server/transfer/lease_store.h"
+#include "tests/support/kv_arrays.h"
 #include "tests/support/tiny_model.h"
 
 namespace pbs::server {
+
+using testing_support::KvArrays;
 
 // One backend and one model for all tests of a program: loading costs more than a test.
 struct SharedModel {
@@ -180,24 +183,6 @@ inline v1::PrefillRequest LeaseOf(int32_t num_tokens, uint32_t seed = 1) {
   request.mutable_delivery()->mutable_lease();
   return request;
 }
-
-// A cache in the receiver's memory: arrays by (layer, kind).
-struct KvArrays final : client::KvTarget {
-  std::span<std::byte> Array(int32_t layer, v1::KvChunk::Kind kind,
-                             int64_t bytes) override {
-    auto& array = arrays[{layer, kind}];
-    array.resize(static_cast<size_t>(bytes));
-    return array;
-  }
-  void OnLayer(int32_t layer) override {
-    layers.push_back(layer);
-    if (on_layer) on_layer(layer);
-  }
-
-  std::map<std::pair<int32_t, int>, std::vector<std::byte>> arrays;
-  std::vector<int32_t> layers;
-  std::function<void(int32_t)> on_layer;
-};
 
 struct PrefillEvents final : client::PrefillObserver {
   void OnAdmitted(const v1::Admitted& event) override {

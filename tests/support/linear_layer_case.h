@@ -135,8 +135,8 @@ class Layer {
   int64_t next_row_ = 0;
 };
 
-inline void CheckLayer(Backend& backend, const LinearCase& c, DType compute, int64_t rows,
-                       bool rounds_gates = false) {
+inline void CheckLayer(Backend& backend, const LinearCase& c, DType compute,
+                       int64_t rows, bool rounds_gates = false) {
   SCOPED_TRACE(testing::Message() << c.name << " rows " << rows << " compute "
                                   << DTypeName(compute) << " seed 1");
   Layer layer(c, compute, rows, 1);

@@ -54,7 +54,8 @@ StatusOr<Cublas> Load(const std::string& library) {
   find(cublas.set_preference, "cublasLtMatmulPreferenceSetAttribute");
   find(cublas.describe, "cublasLtGetStatusString");
   if (!missing.empty()) {
-    return FailedPrecondition(file + " has no " + missing + ", so it is no cuBLASLt 13");
+    return FailedPrecondition(file + " has no " + missing +
+                              ", so it is no cuBLASLt 13");
   }
   return cublas;
 }
@@ -101,8 +102,8 @@ class CublasProducts final : public Products {
     cublasLtMatmulDescOpaque_t product;
     cublasLtMatrixLayoutOpaque_t weight, x, y;
   };
-  using Shape = std::tuple<int64_t, int64_t, int64_t, DType, DType, bool, bool, int64_t,
-                           int64_t>;
+  using Shape =
+      std::tuple<int64_t, int64_t, int64_t, DType, DType, bool, bool, int64_t, int64_t>;
 
   Status Check(const char* what, cublasStatus_t status) const {
     if (status == CUBLAS_STATUS_SUCCESS) return OkStatus();
@@ -129,9 +130,9 @@ class CublasProducts final : public Products {
               cublas_.init_operation(&operation.product, sizeof operation.product,
                                      CUBLAS_COMPUTE_32F, CUDA_R_32F)));
     const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const auto& value) {
-      return Check("cublasLtMatmulDescSetAttribute",
-                   cublas_.set_operation(&operation.product, attribute, &value,
-                                         sizeof value));
+      return Check(
+          "cublasLtMatmulDescSetAttribute",
+          cublas_.set_operation(&operation.product, attribute, &value, sizeof value));
     };
     const cublasOperation_t transposed = CUBLAS_OP_T;
     PBS_RETURN_IF_ERROR(set(CUBLASLT_MATMUL_DESC_TRANSA, transposed));
@@ -147,16 +148,15 @@ class CublasProducts final : public Products {
   StatusOr<const cublasLtMatmulAlgo_t*> AlgorithmFor(const ProductSpec& spec,
                                                      int64_t rows,
                                                      Operation& operation) {
-    const Shape shape = {rows,       spec.depth,  spec.cols,     spec.operands,
-                         spec.result, spec.adds,  spec.biased,   spec.x_stride,
-                         spec.y_stride};
+    const Shape shape = {rows,          spec.depth,    spec.cols,
+                         spec.operands, spec.result,   spec.adds,
+                         spec.biased,   spec.x_stride, spec.y_stride};
     if (const auto known = algorithms_.find(shape); known != algorithms_.end()) {
       return &known->second;
     }
     cublasLtMatmulPreferenceOpaque_t preference;
-    PBS_RETURN_IF_ERROR(
-        Check("cublasLtMatmulPreferenceInit",
-              cublas_.init_preference(&preference, sizeof preference)));
+    PBS_RETURN_IF_ERROR(Check("cublasLtMatmulPreferenceInit",
+                              cublas_.init_preference(&preference, sizeof preference)));
     const auto workspace = static_cast<uint64_t>(kWorkspaceBytes);
     PBS_RETURN_IF_ERROR(Check(
         "cublasLtMatmulPreferenceSetAttribute",

@@ -29,7 +29,9 @@ class CudaAttention final : public AttentionBackend {
 
   CudaAttention(Driver& driver, StagedCopies& copies)
       : driver_(driver), copies_(copies) {}
-  Status MarkTime(Mark mark) { return driver_.Record(marks_[mark], StreamId::kCompute); }
+  Status MarkTime(Mark mark) {
+    return driver_.Record(marks_[mark], StreamId::kCompute);
+  }
 
   Driver& driver_;
   StagedCopies& copies_;

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/host_memory.h"
 #include "cuda/model/model_params.h"
 #include "pbs/check.h"
 
@@ -42,10 +43,9 @@ Status CheckSpec(const LinearSpec& spec) {
                            ", which the cuda backend needs");
   };
   PBS_RETURN_IF_ERROR(check("in_features", spec.in_features));
-  PBS_RETURN_IF_ERROR(
-      check("out_features", spec.epilogue == LinearEpilogue::kSwiGlu
-                                ? spec.out_features / 2
-                                : spec.out_features));
+  PBS_RETURN_IF_ERROR(check("out_features", spec.epilogue == LinearEpilogue::kSwiGlu
+                                                ? spec.out_features / 2
+                                                : spec.out_features));
   PBS_RETURN_IF_ERROR(check("x_stride", spec.x_stride));
   return check("y_stride", spec.y_stride);
 }
@@ -78,7 +78,11 @@ CudaBackend::CudaBackend(std::unique_ptr<Driver> driver)
             .isa = driver_->info().architecture,
             .device = driver_->info().name,
             .num_threads = driver_->info().traits.num_multiprocessors,
-            .row_tile = kRowTile} {}
+            .row_tile = kRowTile,
+            .host_memory = false,
+            .device_bytes_free = driver_->info().memory_bytes_free,
+            .head_dims = {kCudaHeadDims.begin(), kCudaHeadDims.end()},
+            .dtypes = {DType::kF16, DType::kBF16}} {}
 
 CudaBackend::~CudaBackend() = default;
 
@@ -90,6 +94,7 @@ StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
                        StagedCopies::Create(device, StreamId::kCompute));
   PBS_ASSIGN_OR_RETURN(backend->attention_,
                        CudaAttention::Create(device, *backend->copies_));
+  PBS_ASSIGN_OR_RETURN(backend->downloads_, LaterDownloads::Create(device));
   PBS_ASSIGN_OR_RETURN(backend->called_so_far_, device.CreateEvent());
   for (EventId& mark : backend->marks_) {
     PBS_ASSIGN_OR_RETURN(mark, device.CreateEvent());
@@ -126,6 +131,10 @@ Status CudaBackend::Download(const void* source, void* target, int64_t bytes) {
   return copies_->ToHost(source, target, bytes);
 }
 
+StatusOr<Buffer> CudaBackend::AllocateHost(int64_t bytes) {
+  return AllocatePages(bytes);
+}
+
 Status CudaBackend::Synchronize() {
   PBS_RETURN_IF_ERROR(driver_->Record(called_so_far_, StreamId::kCompute));
   return driver_->Synchronize(called_so_far_);
@@ -160,7 +169,8 @@ StatusOr<std::unique_ptr<PackedLinear>> CudaBackend::PackLinear(
   }
   if (!bias.empty()) {
     // A product adds its bias in the dtype of the result; SwiGlu adds its own in f32.
-    linear->bias_dtype = spec.epilogue == LinearEpilogue::kStore ? compute : DType::kF32;
+    linear->bias_dtype =
+        spec.epilogue == LinearEpilogue::kStore ? compute : DType::kF32;
     const auto count = static_cast<int64_t>(bias.size());
     const int64_t bytes = count * DTypeBytes(linear->bias_dtype);
     std::vector<std::byte> values(static_cast<size_t>(bytes));

@@ -4,11 +4,13 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <memory>
 #include <span>
 
 #include "cuda/backend/cuda_attention.h"
 #include "cuda/backend/driver.h"
+#include "cuda/backend/later_downloads.h"
 #include "cuda/backend/staged_copies.h"
 #include "pbs/backend.h"
 
@@ -26,6 +28,11 @@ class CudaBackend final : public Backend {
   StatusOr<Buffer> Allocate(int64_t bytes) override;
   Status Upload(const void* source, void* target, int64_t bytes) override;
   Status Download(const void* source, void* target, int64_t bytes) override;
+  StatusOr<Buffer> AllocateHost(int64_t bytes) override;
+  void DownloadLater(const void* source, void* target, int64_t bytes,
+                     std::function<void(const Status&)> done) override {
+    downloads_->Add(source, target, bytes, std::move(done));
+  }
   Status Synchronize() override;
 
   StatusOr<std::unique_ptr<PackedLinear>> PackLinear(
@@ -69,6 +76,7 @@ class CudaBackend final : public Backend {
   std::unique_ptr<CudaAttention> attention_;
   std::array<EventId, kTimeMarks> marks_{};
   EventId called_so_far_ = 0;
+  std::unique_ptr<LaterDownloads> downloads_;  // last: its thread ends first
 };
 
 }  // namespace pbs::cuda

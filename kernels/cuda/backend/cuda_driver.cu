@@ -91,7 +91,8 @@ class CudaDriver final : public LaunchedDriver<StreamLauncher> {
     });
   }
   Status Synchronize(EventId event) override {
-    return Try("waiting for the device", [&] { return cudaEventSynchronize(At(event)); });
+    return Try("waiting for the device",
+               [&] { return cudaEventSynchronize(At(event)); });
   }
   StatusOr<double> SecondsBetween(EventId from, EventId to) override;
 
@@ -179,9 +180,8 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
   properties.allocType = cudaMemAllocationTypePinned;
   properties.location.type = cudaMemLocationTypeDevice;
   properties.location.id = options_.device;
-  PBS_RETURN_IF_ERROR(Try("cudaMemPoolCreate", [&] {
-    return cudaMemPoolCreate(&pool_, &properties);
-  }));
+  PBS_RETURN_IF_ERROR(
+      Try("cudaMemPoolCreate", [&] { return cudaMemPoolCreate(&pool_, &properties); }));
   uint64_t keep = UINT64_MAX;
   PBS_RETURN_IF_ERROR(Try("cudaMemPoolSetAttribute", [&] {
     return cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &keep);
@@ -195,10 +195,10 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
            .architecture = "sm_" + std::to_string(capability),
            .memory_bytes = static_cast<int64_t>(all_bytes),
            .memory_bytes_free = static_cast<int64_t>(free_bytes),
-           .traits = {.num_multiprocessors = device.multiProcessorCount,
-                      .shared_bytes_max =
-                          static_cast<int64_t>(device.sharedMemPerBlockOptin),
-                      .one_section = options_.tuning == CudaTuning::kOneSection}};
+           .traits = {
+               .num_multiprocessors = device.multiProcessorCount,
+               .shared_bytes_max = static_cast<int64_t>(device.sharedMemPerBlockOptin),
+               .one_section = options_.tuning == CudaTuning::kOneSection}};
   hopper_ = options_.use_hopper_kernels && capability == kCapabilityHopper;
   if (options_.make_products == nullptr) return OkStatus();
   PBS_ASSIGN_OR_RETURN(products_, options_.make_products(At(StreamId::kCompute)));
@@ -208,22 +208,19 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
 Status CudaDriver::Checked(const char* what, cudaError_t error) {
   if (error == cudaSuccess) return OkStatus();
   if (error == cudaErrorMemoryAllocation) return ResourceExhausted(Text(what, error));
-  const Status status = Internal(Text(what, error));
-  if (!IsOfCall(error)) {
-    const std::lock_guard lock(mutex_);
-    if (health_.ok()) health_ = status;
-  }
-  return status;
+  if (IsOfCall(error)) return Internal(Text(what, error));
+  const std::lock_guard lock(mutex_);
+  if (health_.ok()) health_ = Unavailable("the device is lost, " + Text(what, error));
+  return health_;
 }
 
 StatusOr<void*> CudaDriver::Allocate(int64_t bytes) {
   void* data = nullptr;
-  PBS_RETURN_IF_ERROR(
-      Try(("allocating " + std::to_string(bytes) + " bytes of device memory").c_str(),
-          [&] {
-            return cudaMallocFromPoolAsync(&data, static_cast<size_t>(bytes), pool_,
-                                           At(StreamId::kCompute));
-          }));
+  PBS_RETURN_IF_ERROR(Try(
+      ("allocating " + std::to_string(bytes) + " bytes of device memory").c_str(), [&] {
+        return cudaMallocFromPoolAsync(&data, static_cast<size_t>(bytes), pool_,
+                                       At(StreamId::kCompute));
+      }));
   return data;
 }
 
@@ -247,8 +244,7 @@ void CudaDriver::FreeHost(void* data) {
 
 StatusOr<EventId> CudaDriver::CreateEvent() {
   cudaEvent_t event = nullptr;
-  PBS_RETURN_IF_ERROR(
-      Try("cudaEventCreate", [&] { return cudaEventCreate(&event); }));
+  PBS_RETURN_IF_ERROR(Try("cudaEventCreate", [&] { return cudaEventCreate(&event); }));
   const std::lock_guard lock(mutex_);
   events_.push_back(event);
   return static_cast<EventId>(events_.size() - 1);
@@ -317,7 +313,8 @@ Status CudaDriver::Attend(const CudaAttentionPlan& plan, const RunParams& run) {
 StatusOr<int32_t> CountDevices() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) return FailedPrecondition(Text("CUDA sees no device", error));
+  if (error != cudaSuccess)
+    return FailedPrecondition(Text("CUDA sees no device", error));
   if (count == 0) return FailedPrecondition("CUDA sees no device");
   return int32_t{count};
 }

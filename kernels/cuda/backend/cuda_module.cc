@@ -10,14 +10,14 @@ namespace {
 
 pbs::StatusOr<std::unique_ptr<pbs::Backend>> Create(
     const pbs::CudaBackendOptions& options) {
-  PBS_ASSIGN_OR_RETURN(std::unique_ptr<pbs::cuda::Driver> driver,
-                       pbs::cuda::CreateCudaDriver(
-                           {.device = options.device,
-                            .stream = std::nullopt,
-                            .make_products = [&](void* stream) {
-                              return pbs::cuda::CreateCublasProducts(
-                                  stream, options.cublaslt);
-                            }}));
+  PBS_ASSIGN_OR_RETURN(
+      std::unique_ptr<pbs::cuda::Driver> driver,
+      pbs::cuda::CreateCudaDriver({.device = options.device,
+                                   .stream = std::nullopt,
+                                   .make_products = [&](void* stream) {
+                                     return pbs::cuda::CreateCublasProducts(
+                                         stream, options.cublaslt);
+                                   }}));
   PBS_ASSIGN_OR_RETURN(auto backend, pbs::cuda::CudaBackend::Create(std::move(driver)));
   return std::unique_ptr<pbs::Backend>(std::move(backend));
 }

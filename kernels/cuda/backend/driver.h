@@ -6,7 +6,7 @@
 // part in a copy is the driver's (AllocateHost) and must not be touched meanwhile.
 //
 // Threading: safe from any thread. Errors: ResourceExhausted when there is not enough
-// memory; anything else is the device's end (Health()).
+// memory; Unavailable when the device can be used no more (Health()), also later.
 #pragma once
 
 #include <cstdint>

@@ -46,8 +46,8 @@ struct DotRows {
       PBS_UNROLL
       for (int row = 0; row < kRowsAtOnce; ++row) {
         if (row >= count) continue;
-        const Quad x = LoadQuad(params.x, DType::kF32,
-                                int64_t{first + row} * params.quads + quad);
+        const Quad x =
+            LoadQuad(params.x, DType::kF32, int64_t{first + row} * params.quads + quad);
         PBS_UNROLL
         for (int i = 0; i < kQuad; ++i) sums[row] += x.x[i] * w.x[i];
       }

@@ -26,9 +26,9 @@ struct MoveRows {
     const int64_t from =
         params.row_index != nullptr ? LoadGlobal(params.row_index + row) : row;
     for (int quad = ThreadIndex(); quad < params.quads; quad += kThreads) {
-      StoreQuad(params.target, params.target_dtype, int64_t{row} * params.quads + quad,
-                LoadQuad(params.source, params.source_dtype,
-                         from * params.quads + quad));
+      StoreQuad(
+          params.target, params.target_dtype, int64_t{row} * params.quads + quad,
+          LoadQuad(params.source, params.source_dtype, from * params.quads + quad));
     }
   }
 };

@@ -35,9 +35,9 @@ PBS_DEVICE Quad LoadQuad(const void* data, DType dtype, int64_t quad) {
 PBS_DEVICE void StoreQuad(void* data, DType dtype, int64_t quad, const Quad& value) {
   const float* x = value.x;
   if (dtype == DType::kF32) {
-    StoreGlobal(static_cast<Words4*>(data) + quad,
-                Words4{FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]),
-                       FloatBits(x[3])});
+    StoreGlobal(
+        static_cast<Words4*>(data) + quad,
+        Words4{FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3])});
     return;
   }
   const bool bf16 = dtype == DType::kBF16;

@@ -92,8 +92,7 @@ class SplitHeads {
     for (int i = 0; i < kQuad; ++i) {
       squares += low.x[i] * low.x[i] + high.x[i] * high.x[i];
     }
-    const float mean =
-        SumLanes(squares, lanes) / static_cast<float>(params_.head_dim);
+    const float mean = SumLanes(squares, lanes) / static_cast<float>(params_.head_dim);
     if (!inside_ || weight == nullptr) return;
     const float factor = 1.0f / Sqrt(mean + params_.epsilon);
     const Quad of_low = LoadQuad(weight, DType::kF32, lane_);

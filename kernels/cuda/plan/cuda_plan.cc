@@ -10,7 +10,6 @@
 namespace pbs::cuda {
 namespace {
 
-constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
 // A group's logits stay below this much shared memory.
 constexpr int32_t kLogitBytesMax = 64 << 10;
 // Tiles of short prompts are ordered as one section.

@@ -2,6 +2,7 @@
 // workspace holds what. Host code without CUDA: built and tested everywhere.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -12,6 +13,8 @@
 #include "pbs/attention.h"
 
 namespace pbs::cuda {
+
+inline constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
 
 // Of the device that the plan is for.
 struct DeviceTraits {

@@ -8,14 +8,13 @@
 // dtypes: the residual stream is f32. Everything else between two operations is in the
 // *compute dtype* (ComputeDType()); products accumulate in f32.
 //
-// Threading: one caller at a time; but info(), Plan(), Allocate(),
-// LinearWorkspaceBytes() and the end of a Buffer are safe from any thread at any time:
-// requests are admitted while another one runs.
-// Memory: operations allocate nothing that outlives the call; linear layers and
-// attention take a workspace whose size is asked first.
-// Errors: arguments are checked where they enter the system (model loading, planning);
-// operations assert them. A failed call leaves its outputs unspecified and the backend
-// usable.
+// Threading: one caller at a time; but info(), Health(), Plan(), Allocate(),
+// AllocateHost(), LinearWorkspaceBytes() and the end of a Buffer are safe from any
+// thread at any time: requests are admitted while another one runs. Memory: operations
+// allocate nothing that outlives the call; linear layers and attention take a workspace
+// whose size is asked first. Errors: arguments are checked where they enter the system
+// (model loading, planning); operations assert them. A failed call leaves its outputs
+// unspecified and the backend usable.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +23,7 @@
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "pbs/attention.h"
 #include "pbs/dtype.h"
@@ -68,15 +68,22 @@ class Buffer {
 };
 
 struct BackendInfo {
-  std::string name;    // "cpu"
-  std::string isa;     // "avx512_bf16"
-  std::string device;  // the processor's own name
-  int32_t num_threads = 0;
+  std::string name;         // "cpu", "cuda"
+  std::string isa;          // "avx512_bf16", "sm_90"
+  std::string device;       // the processor's own name
+  int32_t num_threads = 0;  // multiprocessors of a GPU
   // bf16 over f32 product speed, measured at start; 0 where bf16 products are missing.
   double bf16_speedup = 0;
   // Rows of a linear layer's call that keep the device busy: prompts go through their
   // layers in tiles of so many.
   int32_t row_tile = 1024;
+  // Whether device memory is ordinary memory. If not, nobody but the backend may touch
+  // it, and it has so many bytes free when the backend is made.
+  bool host_memory = true;
+  int64_t device_bytes_free = 0;
+  // Of attention; other head dims and dtypes are refused.
+  std::vector<int32_t> head_dims;
+  std::vector<DType> dtypes;
 };
 
 // What becomes of the products of a linear layer.
@@ -205,11 +212,19 @@ class Backend : public AttentionBackend {
   // ResourceExhausted when there is not enough. `bytes` >= 0; 0 gives an empty buffer.
   virtual StatusOr<Buffer> Allocate(int64_t bytes) = 0;
 
+  // As Allocate(), ordinary memory.
+  virtual StatusOr<Buffer> AllocateHost(int64_t bytes) = 0;
+
   // Host to device; `source` may be reused on return.
   virtual Status Upload(const void* source, void* target, int64_t bytes) = 0;
   // Device to host; waits.
   virtual Status Download(const void* source, void* target, int64_t bytes) = 0;
-  // Waits for everything called so far.
+  // Device to host, behind everything called so far and beside what is called from now
+  // on, which must leave `source` as it is. `done` is called once, from any thread, in
+  // the order of the calls, when the copy has ended; perhaps before this returns.
+  virtual void DownloadLater(const void* source, void* target, int64_t bytes,
+                             std::function<void(const Status&)> done) = 0;
+  // Waits for everything called so far, but for DownloadLater().
   virtual Status Synchronize() = 0;
 
   // Reads a weight through `read` and packs it; `bias` is empty or [out_features].

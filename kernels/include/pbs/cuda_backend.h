@@ -24,8 +24,9 @@ struct CudaBackendOptions {
   std::string cublaslt;
 };
 
-// What the module exports, by these names. Classes cross its border, so a module and its
-// user are built from the same public headers by the same compiler: compare ids first.
+// What the module exports, by these names. Classes cross its border, so a module and
+// its user are built from the same public headers by the same compiler: compare ids
+// first.
 //   const char* pbs_cuda_interface_id();
 //   void pbs_cuda_device_count(StatusOr<int32_t>*);  at least one, or why there is none
 //   void pbs_cuda_create(const CudaBackendOptions*, StatusOr<unique_ptr<Backend>>*);

@@ -58,6 +58,7 @@ class [[nodiscard]] Status {
 
 inline Status OkStatus() { return Status(); }
 Status InvalidArgument(std::string message);
+Status Unavailable(std::string message);
 Status NotFound(std::string message);
 Status ResourceExhausted(std::string message);
 Status FailedPrecondition(std::string message);

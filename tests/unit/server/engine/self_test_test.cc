@@ -48,9 +48,9 @@ class SpoiledBackend : public AttentionBackend {
 
 TEST(SelfTest, TheCpuBackendPassesEveryCase) {
   const auto backend = CpuBackend();
-  const auto report = RunSelfTest(*backend);
+  const auto report = RunSelfTest(*backend, *backend);
   ASSERT_TRUE(report.ok()) << report.status();
-  EXPECT_EQ(report->num_cases, 12);
+  EXPECT_EQ(report->num_cases, 21);
   EXPECT_LE(report->worst_f32_error, 2e-5);
 }
 
@@ -64,7 +64,7 @@ TEST(SelfTest, OneWrongElementFails) {
   };
   const auto backend = CpuBackend();
   OneWrong wrong(*backend);
-  const absl::Status status = RunSelfTest(wrong).status();
+  const absl::Status status = RunSelfTest(wrong, *backend).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
   EXPECT_THAT(std::string(status.message()), HasSubstr("self-test \"dense f32\""));
 }
@@ -79,7 +79,7 @@ TEST(SelfTest, ANaNFails) {
   };
   const auto backend = CpuBackend();
   OneNan wrong(*backend);
-  EXPECT_EQ(RunSelfTest(wrong).status().code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(RunSelfTest(wrong, *backend).status().code(), absl::StatusCode::kInternal);
 }
 
 TEST(SelfTest, OtherBlocksThanTheReferencesFail) {
@@ -100,7 +100,7 @@ TEST(SelfTest, OtherBlocksThanTheReferencesFail) {
   };
   const auto backend = CpuBackend();
   DenseInstead wrong(*backend);
-  const absl::Status status = RunSelfTest(wrong).status();
+  const absl::Status status = RunSelfTest(wrong, *backend).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
   EXPECT_THAT(std::string(status.message()), HasSubstr("blocks selected"));
 }
@@ -116,7 +116,8 @@ TEST(SelfTest, AFailureOfTheBackendIsPassedOn) {
   };
   const auto backend = CpuBackend();
   Failing failing(*backend);
-  EXPECT_EQ(RunSelfTest(failing).status(), absl::UnimplementedError("no kernels here"));
+  EXPECT_EQ(RunSelfTest(failing, *backend).status(),
+            absl::UnimplementedError("no kernels here"));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-#include "cpu/host_memory.h"
+#include "common/host_memory.h"
 
 #include <sys/mman.h>
 
@@ -6,7 +6,7 @@
 #include <cstring>
 #include <string>
 
-namespace pbs::cpu {
+namespace pbs {
 namespace {
 
 // Below this a huge page would round the resident size up noticeably.
@@ -33,4 +33,4 @@ StatusOr<Buffer> AllocatePages(int64_t bytes) {
   return Buffer(data, bytes, Unmap, nullptr);
 }
 
-}  // namespace pbs::cpu
+}  // namespace pbs

@@ -7,10 +7,10 @@
 #include "pbs/backend.h"
 #include "pbs/status.h"
 
-namespace pbs::cpu {
+namespace pbs {
 
 // Zeroed and page-aligned; 0 bytes give an empty buffer. Buffers of a few huge pages
 // and more ask for huge pages. ResourceExhausted names the size that was refused.
 StatusOr<Buffer> AllocatePages(int64_t bytes);
 
-}  // namespace pbs::cpu
+}  // namespace pbs
