@@ -21,6 +21,8 @@ if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE RelWithDebInfo CACHE STRING "Build type" FORCE)
 endif()
 
+option(PBS_WERROR "Warnings are errors" ON)  # OFF for compilers nobody tried
+
 find_program(PBS_CCACHE ccache)
 if(PBS_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${PBS_CCACHE})
@@ -29,7 +31,8 @@ endif()
 function(pbs_set_target_defaults target)
   cmake_parse_arguments(PARSE_ARGV 1 arg "EXCEPTIONS;NO_UBSAN" "" "")
   target_compile_features(${target} PUBLIC cxx_std_20)
-  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Werror)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow
+                         $<$<BOOL:${PBS_WERROR}>:-Werror>)
   if(NOT arg_EXCEPTIONS)
     target_compile_options(${target} PRIVATE -fno-exceptions)
   endif()
