@@ -1,17 +1,27 @@
 // Compares the CUDA backend's attention with kernels/reference on a real device: a
 // table of methods, dtypes and shapes, then random problems.
 //
-//   check_attention [--random N] [--seed S] [--ampere-kernels]
+//   check_attention [--random N] [--seed S] [--ampere-kernels] [--only SUBSTRING ...]
+//                   [--skip N] [--case-seconds N]
 //
-// One JSON line per problem: errors of o and lse against the exact answer over the same
-// order and lists, rows whose lists differ from the reference's (a near tie may), and
-// whether a second run and a replay of a captured graph gave the same bits. Exit status
-// 1 when any is out of bounds.
+// --only: cases whose name has one of the substrings. --skip: not the first N of them.
+// --case-seconds: a case that takes longer ends the program (SIGALRM).
+//
+// Two JSON lines per problem. Its name before it runs: a fault or a hang is of the last
+// one. Then errors of o and lse against the exact answer over the same order and lists,
+// rows whose lists differ from the reference's (a near tie may), and whether a second
+// run and a replay of a captured graph gave the same bits. Exit status 1 when any is
+// out of bounds, 2 when the device is not there or its context is lost.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -120,8 +130,9 @@ Status RunCaptured(Device& device, const AttentionPlan& plan,
   cudaGraphExec_t executable = nullptr;
   Check(cudaStreamBeginCapture(device.stream, cudaStreamCaptureModeGlobal), "capture");
   const Status status = device.backend->Run(plan, tensors, workspace, {});
-  Check(cudaStreamEndCapture(device.stream, &graph), "end of the capture");
+  const cudaError_t ended = cudaStreamEndCapture(device.stream, &graph);
   if (!status.ok()) return status;
+  Check(ended, "end of the capture");
   Check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
   Check(cudaGraphLaunch(executable, device.stream), "cudaGraphLaunch");
   Check(cudaStreamSynchronize(device.stream), "graph");
@@ -176,8 +187,9 @@ Verdict Compare(const AttentionProblem& problem, const Inputs& inputs,
   decision.order = outputs.report.order;
   decision.lists = outputs.report.lists;
   const reference::Output exact = reference::Attend(problem, tensors, decision);
-  const auto grow = [](double& largest, double error) {
-    if (!(error <= largest)) largest = error;  // NaN too
+  const auto grow = [](double& largest, double error) {  // NaN: for good
+    largest = std::isnan(error) ? std::numeric_limits<double>::infinity()
+                                : std::max(largest, error);
   };
   Verdict verdict;
   for (size_t i = 0; i < outputs.o.size(); ++i) {
@@ -217,23 +229,45 @@ bool IsRight(const AttentionProblem& problem, const Verdict& verdict) {
              kOtherRowsMax * static_cast<double>(verdict.rows);
 }
 
+std::string JsonNumber(double value) {
+  if (!std::isfinite(value)) return "null";
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.3g", value);
+  return text;
+}
+
+std::string JsonText(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    out += static_cast<unsigned char>(c) < ' ' ? ' ' : c;
+  }
+  return out + '"';
+}
+
 bool Report(Device& device, const std::string& name, const AttentionProblem& problem,
             uint32_t seed) {
+  std::printf("{\"begin\": %s, \"seed\": %u}\n", JsonText(name).c_str(), seed);
+  std::fflush(stdout);
   const auto verdict = Judge(device, problem, seed);
   if (!verdict.ok()) {
-    std::printf("{\"case\": \"%s\", \"seed\": %u, \"error\": \"%s\"}\n", name.c_str(),
-                seed, verdict.status().ToString().c_str());
+    std::printf("{\"case\": %s, \"seed\": %u, \"error\": %s}\n", JsonText(name).c_str(),
+                seed, JsonText(verdict.status().ToString()).c_str());
+    std::fflush(stdout);
+    // A fault leaves nothing that the next case could run on.
+    Check(cudaDeviceSynchronize(), "the context after this case");
     return false;
   }
   const bool right = IsRight(problem, *verdict);
   std::printf(
-      "{\"case\": \"%s\", \"seed\": %u, \"right\": %s, \"o_error\": %.3g, "
-      "\"lse_error\": %.3g, \"other_rows\": %lld, \"rows\": %lld, \"equal_bits\": %s, "
-      "\"density\": %.3f}\n",
-      name.c_str(), seed, right ? "true" : "false", verdict->o_error,
-      verdict->lse_error, static_cast<long long>(verdict->other_rows),
+      "{\"case\": %s, \"seed\": %u, \"right\": %s, \"o_error\": %s, "
+      "\"lse_error\": %s, \"other_rows\": %lld, \"rows\": %lld, \"equal_bits\": %s, "
+      "\"density\": %s}\n",
+      JsonText(name).c_str(), seed, right ? "true" : "false",
+      JsonNumber(verdict->o_error).c_str(), JsonNumber(verdict->lse_error).c_str(),
+      static_cast<long long>(verdict->other_rows),
       static_cast<long long>(verdict->rows), verdict->equal_bits ? "true" : "false",
-      verdict->density);
+      JsonNumber(verdict->density).c_str());
   std::fflush(stdout);
   return right;
 }
@@ -243,6 +277,8 @@ std::string NameOf(const AttentionProblem& problem) {
   name += problem.options.scope == Scope::kQueryHead ? "_query_head" : "";
   name += problem.dtype == DType::kBF16 ? "_bf16_d" : "_f16_d";
   name += std::to_string(problem.shape.head_dim);
+  name.append("_h").append(std::to_string(problem.shape.num_heads));
+  name.append("x").append(std::to_string(problem.shape.num_kv_heads));
   for (const SequenceShape& s : problem.shape.sequences) {
     name.append("_").append(std::to_string(s.q_len));
     name.append("of").append(std::to_string(s.k_len));
@@ -300,40 +336,82 @@ AttentionProblem RandomProblem(std::mt19937& random) {
   return problem;
 }
 
+struct Case {
+  std::string name;
+  AttentionProblem problem;
+  uint32_t seed;
+};
+
+struct Options {
+  int random_problems = 40;
+  uint32_t seed = 1;
+  std::vector<std::string> only;
+  int skip = 0;
+  unsigned case_seconds = 0;  // 0: no limit
+  CudaAttentionOptions device;
+};
+
+// False, after saying why, when an argument is not known.
+bool ParseOptions(int argc, char** argv, Options& options) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--ampere-kernels") {
+      options.device.use_hopper_kernels = false;
+    } else if (argument == "--only" && i + 1 < argc) {
+      options.only.emplace_back(argv[++i]);
+    } else if (argument == "--skip" && i + 1 < argc) {
+      options.skip = std::atoi(argv[++i]);
+    } else if (argument == "--case-seconds" && i + 1 < argc) {
+      options.case_seconds = static_cast<unsigned>(std::atoi(argv[++i]));
+    } else if (argument == "--random" && i + 1 < argc) {
+      options.random_problems = std::atoi(argv[++i]);
+    } else if (argument == "--seed" && i + 1 < argc) {
+      options.seed = static_cast<uint32_t>(std::atoi(argv[++i]));
+    } else {
+      std::fprintf(stderr, "unknown argument %s; see the first lines of %s\n", argv[i],
+                   "tests/gpu/check_attention.cc");
+      return false;
+    }
+  }
+  return true;
+}
+
+std::vector<Case> CasesOf(const Options& options) {
+  std::vector<Case> cases;
+  for (const AttentionProblem& problem : Table()) {
+    cases.push_back({NameOf(problem), problem, options.seed});
+  }
+  for (int i = 0; i < options.random_problems; ++i) {
+    const uint32_t seed = options.seed + static_cast<uint32_t>(i);
+    std::mt19937 random(seed);
+    const AttentionProblem problem = RandomProblem(random);
+    cases.push_back({"random_" + NameOf(problem), problem, seed});
+  }
+  std::erase_if(cases, [&](const Case& c) {
+    return !options.only.empty() &&
+           std::none_of(options.only.begin(), options.only.end(),
+                        [&](const auto& part) {
+                          return c.name.find(part) != std::string::npos;
+                        });
+  });
+  const auto skipped = std::min<size_t>(options.skip, cases.size());
+  cases.erase(cases.begin(), cases.begin() + static_cast<std::ptrdiff_t>(skipped));
+  return cases;
+}
+
 }  // namespace
 }  // namespace pbs::gpu
 
 int main(int argc, char** argv) {
-  int random_problems = 40;
-  uint32_t seed = 1;
-  pbs::CudaAttentionOptions options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    if (argument == "--ampere-kernels") {
-      options.use_hopper_kernels = false;
-    } else if (argument == "--random" && i + 1 < argc) {
-      random_problems = std::atoi(argv[++i]);
-    } else if (argument == "--seed" && i + 1 < argc) {
-      seed = static_cast<uint32_t>(std::atoi(argv[++i]));
-    } else {
-      std::fprintf(stderr, "unknown argument %s; see the first lines of %s\n", argv[i],
-                   "tests/gpu/check_attention.cc");
-      return 2;
-    }
-  }
-  pbs::gpu::Device device(options);
+  pbs::gpu::Options options;
+  if (!pbs::gpu::ParseOptions(argc, argv, options)) return 2;
+  pbs::gpu::Device device(options.device);
   int wrong = 0;
-  for (const pbs::AttentionProblem& problem : pbs::gpu::Table()) {
-    wrong += pbs::gpu::Report(device, pbs::gpu::NameOf(problem), problem, seed) ? 0 : 1;
+  for (const pbs::gpu::Case& c : pbs::gpu::CasesOf(options)) {
+    alarm(options.case_seconds);
+    wrong += pbs::gpu::Report(device, c.name, c.problem, c.seed) ? 0 : 1;
   }
-  for (int i = 0; i < random_problems; ++i) {
-    std::mt19937 random(seed + static_cast<uint32_t>(i));
-    const pbs::AttentionProblem problem = pbs::gpu::RandomProblem(random);
-    wrong += pbs::gpu::Report(device, "random_" + pbs::gpu::NameOf(problem), problem,
-                              seed + static_cast<uint32_t>(i))
-                 ? 0
-                 : 1;
-  }
+  alarm(0);
   std::printf("{\"wrong\": %d}\n", wrong);
   return wrong == 0 ? 0 : 1;
 }
