@@ -38,7 +38,7 @@ def groups(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
 
 def fastest_peer(group: dict[str, dict]) -> float | None:
     """Milliseconds of the fastest dense peer."""
-    times = [group[name]["ms"] for name in PEERS if "ms" in group.get(name, {})]
+    times = [group[name]["ms"] for name in PEERS if group.get(name, {}).get("ms")]
     return min(times, default=None)
 
 
@@ -49,38 +49,65 @@ def goal_of(name: str, kind: str, tokens: int) -> float:
     return GOALS.get((name, tokens)) or GOALS.get((name, 0)) or NOT_SLOWER
 
 
+def cell(text: object) -> str:
+    """On one line, without what ends a cell."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def figures(row: dict, peer: float | None, goal: float) -> list[str]:
+    """Density, time, speed, overhead and ratio; what is not known is a question mark."""
+    ms, attend = row.get("ms"), row.get("attend_ms")
+    if not ms:
+        return [cell(row.get("error", "?")), *[""] * 4]
+    density, executed, overhead, ratio = "?", "?", "?", "?"
+    if attend:
+        density = f"{row['density']:.3f}"
+        executed = f"{row['dense_tflops'] * row['density'] * ms / attend:.0f}"
+        overhead = f"{(row['permute_ms'] + row['select_ms']) / attend:.1%}"
+    if peer is not None:
+        ratio = f"{peer / ms:.2f}x {'>=' if peer / ms >= goal else '**<**'} {goal}"
+    return [density, f"{ms:.2f}", executed, overhead, ratio]
+
+
+def not_right(results: dict) -> list[str]:
+    """What a reader of the table must know: checks, wrong outputs, what is missing."""
+    golden = results.get("golden", [])
+    wrong = [case["case"] for case in golden if not case["right"]]
+    right = f"{len(golden) - len(wrong)} of {len(golden)} cases right"
+    said = [f"authors' outputs: {right}" + (f", not {', '.join(wrong)}" if wrong else "")]
+    said += results.get("checks", [])
+    for row in results["timings"]:
+        where = f"{row['name'] or 'inputs'}, {row['inputs']}, {row['tokens']}, {row['head_dim']}"
+        if row.get("right") is False:
+            said.append(f"**wrong**: {where} differs from {row['from']}")
+        if "error" in row and not (row["name"] or "").startswith("pbs"):
+            said.append(f"not measured: {where}: {cell(row['error'])}")
+    if not results.get("done", True):
+        said.append("the run was cut short")
+    return said
+
+
 def attention_table(results: dict) -> str:
     """Ours beside the fastest dense peer, with the goals."""
     rows = []
     for (head_dim, kind, tokens), group in sorted(groups(results["timings"]).items()):
         peer = fastest_peer(group)
         for name, row in group.items():
-            if not name.startswith("pbs"):
+            if name is None or not name.startswith("pbs"):
                 continue
-            if "ms" not in row or peer is None:
-                rows.append([name, kind, f"{tokens // 1024}K", str(head_dim), row.get("error", "?")]
-                            + [""] * 4)
-                continue
-            ratio, goal = peer / row["ms"], goal_of(name, kind, tokens)
-            overhead = (row["permute_ms"] + row["select_ms"]) / row["attend_ms"]
-            executed = row["dense_tflops"] * row["density"] * row["ms"] / row["attend_ms"]
-            mark = ">=" if ratio >= goal else "**<**"
-            rows.append([
-                name, kind, f"{tokens // 1024}K", str(head_dim), f"{row['density']:.3f}",
-                f"{row['ms']:.2f}", f"{executed:.0f}", f"{overhead:.1%}",
-                f"{ratio:.2f}x {mark} {goal}",
-            ])  # fmt: skip
+            label = f"{name} ({row['kernels']})" if "kernels" in row else name
+            rows.append([label, kind, f"{tokens // 1024}K", str(head_dim),
+                         *figures(row, peer, goal_of(name, kind, tokens))])
     head = ["run", "inputs", "tokens", "head dim", "density", "ms", "executed TFLOP/s",
             "order + lists / attention", "fastest dense peer / ours"]
     gpu = results["gpu"]
-    wrong = [case["case"] for case in results["golden"] if not case["right"]]
-    parity = f"wrong: {', '.join(wrong)}" if wrong else f"{len(results['golden'])} cases right"
     said = (
-        f"[`docs/results/gpu_attention.json`](results/gpu_attention.json): {gpu['name']}, driver "
-        f"{gpu['driver_version']}, torch {results['torch']}, commit `{results['commit']}`, "
-        f"`{results['command']}`. Authors' outputs: {parity}."
+        f"[`docs/results/gpu_attention.json`](results/gpu_attention.json): {gpu.get('name', '?')}, "
+        f"driver {gpu.get('driver_version', '?')}, torch {results['torch']}, commit "
+        f"`{results['commit']}`, `{results['command']}`."
     )
-    return f"{table(head, rows)}\n\n![speed by length](results/gpu_attention.svg)\n\n{said}"
+    checks = "\n".join(f"* {line}" for line in not_right(results))
+    return f"{table(head, rows)}\n\n![speed by length](results/gpu_attention.svg)\n\n{said}\n\n{checks}"
 
 
 def plot(results: dict) -> None:
@@ -89,7 +116,7 @@ def plot(results: dict) -> None:
     for axis, head_dim in zip(axes, (128, 64)):
         lines: dict[str, list[tuple[int, float]]] = {}
         for row in results["timings"]:
-            if row["head_dim"] == head_dim and row["inputs"] == "structured" and "ms" in row:
+            if row["head_dim"] == head_dim and row["inputs"] == "structured" and row.get("ms"):
                 lines.setdefault(row["name"], []).append((row["tokens"], row["dense_tflops"]))
         for name, points in sorted(lines.items()):
             points.sort()
@@ -98,8 +125,9 @@ def plot(results: dict) -> None:
         axis.set_xscale("log", base=2)
         axis.set_title(f"head dim {head_dim}")
         axis.set_xlabel("tokens")
+        if lines:
+            axis.legend(fontsize=7)
     axes[0].set_ylabel("TFLOP/s of the dense work")
-    axes[0].legend(fontsize=7)
     save(figure, "gpu_attention")
 
 

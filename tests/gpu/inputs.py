@@ -118,6 +118,25 @@ def replay_mask(heads: int, tokens: int, density: float, seed: int = 1) -> torch
     return forced | (past & chosen)
 
 
+def flex_blocks(mask: torch.Tensor):
+    """FlexAttention's form of a mask of blocks of 128: only blocks on the diagonal are
+    masked inside."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def causal(_batch, _head, query, key):
+        return query >= key
+
+    def listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        indices = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[None], indices.to(torch.int32)[None]
+
+    past = torch.tril(mask, -1)
+    diagonal = torch.tril(mask) & ~past
+    return BlockMask.from_kv_blocks(
+        *listed(diagonal), *listed(past), BLOCK_SIZE=128, mask_mod=causal
+    )
+
+
 def read_safetensors(path: pathlib.Path) -> dict[str, torch.Tensor]:
     """Tensors of a file, on the GPU."""
     data = path.read_bytes()

@@ -84,6 +84,9 @@ class Library:
         for name in ("PbsRun", "PbsReadReport"):
             getattr(self.functions, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.functions.PbsClose.argtypes = [ctypes.c_void_p]
+        self.functions.PbsWorkspaceBytes.restype = ctypes.c_int64
+        self.functions.PbsWorkspaceBytes.argtypes = [ctypes.c_void_p]
+        self.functions.PbsLendWorkspace.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
     def fail(self) -> None:
         """Raises what the last call said."""
@@ -111,7 +114,8 @@ class Attention:
     ):
         self.library = library
         self.kept = (q, k, v, order, lists)
-        self.o = torch.empty_like(q)
+        # Memory that comes from another's output would pass for ours.
+        self.o = torch.full_like(q, torch.nan)
         self.lse = torch.empty(q.shape[:2], device=q.device, dtype=torch.float32)
         setting = Setting(
             q.shape[0], k.shape[0], q.shape[2], q.shape[1], int(q.dtype == torch.bfloat16),
@@ -123,6 +127,9 @@ class Attention:
         self.handle = library.functions.PbsOpen(ctypes.byref(setting), stream)
         if not self.handle:
             library.fail()
+        workspace_bytes = library.functions.PbsWorkspaceBytes(self.handle)
+        self.workspace = torch.empty(workspace_bytes, device=q.device, dtype=torch.uint8)
+        library.functions.PbsLendWorkspace(self.handle, self.workspace.data_ptr())
         at = [t.data_ptr() for t in (q, k, v, self.o, self.lse)]
         at.append(order.data_ptr() if order is not None else None)
         if lists is not None:
@@ -131,10 +138,13 @@ class Attention:
             at += [None] * 3
         self.tensors = Tensors(*at, len(lists.count) if lists is not None else 0)
 
-    def run(self) -> None:
-        """Enqueues one run on the stream of the constructor."""
+    def run(self) -> torch.Tensor:
+        """Enqueues one run on the stream of the constructor; gives o."""
         if self.library.functions.PbsRun(self.handle, ctypes.byref(self.tensors)):
             self.library.fail()
+        return self.o
+
+    __call__ = run
 
     def report(self) -> Report:
         """Waits for the last run."""
@@ -144,6 +154,6 @@ class Attention:
         return report
 
     def close(self) -> None:
-        """Frees the workspace."""
+        """Ends the use of the workspace."""
         self.library.functions.PbsClose(self.handle)
         self.handle = None

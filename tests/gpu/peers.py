@@ -8,35 +8,34 @@ import math
 import torch
 import triton
 import triton.language as tl
+from inputs import flex_blocks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend):
-    """A call of dense causal attention on one backend of torch; q [H, L, D]."""
+    """A call of dense causal attention on one backend of torch; q [H, L, D]. Where the
+    backend takes no grouped heads it has keys and values of every head."""
+    keys, values = k, v
 
     def run() -> torch.Tensor:
         with sdpa_kernel(backend):
             return torch.nn.functional.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=True, enable_gqa=True
+                q[None], keys[None], values[None], is_causal=True, enable_gqa=True
             )[0]
 
+    try:
+        run()
+    except RuntimeError:
+        keys, values = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
     return run
 
 
 def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor):
     """A call of FlexAttention that visits the blocks of `mask`, causal inside."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    def causal(_batch, _head, query, key):
-        return query >= key
-
-    lower = torch.tril(mask)
-    count = lower.sum(-1, dtype=torch.int32)[None]
-    indices = torch.argsort(lower.int(), dim=-1, descending=True, stable=True)
-    block_mask = BlockMask.from_kv_blocks(
-        count, indices.to(torch.int32)[None], BLOCK_SIZE=128, mask_mod=causal
-    )
-    compiled = torch.compile(flex_attention)
+    block_mask = flex_blocks(mask)
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def run() -> torch.Tensor:
         return compiled(q[None], k[None], v[None], block_mask=block_mask, enable_gqa=True)[0]
@@ -87,7 +86,7 @@ def block_sparse_kernel(
 def triton_sparse(q, k, v, positions, lists):
     """A call over permuted k, v [G, L, D] with positions int32 [G, L]; L a multiple of 128."""
     heads, tokens, head_dim = q.shape
-    o = torch.empty_like(q)
+    o = torch.full_like(q, torch.nan)
     count = lists.count.to(torch.int32)
 
     def run() -> torch.Tensor:

@@ -1,13 +1,12 @@
 // The CUDA backend as plain functions for ctypes: the suite times it in one process
-// with its peers, on their stream and their tensors. All pointers are device pointers
-// of contiguous [heads, tokens, head_dim] tensors.
+// with its peers, on their stream, their tensors and memory of their allocator. All
+// pointers are device pointers of contiguous [heads, tokens, head_dim] tensors.
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "pbs/cuda_attention.h"
-#include "tests/gpu/device_memory.h"
 
 namespace {
 
@@ -19,9 +18,7 @@ std::string& LastError() {
 struct Opened {
   std::unique_ptr<pbs::AttentionBackend> backend;
   std::unique_ptr<pbs::AttentionPlan> plan;
-  std::unique_ptr<pbs::gpu::DeviceBytes> workspace;
-
-  pbs::Workspace lent() const { return {workspace->data(), workspace->bytes()}; }
+  pbs::Workspace lent;
 };
 
 bool Succeeds(const pbs::Status& status) {
@@ -100,9 +97,17 @@ void* PbsOpen(const PbsSetting* setting, void* stream) {
   auto opened = std::make_unique<Opened>();
   opened->backend = *std::move(backend);
   opened->plan = *std::move(plan);
-  opened->workspace =
-      std::make_unique<pbs::gpu::DeviceBytes>(opened->plan->workspace_bytes);
   return opened.release();
+}
+
+int64_t PbsWorkspaceBytes(void* handle) {
+  return static_cast<Opened*>(handle)->plan->workspace_bytes;
+}
+
+// Before anything runs: so many bytes, 256-byte aligned.
+void PbsLendWorkspace(void* handle, void* workspace) {
+  auto& opened = *static_cast<Opened*>(handle);
+  opened.lent = {workspace, opened.plan->workspace_bytes};
 }
 
 void PbsClose(void* handle) { delete static_cast<Opened*>(handle); }
@@ -123,14 +128,14 @@ int32_t PbsRun(void* handle, const PbsTensors* tensors) {
              .count = tensors->count,
              .num_masked = nullptr,
              .indices = tensors->indices};
-  return Succeeds(opened.backend->Run(*opened.plan, t, opened.lent(), {})) ? 0 : 1;
+  return Succeeds(opened.backend->Run(*opened.plan, t, opened.lent, {})) ? 0 : 1;
 }
 
 // Waits. 0 when the run was good.
 int32_t PbsReadReport(void* handle, PbsReport* report) {
   auto& opened = *static_cast<Opened*>(handle);
   pbs::AttentionReport full;
-  if (!Succeeds(opened.backend->ReadReport(*opened.plan, opened.lent(), {}, &full))) {
+  if (!Succeeds(opened.backend->ReadReport(*opened.plan, opened.lent, {}, &full))) {
     return 1;
   }
   *report = {full.stats.Density(),         full.stats.permute_seconds,
