@@ -4,9 +4,9 @@
     python3 scripts/check_cuda_build.py [--cuobjdump PROGRAM] [--jobs N]
 
 Per kernel: no spilled register, no warning that warpgroup products were serialised
-(C7510, C7513, C7519, C7520), the exact number of products and copies, and in each hot loop
-of the Hopper kernels the softmax between the two waits: lost overlap is silent otherwise
-(docs/KERNELS.md). Needs nvcc 13 and cuobjdump (PyPI nvidia-cuda-cuobjdump).
+(C7510, C7513, C7519, C7520), the exact number of products, copies and 16-byte stores, and in
+each hot loop of the Hopper kernels the softmax between the two waits: lost overlap is silent
+otherwise (docs/KERNELS.md). Needs nvcc 13 and cuobjdump (PyPI nvidia-cuda-cuobjdump).
 """
 
 from __future__ import annotations
@@ -39,13 +39,24 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A source file, what it is compiled for, and its counted kernels by head dim."""
+    """A source file, what it is compiled for, and its counted kernels by head dim: those of
+    one name."""
 
     source: str
     architecture: str
+    name: str
     kernels: dict[int, Expected]
 
 
+# Everything before attention.
+SELECTION = "kernels/cuda/backend/cuda_driver.cu"
+# Rows of keys and of values, each in as many pieces of 16 bytes as a thread has of a row.
+GATHERED = {
+    64: Expected({"STG.E.128": 2}, registers=44),
+    96: Expected({"STG.E.128": 6}, registers=71),
+    128: Expected({"STG.E.128": 4}, registers=56),
+    256: Expected({"STG.E.128": 8}, registers=89),
+}
 UNITS = [
     # A block has head_dim / 16 products for scores and 8 for values; first, masked and
     # plain blocks have code of their own. Copies: two halves of the queries, keys and
@@ -53,6 +64,7 @@ UNITS = [
     Unit(
         "kernels/cuda/backend/attention_sm90.cu",
         "90a",
+        "AttendSm90Kernel",
         {
             64: Expected({"HGMMA": 36, "UTMALDG": 16}, registers=168, overlaps=2),
             128: Expected({"HGMMA": 48, "UTMALDG": 32}, registers=168, overlaps=2),
@@ -63,6 +75,7 @@ UNITS = [
     Unit(
         "kernels/cuda/backend/attention_sm80.cu",
         "80",
+        "AttendSm80Kernel",
         {
             64: Expected({"HMMA": 128, "LDGSTS": 20}, registers=212),
             96: Expected({"HMMA": 192, "LDGSTS": 30}, registers=236),
@@ -70,9 +83,8 @@ UNITS = [
             256: Expected({"HMMA": 256, "LDGSTS": 64}, registers=235),
         },
     ),
-    # Everything before attention: no spills is what is asked.
-    Unit("kernels/cuda/backend/cuda_driver.cu", "80", {}),
-    Unit("kernels/cuda/backend/cuda_driver.cu", "90", {}),
+    Unit(SELECTION, "80", "GatherKeys", GATHERED),
+    Unit(SELECTION, "90", "GatherKeys", GATHERED),
 ]
 
 # What runs on a GPU machine only must at least compile here.
@@ -82,7 +94,7 @@ HOST_SOURCES = [
     "tests/gpu/python_library.cc",
 ]
 # For parts that come later.
-PTX_SOURCES = ["kernels/cuda/backend/attention_sm80.cu", "kernels/cuda/backend/cuda_driver.cu"]
+PTX_SOURCES = ["kernels/cuda/backend/attention_sm80.cu", SELECTION]
 INCLUDES = ["-I", str(ROOT), "-I", str(ROOT / "kernels"), "-I", str(ROOT / "kernels/include")]
 
 
@@ -117,22 +129,29 @@ def compile_unit(unit: Unit, cubin: pathlib.Path) -> tuple[list[str], str]:
     return found, said
 
 
-def registers_of(said: str) -> dict[tuple[str, int], int]:
-    """Registers of each kernel at launch, by element type and head dim."""
-    entry = r"Compiling entry function '\S*?(F16|Bf16)ElementELi(\d+)E.*?Used (\d+) registers"
+def counted(kernel: str) -> str:
+    """Matches the mangled name of a kernel up to its element type and head dim."""
+    return rf"\S*\d{kernel}I\S*?(F16|Bf16)ElementELi(\d+)E"
+
+
+def registers_of(said: str, kernel: str) -> dict[tuple[str, int], int]:
+    """Registers of each such kernel at launch, by element type and head dim."""
+    entry = rf"Compiling entry function '{counted(kernel)}.*?Used (\d+) registers"
     return {
         (element, int(head_dim)): int(count)
         for element, head_dim, count in re.findall(entry, said, re.DOTALL)
     }
 
 
-def instructions(sass: str) -> dict[tuple[str, int], list[str]]:
-    """Instructions of each kernel, by element type and head dim."""
+def instructions(sass: str, kernel: str) -> dict[tuple[str, int], list[str]]:
+    """Instructions of each such kernel, by element type and head dim."""
     kernels: dict[tuple[str, int], list[str]] = {}
     current: list[str] = []
     for line in sass.splitlines():
-        if name := re.search(r"Function : \S*?(F16|Bf16)ElementELi(\d+)E", line):
-            current = kernels.setdefault((name.group(1), int(name.group(2))), [])
+        if "Function : " in line:
+            current = []
+            if name := re.search(counted(kernel), line):
+                kernels[name.group(1), int(name.group(2))] = current
         elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             current.append(code.group(1))
     return kernels
@@ -159,7 +178,7 @@ def check_kernel(name: str, code: list[str], registers: int, expected: Expected)
     if registers > expected.registers:
         found.append(f"{name}: {registers} registers, at most {expected.registers} are planned")
     for instruction, count in expected.instructions.items():
-        made = sum(re.search(rf"\b{instruction}\b", line) is not None for line in code)
+        made = sum(re.search(rf"\b{re.escape(instruction)}\b", line) is not None for line in code)
         figures.append(f"{made} {instruction}")
         if made != count:
             found.append(f"{name}: {made} {instruction}, expected {count}")
@@ -189,13 +208,11 @@ def check_unit(unit: Unit, cuobjdump: str) -> list[str]:
     registers = sorted(set(re.findall(r"Used (\d+) registers", said)), key=int)
     source = pathlib.Path(unit.source).name
     print(f"{source}, sm_{unit.architecture}: {', '.join(registers)} registers at launch")
-    if not unit.kernels:
-        return found
-    kernels, used = instructions(sass), registers_of(said)
+    kernels, used = instructions(sass, unit.name), registers_of(said, unit.name)
     if len(kernels) != 2 * len(unit.kernels):
         found.append(f"{len(kernels)} kernels, expected {2 * len(unit.kernels)}")
     for (element, head_dim), code in sorted(kernels.items()):
-        name = f"sm_{unit.architecture}, {element}, head dim {head_dim}"
+        name = f"{unit.name}, sm_{unit.architecture}, {element}, head dim {head_dim}"
         found += check_kernel(name, code, used[element, head_dim], unit.kernels[head_dim])
     return found
 

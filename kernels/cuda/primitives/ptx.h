@@ -136,7 +136,16 @@ PBS_DEVICE T LoadGlobal(const T* at) {
 }
 template <class T>
 PBS_DEVICE void StoreGlobal(T* at, const T& value) {
-  *at = value;
+  if constexpr (sizeof(T) == 16 && alignof(T) == 16) {
+    // Assigned, the words would be stored one by one.
+    const auto& words = reinterpret_cast<const uint32_t(&)[4]>(value);
+    asm volatile(
+        "st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)),
+        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+        : "memory");
+  } else {
+    *at = value;
+  }
 }
 PBS_DEVICE int32_t AtomicAdd(int32_t* at, int32_t value) {
   return atomicAdd(at, value);
