@@ -26,7 +26,8 @@ struct AttentionSetting {
   bool arithmetic_lists = false;
   bool bf16 = true;
   bool map_rows = false;
-  bool strided = false;  // operands and results [sequences, heads, longest, ...]
+  bool strided = false;      // operands and results [sequences, heads, longest, ...]
+  bool nan_padding = false;  // keys and values behind the end of a strided sequence
   uint32_t seed = 1;
 };
 
@@ -43,6 +44,7 @@ class AttentionCase {
     q_ = Normal(Strides(setting.heads, total_q_, longest_q_, setting.head_dim));
     k_ = Normal(KvStrides());
     v_ = Normal(KvStrides());
+    if (setting.nan_padding) PutNanBehindEnds();
     positions_.assign(static_cast<size_t>(setting.kv_heads * total_slots_), INT32_MAX);
     o_.assign(q_.size(), 0);
     lse_.assign(q_.size() / static_cast<size_t>(setting.head_dim), 0);
@@ -153,6 +155,20 @@ class AttentionCase {
       value = setting_.bf16 ? ToBf16(x).bits : ToF16(x).bits;
     }
     return values;
+  }
+
+  void PutNanBehindEnds() {
+    const cuda::RowStrides strides = KvStrides();
+    for (size_t n = 0; n < setting_.sequences.size(); ++n) {
+      for (int32_t head = 0; head < setting_.kv_heads; ++head) {
+        const int32_t k_len = setting_.sequences[n].second;
+        for (int32_t row = k_len; row < longest_slots_; ++row) {
+          const int64_t at = strides.Offset(static_cast<int32_t>(n), 0, head, row);
+          std::fill_n(k_.begin() + at, setting_.head_dim, uint16_t{0x7FFF});
+          std::fill_n(v_.begin() + at, setting_.head_dim, uint16_t{0x7FFF});
+        }
+      }
+    }
   }
 
   float Value(uint16_t bits) const {

@@ -43,13 +43,13 @@ bool MakeMap(const AttentionLaunch& launch, const RowOperand& operand,
                                static_cast<cuuint64_t>(extent.rows),
                                static_cast<cuuint64_t>(extent.heads),
                                static_cast<cuuint64_t>(packed ? 1 : extent.sequences)};
-  // A dimension of one row still needs a stride that the driver accepts.
-  const auto bytes = [](int64_t elements) {
-    return static_cast<cuuint64_t>(elements > 0 ? elements * 2 : 16);
+  // A dimension of one still needs a stride that the driver accepts.
+  const auto bytes = [](int64_t elements, cuuint64_t size) {
+    return static_cast<cuuint64_t>(size > 1 ? elements * 2 : 16);
   };
-  const cuuint64_t strides[3] = {bytes(operand.strides.row),
-                                 bytes(operand.strides.head),
-                                 bytes(operand.strides.sequence)};
+  const cuuint64_t strides[3] = {bytes(operand.strides.row, sizes[1]),
+                                 bytes(operand.strides.head, sizes[2]),
+                                 bytes(operand.strides.sequence, sizes[3])};
   const cuuint32_t box[4] = {64, box_rows, 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   return encode(map,

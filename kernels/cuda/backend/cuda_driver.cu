@@ -301,7 +301,7 @@ Status CudaDriver::Attend(const CudaAttentionPlan& plan, const RunParams& run) {
   launch.bf16 = plan.problem.dtype == DType::kBF16;
   launch.num_multiprocessors = info_.traits.num_multiprocessors;
   launch.tuning = options_.tuning;
-  const bool hopper = hopper_ && (g.head_dim == 64 || g.head_dim == 128);
+  const bool hopper = hopper_ && HopperKernelTakes(plan, run);
   return Try("attention", [&] {
     return hopper ? LaunchAttentionSm90(launch, At(StreamId::kCompute))
                   : LaunchAttentionSm80(launch, At(StreamId::kCompute));

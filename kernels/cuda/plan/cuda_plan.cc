@@ -176,15 +176,36 @@ RowStrides StridesOf(const RowLayout& layout) {
           packed ? 1 : 0};
 }
 
-StatusOr<RowOperand> OperandOf(const char* name, const ConstRows& rows) {
+// How many of what an operand has.
+struct OperandSizes {
+  int64_t sequences = 0;
+  int64_t heads = 0;
+  int64_t rows = 0;  // of the longest sequence
+};
+
+StatusOr<RowOperand> OperandOf(const char* name, const ConstRows& rows,
+                               const OperandSizes& sizes) {
   const RowStrides strides = StridesOf(rows.layout);
   if (reinterpret_cast<uintptr_t>(rows.data) % 16 != 0) {
     return InvalidArgument(std::string(name) + " is not 16-byte aligned");
   }
-  for (const int64_t stride : {strides.sequence, strides.head, strides.row}) {
-    if (stride % 8 != 0) {
+  struct Dimension {
+    const char* field;
+    int64_t stride;
+    int64_t size;
+  };
+  for (const Dimension& d : {Dimension{"sequence_stride", strides.sequence,
+                                       strides.packed != 0 ? 1 : sizes.sequences},
+                             Dimension{"head_stride", strides.head, sizes.heads},
+                             Dimension{"row_stride", strides.row, sizes.rows}}) {
+    if (d.stride % 8 != 0) {
       return InvalidArgument(std::string(name) + " has a stride of " +
-                             std::to_string(stride) + " elements, not a multiple of 8");
+                             std::to_string(d.stride) +
+                             " elements, not a multiple of 8");
+    }
+    if (d.size > 1 && d.stride <= 0) {
+      return InvalidArgument(std::string(name) + "." + d.field + " " +
+                             std::to_string(d.stride) + " is not positive");
     }
   }
   return RowOperand{static_cast<const uint16_t*>(rows.data), strides};
@@ -349,11 +370,18 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
                              " bytes, the plan needs " +
                              std::to_string(plan.workspace_bytes));
   }
-  auto q = OperandOf("q", tensors.q);
+  const AttentionGeometry& g = plan.geometry;
+  OperandSizes queries{static_cast<int64_t>(g.sequences.size()), g.num_heads, 0};
+  OperandSizes keys{queries.sequences, g.num_kv_heads, 0};
+  for (const SequenceGeometry& s : g.sequences) {
+    queries.rows = std::max<int64_t>(queries.rows, s.q_len);
+    keys.rows = std::max<int64_t>(keys.rows, s.k_len);
+  }
+  auto q = OperandOf("q", tensors.q, queries);
   if (!q.ok()) return q.status();
-  auto k = OperandOf("k", tensors.k);
+  auto k = OperandOf("k", tensors.k, keys);
   if (!k.ok()) return k.status();
-  auto v = OperandOf("v", tensors.v);
+  auto v = OperandOf("v", tensors.v, keys);
   if (!v.ok()) return v.status();
   RunParams run{};
   run.selection.q = *q;
@@ -365,6 +393,19 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   SetTileOrder(plan, tensors, at, run);
   SetAttention(plan, tensors, run);
   return run;
+}
+
+bool HopperKernelTakes(const CudaAttentionPlan& plan, const RunParams& run) {
+  const AttentionGeometry& g = plan.geometry;
+  if (g.head_dim != 64 && g.head_dim != 128) return false;
+  if (run.k.strides.packed != 0 && run.v.strides.packed != 0) return true;
+  int32_t longest = 0;
+  for (const SequenceGeometry& s : g.sequences) longest = std::max(longest, s.k_len);
+  for (const SequenceGeometry& s : g.sequences) {
+    const bool ends_inside_a_box = s.k_len % kBlockTokens != 0 && s.k_len < longest;
+    if (ends_inside_a_box && s.q_len > 0) return false;
+  }
+  return true;
 }
 
 }  // namespace pbs::cuda

@@ -71,7 +71,8 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
     const AttentionProblem& problem, const DeviceTraits& device);
 
 // What the kernels of one run take. InvalidArgument when an operand is not 16-byte
-// aligned or a stride is no multiple of eight elements.
+// aligned, or a stride is no multiple of eight elements or not positive where there is
+// more than one of what it separates.
 struct RunParams {
   SelectionParams selection;
   TileOrderParams tile_order;
@@ -80,5 +81,11 @@ struct RunParams {
 };
 StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
                                   const AttentionTensors& tensors, Workspace workspace);
+
+// Whether the Hopper kernel is right for the run, besides the device. Its copies end
+// with the longest sequence alone: keys and values that lie in the caller's own batch
+// would come with the rows behind a shorter one, whose values count with weight 0 but
+// may be NaN.
+bool HopperKernelTakes(const CudaAttentionPlan& plan, const RunParams& run);
 
 }  // namespace pbs::cuda

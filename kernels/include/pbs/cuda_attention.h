@@ -3,15 +3,20 @@
 //
 // f16 and bf16; head dim 64, 96, 128 and 256; blocks of 128 tokens; no coverage. Plan()
 // answers Unimplemented, with what there is instead, to anything else. q, k and v must
-// be 16-byte aligned, their strides multiples of eight elements. Tensors, lists, orders
-// and the workspace (256-byte aligned) lie in device memory.
+// be 16-byte aligned, their strides multiples of eight elements, and positive where
+// there is more than one row, head or sequence (nothing is broadcast). Tensors, lists,
+// orders and the workspace (256-byte aligned) lie in device memory.
 //
 // Run() only enqueues kernels on the stream: no allocation, no copy, no wait; it can be
 // captured into a graph. Scores that overflow show in ReadReport(). A head that falls
 // back to dense keeps its order and reads every block of its own and earlier segments.
 // Masked scores may be -inf before they are summed: products of finite inputs that
 // overflow to +inf make NaN there. Behind the end of a packed sequence rows of the next
-// one are read, with weight 0: they must be finite, too.
+// one are read, with weight 0: they must be finite, too. Of q that is not packed, rows
+// up to the longest q_len may be read in every sequence, and are not used. Keys and
+// values behind the end of a sequence that is not packed are not read: where lengths
+// differ and a shorter one ends inside a block, dense attention and mean pooling run
+// the kernels of compute capability 8.0 on Hopper too.
 //
 // Built with PBS_CUDA=ON.
 #pragma once

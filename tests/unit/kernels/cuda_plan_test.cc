@@ -206,5 +206,86 @@ TEST(RunParamsSpec, OperandsMustBeWhereCopiesOf16BytesCanReadThem) {
   EXPECT_EQ(small.status().code(), StatusCode::kResourceExhausted);
 }
 
+TEST(RunParamsSpec, NothingIsBroadcastWhereThereIsMoreThanOne) {
+  alignas(256) static std::byte memory[256];
+  const auto message_of = [](const AttentionShape& shape, const RowLayout& k_layout) {
+    const auto plan = MakeCudaPlan({shape, DType::kBF16, {}}, kDevice);
+    EXPECT_TRUE(plan.ok()) << plan.status().ToString();
+    AttentionTensors tensors;
+    tensors.q = tensors.v = {memory, DenseBatchLayout(32, 1000, 128)};
+    tensors.k = {memory, k_layout};
+    const auto run = MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes});
+    return run.ok() ? "" : run.status().message();
+  };
+  const std::vector<SequenceShape> one = {{1000, 1000}};
+  const std::vector<SequenceShape> two = {{1000, 1000}, {7, 9}};
+  EXPECT_EQ(message_of({32, 8, 128, two}, {0, 128000, 128}),
+            "k.sequence_stride 0 is not positive");
+  EXPECT_EQ(message_of({32, 8, 128, one}, {0, 0, 128}),
+            "k.head_stride 0 is not positive");
+  EXPECT_EQ(message_of({32, 8, 128, one}, {RowLayout::kPacked, 128000, -128}),
+            "k.row_stride -128 is not positive");
+  EXPECT_EQ(message_of({32, 1, 128, one}, {0, 0, 128}), "");
+  EXPECT_EQ(message_of({32, 1, 128, {{1, 1}}}, {0, 0, 0}), "");
+}
+
+struct HopperCase {
+  const char* name;
+  int32_t head_dim;
+  Method method;
+  bool packed;
+  std::vector<SequenceShape> sequences;
+  bool takes;
+};
+
+void PrintTo(const HopperCase& c, std::ostream* out) { *out << c.name; }
+
+class HopperKernelSpec : public testing::TestWithParam<HopperCase> {};
+
+TEST_P(HopperKernelSpec, TakesWhatItReadsNothingBehind) {
+  const HopperCase& c = GetParam();
+  const auto plan = MakeCudaPlan(
+      {{4, 2, c.head_dim, c.sequences}, DType::kBF16, {.method = c.method}}, kDevice);
+  ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+  alignas(256) static std::byte memory[256];
+  AttentionTensors tensors;
+  tensors.q = tensors.k =
+      tensors.v = {memory, c.packed ? PackedLayout(4096, c.head_dim)
+                                    : DenseBatchLayout(4, 1024, c.head_dim)};
+  const auto run = MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes});
+  ASSERT_TRUE(run.ok()) << run.status().ToString();
+  EXPECT_EQ(HopperKernelTakes(**plan, *run), c.takes);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, HopperKernelSpec,
+    testing::Values(
+        HopperCase{"one_sequence", 128, Method::kDense, false, {{700, 700}}, true},
+        HopperCase{"other_head_dim", 96, Method::kDense, true, {{700, 700}}, false},
+        HopperCase{
+            "same_lengths", 64, Method::kDense, false, {{700, 700}, {9, 700}}, true},
+        HopperCase{"shorter", 64, Method::kDense, false, {{700, 700}, {9, 600}}, false},
+        HopperCase{"shorter_pooled",
+                   64,
+                   Method::kMeanPooling,
+                   false,
+                   {{9, 600}, {700, 700}},
+                   false},
+        HopperCase{"shorter_by_whole_blocks",
+                   64,
+                   Method::kDense,
+                   false,
+                   {{700, 700}, {9, 640}},
+                   true},
+        HopperCase{"shorter_without_queries",
+                   64,
+                   Method::kDense,
+                   false,
+                   {{700, 700}, {0, 600}},
+                   true},
+        HopperCase{"packed", 64, Method::kDense, true, {{700, 700}, {9, 600}}, true},
+        HopperCase{"gathered", 64, Method::kPbs, false, {{700, 700}, {9, 600}}, true}),
+    testing_support::CaseName());
+
 }  // namespace
 }  // namespace pbs::cuda
