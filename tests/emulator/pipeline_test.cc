@@ -215,6 +215,49 @@ TEST(GivenSpec, AnOrderAndListsOfTheCallerGiveTheSameBits) {
   EXPECT_EQ(again.lists.num_masked, report.lists.num_masked);
 }
 
+// Notes what kernels ask for instead of running them.
+struct LargestLaunch {
+  int64_t shared_bytes = 0;
+
+  template <class Kernel, class Params>
+  void Run(int64_t blocks, int64_t bytes, const Params&) {
+    if (blocks > 0) shared_bytes = std::max(shared_bytes, bytes);
+  }
+};
+
+template <int kHeadDim>
+int64_t LargestSharedBytes(const AttentionOptions& options,
+                           const cuda::DeviceTraits& device) {
+  const auto plan = cuda::MakeCudaPlan(
+      {Shape(32, 8, kHeadDim, {{512 << 10, 512 << 10}}), DType::kBF16, options},
+      device);
+  EXPECT_TRUE(plan.ok()) << plan.status().ToString();
+  alignas(256) static std::byte memory[256];  // not touched
+  AttentionTensors tensors;
+  tensors.q = tensors.k = tensors.v = {memory, PackedLayout(512 << 10, kHeadDim)};
+  const auto params =
+      cuda::MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes});
+  EXPECT_TRUE(params.ok()) << params.status().ToString();
+  LargestLaunch launch;
+  cuda::EnqueueOrder<cuda::Bf16Element, kHeadDim>(**plan, *params, launch);
+  cuda::EnqueueLists<cuda::Bf16Element, kHeadDim>(**plan, *params, launch);
+  using Config = cuda::Sm80Config<cuda::Bf16Element, kHeadDim>;
+  return std::max<int64_t>(launch.shared_bytes, sizeof(cuda::Sm80Shared<Config>));
+}
+
+// The 99 KiB of compute capability 8.6 and 8.9, half a million tokens.
+TEST(SharedMemorySpec, NoKernelTakesMoreThanASmallDeviceHas) {
+  const cuda::DeviceTraits device{.shared_bytes_max = 99 << 10};
+  for (const int32_t segment_size : {256, 16384}) {
+    SCOPED_TRACE(testing::Message() << "segments of " << segment_size);
+    const AttentionOptions options{.segment_size = segment_size};
+    EXPECT_LE(LargestSharedBytes<64>(options, device), device.shared_bytes_max);
+    EXPECT_LE(LargestSharedBytes<96>(options, device), device.shared_bytes_max);
+    EXPECT_LE(LargestSharedBytes<128>(options, device), device.shared_bytes_max);
+    EXPECT_LE(LargestSharedBytes<256>(options, device), device.shared_bytes_max);
+  }
+}
+
 TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
   const AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16, {}};
   const auto plan = cuda::MakeCudaPlan(problem, {});

@@ -67,6 +67,10 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   plan.chunk_blocks = static_cast<int32_t>(std::clamp<int64_t>(
       scored_blocks * g.num_order_heads / std::max<int64_t>(wanted, 1), 1,
       kChunkBlocksMax));
+  while (plan.chunk_blocks > 1 &&
+         ScoreSharedBytes(g.head_dim, plan.chunk_blocks) > device.shared_bytes_max) {
+    --plan.chunk_blocks;
+  }
   plan.logit_stride = CeilDiv(std::max(longest, 1), 32) * 32;
   plan.group_blocks = kGroupBlocksMax * plan.logit_stride * 4 <= kLogitBytesMax
                           ? kGroupBlocksMax

@@ -50,12 +50,12 @@ void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
     launch.template Run<StoreSequences>(1, 0, stored);
   }
   if (plan.orders) {
-    const int64_t score_bytes = sizeof(ScoreShared<kHeadDim>);
-    launch.template Run<SumChunks<Element, kHeadDim>>(heads * params.total_chunks,
-                                                      score_bytes, params);
+    launch.template Run<SumChunks<Element, kHeadDim>>(
+        heads * params.total_chunks, ScoreSharedBytes(kHeadDim, 0), params);
     launch.template Run<WeighProxies>(heads * params.num_sequences, 0, params);
     launch.template Run<ShareImportance<Element, kHeadDim>>(
-        order_heads * params.total_chunks, score_bytes, params);
+        order_heads * params.total_chunks,
+        ScoreSharedBytes(kHeadDim, params.chunk_blocks), params);
     launch.template Run<SortSegments>(
         order_heads * params.total_segments,
         SortSegments::SortedKeys(params.segment_size) * SortSegments::kBytesPerKey,

@@ -11,12 +11,14 @@
 
 namespace pbs::cuda {
 
+// The importance of a chunk's keys lies behind it.
 template <int kHeadDim>
 struct alignas(128) ScoreShared {
   SharedRows<kProxies, kHeadDim> q;
   SharedRows<kScoredKeys, kHeadDim> k;
   float column_sums[4][kScoredKeys];  // by warp
-  float importance[kChunkBlocksMax * kBlockTokens];
+
+  PBS_DEVICE float* importance() { return reinterpret_cast<float*>(this + 1); }
 };
 
 // A chunk of keys of one sequence, scored by 128 threads.
@@ -24,6 +26,7 @@ template <class Element, int kHeadDim>
 class KeyChunk {
  public:
   static constexpr int kRowTiles = 2;  // 32 proxies of a warp
+  static_assert(sizeof(ScoreShared<kHeadDim>) == ScoreSharedBytes(kHeadDim, 0));
 
   PBS_DEVICE KeyChunk(const SelectionParams& params, int chunk)
       : params_(params),
@@ -191,7 +194,7 @@ class ShareImportance {
 
   PBS_DEVICE void Run(int order_head) {
     for (int key = ThreadIndex(); key < chunk_.num_keys(); key += kThreads) {
-      StoreShared(&s_.importance[key], 0.0f);
+      StoreShared(s_.importance() + key, 0.0f);
     }
     const int members = Members(params_);
     for (int member = 0; member < members; ++member) {
@@ -202,7 +205,7 @@ class ShareImportance {
                     int64_t{order_head} * params_.total_key_blocks * kBlockTokens +
                     chunk_.first_slot();
     for (int key = ThreadIndex(); key < chunk_.num_keys(); key += kThreads) {
-      StoreGlobal(target + key, LoadShared(&s_.importance[key]));
+      StoreGlobal(target + key, LoadShared(s_.importance() + key));
     }
   }
 
@@ -246,7 +249,7 @@ class ShareImportance {
       }
       SyncThreads();
       if (ThreadIndex() < kScoredKeys) {
-        float* sum = &s_.importance[first_key + ThreadIndex()];
+        float* sum = s_.importance() + first_key + ThreadIndex();
         float added = LoadShared(sum);
         PBS_UNROLL
         for (int warp = 0; warp < 4; ++warp) {

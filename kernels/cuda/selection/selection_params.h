@@ -94,6 +94,12 @@ struct SelectionParams {
   int32_t* non_finite;  // set to 1 when a score is not
 };
 
+// Shared memory that scoring takes: queries, keys, their sums by warp, and importance
+// for chunks of `chunk_blocks` key blocks (0: none is summed).
+PBS_HOST_DEVICE constexpr int64_t ScoreSharedBytes(int head_dim, int chunk_blocks) {
+  return int64_t{kProxies + kScoredKeys} * head_dim * 2 + 4 * kScoredKeys * 4 +
+         chunk_blocks * kBlockTokens * 4;
+}
 // Shared memory that selection takes for a group of query blocks.
 PBS_HOST_DEVICE constexpr int64_t SelectionSharedBytes(int group_blocks,
                                                        int logit_stride, int head_dim) {

@@ -130,9 +130,24 @@ TEST(CudaPlanSpec, QueryHeadScopeTakesAsManyCopiesAsQueryHeads) {
   EXPECT_EQ((*q)->memory.packed_bytes, 4 * (*kv)->memory.packed_bytes);
 }
 
+// 99 KiB, as devices of compute capability 8.6 and 8.9 have.
+constexpr DeviceTraits kSmall{.shared_bytes_max = 99 << 10};
+
+TEST(CudaPlanSpec, ChunksOfKeysFitSharedMemoryWithTheirScores) {
+  for (const int32_t head_dim : {64, 96, 128, 256}) {
+    AttentionProblem problem = Problem(128 << 10);
+    problem.shape.head_dim = head_dim;
+    const auto plan = MakeCudaPlan(problem, kSmall);
+    ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+    EXPECT_LE(ScoreSharedBytes(head_dim, (*plan)->chunk_blocks),
+              kSmall.shared_bytes_max);
+    EXPECT_EQ((*plan)->chunk_blocks, head_dim == 256 ? 4 : kChunkBlocksMax);
+    EXPECT_EQ((*MakeCudaPlan(problem, kDevice))->chunk_blocks, kChunkBlocksMax);
+  }
+}
+
 TEST(CudaPlanSpec, BlockScoresFitSharedMemoryOrTheRefusalSaysHowMuchTheyTake) {
-  // 99 KiB, as devices of compute capability 8.6 and 8.9 have: up to 512K tokens.
-  constexpr DeviceTraits kSmall{.shared_bytes_max = 99 << 10};
+  // On a small device up to 512K tokens.
   for (const int32_t tokens : {1000, 128 << 10, 512 << 10}) {
     const auto plan = MakeCudaPlan(Problem(tokens), kSmall);
     ASSERT_TRUE(plan.ok()) << plan.status().ToString();
