@@ -164,7 +164,7 @@ SM80_MUTANTS = [
         "lane % 16, lane / 16",
     ),
     ("values_not_transposed", SM80, "LoadMatricesTransposed(b,", "LoadMatrices(b,"),
-    ("mask_forgotten", SM80, "      if (masked) {", "      if (masked && step > 1) {"),
+    ("mask_forgotten", SM80, "if (!masked) return;", "if (!masked || step < 2) return;"),
     ("rows_of_the_other_half", SM80, "BlockIndex() % Config::kParts * Config::kRows", "0"),
     ("last_keys_lost", SM80, "0, tile.num_keys - slot)", "0, tile.num_keys - slot - 1)"),
     ("queries_of_nobody", SM80, "tile.begin_row - first_row_,", "tile.begin_row,"),

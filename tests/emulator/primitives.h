@@ -222,6 +222,7 @@ void DecreaseRegisters() {}
 template <int kCount>
 void PinRegisters(float (&)[kCount]) {}
 inline void PinBeforeWait(float, float) {}
+constexpr bool kDelaysSums = true;
 
 // The low word of a descriptor's matrix in shared memory.
 inline uint32_t DescriptorStart(const void* shared) {

@@ -15,22 +15,30 @@ PBS_DEVICE int ListBlock(const AttentionParams& params, const AttentionTile& til
   return LoadGlobal(params.lists + tile.list_begin + entry);
 }
 
-// Keys behind a row's own position, and padding, have no score. Columns begin at
-// `slot` of the sequence.
-template <int kScores>
-PBS_DEVICE void MaskRows(const AttentionParams& params, const AttentionTile& tile,
-                         int slot, int row, int lane, float (&scores)[kScores]) {
-  const int position = tile.first_position + row;
-  const int32_t* positions = params.positions +
-                             tile.order_head * params.position_stride +
-                             tile.first_slot + slot;
+// Positions of the keys of a fragment's columns, which begin at `slot` of the sequence.
+template <int kPairs>
+PBS_DEVICE void LoadPositions(const AttentionParams& params, int order_head,
+                              int first_slot, int slot, int lane,
+                              Int2 (&keys)[kPairs]) {
+  const int column = slot + lane % 4 * 2;
+  if (params.positions == nullptr) {
+    PBS_UNROLL
+    for (int i = 0; i < kPairs; ++i) keys[i] = {column + i * 8, column + i * 8 + 1};
+    return;
+  }
+  const auto* at = reinterpret_cast<const Int2*>(
+      params.positions + order_head * params.position_stride + first_slot + column);
   PBS_UNROLL
-  for (int i = 0; i < kScores / 4; ++i) {
-    const int column = i * 8 + lane % 4 * 2;
-    Int2 key{slot + column, slot + column + 1};
-    if (params.positions != nullptr) {
-      key = LoadGlobal(reinterpret_cast<const Int2*>(positions + column));
-    }
+  for (int i = 0; i < kPairs; ++i) keys[i] = LoadGlobal(at + i * 4);
+}
+
+// Keys behind a row's own position, and padding, have no score.
+template <int kPairs>
+PBS_DEVICE void MaskRows(const Int2 (&keys)[kPairs], int position,
+                         float (&scores)[4 * kPairs]) {
+  PBS_UNROLL
+  for (int i = 0; i < kPairs; ++i) {
+    const Int2 key = keys[i];
     if (key.x > position) scores[i * 4] = -kInfinity;
     if (key.y > position) scores[i * 4 + 1] = -kInfinity;
     if (key.x > position + 8) scores[i * 4 + 2] = -kInfinity;

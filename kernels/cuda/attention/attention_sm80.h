@@ -81,6 +81,9 @@ class Sm80Block {
   using Element = typename Config::Element;
   using Keys = SharedRows<Config::kKeys, Config::kHeadDim>;
   static constexpr int kHalves = kTileRows / Config::kKeys;  // steps of a block
+  // Left alone the compiler adds probabilities up behind the products of values, which
+  // they then outlive; 128 columns leave no registers for both.
+  static constexpr bool kSumsFirst = kDelaysSums && Config::kHeadDim == 128;
 
   PBS_DEVICE void LoadQueries() {
     const RowOperand& q = operands_.q;
@@ -121,6 +124,7 @@ class Sm80Block {
     PBS_UNROLL
     for (int t = 0; t < Config::kRowTiles; ++t) {
       softmax_[t].template Add<true>(params_.scale_log2, scores_[t]);
+      if (kSumsFirst) PinBeforeWait(softmax_[t].sum[0], softmax_[t].sum[1]);
       softmax_[t].Rescale(out_[t]);
     }
     MultiplyValues();
@@ -133,10 +137,15 @@ class Sm80Block {
     for (int t = 0; t < Config::kRowTiles; ++t) {
       PBS_UNROLL
       for (int i = 0; i < Config::kKeys / 2; ++i) scores_[t][i] = 0;
-      if (masked) {
-        const AttentionTile tile = LoadShared(&s_.tile);
-        MaskRows(params_, tile, FirstSlot(tile, step), Row(t), lane_, scores_[t]);
-      }
+    }
+    if (!masked) return;
+    const AttentionTile tile = LoadShared(&s_.tile);
+    Int2 keys[Config::kKeys / 8];
+    LoadPositions(params_, tile.order_head, tile.first_slot, FirstSlot(tile, step),
+                  lane_, keys);
+    PBS_UNROLL
+    for (int t = 0; t < Config::kRowTiles; ++t) {
+      MaskRows(keys, tile.first_position + Row(t), scores_[t]);
     }
   }
 

@@ -263,8 +263,10 @@ class Sm90Consumer {
 
   PBS_DEVICE void Mask(int step) {
     const AttentionTile tile = LoadShared(tile_);
-    MaskRows(params_, tile, ListBlock(params_, tile, step) * kTileRows, Row(), lane_,
-             scores_);
+    Int2 keys[kTileRows / 8];
+    LoadPositions(params_, tile.order_head, tile.first_slot,
+                  ListBlock(params_, tile, step) * kTileRows, lane_, keys);
+    MaskRows(keys, tile.first_position + Row(), scores_);
   }
 
   PBS_DEVICE void Round() {

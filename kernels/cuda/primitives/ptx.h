@@ -269,6 +269,13 @@ PBS_DEVICE void PinBeforeWait(float a, float b) {
       "f"(b));
 }
 
+// Whether sums must be pinned where registers are short.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kDelaysSums = true;
+#else
+constexpr bool kDelaysSums = false;
+#endif
+
 // ---- warpgroup products; 128 threads call
 
 PBS_DEVICE uint32_t DescriptorStart(const void* shared) {
