@@ -35,6 +35,7 @@ class Expected:
     instructions: dict[str, int]
     registers: int
     overlaps: int = 0  # hot loops whose softmax stands between two waits
+    early_loads: int = 0  # between the products of a masked block and the wait for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +76,15 @@ GATHERED = {
 UNITS = [
     # A block has head_dim / 16 products for scores and 8 for values; first, masked and
     # plain blocks have code of their own. Copies: two halves of the queries, keys and
-    # values, one per 64 columns, in up to four unrolled places.
+    # values, one per 64 columns, in up to four unrolled places. Early: two positions at a
+    # time, and which block is next.
     Unit(
         "kernels/cuda/backend/attention_sm90.cu",
         "90a",
         "AttendSm90Kernel",
         {
-            64: Expected({"HGMMA": 36, "UTMALDG": 16}, registers=168, overlaps=2),
-            128: Expected({"HGMMA": 48, "UTMALDG": 32}, registers=168, overlaps=2),
+            64: Expected({"HGMMA": 36, "UTMALDG": 16}, 168, overlaps=2, early_loads=17),
+            128: Expected({"HGMMA": 48, "UTMALDG": 32}, 168, overlaps=2, early_loads=17),
         },
     ),
     Unit(ATTENTION_SM80, "80", "AttendSm80Kernel", attention_sm80((212, 236, 255, 235))),
@@ -176,6 +178,20 @@ def overlaps(code: list[str]) -> list[int]:
     return found
 
 
+def early_loads(code: list[str]) -> int:
+    """Loads from global memory behind a product and before a wait, at most."""
+    most, count = 0, 0
+    for line in code:
+        if "HGMMA" in line:
+            count = 0
+        elif "WARPGROUP.DEPBAR" in line:
+            most = max(most, count)
+            count = 0
+        elif re.search(r"\bLDG\b", line):
+            count += 1
+    return most
+
+
 def check_kernel(name: str, code: list[str], registers: int, expected: Expected) -> list[str]:
     """Complaints about one kernel, after its figures."""
     found, figures = [], [f"{registers} registers"]
@@ -195,6 +211,11 @@ def check_kernel(name: str, code: list[str], registers: int, expected: Expected)
             f"{name}: exponentials between waits {between}, "
             f"expected {expected.overlaps} of >= {least}"
         )
+    if expected.early_loads:
+        early = early_loads(code)
+        figures.append(f"{early} loads before the wait")
+        if early != expected.early_loads:
+            found.append(f"{name}: {early} loads before the wait, not {expected.early_loads}")
     print(f"{name}: {', '.join(figures)}")
     return found
 

@@ -93,7 +93,13 @@ SM90_MUTANTS = [
     ),
     ("lse_in_base_two", ROWS, "+ Log2(sum)) * kLn2", "+ Log2(sum))"),
     ("list_from_its_begin", ROWS, "tile.list_count - 1 - step", "step"),
-    ("first_block_unmasked", SM90, "    if (masked) Mask(0);\n", ""),
+    ("first_block_unmasked", SM90, "    if (masked) Mask();\n", ""),
+    (
+        "positions_of_the_block_before",
+        SM90,
+        "    if (next_step < tile.num_masked) block_ = ListBlock(params_, tile, next_step);\n",
+        "",
+    ),
     (
         "values_of_another_head",
         SM90,

@@ -166,6 +166,8 @@ class Sm90Consumer {
     for (int i = 0; i < kSums; ++i) out_[i] = 0;
     softmax_.Reset();
     const int masked = Shuffle(LoadShared(&tile_->num_masked), 0);
+    block_ = ListBlock(params_, LoadShared(tile_), 0);
+    if (masked > 0) FetchPositions(1);
     MbarrierWait(&s_.q_full, count & 1);
     First(masked > 0);
     int step = 1;
@@ -188,7 +190,7 @@ class Sm90Consumer {
     WgmmaWait<0>();
     PinRegisters(scores_);
     if (thread_ == 0) MbarrierArrive(&s_.k_empty[ring_.stage]);
-    if (masked) Mask(0);
+    if (masked) Mask();
     softmax_.Add<true>(params_.scale_log2, scores_);
     Round();
   }
@@ -211,10 +213,11 @@ class Sm90Consumer {
     MultiplyValues(before.stage);
     WgmmaCommit();
     if (Config::kPingPong) BarrierArrive(kTurnBarrier + 1 - half_, 256);
+    if (kMasked) FetchPositions(step + 1);
     WgmmaWait<1>();
     PinRegisters(scores_);
     if (thread_ == 0) MbarrierArrive(&s_.k_empty[ring_.stage]);
-    if (kMasked) Mask(step);
+    if (kMasked) Mask();
     softmax_.Add<kMasked>(params_.scale_log2, scores_);
     PinBeforeWait(softmax_.sum[0], softmax_.sum[1]);
     WgmmaWait<0>();
@@ -261,12 +264,17 @@ class Sm90Consumer {
     }
   }
 
-  PBS_DEVICE void Mask(int step) {
+  // Positions of the masked block's keys, and which block the next step has: both are
+  // under way while the scores are multiplied.
+  PBS_DEVICE void FetchPositions(int next_step) {
     const AttentionTile tile = LoadShared(tile_);
-    Int2 keys[kTileRows / 8];
-    LoadPositions(params_, tile.order_head, tile.first_slot,
-                  ListBlock(params_, tile, step) * kTileRows, lane_, keys);
-    MaskRows(keys, tile.first_position + Row(), scores_);
+    LoadPositions(params_, tile.order_head, tile.first_slot, block_ * kTileRows, lane_,
+                  keys_);
+    if (next_step < tile.num_masked) block_ = ListBlock(params_, tile, next_step);
+  }
+
+  PBS_DEVICE void Mask() {
+    MaskRows(keys_, LoadShared(&tile_->first_position) + Row(), scores_);
   }
 
   PBS_DEVICE void Round() {
@@ -288,6 +296,8 @@ class Sm90Consumer {
   float scores_[64];
   float out_[kSums];
   uint32_t p_[32];
+  Int2 keys_[kTileRows / 8];  // positions of a masked block's
+  int block_;                 // the next one that is masked
   OnlineSoftmax softmax_;
 };
 
