@@ -55,12 +55,13 @@ ATTENTION_SM80 = "kernels/cuda/backend/attention_sm80.cu"
 
 def attention_sm80(registers: tuple[int, int, int, int]) -> dict[int, Expected]:
     """64 keys: two fragments of rows (one at 256) x head_dim / 16 x 8 products for scores, as
-    many for values. Copies of 16 bytes: queries, and keys and values in three places."""
+    many for values. Copies of 16 bytes: queries, and keys and values in three places. A row
+    of the output is stored by four lanes."""
     return {
-        64: Expected({"HMMA": 128, "LDGSTS": 20}, registers[0]),
-        96: Expected({"HMMA": 192, "LDGSTS": 30}, registers[1]),
-        128: Expected({"HMMA": 256, "LDGSTS": 40}, registers[2]),
-        256: Expected({"HMMA": 256, "LDGSTS": 64}, registers[3]),
+        64: Expected({"HMMA": 128, "LDGSTS": 20, "STG.E.128": 8}, registers[0]),
+        96: Expected({"HMMA": 192, "LDGSTS": 30, "STG.E.128": 12}, registers[1]),
+        128: Expected({"HMMA": 256, "LDGSTS": 40, "STG.E.128": 16}, registers[2]),
+        256: Expected({"HMMA": 256, "LDGSTS": 64, "STG.E.128": 16}, registers[3]),
     }
 
 
@@ -77,18 +78,22 @@ UNITS = [
     # A block has head_dim / 16 products for scores and 8 for values; first, masked and
     # plain blocks have code of their own. Copies: two halves of the queries, keys and
     # values, one per 64 columns, in up to four unrolled places. Early: two positions at a
-    # time, and which block is next.
+    # time, and which block is next. A row of the output is stored by four lanes.
     Unit(
         "kernels/cuda/backend/attention_sm90.cu",
         "90a",
         "AttendSm90Kernel",
         {
-            64: Expected({"HGMMA": 36, "UTMALDG": 16}, 168, overlaps=2, early_loads=17),
-            128: Expected({"HGMMA": 48, "UTMALDG": 32}, 168, overlaps=2, early_loads=17),
+            64: Expected(
+                {"HGMMA": 36, "UTMALDG": 16, "STG.E.128": 4}, 168, overlaps=2, early_loads=17
+            ),
+            128: Expected(
+                {"HGMMA": 48, "UTMALDG": 32, "STG.E.128": 8}, 168, overlaps=2, early_loads=17
+            ),
         },
     ),
-    Unit(ATTENTION_SM80, "80", "AttendSm80Kernel", attention_sm80((212, 236, 255, 235))),
-    Unit(ATTENTION_SM80, "90", "AttendSm80Kernel", attention_sm80((219, 253, 255, 247))),
+    Unit(ATTENTION_SM80, "80", "AttendSm80Kernel", attention_sm80((213, 237, 255, 235))),
+    Unit(ATTENTION_SM80, "90", "AttendSm80Kernel", attention_sm80((220, 255, 255, 247))),
     Unit(SELECTION, "80", "GatherKeys", GATHERED),
     Unit(SELECTION, "90", "GatherKeys", GATHERED),
 ]

@@ -36,8 +36,9 @@ SM90_MUTANTS = [
         "BarrierArrive(kTurnBarrier + 1 - half_, 256)",
         "BarrierArrive(kTurnBarrier + half_, 256)",
     ),
-    ("last_row_lost", ROWS, "row >= tile.end_row)", "row >= tile.end_row - 1)"),
-    ("rows_of_another_sequence", ROWS, "row < tile.begin_row || ", ""),
+    ("last_row_lost", ROWS, "row < tile.end_row;", "row < tile.end_row - 1;"),
+    ("rows_of_another_sequence", ROWS, "row >= tile.begin_row && ", ""),
+    ("words_of_another_lane", ROWS, "(upper ? low : high) = came", "(upper ? high : low) = came"),
     ("layout_of_another_swizzle", SM90, "1u << 30 | 1024 >> 4", "2u << 30 | 1024 >> 4"),
     (
         "fence_forgotten",

@@ -235,6 +235,7 @@ int64_t LargestSharedBytes(const AttentionOptions& options,
   alignas(256) static std::byte memory[256];  // not touched
   AttentionTensors tensors;
   tensors.q = tensors.k = tensors.v = {memory, PackedLayout(512 << 10, kHeadDim)};
+  tensors.o = {memory, tensors.q.layout};
   const auto params =
       cuda::MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes});
   EXPECT_TRUE(params.ok()) << params.status().ToString();

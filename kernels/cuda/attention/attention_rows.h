@@ -46,6 +46,25 @@ PBS_DEVICE void MaskRows(const Int2 (&keys)[kPairs], int position,
   }
 }
 
+// Four lanes' words change places: lane l of the four has had the l-th word of each
+// group and gets the l-th group.
+PBS_DEVICE Words4 TransposeOfQuad(Words4 groups, int lane) {
+  uint32_t(&words)[4] = groups.words;
+  PBS_UNROLL
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = (lane & distance) != 0;
+    PBS_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int first = i * (2 / distance);
+      uint32_t& low = words[first];
+      uint32_t& high = words[first + distance];
+      const uint32_t came = ShuffleXor(upper ? low : high, distance);
+      (upper ? low : high) = came;
+    }
+  }
+  return groups;
+}
+
 // Divides by the sums and writes the rows that are the sequence's, and their LSE.
 template <class Element, int kSums>
 PBS_DEVICE void StoreRows(const AttentionParams& params, const AttentionTile& tile,
@@ -54,22 +73,29 @@ PBS_DEVICE void StoreRows(const AttentionParams& params, const AttentionTile& ti
   PBS_UNROLL
   for (int r = 0; r < 2; ++r) {
     const float sum = softmax.RowSum(r);
+    const float inverse = sum > 0 ? 1.0f / sum : 0.0f;  // no key seen: 0
     const int row = first_row + 8 * r;
-    if (row < tile.begin_row || row >= tile.end_row) continue;
+    const bool stored = row >= tile.begin_row && row < tile.end_row;
     int target = tile.first_query + row;
-    if (params.row_map != nullptr) {
+    if (stored && params.row_map != nullptr) {
       target = LoadGlobal(params.row_map + tile.q_begin + target);
     }
-    const float inverse = sum > 0 ? 1.0f / sum : 0.0f;  // no key seen: 0
     auto* o = static_cast<uint16_t*>(params.o) +
               params.o_strides.Offset(tile.sequence, tile.q_begin, tile.head, target);
     PBS_UNROLL
-    for (int i = 0; i < kSums / 4; ++i) {
-      StoreGlobal(reinterpret_cast<uint32_t*>(o + i * 8 + lane % 4 * 2),
-                  Element::Pack(out[i * 4 + 2 * r] * inverse,
-                                out[i * 4 + 2 * r + 1] * inverse));
+    for (int i = 0; i < kSums / 4; i += 4) {
+      Words4 groups;
+      PBS_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        groups.words[j] = Element::Pack(out[(i + j) * 4 + 2 * r] * inverse,
+                                        out[(i + j) * 4 + 2 * r + 1] * inverse);
+      }
+      groups = TransposeOfQuad(groups, lane);
+      if (stored) {
+        StoreGlobal(reinterpret_cast<Words4*>(o + (i + lane % 4) * 8), groups);
+      }
     }
-    if (params.lse != nullptr && lane % 4 == 0) {
+    if (stored && params.lse != nullptr && lane % 4 == 0) {
       StoreGlobal(params.lse + params.lse_strides.Offset(tile.sequence, tile.q_begin,
                                                          tile.head, target),
                   (softmax.max[r] * params.scale_log2 + Log2(sum)) * kLn2);

@@ -387,6 +387,8 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   if (!k.ok()) return k.status();
   auto v = OperandOf("v", tensors.v, keys);
   if (!v.ok()) return v.status();
+  const auto o = OperandOf("o", {tensors.o.data, tensors.o.layout}, queries);
+  if (!o.ok()) return o.status();
   RunParams run{};
   run.selection.q = *q;
   run.selection.k = *k;

@@ -2,10 +2,10 @@
 // its own).
 //
 // f16 and bf16; head dim 64, 96, 128 and 256; blocks of 128 tokens; no coverage. Plan()
-// answers Unimplemented, with what there is instead, to anything else. q, k and v must
-// be 16-byte aligned, their strides multiples of eight elements, and positive where
-// there is more than one row, head or sequence (nothing is broadcast). Tensors, lists,
-// orders and the workspace (256-byte aligned) lie in device memory.
+// answers Unimplemented, with what there is instead, to anything else. q, k, v and o
+// must be 16-byte aligned, their strides multiples of eight elements, and positive
+// where there is more than one row, head or sequence (nothing is broadcast). Tensors,
+// lists, orders and the workspace (256-byte aligned) lie in device memory.
 //
 // Run() only enqueues kernels on the stream: no allocation, no copy, no wait; it can be
 // captured into a graph. Scores that overflow show in ReadReport(). A head that falls

@@ -206,6 +206,7 @@ TEST(RunParamsSpec, OperandsMustBeWhereCopiesOf16BytesCanReadThem) {
   const Workspace workspace{memory, (*plan)->workspace_bytes};  // not touched here
   AttentionTensors tensors;
   tensors.q = tensors.k = tensors.v = {memory, PackedLayout(1000, 128)};
+  tensors.o = {memory, PackedLayout(1000, 128)};
   EXPECT_TRUE(MakeRunParams(**plan, tensors, workspace).ok());
 
   AttentionTensors misaligned = tensors;
@@ -216,6 +217,10 @@ TEST(RunParamsSpec, OperandsMustBeWhereCopiesOf16BytesCanReadThem) {
   odd.v.layout.row_stride = 132;
   EXPECT_EQ(MakeRunParams(**plan, odd, workspace).status().message(),
             "v has a stride of 132 elements, not a multiple of 8");
+  AttentionTensors target = tensors;
+  target.o.data = memory + 4;
+  EXPECT_EQ(MakeRunParams(**plan, target, workspace).status().message(),
+            "o is not 16-byte aligned");
   const auto small =
       MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes - 1});
   EXPECT_EQ(small.status().code(), StatusCode::kResourceExhausted);
@@ -229,6 +234,7 @@ TEST(RunParamsSpec, NothingIsBroadcastWhereThereIsMoreThanOne) {
     AttentionTensors tensors;
     tensors.q = tensors.v = {memory, DenseBatchLayout(32, 1000, 128)};
     tensors.k = {memory, k_layout};
+    tensors.o = {memory, DenseBatchLayout(32, 1000, 128)};
     const auto run = MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes});
     return run.ok() ? "" : run.status().message();
   };
@@ -267,6 +273,7 @@ TEST_P(HopperKernelSpec, TakesWhatItReadsNothingBehind) {
   tensors.q = tensors.k =
       tensors.v = {memory, c.packed ? PackedLayout(4096, c.head_dim)
                                     : DenseBatchLayout(4, 1024, c.head_dim)};
+  tensors.o = {memory, tensors.q.layout};
   const auto run = MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes});
   ASSERT_TRUE(run.ok()) << run.status().ToString();
   EXPECT_EQ(HopperKernelTakes(**plan, *run), c.takes);
