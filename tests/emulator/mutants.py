@@ -196,6 +196,15 @@ SELECTION_MUTANTS = [
       if (ThreadIndex() < kScoredKeys) {""",
         """      if (ThreadIndex() < kScoredKeys) {""",
     ),
+    (
+        "other_warps_not_awaited",
+        SCORE_KEYS,
+        """    StoreShared(shared + ThreadIndex(), value);
+    SyncThreads();
+""",
+        """    StoreShared(shared + ThreadIndex(), value);
+""",
+    ),
     ("proxies_of_another_row", SCORE_KEYS, "ThreadIndex() % 32 / 4 + r * 8", "ThreadIndex() % 32 / 4 + r * 4"),
     ("values_of_the_keys", GATHER, "Source(params_.v, row)", "Source(params_.k, row)"),
     ("padding_is_a_key", GATHER, "slot >= sequence_.k_len", "slot > sequence_.k_len"),

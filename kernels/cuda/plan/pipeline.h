@@ -30,6 +30,18 @@ void EnqueueSelectBlocks(const CudaAttentionPlan& plan, const SelectionParams& p
   }
 }
 
+template <class Launcher>
+void EnqueueSortSegments(const SelectionParams& params, Launcher& launch) {
+  const int64_t segments = int64_t{params.num_order_heads} * params.total_segments;
+  const int keys = SortedKeys(params.segment_size);
+  const int64_t bytes = int64_t{keys} * kBytesPerSortedKey;
+  if (keys <= kFewSortedKeys) {
+    launch.template Run<SortSegments<128>>(segments, bytes, params);
+  } else {
+    launch.template Run<SortSegments<512>>(segments, bytes, params);
+  }
+}
+
 // Enqueues what orders and moves keys. `launch` has
 //   template <class Kernel, class Params>
 //   void Run(int64_t blocks, int64_t shared_bytes, const Params& params);
@@ -52,14 +64,13 @@ void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
   if (plan.orders) {
     launch.template Run<SumChunks<Element, kHeadDim>>(
         heads * params.total_chunks, ScoreSharedBytes(kHeadDim, 0), params);
-    launch.template Run<WeighProxies>(heads * params.num_sequences, 0, params);
+    launch.template Run<WeighProxies>(
+        heads * params.num_sequences * WeighProxies::kParts, WeighProxies::kSharedBytes,
+        params);
     launch.template Run<ShareImportance<Element, kHeadDim>>(
         order_heads * params.total_chunks,
         ScoreSharedBytes(kHeadDim, params.chunk_blocks), params);
-    launch.template Run<SortSegments>(
-        order_heads * params.total_segments,
-        SortSegments::SortedKeys(params.segment_size) * SortSegments::kBytesPerKey,
-        params);
+    EnqueueSortSegments(params, launch);
   }
   if (plan.permutes || plan.selects) {
     launch.template Run<GatherKeys<Element, kHeadDim>>(

@@ -136,40 +136,65 @@ struct SumChunks {
   }
 };
 
-// Grid [num_heads, num_sequences], a thread per proxy.
-struct WeighProxies {
-  static constexpr int kThreads = kProxies;
+// Grid [num_heads, num_sequences, kParts], 512 threads: lanes have a proxy each, warps
+// every 16th chunk. Dynamic shared memory: kSharedBytes.
+class WeighProxies {
+ public:
+  static constexpr int kWarps = 16;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kParts = kProxies / 32;
+  static constexpr int kSharedBytes = 2 * kThreads * 4;
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
-    const GridPlace place = PlaceInGrid(params.num_sequences);
-    const SequenceRecord s = LoadGlobal(params.sequences + place.item);
+    const GridPlace place = PlaceInGrid(params.num_sequences * kParts);
+    const int index = place.item / kParts;
+    const SequenceRecord s = LoadGlobal(params.sequences + index);
     const int chunks =
         (s.scored_blocks + params.chunk_blocks - 1) / params.chunk_blocks;
     if (chunks == 0) return;
-    const int proxy = ThreadIndex();
+    const int warp = ThreadIndex() / 32;
+    const int proxy = place.item % kParts * 32 + ThreadIndex() % 32;
     const int64_t at =
         (int64_t{place.head} * params.total_chunks + s.chunk_begin) * kProxies + proxy;
     float top = -kInfinity;
-    for (int i = 0; i < chunks; ++i) {
+    for (int i = warp; i < chunks; i += kWarps) {
       top = Max(top, LoadGlobal(params.chunk_max + at + i * kProxies));
     }
+    auto* tops = reinterpret_cast<float*>(SharedMemory());
+    top = OfAllWarps(tops, top, [](float a, float b) { return Max(a, b); });
     float sum = 0;
-    for (int i = 0; i < chunks; ++i) {
+    for (int i = warp; i < chunks; i += kWarps) {
       sum += LoadGlobal(params.chunk_sum + at + i * kProxies) *
              Exp2(LoadGlobal(params.chunk_max + at + i * kProxies) - top);
     }
+    sum = OfAllWarps(tops + kThreads, sum, [](float a, float b) { return a + b; });
+    if (warp != 0) return;
     const int num_proxies = s.q_len < kProxies ? s.q_len : kProxies;
     const bool counts = proxy < num_proxies;
     // NaN is neither above nor below a bound.
     const bool finite = top > -kInfinity && top < kInfinity && sum < kInfinity;
     if (counts && !finite) StoreGlobal(params.non_finite, 1);
     const int64_t target =
-        (int64_t{place.head} * params.num_sequences + place.item) * kProxies + proxy;
+        (int64_t{place.head} * params.num_sequences + index) * kProxies + proxy;
     StoreGlobal(params.proxy_shift + target, top);
     StoreGlobal(params.proxy_weight + target,
                 counts
                     ? 1.0f / (sum * static_cast<float>(num_proxies * Members(params)))
                     : 0.0f);
+  }
+
+ private:
+  // The values of a lane in all warps, one after the other; each thread gets it.
+  template <class Combine>
+  PBS_DEVICE static float OfAllWarps(float* shared, float value, Combine&& combine) {
+    StoreShared(shared + ThreadIndex(), value);
+    SyncThreads();
+    float all = LoadShared(shared + ThreadIndex() % 32);
+    PBS_UNROLL
+    for (int warp = 1; warp < kWarps; ++warp) {
+      all = combine(all, LoadShared(shared + warp * 32 + ThreadIndex() % 32));
+    }
+    return all;
   }
 };
 

@@ -6,18 +6,23 @@
 
 namespace pbs::cuda {
 
-// Grid [num_order_heads, total_segments], 128 threads; dynamic shared memory of
-// kBytesPerKey for each key of a segment, rounded up to a power of two.
-struct SortSegments {
-  static constexpr int kThreads = 128;
-  static constexpr int kBytesPerKey = 6;
+constexpr int kBytesPerSortedKey = 6;
+// Above these shared memory holds so few segments on a multiprocessor that each takes
+// more threads.
+constexpr int kFewSortedKeys = 2048;
 
-  // Keys sorted together: `segment_size` and what fills it up.
-  PBS_HOST_DEVICE static constexpr int SortedKeys(int segment_size) {
-    int keys = 1;
-    while (keys < segment_size) keys *= 2;
-    return keys;
-  }
+// Keys sorted together: `segment_size` and what fills it up.
+PBS_HOST_DEVICE constexpr int SortedKeys(int segment_size) {
+  int keys = 1;
+  while (keys < segment_size) keys *= 2;
+  return keys;
+}
+
+// Grid [num_order_heads, total_segments]; dynamic shared memory of kBytesPerSortedKey
+// for each of SortedKeys().
+template <int kNumThreads>
+struct SortSegments {
+  static constexpr int kThreads = kNumThreads;
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
     const GridPlace place = PlaceInGrid(params.total_segments);
@@ -63,7 +68,7 @@ struct SortSegments {
       for (int stride = size / 2; stride > 0; stride /= 2) {
         SyncThreads();
         for (int pair = ThreadIndex(); pair < keys / 2; pair += kThreads) {
-          const int low = pair / stride * 2 * stride + pair % stride;
+          const int low = 2 * pair - (pair & (stride - 1));
           Exchange(shared, low, low + stride, (low & size) == 0);
         }
       }
