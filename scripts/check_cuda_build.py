@@ -40,13 +40,11 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A source file, what it is compiled for, and its counted kernels by head dim: those of
-    one name."""
+    """A source file, what it is compiled for, and its counted kernels by name and head dim."""
 
     source: str
     architecture: str
-    name: str
-    kernels: dict[int, Expected]
+    kernels: dict[str, dict[int, Expected]]
 
 
 # Runs on Hopper where that has no kernel of its own, and as PTX on what comes after it.
@@ -74,6 +72,15 @@ GATHERED = {
     128: Expected({"STG.E.128": 4}, registers=56),
     256: Expected({"STG.E.128": 8}, registers=89),
 }
+# Three thread blocks to a multiprocessor; two at head dim 256, by their shared memory.
+# Products: two fragments of rows x head_dim / 16 x 8.
+SCORED = {
+    64: Expected({"HMMA": 64}, registers=168),
+    96: Expected({"HMMA": 96}, registers=168),
+    128: Expected({"HMMA": 128}, registers=168),
+    256: Expected({"HMMA": 256}, registers=176),
+}
+BEFORE_ATTENTION = {"GatherKeys": GATHERED, "ShareImportance": SCORED, "SumChunks": SCORED}
 UNITS = [
     # A block has head_dim / 16 products for scores and 8 for values; first, masked and
     # plain blocks have code of their own. Copies: two halves of the queries, keys and
@@ -82,20 +89,21 @@ UNITS = [
     Unit(
         "kernels/cuda/backend/attention_sm90.cu",
         "90a",
-        "AttendSm90Kernel",
         {
-            64: Expected(
-                {"HGMMA": 36, "UTMALDG": 16, "STG.E.128": 4}, 168, overlaps=2, early_loads=17
-            ),
-            128: Expected(
-                {"HGMMA": 48, "UTMALDG": 32, "STG.E.128": 8}, 168, overlaps=2, early_loads=17
-            ),
+            "AttendSm90Kernel": {
+                64: Expected(
+                    {"HGMMA": 36, "UTMALDG": 16, "STG.E.128": 4}, 168, overlaps=2, early_loads=17
+                ),
+                128: Expected(
+                    {"HGMMA": 48, "UTMALDG": 32, "STG.E.128": 8}, 168, overlaps=2, early_loads=17
+                ),
+            }
         },
     ),
-    Unit(ATTENTION_SM80, "80", "AttendSm80Kernel", attention_sm80((213, 237, 255, 235))),
-    Unit(ATTENTION_SM80, "90", "AttendSm80Kernel", attention_sm80((220, 255, 255, 247))),
-    Unit(SELECTION, "80", "GatherKeys", GATHERED),
-    Unit(SELECTION, "90", "GatherKeys", GATHERED),
+    Unit(ATTENTION_SM80, "80", {"AttendSm80Kernel": attention_sm80((213, 237, 255, 235))}),
+    Unit(ATTENTION_SM80, "90", {"AttendSm80Kernel": attention_sm80((220, 255, 255, 247))}),
+    Unit(SELECTION, "80", BEFORE_ATTENTION),
+    Unit(SELECTION, "90", BEFORE_ATTENTION),
 ]
 
 # What runs on a GPU machine only must at least compile here.
@@ -238,12 +246,13 @@ def check_unit(unit: Unit, cuobjdump: str) -> list[str]:
     registers = sorted(set(re.findall(r"Used (\d+) registers", said)), key=int)
     source = pathlib.Path(unit.source).name
     print(f"{source}, sm_{unit.architecture}: {', '.join(registers)} registers at launch")
-    kernels, used = instructions(sass, unit.name), registers_of(said, unit.name)
-    if len(kernels) != 2 * len(unit.kernels):
-        found.append(f"{len(kernels)} kernels, expected {2 * len(unit.kernels)}")
-    for (element, head_dim), code in sorted(kernels.items()):
-        name = f"{unit.name}, sm_{unit.architecture}, {element}, head dim {head_dim}"
-        found += check_kernel(name, code, used[element, head_dim], unit.kernels[head_dim])
+    for kernel, planned in unit.kernels.items():
+        codes, used = instructions(sass, kernel), registers_of(said, kernel)
+        if len(codes) != 2 * len(planned):
+            found.append(f"{len(codes)} {kernel}, expected {2 * len(planned)}")
+        for (element, head_dim), code in sorted(codes.items()):
+            name = f"{kernel}, sm_{unit.architecture}, {element}, head dim {head_dim}"
+            found += check_kernel(name, code, used[element, head_dim], planned[head_dim])
     return found
 
 

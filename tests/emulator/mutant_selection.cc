@@ -18,6 +18,7 @@ bool Says(const std::string& what) {
   return false;
 }
 
+template <int kHeadDim>
 bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   if (!plan.ok()) return Says(plan.status().ToString());
@@ -25,7 +26,7 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   GlobalMemory::Clear();
   inputs.Allow();
   const AttentionTensors tensors = inputs.Tensors();
-  const PipelineRun<cuda::Bf16Element, 64> run(**plan, tensors, seed);
+  const PipelineRun<cuda::Bf16Element, kHeadDim> run(**plan, tensors, seed);
   if (!run.fault().ok()) return Says(run.fault().ToString());
   AttentionReport report;
   const Status status = cuda::FillCudaReport(**plan, run.workspace(),
@@ -65,7 +66,12 @@ int main() {
         .dense_fallback = true}}};
   for (uint32_t seed : {1u, 2u}) {
     for (const AttentionProblem& problem : problems) {
-      if (!pbs::emulator::RunsRight(problem, seed)) return 1;
+      if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
+    }
+    // Keys of wide heads have one buffer.
+    if (!pbs::emulator::RunsRight<256>(
+            {{1, 1, 256, {{20, 520}}}, pbs::DType::kBF16, {.threshold = 0.6f}}, seed)) {
+      return 1;
     }
   }
   return 0;

@@ -188,7 +188,19 @@ PARAMS = "cuda/selection/selection_params.h"
 
 SELECTION_MUTANTS = [
     ("sorted_upwards", SORT, "greater != rising", "greater == rising"),
-    ("keys_overwritten_while_scored", SCORE_KEYS, "      SyncThreads();  // the next keys may come\n", ""),
+    ("keys_overwritten_while_scored", SCORE_KEYS, "        SyncThreads();  // the next keys may come\n", ""),
+    (
+        "keys_of_others_not_awaited",
+        SCORE_KEYS,
+        "      SyncThreads();  // keys are there, and nobody reads the last ones\n",
+        "",
+    ),
+    (
+        "keys_of_the_other_buffer",
+        SCORE_KEYS,
+        "32 * 32, Buffer(key),",
+        "32 * 32, Buffer(key + kScoredKeys),",
+    ),
     (
         "shares_read_too_early",
         SCORE_KEYS,

@@ -127,6 +127,8 @@ TEST_P(PipelineSpec, EqualsTheReference) {
       CheckRun<cuda::F16Element, 64>(problem, seed);
     } else if (problem.shape.head_dim == 96) {
       CheckRun<cuda::Bf16Element, 96>(problem, seed);
+    } else if (problem.shape.head_dim == 256) {
+      CheckRun<cuda::Bf16Element, 256>(problem, seed);
     } else {
       CheckRun<cuda::Bf16Element, 64>(problem, seed);
     }
@@ -158,6 +160,7 @@ INSTANTIATE_TEST_SUITE_P(
         PipelineCase{"longer_segments",
                      Shape(2, 2, 96, {{1000, 1000}}),
                      {.segment_size = 384, .threshold = 0.5f}},
+        PipelineCase{"wide_heads", Shape(2, 1, 256, {{40, 600}}), {.threshold = 0.6f}},
         PipelineCase{"segments_of_many_threads",
                      Shape(1, 1, 64, {{64, 2400}}),
                      {.segment_size = 2176, .threshold = 0.7f}},

@@ -8,10 +8,16 @@
 
 namespace pbs::cuda {
 
-// At least two blocks on a multiprocessor: asked for nothing, ptxas trades a few spills
-// for more.
+// Blocks that a multiprocessor must have registers for, as the kernel says or two:
+// asked for nothing, ptxas trades a few spills for more.
+template <class Kernel>
+constexpr int ResidentBlocks() {
+  if constexpr (requires { Kernel::kResidentBlocks; }) return Kernel::kResidentBlocks;
+  return 2;
+}
+
 template <class Kernel, class Params>
-__global__ void __launch_bounds__(Kernel::kThreads, 2)
+__global__ void __launch_bounds__(Kernel::kThreads, ResidentBlocks<Kernel>())
     RunKernel(const __grid_constant__ Params params) {
   Kernel::Run(params);
 }

@@ -15,7 +15,7 @@ namespace pbs::cuda {
 template <int kHeadDim>
 struct alignas(128) ScoreShared {
   SharedRows<kProxies, kHeadDim> q;
-  SharedRows<kScoredKeys, kHeadDim> k;
+  SharedRows<kScoredKeys, kHeadDim> k[KeyBuffers(kHeadDim)];
   float column_sums[4][kScoredKeys];  // by warp
 
   PBS_DEVICE float* importance() { return reinterpret_cast<float*>(this + 1); }
@@ -59,26 +59,41 @@ class KeyChunk {
         params_.q.data + params_.q.strides.Offset(sequence_index_, sequence_.q_begin,
                                                   head, first_proxy),
         params_.q.strides.row, 0, sequence_.q_len - first_proxy);
+    LoadKeys(head, 0);
     PBS_NO_UNROLL
     for (int key = 0; key < num_keys(); key += kScoredKeys) {
-      s_.k.template Load<128>(
-          params_.k.data + params_.k.strides.Offset(sequence_index_, sequence_.k_begin,
-                                                    head / GroupSize(params_),
-                                                    first_block_ * kBlockTokens + key),
-          params_.k.strides.row, 0, kScoredKeys);
-      CopyAsyncCommit();
       CopyAsyncWait<0>();
-      SyncThreads();
+      SyncThreads();  // keys are there, and nobody reads the last ones
+      if (kBuffers > 1) LoadKeys(head, key + kScoredKeys);
       float scores[kRowTiles][kScoredKeys / 2] = {};
-      MultiplyKeys<Element, kRowTiles>(s_.q, ThreadIndex() / 32 * 32, s_.k,
+      MultiplyKeys<Element, kRowTiles>(s_.q, ThreadIndex() / 32 * 32, Buffer(key),
                                        ThreadIndex() % 32, scores);
-      SyncThreads();  // the next keys may come
+      if (kBuffers == 1) {
+        SyncThreads();  // the next keys may come
+        LoadKeys(head, key + kScoredKeys);
+      }
       if (params_.rounding == ScoreRounding::kInputDType) Round(scores);
       use(key, scores);
     }
   }
 
  private:
+  using Keys = SharedRows<kScoredKeys, kHeadDim>;
+  static constexpr int kBuffers = KeyBuffers(kHeadDim);
+
+  PBS_DEVICE Keys& Buffer(int key) const { return s_.k[key / kScoredKeys % kBuffers]; }
+
+  // Begins to load the tile at `key` of the chunk, if there is one.
+  PBS_DEVICE void LoadKeys(int head, int key) const {
+    if (key >= num_keys()) return;
+    Buffer(key).template Load<128>(
+        params_.k.data + params_.k.strides.Offset(sequence_index_, sequence_.k_begin,
+                                                  head / GroupSize(params_),
+                                                  first_block_ * kBlockTokens + key),
+        params_.k.strides.row, 0, kScoredKeys);
+    CopyAsyncCommit();
+  }
+
   PBS_DEVICE static float Root() { return Sqrt(static_cast<float>(kHeadDim)); }
 
   PBS_DEVICE void Round(float (&scores)[kRowTiles][kScoredKeys / 2]) const {
@@ -203,6 +218,7 @@ template <class Element, int kHeadDim>
 class ShareImportance {
  public:
   static constexpr int kThreads = 128;
+  static constexpr int kResidentBlocks = KeyBuffers(kHeadDim) > 1 ? 3 : 2;
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
     const GridPlace place = PlaceInGrid(params.total_chunks);

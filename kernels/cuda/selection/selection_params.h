@@ -94,11 +94,16 @@ struct SelectionParams {
   int32_t* non_finite;  // set to 1 when a score is not
 };
 
+// Tiles of keys that scoring holds: the next ones arrive beside products as long as
+// three thread blocks still share a multiprocessor of Hopper.
+PBS_HOST_DEVICE constexpr int KeyBuffers(int head_dim) {
+  return head_dim <= 128 ? 2 : 1;
+}
 // Shared memory that scoring takes: queries, keys, their sums by warp, and importance
 // for chunks of `chunk_blocks` key blocks (0: none is summed).
 PBS_HOST_DEVICE constexpr int64_t ScoreSharedBytes(int head_dim, int chunk_blocks) {
-  return int64_t{kProxies + kScoredKeys} * head_dim * 2 + 4 * kScoredKeys * 4 +
-         chunk_blocks * kBlockTokens * 4;
+  return int64_t{kProxies + KeyBuffers(head_dim) * kScoredKeys} * head_dim * 2 +
+         4 * kScoredKeys * 4 + chunk_blocks * kBlockTokens * 4;
 }
 // Shared memory that selection takes for a group of query blocks.
 PBS_HOST_DEVICE constexpr int64_t SelectionSharedBytes(int group_blocks,
