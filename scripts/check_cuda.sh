@@ -8,17 +8,42 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 install_packages "${build_packages[@]}" python3-venv
-build_targets pbs_emulator pbs_kernels pbs_reference pbs_cuda_plan
+build_targets pbs_emulator pbs_kernels pbs_reference pbs_cuda_plan pbs-prefilld
 say "planted defects"
 python3 "$repo/tests/emulator/check_mutants.py" --jobs "$jobs" --build "$build_dir"
 [ "${1:-}" = --without-nvcc ] && exit 0
 
 command -v nvcc >/dev/null || fail "there is no nvcc: install the CUDA toolkit 13, or
 run scripts/check_cuda.sh --without-nvcc"
+rm -rf "$build_dir/cuda"  # what the compiler says, it says once
+"$repo/scripts/build_cuda.sh"
+module=$build_dir/lib/libpbs_cuda.so
 environment=$build_dir/cuobjdump
 [ -x "$environment/bin/python" ] || python3 -m venv "$environment"
 # The second is what the first calls, beside itself.
 "$environment/bin/pip" install -q "nvidia-cuda-cuobjdump>=13,<14" "nvidia-cuda-nvdisasm>=13,<14"
 cuobjdump=$(find "$environment" -name cuobjdump -type f | head -1)
 say "machine code of the kernels"
-python3 "$repo/scripts/check_cuda_build.py" --cuobjdump "$cuobjdump" --jobs "$jobs"
+python3 "$repo/scripts/check_cuda_build.py" --module "$module" \
+  --log "$build_dir/cuda/build.log" --cuobjdump "$cuobjdump"
+say "libpbs_cuda.so in a server"
+needed=$(readelf -d "$module" | sed -n 's/.*NEEDED.*\[\(.*\)\]/\1/p')
+if grep -E "cuda|cublas|nvidia" <<<"$needed"; then
+  fail "libpbs_cuda.so must not need a CUDA library to be loaded"
+fi
+exported=$(nm -D --defined-only "$module" | awk '$2 == "T" { print $3 }' | sort | xargs)
+[ "$exported" = "pbs_cuda_create pbs_cuda_device_count pbs_cuda_interface_id" ] ||
+  fail "libpbs_cuda.so exports $exported"
+if nvidia-smi >/dev/null 2>&1; then
+  say "there is a GPU: its part is scripts/gpu_suite.sh"
+  exit
+fi
+refused=$("$build_dir/bin/pbs-prefilld" --backend cuda --metrics-listen off 2>&1) &&
+  fail "--backend cuda started without a device"
+grep -q "backend cuda: CUDA sees no device" <<<"$refused" ||
+  fail "--backend cuda does not say that there is no device: $refused"
+chosen=$(timeout -s TERM 20 "$build_dir/bin/pbs-prefilld" --listen 127.0.0.1:0 \
+  --metrics-listen off 2>&1 >/dev/null | grep -m1 backend_auto || true)
+grep -q '"backend":"cpu","reason":"CUDA sees no device' <<<"$chosen" ||
+  fail "--backend auto does not say why it took the CPU: $chosen"
+say "without a device: cuda refuses, auto takes the CPU"
