@@ -18,7 +18,8 @@ std::vector<std::string> Candidates() {
   const auto program = std::filesystem::read_symlink("/proc/self/exe", error);
   if (!error) {
     const auto folder = program.parent_path();
-    for (const auto& file : {folder / kModule, folder.parent_path() / "lib" / kModule}) {
+    for (const auto& file :
+         {folder / kModule, folder.parent_path() / "lib" / kModule}) {
       if (std::filesystem::exists(file, error)) files.push_back(file.string());
     }
   }
@@ -40,7 +41,8 @@ StatusOr<CudaModule> CudaModule::Load(const std::string& file) {
                               std::string(dlerror()));
   }
   const auto find = [&](const char* name) { return dlsym(handle, name); };
-  const auto id = reinterpret_cast<CudaInterfaceIdFunction*>(find(kCudaInterfaceIdName));
+  const auto id =
+      reinterpret_cast<CudaInterfaceIdFunction*>(find(kCudaInterfaceIdName));
   module.count_ =
       reinterpret_cast<CudaDeviceCountFunction*>(find(kCudaDeviceCountName));
   module.create_ = reinterpret_cast<CudaCreateFunction*>(find(kCudaCreateName));

@@ -41,8 +41,8 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const ServerSettings& setti
     log.Info("backend_auto", {{"backend", "cuda"}});
     return cuda;
   }
-  log.Info("backend_auto", {{"backend", "cpu"},
-                            {"reason", std::string(cuda.status().message())}});
+  log.Info("backend_auto",
+           {{"backend", "cpu"}, {"reason", std::string(cuda.status().message())}});
   return MakeCpuBackend(settings.cpu);
 }
 

@@ -15,9 +15,9 @@ int64_t KvWindow::BytesOf(const KvShape& shape) {
 absl::StatusOr<std::unique_ptr<KvWindow>> KvWindow::Create(const KvCache& held,
                                                            Backend& backend) {
   const KvShape& shape = held.shape();
-  PBS_ABSL_ASSIGN_OR_RETURN(
-      KvCache cache, ToAbsl(KvCache::CreateWindow(
-                         shape, std::min(kLayers, shape.num_layers), backend)));
+  PBS_ABSL_ASSIGN_OR_RETURN(KvCache cache,
+                            ToAbsl(KvCache::CreateWindow(
+                                shape, std::min(kLayers, shape.num_layers), backend)));
   return std::unique_ptr<KvWindow>(new KvWindow(held, std::move(cache), backend));
 }
 

@@ -1,7 +1,8 @@
 // Keys and values of a prefill on a device with memory of its own: a few layers at a
 // time, each on its way to the held cache while the next ones run.
 //
-// Threading: one thread, but for what Send() calls back. Memory: BytesOf() on the device.
+// Threading: one thread, but for what Send() calls back. Memory: BytesOf() on the
+// device.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +35,8 @@ class KvWindow {
   // To run the prefill on.
   KvCache& cache() { return cache_; }
 
-  // Waits until `layer` may be written: the one whose place it takes has left. The error
-  // of any layer that did not.
+  // Waits until `layer` may be written: the one whose place it takes has left. The
+  // error of any layer that did not.
   absl::Status MakeRoomFor(int32_t layer);
   // Copies what the backend was told to put into `layer`; layers come in order.
   // `on_held` is called when it is in the held cache, not when that failed; in order,

@@ -22,9 +22,9 @@ pbs::StatusOr<std::unique_ptr<pbs::Backend>> Create() {
   pbs::emulator::EmulatedOptions options;
   options.memory_bytes = Setting("PBS_EMULATED_MEMORY_BYTES", options.memory_bytes);
   options.breaks_at_product = Setting("PBS_EMULATED_BREAKS_AT_PRODUCT", 0);
-  PBS_ASSIGN_OR_RETURN(
-      auto backend, pbs::cuda::CudaBackend::Create(
-                        std::make_unique<pbs::emulator::EmulatedDriver>(options)));
+  PBS_ASSIGN_OR_RETURN(auto backend,
+                       pbs::cuda::CudaBackend::Create(
+                           std::make_unique<pbs::emulator::EmulatedDriver>(options)));
   return std::unique_ptr<pbs::Backend>(std::move(backend));
 }
 

@@ -1,5 +1,5 @@
-// Downloads on a stream and a thread of their own: a layer's keys and values leave while
-// the next layer runs.
+// Downloads on a stream and a thread of their own: a layer's keys and values leave
+// while the next layer runs.
 #pragma once
 
 #include <condition_variable>

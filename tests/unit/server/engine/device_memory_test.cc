@@ -1,0 +1,178 @@
+// Spec: jobs of server/engine/engine.h on a backend with memory of its own: two layers
+// of keys and values on the device, each brought to the held cache while the next ones
+// run; copies of raw attention's tensors; a ledger for the device.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <mutex>
+
+#include "tests/support/device_backend.h"
+#include "tests/unit/server/engine/engine_fixture.h"
+
+namespace pbs::server {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing_support::DeviceBackend;
+
+// An engine on a device, and one on the CPU to compare with (EngineFixture's).
+class DeviceMemorySpec : public EngineFixture {
+ protected:
+  void Open(int fails_at = 0) {
+    on_device_.reset();
+    model_.model.reset();
+    device_ = std::make_unique<DeviceBackend>(fails_at);
+    model_.name = "tiny";
+    model_.model = *Model::Load(folder_.path(), {}, *device_);
+    model_.tokens_max = model_.model->config().max_tokens;
+    on_device_ = std::make_unique<EngineImpl>(
+        EngineOptions{.queue_requests_max = kQueueMax},
+        EngineParts{*device_, ledger_, clock_, timers_, metrics_, &device_ledger_});
+  }
+  ~DeviceMemorySpec() override { EXPECT_EQ(device_ledger_.bytes_held(), 0); }
+
+  PrefillJob MakeJob(int32_t num_tokens) {
+    PrefillJob job;
+    job.model = &model_;
+    job.tokens = Tokens(num_tokens);
+    job.attention = Dense();
+    job.all_logits_last_token = true;
+    auto reserved = on_device_->ReservePrefill(model_, num_tokens, Dense(), 1, 0);
+    EXPECT_TRUE(reserved.ok()) << reserved.status();
+    job.kv = std::move(reserved->kv);
+    job.reservation = std::move(reserved->workspace);
+    return job;
+  }
+  void RunDevice() {
+    while (on_device_->executor().RunOneStep()) {
+    }
+  }
+
+  static constexpr int64_t kDeviceBytesMax = 8 << 20;
+  testing_support::TinyModelFolder folder_;
+  ByteLedger device_ledger_{kDeviceBytesMax};
+  std::unique_ptr<DeviceBackend> device_;
+  ServedModel model_;
+  std::unique_ptr<EngineImpl> on_device_;
+  PrefillRecorder listener_;
+};
+
+TEST_F(DeviceMemorySpec, HeldCachesAndLogitsAreThoseOfACpu) {
+  Open();
+  PrefillJob job = MakeJob(40);
+  const std::shared_ptr<HeldKv> kv = job.kv;
+  ASSERT_TRUE(on_device_->SubmitPrefill(std::move(job), listener_).ok());
+  RunDevice();
+  ASSERT_TRUE(listener_.result.ok()) << listener_.result.status();
+
+  PrefillRecorder cpu;
+  PrefillJob same = MakePrefill(40);
+  same.all_logits_last_token = true;
+  const std::shared_ptr<HeldKv> expected = same.kv;
+  ASSERT_TRUE(engine_.SubmitPrefill(std::move(same), cpu).ok());
+  RunAll();
+  EXPECT_EQ(listener_.result->last_token_logits, cpu.result->last_token_logits);
+  EXPECT_EQ(kv->cache().num_tokens(), 40);
+  const auto bytes = static_cast<size_t>(kv->cache().shape().plane_bytes());
+  for (int32_t layer = 0; layer < 3; ++layer) {
+    EXPECT_EQ(std::memcmp(kv->cache().k(layer), expected->cache().k(layer), bytes), 0);
+    EXPECT_EQ(std::memcmp(kv->cache().v(layer), expected->cache().v(layer), bytes), 0);
+  }
+}
+
+TEST_F(DeviceMemorySpec, LayersAreHeardOfInOrderAndAllBeforeTheEnd) {
+  Open();
+  std::vector<std::string> held;
+  listener_.on_kv_ready = [&](int32_t layer) {
+    held.push_back("kv " + std::to_string(layer));
+  };
+  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(30), listener_).ok());
+  RunDevice();
+  EXPECT_THAT(held, ElementsAre("kv 0", "kv 1", "kv 2"));
+  EXPECT_EQ(listener_.events.back(), "done OK");
+  EXPECT_EQ(listener_.events.size(), 7u);
+}
+
+// Keys are even, values odd; layers 0, 1, 2.
+TEST_F(DeviceMemorySpec,
+       ALayerThatDoesNotArriveFailsThePrefillAndNothingBehindItIsSeen) {
+  for (int fails_at = 1; fails_at <= 6; ++fails_at) {
+    SCOPED_TRACE(fails_at);
+    PrefillRecorder listener;
+    Open(fails_at);
+    PrefillJob job = MakeJob(30);
+    const std::shared_ptr<HeldKv> kv = job.kv;
+    ASSERT_TRUE(on_device_->SubmitPrefill(std::move(job), listener).ok());
+    RunDevice();
+    EXPECT_EQ(listener.result.status(),
+              absl::UnavailableError("a download failed, as it was told to"));
+    EXPECT_EQ(kv->layers_ready(), (fails_at - 1) / 2);
+    EXPECT_TRUE(kv->finished());
+    EXPECT_EQ(kv->status().code(), absl::StatusCode::kUnavailable);
+    EXPECT_EQ(device_ledger_.bytes_held(), 0);
+  }
+}
+
+TEST_F(DeviceMemorySpec, CancellingGivesBackBothKindsOfMemory) {
+  Open();
+  PrefillJob job = MakeJob(30);
+  EXPECT_GT(device_ledger_.bytes_held(), 0);
+  const auto admission = on_device_->SubmitPrefill(std::move(job), listener_);
+  ASSERT_TRUE(admission.ok());
+  ASSERT_TRUE(on_device_->executor().RunOneStep());
+  on_device_->Cancel(admission->id);
+  RunDevice();
+  EXPECT_EQ(listener_.result.status().code(), absl::StatusCode::kCancelled);
+  EXPECT_EQ(device_ledger_.bytes_held(), 0);
+  EXPECT_EQ(ledger_.bytes_held(), 0);
+}
+
+TEST_F(DeviceMemorySpec, WhatCannotFitTheDeviceIsRefusedByItsLedger) {
+  Open();
+  const auto refused = on_device_->ReservePrefill(model_, 8000, Dense(), 1, 0);
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ledger_.bytes_held(), 0);
+}
+
+TEST_F(DeviceMemorySpec, RawAttentionGivesTheCpusBits) {
+  Open();
+  AttentionProblem problem;
+  problem.shape = {2, 1, 64, {{100, 100}}};
+  problem.options = SmallPbs();
+  const auto run = [&](EngineImpl& engine, AttendRecorder& recorder) {
+    AttendJob job;
+    job.problem = problem;
+    job.want_lse = job.want_order = job.want_lists = true;
+    job.reservation = *engine.ReserveAttend(problem, true, true, true);
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal;
+    for (auto [rows, heads] : {std::pair{&job.q, 2}, {&job.k, 1}, {&job.v, 1}}) {
+      rows->bytes = *HostBytes::Allocate(int64_t{heads} * 100 * 64 * 4);
+      auto* values = reinterpret_cast<float*>(rows->bytes.data());
+      for (int i = 0; i < heads * 100 * 64; ++i) values[i] = normal(random);
+      rows->layout = PackedLayout(100, 64);
+    }
+    job.o_layout = PackedLayout(100, 64);
+    job.lse_layout = PackedLayout(100, 1);
+    ASSERT_TRUE(engine.SubmitAttend(std::move(job), recorder).ok());
+    while (engine.executor().RunOneStep()) {
+    }
+    ASSERT_TRUE(recorder.result.ok()) << recorder.result.status();
+  };
+  AttendRecorder actual, expected;
+  run(*on_device_, actual);
+  run(engine_, expected);
+  const auto equal = [](const HostBytes& a, const HostBytes& b) {
+    return a.size() == b.size() &&
+           std::memcmp(a.data(), b.data(), static_cast<size_t>(a.size())) == 0;
+  };
+  EXPECT_TRUE(equal(actual.result->o, expected.result->o));
+  EXPECT_TRUE(equal(actual.result->lse, expected.result->lse));
+  EXPECT_EQ(actual.result->report.order, expected.result->report.order);
+  EXPECT_EQ(device_ledger_.bytes_held(), 0);
+}
+
+}  // namespace
+}  // namespace pbs::server
