@@ -36,6 +36,7 @@
 #include "server/engine/byte_ledger.h"
 #include "server/engine/engine_impl.h"
 #include "server/engine/self_test.h"
+#include "server/model/prefill_plan.h"
 #include "server/service/server.h"
 #include "server/telemetry/metrics_server.h"
 #include "server/telemetry/sampled_metrics.h"
@@ -155,7 +156,7 @@ class Node {
   absl::Status LoadModel(const ModelSettings& source);
   ServiceOptions MakeServiceOptions() const;
   void LogServing() const;
-  // On the executor's thread.
+  void WatchDevice();
   void StopIfDeviceIsLost();
   // True when all admitted work was done before `until`; what is left then ends.
   bool FinishWork(absl::Time until);
@@ -306,6 +307,16 @@ absl::Status Node::LoadModel(const ModelSettings& source) {
     }
     weights_.push_back(*std::move(charged));
   }
+  // What this backend cannot run for anybody must not be served.
+  const auto plan = PlanPrefill(
+      model,
+      {.num_tokens = 1, .attention = settings_.service.default_attention.options});
+  if (!plan.ok()) {
+    const absl::Status status = ToAbsl(plan.status());
+    return {status.code(),
+            absl::StrCat("model ", source.name, " cannot run on the ",
+                         backend_->info().name, " backend: ", status.message())};
+  }
   models_.push_back(std::move(served));
   return absl::OkStatus();
 }
@@ -359,6 +370,13 @@ void Node::LogServing() const {
   std::fflush(stdout);
 }
 
+// A device may be lost while nothing runs.
+void Node::WatchDevice() {
+  constexpr absl::Duration kInterval = absl::Seconds(5);
+  StopIfDeviceIsLost();
+  if (!device_lost()) timers_.At(clock_.Now() + kInterval, [this] { WatchDevice(); });
+}
+
 void Node::StopIfDeviceIsLost() {
   const pbs::Status health = backend_->Health();
   if (health.ok() || device_lost_.exchange(true)) return;
@@ -369,6 +387,7 @@ void Node::StopIfDeviceIsLost() {
 
 void Node::Serve() {
   server_->SetServing(true);
+  if (device_ledger_) WatchDevice();
   LogServing();
   signals_.WaitForStop();
 }

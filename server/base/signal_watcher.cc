@@ -29,8 +29,10 @@ SignalWatcher::~SignalWatcher() {
 
 void SignalWatcher::Watch() {
   int signal = 0;
+  bool signalled = false;  // RequestStop() is no signal
   while (sigwait(&signals_, &signal) == 0 && signal != kEndOfWatch) {
-    if (stop_.load()) _exit(128 + signal);
+    if (signalled) _exit(128 + signal);
+    signalled = true;
     RequestStop();
   }
 }

@@ -26,7 +26,7 @@ class SignalWatcher {
   const std::atomic<bool>& stop_flag() const { return stop_; }
   bool stop_requested() const { return stop_.load(); }
   void WaitForStop();
-  // As the first signal does.
+  // Stops as the first signal does, and is none: one that follows is the first.
   void RequestStop();
 
  private:

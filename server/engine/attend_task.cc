@@ -53,6 +53,8 @@ AttendBytes BytesOfAttend(const AttentionPlan& plan, const AttendWanted& wanted)
   bytes.outputs = OutputBytes(g, problem.dtype) + (wanted.lse ? LseBytes(g) : 0) +
                   (wanted.order ? OrderBytes(g) : 0) +
                   (wanted.lists ? ListBytes(g) : 0);
+  bytes.read_back = (wanted.order ? OrderBytes(g) : 0) +
+                    (wanted.lists || given_lists ? ListBytes(g) : 0);
   return bytes;
 }
 

@@ -22,6 +22,8 @@ struct AttendBytes {
   int64_t inputs = 0;  // q, k, v; given order and lists
   int64_t workspace = 0;
   int64_t outputs = 0;  // o; wanted lse, order and lists (worst case)
+  // What a report reads of a device's workspace before it makes order and lists of it.
+  int64_t read_back = 0;
 
   int64_t Total() const { return inputs + workspace + outputs; }
   // Of which host memory holds all but the workspace, too, where a device has memory of

@@ -46,7 +46,8 @@ absl::StatusOr<JobReservation> EngineImpl::ReserveAttend(
     PBS_ABSL_ASSIGN_OR_RETURN(reservation.device,
                               Charge(*parts_.device_ledger, bytes.Total()));
   }
-  const int64_t host = has_device_memory() ? bytes.Tensors() : bytes.Total();
+  const int64_t host =
+      has_device_memory() ? bytes.Tensors() + bytes.read_back : bytes.Total();
   PBS_ABSL_ASSIGN_OR_RETURN(reservation.host, Charge(parts_.ledger, host));
   return reservation;
 }

@@ -232,6 +232,18 @@ TEST(CudaPrefillSpec, ContinuesACache) {
             kF16CacheMax);
 }
 
+Status LoadAndPrefill(const TinyModel& tiny, std::span<const int32_t> tokens,
+                      Backend& backend) {
+  const TempFolder folder;
+  tiny.Write(folder, 1);
+  PBS_ASSIGN_OR_RETURN(const auto model, Model::Load(folder.path(), {}, backend));
+  const auto count = static_cast<int32_t>(tokens.size());
+  PBS_ASSIGN_OR_RETURN(KvCache cache, KvCache::Create(model->kv_shape(count), backend));
+  return Prefill(*model, {.num_tokens = count, .attention = kDenseOptions}, tokens,
+                 cache)
+      .status;
+}
+
 // Wherever the device breaks: an error, soon; no hang, no result, no memory kept.
 TEST(CudaFaultSpec, ABrokenDeviceEndsEveryCallWithItsReason) {
   const TinyModel tiny(OnDevice({.layers = 1, .dtype = DType::kF16}));
@@ -240,19 +252,9 @@ TEST(CudaFaultSpec, ABrokenDeviceEndsEveryCallWithItsReason) {
   for (int64_t breaks_at = 1;; breaks_at += 7) {
     SCOPED_TRACE(breaks_at);
     EmulatedDevice device({.breaks_at = breaks_at});
-    const TempFolder folder;
-    tiny.Write(folder, 1);
-    const auto model = Model::Load(folder.path(), {}, *device.backend);
-    Status status = model.status();
-    if (model.ok()) {
-      auto cache = KvCache::Create((*model)->kv_shape(5), *device.backend);
-      status = cache.status();
-      if (cache.ok()) {
-        status = Prefill(**model, {.num_tokens = 5, .attention = kDenseOptions}, tokens,
-                         *cache)
-                     .status;
-      }
-    }
+    const int64_t before = device.driver->bytes_held();
+    const Status status = LoadAndPrefill(tiny, tokens, *device.backend);
+    EXPECT_EQ(device.driver->bytes_held(), before);
     if (status.ok() && device.backend->Synchronize().ok()) break;
     ++broken_runs;
     EXPECT_THAT(device.backend->Health().message(), HasSubstr("the device broke"));

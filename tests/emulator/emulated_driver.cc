@@ -27,6 +27,11 @@ float LoadElement(const void* data, DType dtype, int64_t at) {
 
 Fault RunProduct(const Product& product) {
   const cuda::ProductSpec& spec = product.spec;
+  // The workspace is the product's: nothing may live there.
+  const Workspace& workspace = product.workspace;
+  const Fault lent = GlobalMemory::MarkWritten(workspace.data, workspace.bytes);
+  if (!lent.ok()) return lent;
+  std::memset(workspace.data, 0xFF, static_cast<size_t>(workspace.bytes));
   std::vector<float> x(static_cast<size_t>(spec.depth));
   std::vector<float> w(static_cast<size_t>(spec.depth * spec.cols));
   ConvertElements(product.weight, spec.operands, w.data(), DType::kF32,
@@ -83,7 +88,7 @@ EmulatedDriver::~EmulatedDriver() {
   }
 }
 
-Status EmulatedDriver::Health() const {
+Status EmulatedDriver::Health() {
   const std::lock_guard lock(mutex_);
   return health_;
 }
@@ -195,7 +200,10 @@ Status EmulatedDriver::CopyToHost(StreamId stream, const void* device, void* hos
                                   int64_t bytes) {
   // Until it has come, nobody may take it for what it is not.
   std::memset(host, 0xFF, static_cast<size_t>(bytes));
-  return Enqueue(stream, [=] { return Copy(host, device, bytes); });
+  return Enqueue(stream, [=] {
+    const Fault fault = GlobalMemory::CheckAllowed(device, bytes);
+    return fault.ok() ? Copy(host, device, bytes) : fault;
+  });
 }
 
 StatusOr<EventId> EmulatedDriver::CreateEvent() {

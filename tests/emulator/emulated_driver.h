@@ -63,7 +63,7 @@ class EmulatedDriver final : public cuda::LaunchedDriver<EmulatedLauncher> {
   ~EmulatedDriver() override;
 
   const cuda::DeviceInfo& info() const override { return info_; }
-  Status Health() const override;
+  Status Health() override;
 
   StatusOr<void*> Allocate(int64_t bytes) override;
   void Free(void* data) override;

@@ -421,6 +421,11 @@ Fault GlobalMemory::MarkWritten(const void* at, int64_t bytes) {
   return {};
 }
 
+Fault GlobalMemory::CheckAllowed(const void* at, int64_t bytes) {
+  if (FindRegion(at, bytes) != nullptr) return {};
+  return {.what = Span(at, bytes) + " are in no global tensor"};
+}
+
 void GlobalMemory::Clear() { Regions().clear(); }
 
 void GlobalMemory::CheckRead(const void* at, int64_t bytes, int64_t alignment,

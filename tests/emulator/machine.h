@@ -91,6 +91,8 @@ class GlobalMemory {
   static void Forbid(const void* at);
   // What somebody else than a kernel writes; a fault when kernels may not touch it.
   static Fault MarkWritten(const void* at, int64_t bytes);
+  // For somebody else than a kernel who reads: a fault when it is nobody's memory.
+  static Fault CheckAllowed(const void* at, int64_t bytes);
   static void Clear();
   static void CheckRead(const void* at, int64_t bytes, int64_t alignment,
                         const Location& where);

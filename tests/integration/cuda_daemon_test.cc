@@ -213,6 +213,20 @@ TEST(CudaDaemonSpec, WhatADeviceLacksIsNamed) {
               HasSubstr("block_size 64 is not supported by the cuda backend"));
 }
 
+TEST(CudaDaemonSpec, AModelThatTheDeviceCannotRunEndsTheStart) {
+  const std::string config = testing::TempDir() + "cuda_daemon_test.json";
+  std::ofstream(config) << R"({"models": [{"name": "recall", "kv_dtype": "f32",
+                               "path": "tests/data/recall-llama"}]})";
+  ServerProcess server(PBS_PREFILLD,
+                       {"--config", config, "--backend", "cuda", "--set",
+                        "cuda.module=" PBS_EMULATED_MODULE, "--metrics-listen", "off"});
+  const nlohmann::json failed = server.WaitForEvent("start_failed");
+  ASSERT_TRUE(failed.is_object());
+  EXPECT_THAT(failed.value("message", ""),
+              HasSubstr("model recall cannot run on the cuda backend: dtype f32"));
+  EXPECT_EQ(server.Wait(), 1);
+}
+
 TEST(CudaDaemonSpec, ThePromptThatCannotFitIsRefusedAndTheNextRuns) {
   // Room for weights and a short prompt.
   Server device = Emulated({"PBS_EMULATED_MEMORY_BYTES=12000000"}, "10000000");

@@ -107,6 +107,9 @@ class CublasProducts final : public Products {
 
   Status Check(const char* what, cublasStatus_t status) const {
     if (status == CUBLAS_STATUS_SUCCESS) return OkStatus();
+    if (status == CUBLAS_STATUS_ALLOC_FAILED) {
+      return ResourceExhausted(std::string(what) + ": " + cublas_.describe(status));
+    }
     return Internal(std::string(what) + ": " + cublas_.describe(status));
   }
 
@@ -157,11 +160,18 @@ class CublasProducts final : public Products {
     cublasLtMatmulPreferenceOpaque_t preference;
     PBS_RETURN_IF_ERROR(Check("cublasLtMatmulPreferenceInit",
                               cublas_.init_preference(&preference, sizeof preference)));
+    const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute,
+                         const auto& value) {
+      return Check(
+          "cublasLtMatmulPreferenceSetAttribute",
+          cublas_.set_preference(&preference, attribute, &value, sizeof value));
+    };
     const auto workspace = static_cast<uint64_t>(kWorkspaceBytes);
-    PBS_RETURN_IF_ERROR(Check(
-        "cublasLtMatmulPreferenceSetAttribute",
-        cublas_.set_preference(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                               &workspace, sizeof workspace)));
+    PBS_RETURN_IF_ERROR(set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace));
+    // Parts of a sum are never added in 16 bits.
+    const auto reductions =
+        static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+    PBS_RETURN_IF_ERROR(set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions));
     cublasLtMatmulHeuristicResult_t best{};
     int found = 0;
     PBS_RETURN_IF_ERROR(Check(

@@ -22,7 +22,7 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override;
 
   const BackendInfo& info() const override { return info_; }
-  Status Health() const override { return driver_->Health(); }
+  Status Health() override { return driver_->Health(); }
   DType ComputeDType(DType stored) const override;
 
   StatusOr<Buffer> Allocate(int64_t bytes) override;

@@ -30,8 +30,16 @@ bool IsOfCall(cudaError_t error) {
     case cudaErrorMemoryAllocation:
     case cudaErrorInvalidValue:
     case cudaErrorInvalidConfiguration:
+    case cudaErrorInvalidResourceHandle:
     case cudaErrorNotSupported:
+    case cudaErrorNotReady:
     case cudaErrorLaunchOutOfResources:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorStreamCaptureUnsupported:
+    case cudaErrorStreamCaptureInvalidated:
+    case cudaErrorStreamCaptureImplicit:
+    case cudaErrorStreamCaptureWrongThread:
       return true;
     default:
       return false;
@@ -59,7 +67,8 @@ class CudaDriver final : public LaunchedDriver<StreamLauncher> {
   Status Open(const cudaDeviceProp& device);
 
   const DeviceInfo& info() const override { return info_; }
-  Status Health() const override {
+  Status Health() override {
+    static_cast<void>(Ask());
     const std::lock_guard lock(mutex_);
     return health_;
   }
@@ -114,6 +123,13 @@ class CudaDriver final : public LaunchedDriver<StreamLauncher> {
  private:
   // OK, or what `error` is; remembers one that ends the device.
   Status Checked(const char* what, cudaError_t error);
+  // The error of the device, if it has one by now; waits for nothing.
+  Status Ask() {
+    return Try("asking the device", [&] {
+      const cudaError_t error = cudaStreamQuery(At(StreamId::kDownload));
+      return error == cudaErrorNotReady ? cudaSuccess : error;
+    });
+  }
   // Runs a call of the runtime on this driver's device, from any thread.
   template <class Call>
   Status Try(const char* what, Call&& call) {
@@ -216,11 +232,20 @@ Status CudaDriver::Checked(const char* what, cudaError_t error) {
 
 StatusOr<void*> CudaDriver::Allocate(int64_t bytes) {
   void* data = nullptr;
-  PBS_RETURN_IF_ERROR(Try(
-      ("allocating " + std::to_string(bytes) + " bytes of device memory").c_str(), [&] {
-        return cudaMallocFromPoolAsync(&data, static_cast<size_t>(bytes), pool_,
-                                       At(StreamId::kCompute));
-      }));
+  const auto allocate = [&] {
+    return cudaMallocFromPoolAsync(&data, static_cast<size_t>(bytes), pool_,
+                                   At(StreamId::kCompute));
+  };
+  const std::string what =
+      "allocating " + std::to_string(bytes) + " bytes of device memory";
+  PBS_RETURN_IF_ERROR(Try(what.c_str(), [&] {
+    const cudaError_t error = allocate();
+    if (error != cudaErrorMemoryAllocation) return error;
+    // What the pool keeps may lie in pieces: it gives them back, and is asked again.
+    cudaStreamSynchronize(At(StreamId::kCompute));
+    cudaMemPoolTrimTo(pool_, 0);
+    return allocate();
+  }));
   return data;
 }
 
@@ -244,7 +269,10 @@ void CudaDriver::FreeHost(void* data) {
 
 StatusOr<EventId> CudaDriver::CreateEvent() {
   cudaEvent_t event = nullptr;
-  PBS_RETURN_IF_ERROR(Try("cudaEventCreate", [&] { return cudaEventCreate(&event); }));
+  // Who waits sleeps: two threads that spin would take two of a pod's cores.
+  PBS_RETURN_IF_ERROR(Try("cudaEventCreate", [&] {
+    return cudaEventCreateWithFlags(&event, cudaEventBlockingSync);
+  }));
   const std::lock_guard lock(mutex_);
   events_.push_back(event);
   return static_cast<EventId>(events_.size() - 1);
@@ -278,7 +306,11 @@ Status CudaDriver::Multiply(const Product& product) {
     return Unimplemented("this driver was made without linear layers");
   }
   static_cast<void>(cudaSetDevice(options_.device));
-  return products_->Multiply(product);
+  const Status status = products_->Multiply(product);
+  if (status.ok()) return status;
+  // cuBLAS does not tell a device that is lost from a call that was wrong.
+  const Status lost = Ask();
+  return lost.ok() ? status : lost;
 }
 
 Status CudaDriver::Attend(const CudaAttentionPlan& plan, const RunParams& run) {

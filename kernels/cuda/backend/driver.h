@@ -63,8 +63,9 @@ class Driver {
   virtual ~Driver() = default;
 
   virtual const DeviceInfo& info() const = 0;
-  // OK, or the first error after which the device can be used no more.
-  virtual Status Health() const = 0;
+  // OK, or the first error after which the device can be used no more. Asks the device,
+  // waits for nothing.
+  virtual Status Health() = 0;
 
   // Device memory, 256-byte aligned, of unknown contents. `bytes` > 0.
   virtual StatusOr<void*> Allocate(int64_t bytes) = 0;

@@ -202,8 +202,8 @@ class Backend : public AttentionBackend {
  public:
   virtual const BackendInfo& info() const = 0;
 
-  // OK, or the error after which the device can be used no more; from any thread.
-  virtual Status Health() const { return OkStatus(); }
+  // OK, or the error after which the device can be used no more. Waits for nothing.
+  virtual Status Health() { return OkStatus(); }
 
   // The dtype in which weights stored as `stored` are best multiplied here.
   virtual DType ComputeDType(DType stored) const = 0;
