@@ -249,6 +249,11 @@ absl::Status Node::Listen() {
       registry_, std::make_shared<SampledGauge>(
                      "pbs_memory_charged_bytes", "Bytes that admission has charged",
                      [this] { return static_cast<double>(ledger_.bytes_held()); })};
+  if (device_ledger_) {
+    sources.push_back(std::make_shared<SampledGauge>(
+        "pbs_device_memory_charged_bytes", "Device bytes that admission has charged",
+        [this] { return static_cast<double>(device_ledger_->bytes_held()); }));
+  }
   if (settings_.vllm_metrics) {
     const bool one_model = settings_.models.size() == 1;
     sources.push_back(std::make_shared<VllmMetrics>(
