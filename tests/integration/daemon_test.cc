@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/base/config.h"
 #include "client/cpp/client.h"
 #include "pbs/v1/attention.grpc.pb.h"
 #include "pbs/v1/kv.grpc.pb.h"
@@ -360,6 +361,14 @@ int64_t ProcessBytes(pid_t pid, const std::string& field) {
   return 0;
 }
 
+// AddressSanitizer's allocator puts red zones and shadow beside every block: the same
+// streams grow its process by 26 .. 28 MB where an ordinary one grows by 6 .. 8.
+#ifdef ABSL_HAVE_ADDRESS_SANITIZER
+constexpr int64_t kAllocatorFactor = 2;
+#else
+constexpr int64_t kAllocatorFactor = 1;
+#endif
+
 // Spec: server/service/memory_formula.h. Each stream holds its state, a message that
 // waits for the reader, and half of them two chunks that are laid out anew.
 TEST_F(DaemonSpec, TwoHundredUnreadStreamsHoldWhatTheFormulaSays) {
@@ -406,7 +415,7 @@ TEST_F(DaemonSpec, TwoHundredUnreadStreamsHoldWhatTheFormulaSays) {
   const int64_t grown = ProcessBytes(server.pid(), "VmRSS") - before;
   RecordProperty("grown_bytes", std::to_string(grown));
   constexpr int64_t kCallStateBytes = 64 << 10;
-  EXPECT_LE(grown, kStreams * (kCallStateBytes + kChunkBytes)) << "grown " << grown;
+  EXPECT_LE(grown, kAllocatorFactor * kStreams * (kCallStateBytes + kChunkBytes));
 
   for (auto& context : contexts) context->TryCancel();
   for (auto& reader : readers) {
