@@ -123,8 +123,6 @@ absl::StatusOr<ServerSettings> ReadSettings(const Flags& flags) {
   return MakeSettings(std::move(config));
 }
 
-// ---- start
-
 // Empty where device memory is ordinary memory.
 std::optional<ByteLedger> MakeDeviceLedger(const CudaSettings& settings,
                                            const Backend& backend) {
@@ -197,9 +195,10 @@ Node::Node(const ServerSettings& settings, std::unique_ptr<Backend> backend,
       backend_(std::move(backend)),
       ledger_(MemoryBudget(settings)),
       device_ledger_(MakeDeviceLedger(settings.cuda, *backend_)),
-      engine_({settings.service.limits.queue_requests_max},
-              {*backend_, ledger_, clock_, timers_, metrics_,
-               device_ledger_ ? &*device_ledger_ : nullptr}),
+      engine_(
+          {settings.service.limits.queue_requests_max, settings.scheduling.yield_share},
+          {*backend_, ledger_, clock_, timers_, metrics_,
+           device_ledger_ ? &*device_ledger_ : nullptr}),
       leases_({settings.service.limits.lease_ttl_seconds_default,
                settings.service.limits.lease_ttl_seconds_max, settings.leases_max},
               RandomU64(), clock_, timers_, metrics_.kv) {

@@ -14,7 +14,7 @@ namespace {
 absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaSettings& settings) {
   PBS_ABSL_ASSIGN_OR_RETURN(const CudaModule module,
                             ToAbsl(CudaModule::Load(settings.module)));
-  return ToAbsl(module.Create(settings.backend));
+  return ToAbsl(module.Create({settings.devices.front(), settings.cublaslt}));
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const CpuSettings& settings) {

@@ -44,6 +44,13 @@ void ApplyDefaults(v1::ServerConfig& config) {
   if (!cuda.has_module()) cuda.set_module("");
   if (!cuda.has_cublaslt()) cuda.set_cublaslt("");
   if (!cuda.has_memory_bytes_max()) cuda.set_memory_bytes_max(0);
+  if (!cuda.has_devices()) cuda.set_devices("");
+  v1::SchedulingConfig& scheduling = *config.mutable_scheduling();
+  if (!scheduling.has_yield_share()) scheduling.set_yield_share(0.25);
+  if (!scheduling.has_batch_tokens_max()) scheduling.set_batch_tokens_max(0);
+  if (!scheduling.has_batch_prompt_tokens_max()) {
+    scheduling.set_batch_prompt_tokens_max(1024);
+  }
   ApplyAdmissionDefaults(*config.mutable_admission());
   v1::LeaseConfig& lease = *config.mutable_lease();
   if (!lease.has_ttl_seconds_default()) lease.set_ttl_seconds_default(60);

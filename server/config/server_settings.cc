@@ -6,6 +6,7 @@
 #include "absl/strings/str_join.h"
 #include "pbs/check.h"
 #include "server/base/attention_options.h"
+#include "server/config/device_list.h"
 
 namespace pbs::server {
 namespace {
@@ -60,6 +61,11 @@ TransportOptions ToTransport(const v1::TransportConfig& config) {
   return options;
 }
 
+std::vector<int32_t> ToDevices(const v1::CudaConfig& config) {
+  if (config.devices().empty()) return {config.device()};
+  return *ParseDevices(config.devices());
+}
+
 AttentionProfile ToProfile(const v1::AttentionOptions& wire) {
   const auto profile = DecodeAttentionProfile(wire);
   PBS_CHECK(profile.ok());
@@ -90,9 +96,11 @@ absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
   }
   settings.cpu = {config.cpu().threads(), config.cpu().isa(),
                   config.cpu().compute_dtype()};
-  settings.cuda = {config.cuda().module(),
-                   {config.cuda().device(), config.cuda().cublaslt()},
-                   config.cuda().memory_bytes_max()};
+  settings.cuda = {config.cuda().module(), config.cuda().cublaslt(),
+                   ToDevices(config.cuda()), config.cuda().memory_bytes_max()};
+  settings.scheduling = {config.scheduling().yield_share(),
+                         config.scheduling().batch_tokens_max(),
+                         config.scheduling().batch_prompt_tokens_max()};
   settings.memory_bytes_max = config.admission().memory_bytes_max();
   settings.leases_max = config.lease().leases_max();
   settings.log_level = ToLogLevel(config.log().level());

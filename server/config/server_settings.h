@@ -11,7 +11,6 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "pbs/cuda_backend.h"
 #include "pbs/dtype.h"
 #include "pbs/v1/server_config.pb.h"
 #include "server/base/log.h"
@@ -36,8 +35,15 @@ struct CpuSettings {
 
 struct CudaSettings {
   std::string module;  // "": CudaModule::Load() looks for it
-  CudaBackendOptions backend;
-  int64_t memory_bytes_max = 0;  // 0: decided at start
+  std::string cublaslt;
+  std::vector<int32_t> devices;  // each once; empty: all that CUDA shows
+  int64_t memory_bytes_max = 0;  // of each device; 0: decided at start
+};
+
+struct SchedulingSettings {
+  double yield_share = 0;
+  int32_t batch_tokens_max = 0;  // 0: decided by the backend
+  int32_t batch_prompt_tokens_max = 0;
 };
 
 struct ServerSettings {
@@ -49,6 +55,7 @@ struct ServerSettings {
   std::vector<ModelSettings> models;
   CpuSettings cpu;
   CudaSettings cuda;
+  SchedulingSettings scheduling;
   int64_t memory_bytes_max = 0;  // 0: decided at start (docs/OPERATIONS.md)
   int32_t leases_max = 0;
   LogLevel log_level = LogLevel::kInfo;

@@ -7,6 +7,7 @@
 #include "absl/strings/str_join.h"
 #include "pbs/limits.h"
 #include "server/base/attention_options.h"
+#include "server/config/device_list.h"
 #include "server/config/host_port.h"
 #include "server/config/server_settings.h"
 
@@ -16,7 +17,7 @@ namespace {
 constexpr size_t kModelNameBytesMax = 64;
 constexpr int32_t kModelsMax = 64;
 constexpr int32_t kThreadsMax = 1024;
-constexpr int32_t kDevicesMax = 64;
+constexpr int32_t kBatchTokensMax = 1 << 16;
 constexpr int64_t kMemoryBytesMax = int64_t{1} << 50;
 
 // Collects violations.
@@ -138,6 +139,17 @@ void CheckTransport(const v1::TransportConfig& config, Checker& check) {
               kWriteStallSecondsRange);
 }
 
+void CheckScheduling(const v1::SchedulingConfig& config, Checker& check) {
+  const double share = config.yield_share();
+  if (!(share >= 0 && share <= 1)) {
+    check.Add(absl::StrCat("scheduling.yield_share ", share, " is outside [0, 1]"));
+  }
+  check.Range("scheduling.batch_tokens_max", config.batch_tokens_max(), 0,
+              kBatchTokensMax);
+  check.Range("scheduling.batch_prompt_tokens_max", config.batch_prompt_tokens_max(), 1,
+              kBatchTokensMax);
+}
+
 void CheckDefaultAttention(const v1::AttentionOptions& wire, Checker& check) {
   const auto profile = DecodeAttentionProfile(wire);
   if (!profile.ok()) {
@@ -170,6 +182,10 @@ std::vector<std::string> Validate(const v1::ServerConfig& config) {
   check.Range("cuda.device", config.cuda().device(), 0, kDevicesMax - 1);
   check.Range("cuda.memory_bytes_max", config.cuda().memory_bytes_max(), 0,
               kMemoryBytesMax);
+  if (const auto devices = ParseDevices(config.cuda().devices()); !devices.ok()) {
+    check.Add(absl::StrCat("cuda.devices ", devices.status().message()));
+  }
+  CheckScheduling(config.scheduling(), check);
   CheckAdmission(config.admission(), check);
   CheckLease(config.lease(), check);
   CheckTransport(config.transport(), check);

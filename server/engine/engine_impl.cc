@@ -13,10 +13,9 @@
 
 namespace pbs::server {
 
-EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
+EngineImpl::EngineImpl(const ExecutorOptions& options, const EngineParts& parts)
     : parts_(parts),
-      executor_(options.queue_requests_max, parts.clock, parts.timers,
-                parts.metrics.engine) {
+      executor_(options, parts.clock, parts.timers, parts.metrics.engine) {
   PBS_CHECK(has_device_memory() != parts_.backend.info().host_memory);
   parts_.metrics.engine.memory_budget.Set(
       static_cast<double>(parts_.ledger.bytes_max()));

@@ -20,10 +20,6 @@
 
 namespace pbs::server {
 
-struct EngineOptions {
-  int32_t queue_requests_max = 64;
-};
-
 // Borrowed; all must outlive the engine. `metrics.kv` counts held caches, and must
 // outlive those too.
 struct EngineParts {
@@ -38,7 +34,7 @@ struct EngineParts {
 
 class EngineImpl final : public Engine {
  public:
-  EngineImpl(const EngineOptions& options, const EngineParts& parts);
+  EngineImpl(const ExecutorOptions& options, const EngineParts& parts);
 
   // To be run by an ExecutorThread, or by hand in a test.
   Executor& executor() { return executor_; }

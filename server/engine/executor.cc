@@ -39,12 +39,9 @@ double Executor::Record::StepSecondsLeft() const {
   return std::min(SecondsLeft(), size.prediction->seconds / size.num_steps);
 }
 
-Executor::Executor(int32_t queue_requests_max, const Clock& clock, TimerQueue& timers,
-                   EngineMetrics& metrics)
-    : queue_requests_max_(queue_requests_max),
-      clock_(clock),
-      timers_(timers),
-      metrics_(metrics) {}
+Executor::Executor(const ExecutorOptions& options, const Clock& clock,
+                   TimerQueue& timers, EngineMetrics& metrics)
+    : options_(options), clock_(clock), timers_(timers), metrics_(metrics) {}
 
 Executor::~Executor() {
   Shutdown();
@@ -54,11 +51,32 @@ Executor::~Executor() {
 
 // ---- admission
 
+double Executor::PatienceSeconds(const Record& record) const {
+  if (!record.size.prediction.has_value()) return 0;
+  const double patience =
+      options_.yield_share * record.size.prediction->seconds - record.delayed_seconds;
+  const double slack = absl::ToDoubleSeconds(record.terms.deadline - clock_.Now()) -
+                       record.SecondsLeft();
+  return std::min(patience, slack);
+}
+
+bool Executor::MayOvertake(const JobTerms& terms, const JobSize& size) const {
+  return size.prediction.has_value() &&
+         std::all_of(records_.begin(), records_.end(), [&](const auto& entry) {
+           const Record& record = *entry.second;
+           return record.terms.priority != terms.priority ||
+                  size.prediction->seconds <= PatienceSeconds(record);
+         });
+}
+
 Admission Executor::Place(const JobTerms& terms, const JobSize& size) const {
   Admission place;
   double seconds_ahead = 0;
+  const bool overtakes = MayOvertake(terms, size);
   for (const auto& [id, record] : records_) {
-    const bool runs_before = record->terms.priority >= terms.priority;
+    const bool is_overtaken = overtakes && record->terms.priority == terms.priority &&
+                              record->SecondsLeft() > size.prediction->seconds;
+    const bool runs_before = record->terms.priority >= terms.priority && !is_overtaken;
     if (runs_before || record->started) ++place.queue_position;
     if (runs_before) {
       seconds_ahead += record->SecondsLeft();
@@ -83,11 +101,11 @@ absl::Status Executor::CheckAdmission(const JobTerms& terms, const JobSize& size
     metrics_.Rejected(RejectReason::kDeadline).Increment();
     return absl::DeadlineExceededError("the deadline has passed");
   }
-  if (NumWaiting() >= queue_requests_max_) {
+  if (NumWaiting() >= options_.queue_requests_max) {
     metrics_.Rejected(RejectReason::kQueueFull).Increment();
-    return absl::ResourceExhaustedError(
-        absl::StrCat("the queue has ", NumWaiting(),
-                     " waiting requests; queue_requests_max is ", queue_requests_max_));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "the queue has ", NumWaiting(), " waiting requests; queue_requests_max is ",
+        options_.queue_requests_max));
   }
   const bool hopeless =
       size.prediction.has_value() && size.prediction->fresh &&
@@ -183,8 +201,12 @@ Decision Executor::Decide() const {
   std::vector<Candidate> candidates;
   candidates.reserve(records_.size());
   for (const auto& [id, record] : records_) {
-    candidates.push_back({id, record->terms.priority, record->terms.deadline,
-                          record->stop_reason != StopReason::kNone});
+    candidates.push_back({.id = id,
+                          .priority = record->terms.priority,
+                          .deadline = record->terms.deadline,
+                          .stopped = record->stop_reason != StopReason::kNone,
+                          .seconds_left = record->SecondsLeft(),
+                          .patience_seconds = PatienceSeconds(*record)});
   }
   return Pick(candidates, clock_.Now());
 }
@@ -197,11 +219,13 @@ void Executor::Step(JobId id, Record& record, bool is_first) {
         absl::ToDoubleSeconds(timing.started - timing.admitted));
     record.job->Start(timing);
   }
+  const absl::Time begin = clock_.Now();
   const absl::StatusOr<StepResult> result = record.job->Step({&record.stop});
   std::unique_ptr<Record> ended;
   {
     MutexLock lock(mutex_);
     stepping_ = 0;
+    ChargeDelay(id, absl::ToDoubleSeconds(clock_.Now() - begin));
     if (result.ok()) record.progress = result->progress;
     if (result.ok() && !result->done && record.stop_reason == StopReason::kNone) {
       UpdateGauges();
@@ -211,6 +235,14 @@ void Executor::Step(JobId id, Record& record, bool is_first) {
     UpdateGauges();
   }
   Finish(std::move(ended), result.status());
+}
+
+void Executor::ChargeDelay(JobId id, double seconds) {
+  const int32_t priority = records_.at(id)->terms.priority;
+  for (auto& [earlier, record] : records_) {
+    if (earlier >= id) break;
+    if (record->terms.priority == priority) record->delayed_seconds += seconds;
+  }
 }
 
 // ---- ending

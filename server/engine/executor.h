@@ -3,8 +3,9 @@
 //   Submit -> [waiting] -> Start -> Step, Step, ... -> Finish
 //
 // Before every step Pick() looks at all jobs, so that a more important one overtakes a
-// long one between two of its steps. A job's deadline is a timer: a waiting job ends at
-// once, a running one at its next look at RunControl::stop.
+// long one between two of its steps, and short ones do while its patience lasts. A
+// job's deadline is a timer: a waiting job ends at once, a running one at its next look
+// at RunControl::stop.
 //
 // ExecutorThread runs it in a server; a test calls RunOneStep() itself.
 //
@@ -45,12 +46,19 @@ struct JobSize {
   int32_t num_steps = 1;                 // of about the same length
 };
 
+struct ExecutorOptions {
+  int32_t queue_requests_max = 64;
+  // A job's patience: this share of its own predicted time, and never so much that its
+  // deadline would be missed for it. 0: strictly in order of arrival.
+  double yield_share = 0;
+};
+
 class Executor {
  public:
   // A deadline is refused when this share of the predicted time already passes it.
   static constexpr double kRefusalConfidence = 0.8;
 
-  Executor(int32_t queue_requests_max, const Clock& clock, TimerQueue& timers,
+  Executor(const ExecutorOptions& options, const Clock& clock, TimerQueue& timers,
            EngineMetrics& metrics);
   // Shutdown(), and ends what is left.
   ~Executor();
@@ -90,6 +98,7 @@ class Executor {
     absl::Time admitted;
     bool started = false;
     double progress = 0;
+    double delayed_seconds = 0;  // by later jobs of its priority
     StopReason stop_reason = StopReason::kNone;
     std::atomic<bool> stop{false};
     TimerId timer = 0;
@@ -100,6 +109,10 @@ class Executor {
   };
   using Records = std::map<JobId, std::unique_ptr<Record>>;  // in order of arrival
 
+  double PatienceSeconds(const Record& record) const;
+  // Whether all jobs of its priority would let a job that arrives now go first.
+  bool MayOvertake(const JobTerms& terms, const JobSize& size) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The place in the queue of a job that arrives now, and the time until it is done.
   Admission Place(const JobTerms& terms, const JobSize& size) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -117,11 +130,13 @@ class Executor {
   bool Stop(JobId id, StopReason reason);
   // Runs one step of `record`, and finishes it when that was its last.
   void Step(JobId id, Record& record, bool is_first);
+  // A step of `id` took `seconds`, and whoever it has overtaken waited.
+  void ChargeDelay(JobId id, double seconds) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Finish(std::unique_ptr<Record> record, const absl::Status& status);
   // Waits for work; false when shut down and nothing is left.
   bool WaitForWork();
 
-  const int32_t queue_requests_max_;
+  const ExecutorOptions options_;
   const Clock& clock_;
   TimerQueue& timers_;
   EngineMetrics& metrics_;

@@ -18,6 +18,10 @@ struct Candidate {
   int32_t priority = 0;
   absl::Time deadline = absl::InfiniteFuture();
   bool stopped = false;  // somebody has asked it to end
+  // Predicted until it is done; 0: nothing is known.
+  double seconds_left = 0;
+  // For how long later ones of its priority may still delay it.
+  double patience_seconds = 0;
 };
 
 struct Decision {
@@ -25,9 +29,12 @@ struct Decision {
   std::optional<JobId> next;  // runs its next step; none when nothing is left
 };
 
-// `candidates` in order of arrival. The highest priority runs; among equals the
-// earliest arrival, so that a job that has begun goes on until a more important one
-// comes.
+// `candidates` in order of arrival. The highest priority runs. Among equals the
+// earliest arrival does, so that a job that has begun goes on until a more important
+// one comes; but it yields to the shortest of those that are shorter than itself and
+// that fit into the patience of everyone who came before them. If what a job was
+// delayed is taken off its patience, no job is delayed by more than its patience and
+// the step that ended it.
 Decision Pick(std::span<const Candidate> candidates, absl::Time now);
 
 }  // namespace pbs::server

@@ -5,6 +5,7 @@
 #include <google/protobuf/descriptor.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
 
 #include "pbs/limits.h"
@@ -75,6 +76,9 @@ TEST(ServerSettingsSpec, DefaultsAreThoseOfTheModules) {
   EXPECT_EQ(settings->metrics_listen, "127.0.0.1:9464");
   EXPECT_EQ(settings->backend, BackendChoice::kAuto);
   EXPECT_EQ(settings->memory_bytes_max, 0);
+  EXPECT_EQ(settings->cuda.devices, std::vector<int32_t>{0});
+  EXPECT_EQ(settings->scheduling.yield_share, 0.25);
+  EXPECT_EQ(settings->scheduling.batch_prompt_tokens_max, 1024);
   EXPECT_EQ(settings->drain_max, absl::Seconds(60));
 }
 
@@ -88,6 +92,10 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   config.mutable_cpu()->set_compute_dtype("bf16");
   config.mutable_admission()->set_queue_requests_max(7);
   config.mutable_admission()->set_upload_seconds_max(11);
+  config.mutable_cuda()->set_devices("2,0");
+  config.mutable_scheduling()->set_yield_share(0.5);
+  config.mutable_scheduling()->set_batch_tokens_max(4096);
+  config.mutable_scheduling()->set_batch_prompt_tokens_max(512);
   config.mutable_lease()->set_leases_max(13);
   config.mutable_lease()->set_ttl_seconds_default(17);
   config.mutable_transport()->set_keepalive_seconds(19);
@@ -106,6 +114,10 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   EXPECT_EQ(settings->cpu.compute_dtype, "bf16");
   EXPECT_EQ(settings->service.limits.queue_requests_max, 7);
   EXPECT_EQ(settings->service.limits.upload_seconds_max, 11);
+  EXPECT_EQ(settings->cuda.devices, (std::vector<int32_t>{2, 0}));
+  EXPECT_EQ(settings->scheduling.yield_share, 0.5);
+  EXPECT_EQ(settings->scheduling.batch_tokens_max, 4096);
+  EXPECT_EQ(settings->scheduling.batch_prompt_tokens_max, 512);
   EXPECT_EQ(settings->leases_max, 13);
   EXPECT_EQ(settings->service.limits.lease_ttl_seconds_default, 17);
   EXPECT_EQ(settings->service.transport.keepalive_seconds, 19);
@@ -203,6 +215,34 @@ INSTANTIATE_TEST_SUITE_P(
         ViolationCase{"queue",
                       [](auto& c) { c.mutable_admission()->set_queue_requests_max(0); },
                       "admission.queue_requests_max 0 is outside [1, 65536]"},
+        ViolationCase{"device", [](auto& c) { c.mutable_cuda()->set_device(64); },
+                      "cuda.device 64 is outside [0, 63]"},
+        ViolationCase{"devices_beyond",
+                      [](auto& c) { c.mutable_cuda()->set_devices("0,64"); },
+                      "cuda.devices \"0,64\" holds \"64\"; it is all, or a list of "
+                      "numbers in [0, 63], as 0,2"},
+        ViolationCase{"devices_not_numbers",
+                      [](auto& c) { c.mutable_cuda()->set_devices("0,"); },
+                      "cuda.devices \"0,\" holds \"\"; it is all, or a list of numbers "
+                      "in [0, 63], as 0,2"},
+        ViolationCase{"devices_twice",
+                      [](auto& c) { c.mutable_cuda()->set_devices("1,0,1"); },
+                      "cuda.devices \"1,0,1\" holds 1 twice"},
+        ViolationCase{"yield_share",
+                      [](auto& c) { c.mutable_scheduling()->set_yield_share(1.5); },
+                      "scheduling.yield_share 1.5 is outside [0, 1]"},
+        ViolationCase{
+            "yield_share_that_is_no_number",
+            [](auto& c) { c.mutable_scheduling()->set_yield_share(std::nan("")); },
+            "scheduling.yield_share nan is outside [0, 1]"},
+        ViolationCase{
+            "batch",
+            [](auto& c) { c.mutable_scheduling()->set_batch_tokens_max(65'537); },
+            "scheduling.batch_tokens_max 65537 is outside [0, 65536]"},
+        ViolationCase{
+            "batch_prompt",
+            [](auto& c) { c.mutable_scheduling()->set_batch_prompt_tokens_max(0); },
+            "scheduling.batch_prompt_tokens_max 0 is outside [1, 65536]"},
         ViolationCase{
             "tokens",
             [](auto& c) { c.mutable_admission()->set_tokens_max(kSeqLenMax + 1); },

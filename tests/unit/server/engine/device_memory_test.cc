@@ -28,7 +28,7 @@ class DeviceMemorySpec : public EngineFixture {
     model_.model = *Model::Load(folder_.path(), {}, *device_);
     model_.tokens_max = model_.model->config().max_tokens;
     on_device_ = std::make_unique<EngineImpl>(
-        EngineOptions{.queue_requests_max = kQueueMax},
+        ExecutorOptions{.queue_requests_max = kQueueMax},
         EngineParts{*device_, ledger_, clock_, timers_, metrics_, &device_ledger_});
   }
   ~DeviceMemorySpec() override { EXPECT_EQ(device_ledger_.bytes_held(), 0); }

@@ -6,54 +6,18 @@
 #include <gtest/gtest.h>
 #include <prometheus/registry.h>
 
-#include <functional>
 #include <string>
 #include <utility>
+
+#include "tests/unit/server/engine/scripted_job.h"
 
 namespace pbs::server {
 namespace {
 
 using testing::ElementsAre;
 using testing::IsEmpty;
-
-using Events = std::vector<std::string>;
-
-// Runs `steps` steps; writes what happens to it into `events`.
-class ScriptedJob final : public Job {
- public:
-  ScriptedJob(std::string name, int steps, Events& events)
-      : name_(std::move(name)), steps_(steps), events_(events) {}
-
-  // Called inside every step.
-  std::function<absl::Status(const RunControl&)> during_step;
-
-  void Start(const JobTiming& timing) override {
-    events_.push_back(name_ + " starts after " +
-                      absl::FormatDuration(timing.started - timing.admitted));
-  }
-  absl::StatusOr<StepResult> Step(const RunControl& control) override {
-    events_.push_back(name_ + " steps");
-    if (during_step) {
-      if (absl::Status status = during_step(control); !status.ok()) return status;
-    }
-    ++steps_run_;
-    return StepResult{steps_run_ == steps_, static_cast<double>(steps_run_) / steps_};
-  }
-  void Finish(const absl::Status& status) override {
-    events_.push_back(name_ + " " + absl::StatusCodeToString(status.code()));
-    message_ = std::string(status.message());
-    if (last_message != nullptr) *last_message = message_;
-  }
-
-  std::string* last_message = nullptr;
-
- private:
-  const std::string name_;
-  const int steps_;
-  Events& events_;
-  int steps_run_ = 0;
-  std::string message_;
-};
+using testing_support::Events;
+using testing_support::ScriptedJob;
 
 class ExecutorSpec : public testing::Test {
  protected:
@@ -88,7 +52,7 @@ class ExecutorSpec : public testing::Test {
   EngineMetrics metrics_{registry_};
   Events events_;
   std::string last_message_;
-  Executor executor_{kQueueMax, clock_, timers_, metrics_};
+  Executor executor_{{.queue_requests_max = kQueueMax}, clock_, timers_, metrics_};
 };
 
 // ---- running
@@ -419,7 +383,7 @@ TEST_F(ExecutorSpec, ShutdownCutsNothingThatHasEndedOrWasCancelled) {
 
 TEST_F(ExecutorSpec, DestructionFinishesEveryJob) {
   {
-    Executor executor(kQueueMax, clock_, timers_, metrics_);
+    Executor executor({.queue_requests_max = kQueueMax}, clock_, timers_, metrics_);
     ASSERT_TRUE(executor.Submit({}, {}, MakeJob("a")).ok());
   }
   EXPECT_THAT(events_, ElementsAre("a UNAVAILABLE"));

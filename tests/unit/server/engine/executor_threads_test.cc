@@ -36,7 +36,7 @@ TEST(ExecutorThreads, EveryAcceptedJobFinishesOnceWhoeverCancelsIt) {
   TimerQueue timers(clock);
   prometheus::Registry registry;
   EngineMetrics metrics(registry);
-  Executor executor(64, clock, timers, metrics);
+  Executor executor({.queue_requests_max = 64}, clock, timers, metrics);
   std::atomic<int> accepted = 0;
   std::atomic<int> finished = 0;
   std::promise<void> idle;
@@ -83,7 +83,7 @@ TEST(ExecutorThreads, StoppingTheThreadEndsAJobThatWouldRunForEver) {
   TimerQueue timers(clock);
   prometheus::Registry registry;
   EngineMetrics metrics(registry);
-  Executor executor(1, clock, timers, metrics);
+  Executor executor({.queue_requests_max = 1}, clock, timers, metrics);
   std::promise<void> started;
   std::promise<absl::Status> finished;
   {

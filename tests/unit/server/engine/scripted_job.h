@@ -1,0 +1,52 @@
+// A job that does what a test says and writes down what happens to it.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "server/engine/job.h"
+
+namespace pbs::server::testing_support {
+
+using Events = std::vector<std::string>;
+
+// Runs `steps` steps; writes what happens to it into `events`.
+class ScriptedJob final : public Job {
+ public:
+  ScriptedJob(std::string name, int steps, Events& events)
+      : name_(std::move(name)), steps_(steps), events_(events) {}
+
+  // Called inside every step.
+  std::function<absl::Status(const RunControl&)> during_step;
+
+  void Start(const JobTiming& timing) override {
+    events_.push_back(name_ + " starts after " +
+                      absl::FormatDuration(timing.started - timing.admitted));
+  }
+  absl::StatusOr<StepResult> Step(const RunControl& control) override {
+    events_.push_back(name_ + " steps");
+    if (during_step) {
+      if (absl::Status status = during_step(control); !status.ok()) return status;
+    }
+    ++steps_run_;
+    return StepResult{steps_run_ == steps_, static_cast<double>(steps_run_) / steps_};
+  }
+  void Finish(const absl::Status& status) override {
+    events_.push_back(name_ + " " + absl::StatusCodeToString(status.code()));
+    message_ = std::string(status.message());
+    if (last_message != nullptr) *last_message = message_;
+  }
+
+  std::string* last_message = nullptr;
+
+ private:
+  const std::string name_;
+  const int steps_;
+  Events& events_;
+  int steps_run_ = 0;
+  std::string message_;
+};
+
+}  // namespace pbs::server::testing_support
