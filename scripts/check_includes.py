@@ -50,10 +50,11 @@ ROOMS = [
     Room("server/service", 6, ("absl", "grpc", "protobuf"), ("proto",)),
     Room("server/config", 7, ("absl", "protobuf"), ("proto",)),
     Room("server/backend", 8, ("absl",)),
-    Room("server/main.cc", 9, ("absl", "CLI11", "grpc", "protobuf", "prometheus"), ("proto",)),
-    Room("client/cpp/decode", 10, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
+    Room("server/node", 9, ("absl", "grpc", "protobuf", "prometheus"), ("proto",)),
+    Room("server/main.cc", 10, ("absl", "CLI11", "protobuf"), ("proto",)),
+    Room("client/cpp/decode", 11, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
          ("proto",)),
-    Room("client/cpp", 10, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
+    Room("client/cpp", 11, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
          ("proto",)),
 ]
 # The client sees the protocol only; its reference decode tier also sees the data plane.

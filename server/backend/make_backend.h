@@ -1,7 +1,8 @@
-// The backend that the settings ask for.
+// The backends that the settings ask for, one for each device.
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "pbs/backend.h"
@@ -10,9 +11,9 @@
 
 namespace pbs::server {
 
-// cuda: FailedPrecondition says why there is none. auto: cuda, or the CPU and one line
-// that says why.
-absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const ServerSettings& settings,
-                                                     Log& log);
+// At least one. cuda: on every device that is named, or FailedPrecondition says why
+// not. auto: cuda, or the CPU and one line that says why.
+absl::StatusOr<std::vector<std::unique_ptr<Backend>>> MakeBackends(
+    const ServerSettings& settings, Log& log);
 
 }  // namespace pbs::server

@@ -42,6 +42,7 @@ struct StageTimes {
 struct JobReservation {
   ByteReservation host;
   ByteReservation device;  // empty where device memory is ordinary memory
+  int32_t replica = 0;     // where the job will run
 
   void Reset() {
     host.Reset();

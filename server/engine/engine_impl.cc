@@ -23,24 +23,38 @@ EngineImpl::EngineImpl(const ExecutorOptions& options, const EngineParts& parts)
 
 absl::StatusOr<ByteReservation> EngineImpl::Charge(ByteLedger& ledger, int64_t bytes) {
   absl::StatusOr<ByteReservation> charged = ledger.Reserve(bytes);
-  if (!charged.ok()) {
-    const bool never = absl::IsInvalidArgument(charged.status());
-    parts_.metrics.engine
-        .Rejected(never ? RejectReason::kTooLarge : RejectReason::kMemory)
-        .Increment();
+  if (absl::IsInvalidArgument(charged.status())) {
+    parts_.metrics.engine.Rejected(RejectReason::kTooLarge).Increment();
   }
   return charged;
+}
+
+void CountRefusal(EngineMetrics& metrics, const absl::Status& status) {
+  if (!absl::IsResourceExhausted(status)) return;
+  metrics.Rejected(RejectReason::kMemory).Increment();
+}
+
+EngineImpl::Load EngineImpl::load() const {
+  return {executor_.backlog(),
+          has_device_memory() ? parts_.device_ledger->bytes_held() : 0};
 }
 
 // ---- raw attention
 
 absl::StatusOr<JobReservation> EngineImpl::ReserveAttend(
     const AttentionProblem& problem, bool want_lse, bool want_order, bool want_lists) {
+  auto reserved = TryReserveAttend(problem, {want_lse, want_order, want_lists});
+  CountRefusal(parts_.metrics.engine, reserved.status());
+  return reserved;
+}
+
+absl::StatusOr<JobReservation> EngineImpl::TryReserveAttend(
+    const AttentionProblem& problem, const AttendWanted& wanted) {
   PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<AttentionPlan> plan,
                             ToAbsl(parts_.backend.Plan(problem)));
-  const AttendWanted wanted = {want_lse, want_order, want_lists};
   const AttendBytes bytes = BytesOfAttend(*plan, wanted);
   JobReservation reservation;
+  reservation.replica = parts_.replica;
   if (has_device_memory()) {
     PBS_ABSL_ASSIGN_OR_RETURN(reservation.device,
                               Charge(*parts_.device_ledger, bytes.Total()));
@@ -57,12 +71,12 @@ absl::StatusOr<Admission> EngineImpl::SubmitAttend(AttendJob job,
                             ToAbsl(parts_.backend.Plan(job.problem)));
   const JobTerms terms = job.terms;
   JobSize size;
-  size.prediction =
-      costs_.Predict(AttendCostKey(job.problem),
-                     AttendWork(plan->geometry, NumRuns(job)), parts_.clock.Now());
+  size.prediction = parts_.costs.Predict(AttendCostKey(job.problem),
+                                         AttendWork(plan->geometry, NumRuns(job)),
+                                         parts_.clock.Now());
   size.num_steps = NumRuns(job);
-  const AttendTask::Parts task_parts = {parts_.backend, costs_, parts_.metrics.engine,
-                                        parts_.clock};
+  const AttendTask::Parts task_parts = {parts_.backend, parts_.costs,
+                                        parts_.metrics.engine, parts_.clock};
   return executor_.Submit(terms, size,
                           std::make_unique<AttendTask>(task_parts, std::move(job),
                                                        std::move(plan), listener));
@@ -85,18 +99,34 @@ std::shared_ptr<HeldKv> EngineImpl::Hold(KvCache cache, ByteReservation bytes) {
 absl::StatusOr<PrefillReservation> EngineImpl::ReservePrefill(
     const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
     int32_t num_logit_rows, int64_t reply_bytes) {
-  PBS_CHECK(&model.model->backend() == &parts_.backend);
+  auto reserved =
+      TryReservePrefill(model, num_tokens, attention, num_logit_rows, reply_bytes);
+  CountRefusal(parts_.metrics.engine, reserved.status());
+  return reserved;
+}
+
+const Model& EngineImpl::ReplicaOf(const ServedModel& served) const {
+  const Model& model = *served.replicas.at(static_cast<size_t>(parts_.replica));
+  PBS_CHECK(&model.backend() == &parts_.backend);
+  return model;
+}
+
+absl::StatusOr<PrefillReservation> EngineImpl::TryReservePrefill(
+    const ServedModel& served, int32_t num_tokens, const AttentionOptions& attention,
+    int32_t num_logit_rows, int64_t reply_bytes) {
+  const Model& model = ReplicaOf(served);
   // Which rows does not matter to the plan's size.
   const std::vector<int32_t> rows(static_cast<size_t>(num_logit_rows), 0);
   PBS_ABSL_ASSIGN_OR_RETURN(const PrefillPlan plan,
-                            ToAbsl(PlanPrefill(*model.model, {.num_tokens = num_tokens,
-                                                              .attention = attention,
-                                                              .logit_rows = rows})));
-  const KvShape shape = model.model->kv_shape(num_tokens);
+                            ToAbsl(PlanPrefill(model, {.num_tokens = num_tokens,
+                                                       .attention = attention,
+                                                       .logit_rows = rows})));
+  const KvShape shape = model.kv_shape(num_tokens);
   PrefillReservation reservation;
-  int64_t workspace = plan.workspace_bytes + LogitScratchBytes(*model.model);
+  reservation.workspace.replica = parts_.replica;
+  int64_t workspace = plan.workspace_bytes + LogitScratchBytes(model);
   if (has_device_memory()) {
-    workspace = LogitScratchBytes(*model.model);
+    workspace = LogitScratchBytes(model);
     PBS_ABSL_ASSIGN_OR_RETURN(
         reservation.workspace.device,
         Charge(*parts_.device_ledger, plan.workspace_bytes + KvWindow::BytesOf(shape)));
@@ -116,7 +146,7 @@ absl::StatusOr<PrefillReservation> EngineImpl::ReservePrefill(
 
 absl::StatusOr<Admission> EngineImpl::SubmitPrefill(PrefillJob job,
                                                     PrefillListener& listener) {
-  const Model& model = *job.model->model;
+  const Model& model = ReplicaOf(*job.model);
   const auto num_tokens = static_cast<int32_t>(job.tokens.size());
   PBS_ABSL_ASSIGN_OR_RETURN(PrefillPlan plan,
                             ToAbsl(PlanPrefill(model, {.num_tokens = num_tokens,
@@ -130,10 +160,11 @@ absl::StatusOr<Admission> EngineImpl::SubmitPrefill(PrefillJob job,
   const JobTerms terms = job.terms;
   JobSize size;
   size.prompt_tokens = num_tokens;
-  size.prediction = costs_.Predict(PrefillCostKey(model, job.attention),
-                                   PrefillWork(num_tokens), parts_.clock.Now());
+  size.prediction = parts_.costs.Predict(PrefillCostKey(*job.model, job.attention),
+                                         PrefillWork(num_tokens), parts_.clock.Now());
   size.num_steps = model.config().num_layers;
-  const PrefillTask::Parts task_parts = {costs_, parts_.metrics.engine, parts_.clock};
+  const PrefillTask::Parts task_parts = {model, parts_.costs, parts_.metrics.engine,
+                                         parts_.clock};
   const std::shared_ptr<HeldKv> kv = job.kv;
   absl::StatusOr<Admission> admission =
       executor_.Submit(terms, size,

@@ -1,4 +1,4 @@
-// The engine on one backend.
+// The engine on one backend, alone or as one of several replicas.
 //
 //   Reserve*: plan and charge       Submit*: plan again, predict, hand to the executor
 //
@@ -12,6 +12,7 @@
 #include "pbs/backend.h"
 #include "server/base/clock.h"
 #include "server/base/timers.h"
+#include "server/engine/attend_task.h"
 #include "server/engine/byte_ledger.h"
 #include "server/engine/cost_model.h"
 #include "server/engine/engine.h"
@@ -21,16 +22,21 @@
 namespace pbs::server {
 
 // Borrowed; all must outlive the engine. `metrics.kv` counts held caches, and must
-// outlive those too.
+// outlive those too. Replicas differ in backend and device ledger, and share the rest.
 struct EngineParts {
   Backend& backend;
   ByteLedger& ledger;
   const Clock& clock;
   TimerQueue& timers;
   ServerMetrics& metrics;
+  CostModel& costs;
   // Of the device's own memory; null where that is ordinary memory.
   ByteLedger* device_ledger = nullptr;
+  int32_t replica = 0;
 };
+
+// Counts a reservation that found no room now.
+void CountRefusal(EngineMetrics& metrics, const absl::Status& status);
 
 class EngineImpl final : public Engine {
  public:
@@ -38,6 +44,20 @@ class EngineImpl final : public Engine {
 
   // To be run by an ExecutorThread, or by hand in a test.
   Executor& executor() { return executor_; }
+
+  // What was accepted and is not finished, and what the ledgers have charged.
+  struct Load {
+    Backlog backlog;
+    int64_t device_bytes_held = 0;
+  };
+  Load load() const;
+
+  // As Reserve*(), but a refusal is not counted: another replica may have room.
+  absl::StatusOr<JobReservation> TryReserveAttend(const AttentionProblem& problem,
+                                                  const AttendWanted& wanted);
+  absl::StatusOr<PrefillReservation> TryReservePrefill(
+      const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
+      int32_t num_logit_rows, int64_t reply_bytes);
 
   absl::StatusOr<JobReservation> ReserveAttend(const AttentionProblem& problem,
                                                bool want_lse, bool want_order,
@@ -57,13 +77,13 @@ class EngineImpl final : public Engine {
   }
 
  private:
-  // Counts refusals.
+  // Counts what could never fit.
   absl::StatusOr<ByteReservation> Charge(ByteLedger& ledger, int64_t bytes);
+  const Model& ReplicaOf(const ServedModel& served) const;
   bool has_device_memory() const { return parts_.device_ledger != nullptr; }
   std::shared_ptr<HeldKv> Hold(KvCache cache, ByteReservation bytes);
 
   const EngineParts parts_;
-  CostModel costs_;
   Executor executor_;
 };
 

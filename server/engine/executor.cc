@@ -41,7 +41,11 @@ double Executor::Record::StepSecondsLeft() const {
 
 Executor::Executor(const ExecutorOptions& options, const Clock& clock,
                    TimerQueue& timers, EngineMetrics& metrics)
-    : options_(options), clock_(clock), timers_(timers), metrics_(metrics) {}
+    : options_(options),
+      clock_(clock),
+      timers_(timers),
+      metrics_(metrics),
+      metrics_part_(metrics.AddPart()) {}
 
 Executor::~Executor() {
   Shutdown();
@@ -148,6 +152,13 @@ int32_t Executor::NumWaiting() const {
   return waiting;
 }
 
+Backlog Executor::backlog() const {
+  MutexLock lock(mutex_);
+  Backlog backlog = {.jobs = num_unfinished_};
+  for (const auto& [id, record] : records_) backlog.seconds += record->SecondsLeft();
+  return backlog;
+}
+
 void Executor::UpdateGauges() {
   int64_t tokens = 0;
   double seconds = 0;
@@ -156,11 +167,11 @@ void Executor::UpdateGauges() {
     seconds += record->SecondsLeft();
   }
   const int32_t waiting = NumWaiting();
-  metrics_.waiting.Set(waiting);
+  metrics_.waiting.Set(metrics_part_, waiting);
   // Until it has given back what it held, which is after its listener was told.
-  metrics_.running.Set(static_cast<double>(num_unfinished_) - waiting);
-  metrics_.backlog_tokens.Set(static_cast<double>(tokens));
-  metrics_.backlog_seconds.Set(seconds);
+  metrics_.running.Set(metrics_part_, static_cast<double>(num_unfinished_) - waiting);
+  metrics_.backlog_tokens.Set(metrics_part_, static_cast<double>(tokens));
+  metrics_.backlog_seconds.Set(metrics_part_, seconds);
 }
 
 // ---- running

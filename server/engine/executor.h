@@ -46,6 +46,12 @@ struct JobSize {
   int32_t num_steps = 1;                 // of about the same length
 };
 
+// All that was accepted and is not finished.
+struct Backlog {
+  double seconds = 0;  // predicted; jobs without a prediction count nothing
+  int32_t jobs = 0;
+};
+
 struct ExecutorOptions {
   int32_t queue_requests_max = 64;
   // A job's patience: this share of its own predicted time, and never so much that its
@@ -69,6 +75,8 @@ class Executor {
   // called. The job may run, and finish, before this returns.
   absl::StatusOr<Admission> Submit(const JobTerms& terms, const JobSize& size,
                                    std::unique_ptr<Job> job);
+
+  Backlog backlog() const;
 
   // Ends the job with CANCELLED, or DEADLINE_EXCEEDED when its deadline has passed: a
   // waiting one before this returns, a started one soon. No-op when finished.
@@ -140,6 +148,7 @@ class Executor {
   const Clock& clock_;
   TimerQueue& timers_;
   EngineMetrics& metrics_;
+  const EngineMetrics::Part metrics_part_;
 
   mutable Mutex mutex_;
   CondVar work_arrived_;

@@ -33,8 +33,9 @@ int64_t LogitScratchBytes(const Model& model) {
   return 2 * static_cast<int64_t>(sizeof(float)) * model.config().vocab_size;
 }
 
-CostKey PrefillCostKey(const Model& model, const AttentionOptions& attention) {
-  return {&model, attention.method, model.kv_dtype(), model.config().head_dim};
+CostKey PrefillCostKey(const ServedModel& model, const AttentionOptions& attention) {
+  return {&model, attention.method, model.model().kv_dtype(),
+          model.model().config().head_dim};
 }
 
 Work PrefillWork(int32_t num_tokens) {
@@ -55,7 +56,7 @@ void PrefillTask::Start(const JobTiming& timing) {
 }
 
 absl::Status PrefillTask::Begin() {
-  const Model& model = *job_.model->model;
+  const Model& model = parts_.model;
   PBS_ABSL_ASSIGN_OR_RETURN(workspace_,
                             ToAbsl(model.backend().Allocate(plan_.workspace_bytes)));
   KvCache* cache = &job_.kv->writable_cache();
@@ -83,7 +84,7 @@ absl::StatusOr<StepResult> PrefillTask::Step(const RunControl& control) {
     result_.total_seconds = SecondsSinceAdmission();
     Measure();
   }
-  const double layers = job_.model->model->config().num_layers;
+  const double layers = parts_.model.config().num_layers;
   return StepResult{run_->layers_done(), run_->next_layer() / layers};
 }
 
@@ -118,8 +119,7 @@ void PrefillTask::OnLayerDone(const LayerReport& report) {
 absl::Status PrefillTask::ReadResult() {
   const absl::Time begin = parts_.clock.Now();
   PBS_ABSL_RETURN_IF_ERROR(ToAbsl(run_->ComputeLogits()));
-  std::vector<float> logits(
-      static_cast<size_t>(job_.model->model->config().vocab_size));
+  std::vector<float> logits(static_cast<size_t>(parts_.model.config().vocab_size));
   const auto num_positions = static_cast<int32_t>(job_.logit_positions.size());
   result_.positions.resize(job_.logit_positions.size());
   for (int32_t i = 0; i < num_positions; ++i) {
@@ -164,7 +164,7 @@ void PrefillTask::Measure() {
   if (result_.layers.front().coverage_rows > 0) {
     metrics.coverage.Observe(coverage / static_cast<double>(result_.layers.size()));
   }
-  parts_.costs.Measure(PrefillCostKey(*job_.model->model, job_.attention),
+  parts_.costs.Measure(PrefillCostKey(*job_.model, job_.attention),
                        PrefillWork(static_cast<int32_t>(job_.tokens.size())),
                        {LinearSeconds(stages), AttentionSeconds(stages)}, now);
 }

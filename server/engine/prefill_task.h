@@ -27,13 +27,14 @@ std::vector<int32_t> LogitRows(const PrefillJob& job);
 // Host memory for the logits of one row: the copy and its sorting.
 int64_t LogitScratchBytes(const Model& model);
 
-CostKey PrefillCostKey(const Model& model, const AttentionOptions& attention);
+CostKey PrefillCostKey(const ServedModel& model, const AttentionOptions& attention);
 Work PrefillWork(int32_t num_tokens);
 
 class PrefillTask final : public Job, private PrefillObserver {
  public:
   // Borrowed; all must outlive the task.
   struct Parts {
+    const Model& model;  // the job's, on the device where it runs
     CostModel& costs;
     EngineMetrics& metrics;
     const Clock& clock;

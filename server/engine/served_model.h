@@ -7,14 +7,18 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "server/model/model.h"
 
 namespace pbs::server {
 
 struct ServedModel {
+  const Model& model() const { return *replicas.front(); }
+
   std::string name;
-  std::unique_ptr<Model> model;
+  // One on every device, in the order of the engine's replicas; all of one digest.
+  std::vector<std::unique_ptr<Model>> replicas;
   int32_t tokens_max = 0;  // longest prompt: the least of the model's and our limits
 };
 

@@ -9,7 +9,7 @@
 namespace pbs::server {
 
 v1::ModelInfo DescribeModel(const ServedModel& served) {
-  const Model& model = *served.model;
+  const Model& model = served.model();
   const ModelConfig& config = model.config();
   v1::ModelInfo info;
   info.set_name(served.name);

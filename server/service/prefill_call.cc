@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kBuffersPerCall = 2;
 
 PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model) {
-  const ModelConfig& config = model.model->config();
+  const ModelConfig& config = model.model().config();
   PrefillLimits limits;
   limits.tokens_max = std::min(model.tokens_max, service.options.limits.tokens_max);
   if (limits.tokens_max == config.max_tokens) {
@@ -66,7 +66,7 @@ absl::Status PrefillCall::Decode(const v1::PrefillRequest& request) {
   PBS_ABSL_ASSIGN_OR_RETURN(model_, service_.FindModel(request.model()));
   PBS_ABSL_ASSIGN_OR_RETURN(spec_, DecodePrefill(request, LimitsOf(service_, *model_)));
   facts_.prompt_tokens = static_cast<int32_t>(spec_.tokens.size());
-  facts_.model_digest = model_->model->digest();
+  facts_.model_digest = model_->model().digest();
   facts_.sparsity_digest =
       SparsityDigest(spec_.attention, facts_.prompt_tokens, spec_.tenant_salt);
   return absl::OkStatus();
@@ -112,13 +112,13 @@ absl::Status PrefillCall::ReplyWithExisting(const LeaseView& lease) {
 }
 
 int64_t PrefillCall::ResultBytes() const {
-  const ModelConfig& config = model_->model->config();
+  const ModelConfig& config = model_->model().config();
   return PrefillResultBytes(spec_, config.vocab_size, config.num_layers);
 }
 
 // Everything the request will hold, charged at once.
 absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
-  const KvShape shape = model_->model->kv_shape(facts_.prompt_tokens);
+  const KvShape shape = model_->model().kv_shape(facts_.prompt_tokens);
   const KvRange whole = WholeRange(shape);
   const bool is_inline = spec_.delivery == Delivery::kInline;
   const int64_t result_bytes = ResultBytes();

@@ -39,11 +39,18 @@ double GaugeSum(const MetricFamily& family) {
 }  // namespace
 
 SampledGauge::SampledGauge(std::string name, std::string help,
-                           std::function<double()> value)
-    : name_(std::move(name)), help_(std::move(help)), value_(std::move(value)) {}
+                           std::function<Values()> values)
+    : name_(std::move(name)), help_(std::move(help)), values_(std::move(values)) {}
 
 std::vector<MetricFamily> SampledGauge::Collect() const {
-  return {GaugeFamily(name_, help_, value_())};
+  MetricFamily family = {name_, help_, MetricType::Gauge, {}};
+  for (const auto& [device, value] : values_()) {
+    ClientMetric metric;
+    metric.gauge.value = value;
+    if (!device.empty()) metric.label.push_back({"device", device});
+    family.metric.push_back(std::move(metric));
+  }
+  return {family};
 }
 
 VllmMetrics::VllmMetrics(const prometheus::Registry& registry, std::string model_name)

@@ -9,21 +9,25 @@
 
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace pbs::server {
 
-// A gauge whose value is asked for at every scrape; `value` must be safe from any
+// A gauge whose value is asked for at every scrape; the function must be safe from any
 // thread.
 class SampledGauge final : public prometheus::Collectable {
  public:
-  SampledGauge(std::string name, std::string help, std::function<double()> value);
+  // By the label `device`; the name "" stands for no label.
+  using Values = std::vector<std::pair<std::string, double>>;
+
+  SampledGauge(std::string name, std::string help, std::function<Values()> values);
   std::vector<prometheus::MetricFamily> Collect() const override;
 
  private:
   const std::string name_;
   const std::string help_;
-  const std::function<double()> value_;
+  const std::function<Values()> values_;
 };
 
 // The same figures under vLLM's names, for dashboards and gateways that read those:

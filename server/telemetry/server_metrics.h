@@ -9,6 +9,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <string>
 
@@ -19,6 +20,7 @@
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
 #include "server/telemetry/labels.h"
+#include "server/telemetry/summed_gauge.h"
 
 namespace pbs::server {
 
@@ -51,13 +53,17 @@ struct EngineMetrics {
   // pbs_prompt_tokens_total: of finished prefills.
   prometheus::Counter& prompt_tokens;
 
+  // One for every executor; their queues add up.
+  using Part = size_t;
+  Part AddPart() { return num_parts_++; }
+
   // pbs_requests_running: started and not finished. pbs_requests_waiting: queued.
-  prometheus::Gauge& running;
-  prometheus::Gauge& waiting;
+  SummedGauge running;
+  SummedGauge waiting;
   // pbs_prefill_backlog_tokens, pbs_prefill_backlog_seconds: prompt tokens admitted and
   // not finished, and the predicted time until all admitted work is done.
-  prometheus::Gauge& backlog_tokens;
-  prometheus::Gauge& backlog_seconds;
+  SummedGauge backlog_tokens;
+  SummedGauge backlog_seconds;
   // pbs_memory_budget_bytes: what admission may charge. pbs_memory_charged_bytes: what
   // it has charged, looked at when scraped (SampledGauge).
   prometheus::Gauge& memory_budget;
@@ -83,6 +89,7 @@ struct EngineMetrics {
   }
 
  private:
+  std::atomic<Part> num_parts_ = 0;
   PerLabel<prometheus::Histogram, kStageNames.size()> stage_time_;
   PerLabel<prometheus::Histogram, kMethodNames.size()> density_;
   PerLabel<prometheus::Counter, kWasteReasonNames.size()> tokens_wasted_;

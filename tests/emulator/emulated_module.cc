@@ -3,6 +3,7 @@
 //
 //   PBS_EMULATED_MEMORY_BYTES       Allocate() fails beyond
 //   PBS_EMULATED_BREAKS_AT_PRODUCT  the so-many-th product breaks the device
+//   PBS_EMULATED_DEVICES            how many there are; 1
 #include <cstdlib>
 #include <memory>
 #include <utility>
@@ -34,7 +35,9 @@ pbs::StatusOr<std::unique_ptr<pbs::Backend>> Create() {
 
 PBS_EXPORT const char* pbs_cuda_interface_id() { return PBS_INTERFACE_ID; }
 
-PBS_EXPORT void pbs_cuda_device_count(pbs::StatusOr<int32_t>* count) { *count = 1; }
+PBS_EXPORT void pbs_cuda_device_count(pbs::StatusOr<int32_t>* count) {
+  *count = static_cast<int32_t>(Setting("PBS_EMULATED_DEVICES", 1));
+}
 
 PBS_EXPORT void pbs_cuda_create(const pbs::CudaBackendOptions*,
                                 pbs::StatusOr<std::unique_ptr<pbs::Backend>>* backend) {

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <future>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -26,7 +27,7 @@ struct Server {
   explicit Server(std::vector<std::string> arguments,
                   std::vector<std::string> settings = {})
       : process(PBS_PREFILLD, With(std::move(arguments)), std::move(settings)) {
-    const nlohmann::json serving = process.WaitForEvent("serving");
+    serving = process.WaitForEvent("serving");
     EXPECT_TRUE(serving.is_object()) << "it did not start";
     backend = serving.value("backend", "");
     client = *client::Client::Connect({.address = serving.value("listen", "")});
@@ -44,6 +45,7 @@ struct Server {
   }
 
   ServerProcess process;
+  nlohmann::json serving;
   std::string backend;
   std::unique_ptr<client::Client> client;
 };
@@ -202,6 +204,41 @@ TEST(CudaDaemonSpec, AttendsWhatTheCpuServerDoes) {
             1e-2);
 }
 
+TEST(CudaDaemonSpec, EveryDeviceHasAReplicaAndTheyShareTheWork) {
+  Server node({"--backend", "cuda", "--devices", "all", "--set",
+               "cuda.module=" PBS_EMULATED_MODULE},
+              {"PBS_EMULATED_DEVICES=2"});
+  EXPECT_EQ(node.serving.value("devices", 0), 2);
+  std::vector<std::future<absl::StatusOr<v1::Done>>> prompts;
+  for (int i = 0; i < 4; ++i) {
+    prompts.push_back(
+        std::async(std::launch::async, [&] { return Prefill(node, Request(60)); }));
+  }
+  std::vector<v1::Done> done;
+  for (auto& prompt : prompts) {
+    auto result = prompt.get();
+    ASSERT_TRUE(result.ok()) << result.status();
+    done.push_back(*std::move(result));
+  }
+  const KvArrays first = Fetch(node, done.front());
+  for (const v1::Done& other : done) {
+    EXPECT_EQ(Fetch(node, other).arrays, first.arrays);
+  }
+  EXPECT_EQ(node.Stop(), 0);
+}
+
+TEST(CudaDaemonSpec, ADeviceThatIsNotThereIsNamed) {
+  ServerProcess server(PBS_PREFILLD,
+                       {"--backend", "cuda", "--devices", "0,2", "--set",
+                        "cuda.module=" PBS_EMULATED_MODULE, "--metrics-listen", "off"},
+                       {"PBS_EMULATED_DEVICES=2"});
+  const nlohmann::json failed = server.WaitForEvent("start_failed");
+  ASSERT_TRUE(failed.is_object());
+  EXPECT_THAT(failed.value("message", ""),
+              HasSubstr("cuda.devices names device 2; there are 2, counted from 0"));
+  EXPECT_EQ(server.Wait(), 1);
+}
+
 TEST(CudaDaemonSpec, WhatADeviceLacksIsNamed) {
   Server device = Emulated();
   RawAttention raw;
@@ -223,7 +260,7 @@ TEST(CudaDaemonSpec, AModelThatTheDeviceCannotRunEndsTheStart) {
   const nlohmann::json failed = server.WaitForEvent("start_failed");
   ASSERT_TRUE(failed.is_object());
   EXPECT_THAT(failed.value("message", ""),
-              HasSubstr("model recall cannot run on the cuda backend: dtype f32"));
+              HasSubstr("model recall: it cannot run on the cuda backend: dtype f32 "));
   EXPECT_EQ(server.Wait(), 1);
 }
 

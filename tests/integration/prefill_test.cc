@@ -36,7 +36,7 @@ TEST(PrefillSpec, AnswersWithEventsInOrderAndTheFirstToken) {
   ASSERT_EQ(done->positions_size(), 1);
   EXPECT_EQ(done->positions(0).position(), 7u);
   EXPECT_EQ(done->last_token_logits().size(), 128 * sizeof(float));
-  EXPECT_EQ(done->model_digest(), SharedModel::Get().served.model->digest());
+  EXPECT_EQ(done->model_digest(), SharedModel::Get().served.model().digest());
   EXPECT_EQ(done->stats().prompt_tokens(), 300);
   EXPECT_EQ(done->stats().layer_density_size(), 3);
   EXPECT_FALSE(done->has_ticket());
@@ -53,7 +53,7 @@ void ExpectSameCache(const KvArrays& a, const KvArrays& b) {
 }
 
 KvArrays DirectCache(const v1::PrefillRequest& request) {
-  const Model& model = *SharedModel::Get().served.model;
+  const Model& model = SharedModel::Get().served.model();
   PrefillProblem problem;
   problem.num_tokens = request.token_ids_size();
   problem.attention.dense_fallback = true;

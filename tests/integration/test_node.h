@@ -45,7 +45,7 @@ struct SharedModel {
   SharedModel() {
     backend = *CreateCpuBackend({.num_threads = 1});
     served.name = "tiny";
-    served.model = *Model::Load(folder.path(), {}, *backend);
+    served.replicas.push_back(*Model::Load(folder.path(), {}, *backend));
     served.tokens_max = 4096;
   }
 };
@@ -84,7 +84,7 @@ class TestNode {
   explicit TestNode(NodeOptions options = {})
       : ledger(options.memory_bytes_max),
         engine({.queue_requests_max = options.queue_requests_max},
-               {*SharedModel::Get().backend, ledger, clock, timers, metrics}),
+               {*SharedModel::Get().backend, ledger, clock, timers, metrics, costs}),
         leases(options.leases, RandomU64(), clock, timers, metrics.kv) {
     options.service.listen = "127.0.0.1:0";
     auto created = GrpcServer::Create(
@@ -163,6 +163,7 @@ class TestNode {
   prometheus::Registry registry;
   ServerMetrics metrics{registry};
   ByteLedger ledger;
+  CostModel costs;
   EngineImpl engine;
   LeaseStore leases;
   std::unique_ptr<GrpcServer> server;

@@ -22,14 +22,15 @@ class DeviceMemorySpec : public EngineFixture {
  protected:
   void Open(int fails_at = 0) {
     on_device_.reset();
-    model_.model.reset();
+    model_.replicas.clear();
     device_ = std::make_unique<DeviceBackend>(fails_at);
     model_.name = "tiny";
-    model_.model = *Model::Load(folder_.path(), {}, *device_);
-    model_.tokens_max = model_.model->config().max_tokens;
-    on_device_ = std::make_unique<EngineImpl>(
-        ExecutorOptions{.queue_requests_max = kQueueMax},
-        EngineParts{*device_, ledger_, clock_, timers_, metrics_, &device_ledger_});
+    model_.replicas.push_back(*Model::Load(folder_.path(), {}, *device_));
+    model_.tokens_max = model_.model().config().max_tokens;
+    on_device_ =
+        std::make_unique<EngineImpl>(ExecutorOptions{.queue_requests_max = kQueueMax},
+                                     EngineParts{*device_, ledger_, clock_, timers_,
+                                                 metrics_, costs_, &device_ledger_});
   }
   ~DeviceMemorySpec() override { EXPECT_EQ(device_ledger_.bytes_held(), 0); }
 

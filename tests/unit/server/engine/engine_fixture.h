@@ -25,14 +25,14 @@ struct TestModel {
     static TestModel model;
     return model.served_;
   }
-  static Backend& TheBackend() { return Get().model->backend(); }
+  static Backend& TheBackend() { return Get().model().backend(); }
 
  private:
   TestModel() {
     backend_ = *CreateCpuBackend({.num_threads = 1});
     served_.name = "tiny";
-    served_.model = *Model::Load(folder_.path(), {}, *backend_);
-    served_.tokens_max = served_.model->config().max_tokens;
+    served_.replicas.push_back(*Model::Load(folder_.path(), {}, *backend_));
+    served_.tokens_max = served_.model().config().max_tokens;
   }
 
   testing_support::TinyModelFolder folder_;
@@ -123,8 +123,10 @@ class EngineFixture : public testing::Test {
   prometheus::Registry registry_;
   ServerMetrics metrics_{registry_};
   ByteLedger ledger_{kBytesMax};
-  EngineImpl engine_{{.queue_requests_max = kQueueMax},
-                     {TestModel::TheBackend(), ledger_, clock_, timers_, metrics_}};
+  CostModel costs_;
+  EngineImpl engine_{
+      {.queue_requests_max = kQueueMax},
+      {TestModel::TheBackend(), ledger_, clock_, timers_, metrics_, costs_}};
 };
 
 }  // namespace pbs::server

@@ -19,7 +19,7 @@ class PrefillJobSpec : public EngineFixture {
   // The same prefill without an engine.
   static std::vector<float> LogitsOf(const std::vector<int32_t>& tokens,
                                      const AttentionOptions& attention) {
-    const Model& model = *TestModel::Get().model;
+    const Model& model = TestModel::Get().model();
     const auto num_tokens = static_cast<int32_t>(tokens.size());
     const PrefillPlan plan =
         *PlanPrefill(model, {.num_tokens = num_tokens, .attention = attention});
@@ -147,7 +147,7 @@ TEST_F(PrefillJobSpec, AnOvertakenPrefillGivesTheSameBits) {
 // ---- memory
 
 TEST_F(PrefillJobSpec, ChargesCacheAndWorkspaceAndKeepsOnlyTheCache) {
-  const Model& model = *TestModel::Get().model;
+  const Model& model = TestModel::Get().model();
   const int64_t cache = model.kv_shape(20).bytes();
   PrefillJob job = MakePrefill(20);
   const std::shared_ptr<HeldKv> kv = job.kv;
@@ -170,7 +170,8 @@ TEST_F(PrefillJobSpec, TheLastOwnerOfACacheFreesIt) {
 
 TEST_F(PrefillJobSpec, WhatCouldNeverFitIsInvalidAndAllocatesNothing) {
   ByteLedger tiny(1000);
-  EngineImpl engine({}, {TestModel::TheBackend(), tiny, clock_, timers_, metrics_});
+  EngineImpl engine({},
+                    {TestModel::TheBackend(), tiny, clock_, timers_, metrics_, costs_});
   const auto refused = engine.ReservePrefill(TestModel::Get(), 100, Dense(), 1, 0);
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(refused.status().message()),

@@ -46,7 +46,9 @@ class MetricsServerSpec : public testing::Test {
   static void SetUpTestSuite() {
     auto registry = std::make_shared<prometheus::Registry>();
     prometheus::BuildGauge().Name("pbs_x").Register(*registry).Add({}).Set(5);
-    auto sampled = std::make_shared<SampledGauge>("pbs_y", "y", [] { return 6.0; });
+    auto sampled = std::make_shared<SampledGauge>("pbs_y", "y", [] {
+      return SampledGauge::Values{{"", 6}, {"0", 7}};
+    });
     auto server = MetricsServer::Create("localhost:0", {registry, sampled});
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = server->release();
@@ -70,6 +72,7 @@ TEST_F(MetricsServerSpec, ServesEverySourceAsText) {
   EXPECT_THAT(reply, HasSubstr("200 OK"));
   EXPECT_THAT(reply, HasSubstr("pbs_x 5"));
   EXPECT_THAT(reply, HasSubstr("pbs_y 6"));
+  EXPECT_THAT(reply, HasSubstr("pbs_y{device=\"0\"} 7"));
 }
 
 TEST_F(MetricsServerSpec, OtherPathsAreNotFound) {

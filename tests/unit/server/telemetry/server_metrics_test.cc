@@ -154,17 +154,26 @@ TEST_F(ServerMetricsSpec, InfoMetricsAreOneWithTheirLabels) {
 
 TEST(SampledGaugeSpec, AsksForItsValueAtEveryScrape) {
   double value = 1;
-  const SampledGauge gauge("pbs_memory_charged_bytes", "Charged",
-                           [&] { return value; });
+  const SampledGauge gauge("pbs_memory_charged_bytes", "Charged", [&] {
+    return SampledGauge::Values{{"", value}};
+  });
   EXPECT_EQ(gauge.Collect().front().metric.front().gauge.value, 1);
   value = 2;
   EXPECT_EQ(gauge.Collect().front().metric.front().gauge.value, 2);
   EXPECT_EQ(gauge.Collect().front().name, "pbs_memory_charged_bytes");
 }
 
+TEST_F(ServerMetricsSpec, PartsOfAGaugeAddUp) {
+  EXPECT_NE(metrics_.engine.AddPart(), metrics_.engine.AddPart());
+  metrics_.engine.waiting.Set(0, 3);
+  metrics_.engine.waiting.Set(2, 4);
+  metrics_.engine.waiting.Set(0, 1);
+  EXPECT_EQ(metrics_.engine.waiting.Value(), 5);
+}
+
 TEST_F(ServerMetricsSpec, VllmNamesCarryTheSameFigures) {
-  metrics_.engine.waiting.Set(3);
-  metrics_.engine.running.Set(1);
+  metrics_.engine.waiting.Set(0, 3);
+  metrics_.engine.running.Set(0, 1);
   metrics_.engine.queue_time.Observe(0.5);
   metrics_.engine.time_to_kv_ready.Observe(2);
   metrics_.engine.memory_budget.Set(1000);

@@ -1,0 +1,121 @@
+#include "server/engine/replicated_engine.h"
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <utility>
+
+#include "pbs/check.h"
+#include "server/base/mutex.h"
+
+namespace pbs::server {
+
+ReplicatedEngine::ReplicatedEngine(std::vector<EngineImpl*> replicas,
+                                   EngineMetrics& metrics)
+    : replicas_(std::move(replicas)), metrics_(metrics) {
+  PBS_CHECK(!replicas_.empty());
+}
+
+std::vector<EngineImpl*> ReplicatedEngine::ByLoad() const {
+  using Key = std::tuple<double, int32_t, int64_t>;
+  std::vector<std::pair<Key, EngineImpl*>> loads;
+  for (EngineImpl* replica : replicas_) {
+    const EngineImpl::Load load = replica->load();
+    loads.push_back(
+        {{load.backlog.seconds, load.backlog.jobs, load.device_bytes_held}, replica});
+  }
+  std::stable_sort(loads.begin(), loads.end(), [](const auto& left, const auto& right) {
+    return left.first < right.first;
+  });
+  std::vector<EngineImpl*> sorted;
+  for (const auto& [key, replica] : loads) sorted.push_back(replica);
+  return sorted;
+}
+
+template <class Reservation, class Reserve>
+absl::StatusOr<Reservation> ReplicatedEngine::ReserveSomewhere(const Reserve& reserve) {
+  absl::StatusOr<Reservation> reserved;
+  for (EngineImpl* replica : ByLoad()) {
+    reserved = reserve(*replica);
+    if (!absl::IsResourceExhausted(reserved.status())) break;
+  }
+  CountRefusal(metrics_, reserved.status());
+  return reserved;
+}
+
+absl::StatusOr<JobReservation> ReplicatedEngine::ReserveAttend(
+    const AttentionProblem& problem, bool want_lse, bool want_order, bool want_lists) {
+  return ReserveSomewhere<JobReservation>([&](EngineImpl& replica) {
+    return replica.TryReserveAttend(problem, {want_lse, want_order, want_lists});
+  });
+}
+
+absl::StatusOr<PrefillReservation> ReplicatedEngine::ReservePrefill(
+    const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
+    int32_t num_logit_rows, int64_t reply_bytes) {
+  return ReserveSomewhere<PrefillReservation>([&](EngineImpl& replica) {
+    return replica.TryReservePrefill(model, num_tokens, attention, num_logit_rows,
+                                     reply_bytes);
+  });
+}
+
+absl::StatusOr<Admission> ReplicatedEngine::WithId(absl::StatusOr<Admission> admission,
+                                                   int32_t replica) const {
+  if (admission.ok()) {
+    admission->id = admission->id * replicas_.size() + static_cast<JobId>(replica);
+  }
+  return admission;
+}
+
+absl::StatusOr<Admission> ReplicatedEngine::SubmitAttend(AttendJob job,
+                                                         AttendListener& listener) {
+  const int32_t replica = job.reservation.replica;
+  return WithId(replicas_.at(static_cast<size_t>(replica))
+                    ->SubmitAttend(std::move(job), listener),
+                replica);
+}
+
+absl::StatusOr<Admission> ReplicatedEngine::SubmitPrefill(PrefillJob job,
+                                                          PrefillListener& listener) {
+  const int32_t replica = job.reservation.replica;
+  return WithId(replicas_.at(static_cast<size_t>(replica))
+                    ->SubmitPrefill(std::move(job), listener),
+                replica);
+}
+
+void ReplicatedEngine::Cancel(JobId id) {
+  const auto count = static_cast<JobId>(replicas_.size());
+  replicas_[static_cast<size_t>(id % count)]->Cancel(id / count);
+}
+
+void ReplicatedEngine::Drain(absl::AnyInvocable<void()> on_idle) {
+  // shared_ptr: the last replica to become idle calls back.
+  struct Waiting {
+    Mutex mutex;
+    size_t replicas ABSL_GUARDED_BY(mutex) = 0;
+    absl::AnyInvocable<void()> on_idle;
+  };
+  const auto waiting = std::make_shared<Waiting>();
+  waiting->on_idle = std::move(on_idle);
+  {
+    MutexLock lock(waiting->mutex);
+    waiting->replicas = replicas_.size();
+  }
+  for (EngineImpl* replica : replicas_) {
+    replica->Drain([waiting] {
+      {
+        MutexLock lock(waiting->mutex);
+        if (--waiting->replicas > 0) return;
+      }
+      waiting->on_idle();
+    });
+  }
+}
+
+int32_t ReplicatedEngine::Shutdown() {
+  int32_t cut = 0;
+  for (EngineImpl* replica : replicas_) cut += replica->executor().Shutdown();
+  return cut;
+}
+
+}  // namespace pbs::server

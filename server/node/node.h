@@ -1,0 +1,102 @@
+// A running server: devices, models, queue, leases, services, metrics, in the order in
+// which they need each other.
+//
+//   Create -> Prepare -> Serve (until asked to stop) -> Drain
+//
+// Threading: one thread. Errors: of Create() and Prepare(), to be shown to whoever
+// started the server.
+#pragma once
+
+#include <prometheus/registry.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "server/base/clock.h"
+#include "server/base/log.h"
+#include "server/base/signal_watcher.h"
+#include "server/base/timers.h"
+#include "server/config/server_settings.h"
+#include "server/engine/byte_ledger.h"
+#include "server/engine/cost_model.h"
+#include "server/engine/replicated_engine.h"
+#include "server/node/device.h"
+#include "server/service/server.h"
+#include "server/telemetry/metrics_server.h"
+#include "server/telemetry/sampled_metrics.h"
+#include "server/telemetry/server_metrics.h"
+#include "server/transfer/lease_store.h"
+
+namespace pbs::server {
+
+class Node {
+ public:
+  // Makes the backends and listens; nothing is served yet.
+  static absl::StatusOr<std::unique_ptr<Node>> Create(const ServerSettings& settings,
+                                                      const BuildLabels& build,
+                                                      SignalWatcher& signals, Log& log);
+
+  // The self-tests, then the models. Cancelled when asked to stop meanwhile.
+  absl::Status Prepare();
+  // Says so and serves until asked to stop.
+  void Serve();
+  // Finishes what was admitted and serves leases, for at most the configured time.
+  // False when that was too short for the work.
+  bool Drain();
+  bool device_lost() const { return device_lost_.load(); }
+
+ private:
+  Node(const ServerSettings& settings, const BuildLabels& build,
+       std::vector<std::unique_ptr<Backend>> backends, SignalWatcher& signals,
+       Log& log);
+  std::vector<std::unique_ptr<Device>> MakeDevices(
+      std::vector<std::unique_ptr<Backend>> backends);
+  absl::Status Listen();
+  absl::Status ExportMetrics();
+  // A gauge of one value for every device.
+  std::shared_ptr<prometheus::Collectable> DeviceGauge(const char* name,
+                                                       const char* help,
+                                                       double (*value)(Device&)) const;
+  absl::Status LoadModel(const ModelSettings& source);
+  ServiceOptions MakeServiceOptions() const;
+  void LogServing() const;
+  void WatchDevices();
+  void StopIfADeviceIsLost();
+  // True when all admitted work was done before `until`; what is left then ends.
+  bool FinishWork(absl::Time until);
+  // Calls `start` with a callback and waits for that to be called; false when `until`
+  // came first.
+  bool WaitFor(absl::Time until,
+               absl::FunctionRef<void(absl::AnyInvocable<void()>)> start);
+
+  const ServerSettings settings_;
+  const BuildLabels build_;
+  SignalWatcher& signals_;
+  Log& log_;
+  const RealClock clock_;
+  TimerQueue timers_{clock_};
+  // shared_ptr: the exposer's interface asks for it.
+  const std::shared_ptr<prometheus::Registry> registry_ =
+      std::make_shared<prometheus::Registry>();
+  ServerMetrics metrics_{*registry_};
+  CostModel costs_;
+  ByteLedger ledger_;
+  std::atomic<bool> device_lost_ = false;
+  const std::vector<std::unique_ptr<Device>> devices_;
+  std::vector<std::unique_ptr<ServedModel>> models_;
+  ReplicatedEngine engine_;
+  LeaseStore leases_;
+  std::unique_ptr<MetricsServer> metrics_server_;
+  std::unique_ptr<GrpcServer> server_;
+  // Threads last: they stop first.
+  std::unique_ptr<TimerThread> timer_thread_;
+  std::vector<std::unique_ptr<ExecutorThread>> executor_threads_;
+};
+
+}  // namespace pbs::server
