@@ -36,6 +36,7 @@ namespace pbs::server {
 // work is not the engine's to know.
 struct StageTimes {
   double queue = 0, embed = 0, qkv = 0, permute = 0, select = 0, attend = 0, mlp = 0;
+  double copy = 0;
 };
 
 // What a job may hold, charged before it is accepted.
@@ -114,7 +115,8 @@ struct PrefillResult {
   std::vector<AttentionStats> layers;
   StageTimes stages;
   double time_to_first_layer_seconds = 0;
-  double total_seconds = 0;  // admission to last layer
+  double total_seconds = 0;    // admission to last layer
+  double kv_copy_seconds = 0;  // keys and values leaving a device, beside the stages
 };
 
 class PrefillListener {

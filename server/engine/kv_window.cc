@@ -13,12 +13,14 @@ int64_t KvWindow::BytesOf(const KvShape& shape) {
 }
 
 absl::StatusOr<std::unique_ptr<KvWindow>> KvWindow::Create(const KvCache& held,
-                                                           Backend& backend) {
+                                                           Backend& backend,
+                                                           const Clock& clock) {
   const KvShape& shape = held.shape();
   PBS_ABSL_ASSIGN_OR_RETURN(KvCache cache,
                             ToAbsl(KvCache::CreateWindow(
                                 shape, std::min(kLayers, shape.num_layers), backend)));
-  return std::unique_ptr<KvWindow>(new KvWindow(held, std::move(cache), backend));
+  return std::unique_ptr<KvWindow>(
+      new KvWindow(held, std::move(cache), backend, clock));
 }
 
 KvWindow::~KvWindow() {
@@ -27,9 +29,16 @@ KvWindow::~KvWindow() {
 }
 
 absl::Status KvWindow::MakeRoomFor(int32_t layer) {
+  const absl::Time begin = clock_.Now();
   MutexLock lock(mutex_);
   while (left_ < std::min(sent_, layer - kLayers + 1)) changed_.Wait(mutex_);
+  wait_seconds_ += absl::ToDoubleSeconds(clock_.Now() - begin);
   return status_;
+}
+
+double KvWindow::copy_seconds() const {
+  MutexLock lock(mutex_);
+  return absl::ToDoubleSeconds(copying_);
 }
 
 void KvWindow::Send(int32_t layer, std::function<void()> on_held) {
@@ -52,6 +61,8 @@ void KvWindow::OnCopied(const Status& status, const std::function<void()>* on_he
     MutexLock lock(mutex_);
     if (status_.ok()) status_ = ToAbsl(status);
     held = status_.ok();
+    if (on_held == nullptr) keys_copied_ = clock_.Now();
+    if (on_held != nullptr && held) copying_ += 2 * (clock_.Now() - keys_copied_);
   }
   if (on_held == nullptr) return;
   if (held) (*on_held)();

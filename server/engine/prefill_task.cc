@@ -61,7 +61,8 @@ absl::Status PrefillTask::Begin() {
                             ToAbsl(model.backend().Allocate(plan_.workspace_bytes)));
   KvCache* cache = &job_.kv->writable_cache();
   if (!model.backend().info().host_memory) {
-    PBS_ABSL_ASSIGN_OR_RETURN(window_, KvWindow::Create(*cache, model.backend()));
+    PBS_ABSL_ASSIGN_OR_RETURN(window_,
+                              KvWindow::Create(*cache, model.backend(), parts_.clock));
     cache = &window_->cache();
   }
   PBS_ABSL_ASSIGN_OR_RETURN(
@@ -79,7 +80,11 @@ absl::StatusOr<StepResult> PrefillTask::Step(const RunControl& control) {
   PBS_ABSL_RETURN_IF_ERROR(ToAbsl(run_->RunLayer(this, control)));
   if (run_->layers_done()) {
     PBS_ABSL_RETURN_IF_ERROR(ReadResult());
-    if (window_ != nullptr) PBS_ABSL_RETURN_IF_ERROR(window_->Wait());
+    if (window_ != nullptr) {
+      PBS_ABSL_RETURN_IF_ERROR(window_->Wait());
+      result_.stages.copy = window_->wait_seconds();
+      result_.kv_copy_seconds = window_->copy_seconds();
+    }
     job_.kv->writable_cache().set_num_tokens(static_cast<int32_t>(job_.tokens.size()));
     result_.total_seconds = SecondsSinceAdmission();
     Measure();

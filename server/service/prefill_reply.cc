@@ -65,6 +65,7 @@ v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
   EncodeLayers(result.layers, stats);
   stats.set_time_to_first_layer_seconds(result.time_to_first_layer_seconds);
   stats.set_total_seconds(result.total_seconds);
+  stats.set_kv_copy_seconds(result.kv_copy_seconds);
   stats.set_backend(backend.name);
   stats.set_isa(backend.isa);
   stats.set_planned_bytes(facts.planned_bytes);

@@ -15,6 +15,7 @@ inline v1::StageSeconds EncodeStages(const StageTimes& times) {
   wire.set_select(times.select);
   wire.set_attend(times.attend);
   wire.set_mlp(times.mlp);
+  wire.set_copy(times.copy);
   return wire;
 }
 

@@ -24,8 +24,8 @@ inline constexpr std::array<const char*, 8> kRpcNames = {
     "prefill", "attend",  "describe",    "fetch",
     "renew",   "release", "list_models", "get_server_info"};
 
-// Label `stage`: StageSeconds (types.proto) without `copy`, which no backend of this
-// build has.
+// Label `stage`: StageSeconds (types.proto) without `copy`, which replies tell beside
+// what it is a part of.
 enum class Stage : uint8_t {
   kQueue,
   kEmbed,

@@ -130,6 +130,9 @@ TEST(CudaDaemonSpec, HandsOverWhatTheCpuServerDoes) {
     const auto expected = Prefill(cpu, request);
     ASSERT_TRUE(actual.ok()) << actual.status();
     ASSERT_TRUE(expected.ok()) << expected.status();
+    EXPECT_GT(actual->stats().kv_copy_seconds(), 0);
+    EXPECT_EQ(expected->stats().kv_copy_seconds(), 0);
+    EXPECT_EQ(expected->stats().stages().copy(), 0);
     std::map<uint32_t, double> log_probs;
     for (const v1::TokenLogit& token : expected->top_logits()) {
       log_probs[token.token_id()] = token.log_probability();

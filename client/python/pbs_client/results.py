@@ -290,6 +290,8 @@ class PrefillStats:
         executed_flops: of attention; `dense_flops` is what dense would have taken.
         total_seconds: admission to last layer.
         planned_bytes: what the server charged for it: cache, workspace, result.
+        kv_copy_seconds: keys and values on their way from a device, most of it beside
+            other stages; `stages.copy` is the part that nothing ran beside.
     """
 
     prompt_tokens: int
@@ -306,6 +308,7 @@ class PrefillStats:
     backend: str
     isa: str
     planned_bytes: int
+    kv_copy_seconds: float
 
     @classmethod
     def from_message(cls, message: Any) -> PrefillStats:
