@@ -45,7 +45,7 @@ using CaseOr = StatusOr<std::unique_ptr<Case>>;
 
 // Each makes a case and warms it up.
 CaseOr MakeAttentionCase(const Words& words, int threads);
-CaseOr MakeLinearCase(const Words& words, int threads);
+CaseOr MakeLinearCase(const Words& words, std::unique_ptr<Backend> backend);
 CaseOr MakePrefillCase(const Words& words, const Model& model);
 CaseOr MakeRecallCase(const Words& words, const Model& model);  // not warmed up
 

@@ -6,7 +6,8 @@
 //   attention name, method (dense | pbs | mean_pooling), dtype (f32 | f16 | bf16), len,
 //             heads, kv_heads, head_dim, data (structured | noise), isa, segment,
 //             threshold, density (forces lists of that density)
-//   linear    name, rows, in, out, dtype (f32 | bf16)
+//   linear    name, rows, in, out, dtype (f32 | bf16), repetitions in a run,
+//             backend (cpu | cuda), module and cublaslt (files, for cuda)
 //   model     path, compute (auto | f32 | bf16)
 //   prefill   name, len, method, segment, threshold, density, warmup (0 | 1)
 //   recall    name, prompts (a file), method, threshold, order (identity), density
@@ -25,6 +26,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "loader/cuda_module.h"
 #include "pbs/cpu_backend.h"
 #include "server/model/model.h"
 #include "tests/bench/bench_case.h"
@@ -63,7 +65,10 @@ class Worker {
     }
     if (command == "run") return Time(name);
     if (command == "attention") return Keep(name, MakeAttentionCase(words, threads_));
-    if (command == "linear") return Keep(name, MakeLinearCase(words, threads_));
+    if (command == "linear") {
+      PBS_ASSIGN_OR_RETURN(auto backend, MakeBackend(words));
+      return Keep(name, MakeLinearCase(words, std::move(backend)));
+    }
     if (command == "prefill" || command == "recall") {
       if (model_ == nullptr) return InvalidArgument(command + " needs a model first");
       return Keep(name, command == "prefill" ? MakePrefillCase(words, *model_)
@@ -73,6 +78,15 @@ class Worker {
   }
 
  private:
+  StatusOr<std::unique_ptr<Backend>> MakeBackend(const Words& words) const {
+    if (words.Text("backend", "cpu") == "cpu") {
+      return CreateCpuBackend({.num_threads = threads_});
+    }
+    PBS_ASSIGN_OR_RETURN(const CudaModule module,
+                         CudaModule::Load(words.Text("module", "")));
+    return module.Create({.cublaslt = words.Text("cublaslt", "")});
+  }
+
   StatusOr<std::string> LoadModel(const Words& words) {
     cases_.clear();
     model_.reset();

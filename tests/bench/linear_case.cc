@@ -2,7 +2,7 @@
 #include <sstream>
 #include <vector>
 
-#include "pbs/cpu_backend.h"
+#include "pbs/backend.h"
 #include "tests/bench/bench_case.h"
 
 namespace pbs::bench {
@@ -10,32 +10,38 @@ namespace {
 
 class LinearBench final : public Case {
  public:
-  static CaseOr Create(const Words& words, int threads) {
-    auto bench = std::unique_ptr<LinearBench>(new LinearBench);
-    PBS_RETURN_IF_ERROR(bench->Prepare(words, threads));
+  static CaseOr Create(const Words& words, std::unique_ptr<Backend> backend) {
+    auto bench = std::unique_ptr<LinearBench>(new LinearBench(std::move(backend)));
+    PBS_RETURN_IF_ERROR(bench->Prepare(words));
     return CaseOr(std::move(bench));
   }
 
   Status Run() override {
-    return backend_->Linear(*linear_, x_.data(), rows_, y_.data(),
-                            workspace_.workspace());
+    for (int32_t i = 0; i < repetitions_; ++i) {
+      PBS_RETURN_IF_ERROR(backend_->Linear(*linear_, x_.data(), rows_, y_.data(),
+                                           workspace_.workspace()));
+    }
+    return backend_->Synchronize();
   }
 
   std::string Details() const override {
     std::ostringstream out;
-    out << ",\"flops\":" << 2.0 * static_cast<double>(rows_) * in_ * out_
+    out << ",\"flops\":" << 2.0 * static_cast<double>(rows_) * in_ * out_ * repetitions_
         << ",\"compute\":\"" << DTypeName(linear_->spec.compute_dtype)
         << "\",\"weight_bytes\":" << linear_->bytes;
     return out.str();
   }
 
  private:
-  Status Prepare(const Words& words, int threads) {
-    PBS_ASSIGN_OR_RETURN(backend_, CreateCpuBackend({.num_threads = threads}));
+  explicit LinearBench(std::unique_ptr<Backend> backend)
+      : backend_(std::move(backend)) {}
+
+  Status Prepare(const Words& words) {
     PBS_ASSIGN_OR_RETURN(const DType stored, ParseDType(words.Text("dtype", "f32")));
     rows_ = words.Integer("rows", 512);
     in_ = words.Integer("in", 4096);
     out_ = words.Integer("out", 4096);
+    repetitions_ = words.Integer("repetitions", 1);
     const DType compute = backend_->ComputeDType(stored);
     const LinearSpec spec = {.in_features = in_,
                              .out_features = out_,
@@ -61,20 +67,23 @@ class LinearBench final : public Case {
     PBS_ASSIGN_OR_RETURN(y_, backend_->Allocate(rows_ * out_ * DTypeBytes(compute)));
     PBS_ASSIGN_OR_RETURN(workspace_, backend_->Allocate(backend_->LinearWorkspaceBytes(
                                          *linear_, rows_)));
-    PBS_RETURN_IF_ERROR(rows(compute)(0, rows_, x_.data()));
+    std::vector<std::byte> x(static_cast<size_t>(x_.bytes()));
+    PBS_RETURN_IF_ERROR(rows(compute)(0, rows_, x.data()));
+    PBS_RETURN_IF_ERROR(backend_->Upload(x.data(), x_.data(), x_.bytes()));
     return Run();  // warms up
   }
 
-  std::unique_ptr<Backend> backend_;
+  const std::unique_ptr<Backend> backend_;
   std::unique_ptr<PackedLinear> linear_;
   Buffer x_, y_, workspace_;
   int64_t rows_ = 0, in_ = 0, out_ = 0;
+  int32_t repetitions_ = 1;
 };
 
 }  // namespace
 
-CaseOr MakeLinearCase(const Words& words, int threads) {
-  return LinearBench::Create(words, threads);
+CaseOr MakeLinearCase(const Words& words, std::unique_ptr<Backend> backend) {
+  return LinearBench::Create(words, std::move(backend));
 }
 
 }  // namespace pbs::bench
