@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import shlex
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECALL_MODEL = REPOSITORY / "tests" / "data" / "recall-llama"
+# On what the served tests run, and flags that this takes (where its libraries are).
+BACKEND = os.environ.get("PBS_TEST_BACKEND", "cpu")
+BACKEND_FLAGS = shlex.split(os.environ.get("PBS_TEST_SERVER_FLAGS", ""))
 
 _START_SECONDS_MAX = 120
 _DRAIN_SECONDS_MAX = 5  # a test that leaves a lease must not hold up the rest
@@ -49,7 +53,8 @@ def server_binary() -> Path:
 @contextlib.contextmanager
 def running_server(*flags: str) -> Iterator[RunningServer]:
     """Starts pbs-prefilld on free ports and waits until it serves; stops it after."""
-    command = [str(server_binary()), "--backend", "cpu", "--metrics-listen", "off"]
+    command = [str(server_binary()), "--backend", BACKEND, *BACKEND_FLAGS]
+    command += ["--metrics-listen", "off"]
     command += ["--set", f"drain_seconds_max={_DRAIN_SECONDS_MAX}"]
     process = subprocess.Popen(
         [*command, "--listen", "127.0.0.1:0", *flags],
