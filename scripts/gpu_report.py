@@ -1,25 +1,27 @@
 #!/usr/bin/env python3
-"""Writes the GPU table and plot of docs/BENCHMARKS.md from docs/results/gpu_attention.json.
+"""Writes the GPU tables and plots of docs/BENCHMARKS.md from docs/results.
 
     .venv/bin/python scripts/gpu_report.py
 
 Needs matplotlib (scripts/bench_report.sh makes the environment). The results come from
-scripts/gpu_suite.sh on a machine with a GPU.
+a machine with a GPU: gpu_attention.json of scripts/gpu_suite.sh, gpu_server.json of
+scripts/gpu_server_suite.sh. Results of anything else are refused.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/bench"))
 
 import matplotlib.pyplot as plt  # noqa: E402
-from report import PAGE, fill, save, table  # noqa: E402
+from gpu_server_tables import cell, not_of_a_gpu, plot_server, server_tables  # noqa: E402
+from report import PAGE, RESULTS, fill, save, table  # noqa: E402
 
-RESULTS = ROOT / "docs/results/gpu_attention.json"
 PEERS = ("cudnn", "flash")
 # Attention against the fastest dense peer, overhead included (docs/KERNELS.md).
 GOALS = {("pbs", 32768): 2.0, ("pbs", 131072): 2.1, ("pbs_s512", 131072): 3.6,
@@ -47,11 +49,6 @@ def goal_of(name: str, kind: str, tokens: int) -> float:
     if kind == "white_noise" and name != "pbs_dense":
         return NOT_SLOWER
     return GOALS.get((name, tokens)) or GOALS.get((name, 0)) or NOT_SLOWER
-
-
-def cell(text: object) -> str:
-    """On one line, without what ends a cell."""
-    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def figures(row: dict, peer: float | None, goal: float) -> list[str]:
@@ -131,20 +128,46 @@ def plot(results: dict) -> None:
     save(figure, "gpu_attention")
 
 
+# Results file: the section of the page, its tables, its plot, and what makes the results.
+SECTIONS = {
+    "gpu_attention": ("Attention on a GPU", attention_table, plot, "scripts/gpu_suite.sh"),
+    "gpu_server": ("A served model on a GPU", server_tables, plot_server,
+                   "scripts/gpu_server_suite.sh"),
+}
+
+
+def make_place(page: pathlib.Path, name: str, title: str) -> None:
+    """Puts the marks of a table at the end of its section, where they are not there."""
+    text = page.read_text()
+    if f"<!-- table: {name} -->" in text:
+        return
+    section = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.M | re.S)
+    if section is None:
+        raise SystemExit(f"{page}: there is no section {title}")
+    behind = text[section.end() :]
+    marks = f"{section[0].rstrip()}\n\n<!-- table: {name} -->\n<!-- end -->\n"
+    page.write_text(text[: section.start()] + marks + (f"\n{behind}" if behind else ""))
+
+
 def main() -> int:
     """Rewrites the page."""
-    if not RESULTS.exists():
-        print(f"{RESULTS.relative_to(ROOT)} does not exist: run scripts/gpu_suite.sh on a machine "
-              "with a GPU first", file=sys.stderr)
-        return 1
-    results = json.loads(RESULTS.read_text())
-    page = PAGE.read_text()
-    if "<!-- table: gpu_attention -->" not in page:
-        PAGE.write_text(f"{page.rstrip()}\n\n<!-- table: gpu_attention -->\n<!-- end -->\n")
-    fill(PAGE, "gpu_attention", attention_table(results))
-    plot(results)
-    print(f"wrote {PAGE.relative_to(ROOT)}", file=sys.stderr)
-    return 0
+    written = 0
+    for name, (title, make, draw, script) in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            print(f"there is no {path.name}: run {script} on a machine with a GPU",
+                  file=sys.stderr)
+            continue
+        results = json.loads(path.read_text())
+        if name == "gpu_server" and (reason := not_of_a_gpu(results)):
+            print(f"{path.name} is refused: {reason}", file=sys.stderr)
+            return 1
+        make_place(PAGE, name, title)
+        fill(PAGE, name, make(results))
+        draw(results)
+        written += 1
+        print(f"wrote {title} of {PAGE.name}", file=sys.stderr)
+    return 0 if written else 1
 
 
 if __name__ == "__main__":

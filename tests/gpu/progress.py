@@ -26,10 +26,12 @@ def plain(value):
 
 class Progress:
     """`result` is the file's content: `golden` and `timings` are rows; `parts` are done;
-    `running` is the call that has begun, of a golden case or of a part."""
+    `running` is the call that has begun, of a golden case or of a part. `part_keys` name
+    a part."""
 
-    def __init__(self, path: pathlib.Path, facts: dict):
+    def __init__(self, path: pathlib.Path, facts: dict, part_keys: tuple[str, ...] = PART):
         self.path = path
+        self.part_keys = part_keys
         self.result = {"golden": [], "timings": [], "parts": [], "running": None, "done": False}
         if path.exists():
             before = json.loads(path.read_text())
@@ -46,7 +48,7 @@ class Progress:
         else:
             self.result["timings"].append(call | {"error": why, "ended": True})
             if call["name"] is None:
-                self.result["parts"].append({key: call[key] for key in PART})
+                self.result["parts"].append({key: call[key] for key in self.part_keys})
         self.end()
 
     def begin(self, call: dict) -> None:

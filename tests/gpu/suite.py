@@ -25,24 +25,21 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 import inputs
+import machine
 import peers
 import torch
 from pbs_library import TUNINGS, Attention, Library, Lists
 from progress import PART, Progress, first_line
 from torch.nn.attention import SDPBackend
+from workload import HEADS, KV_HEADS, LENGTHS, REPLAY
 
-HEADS, KV_HEADS = 32, 8  # Llama-3.1-8B
-LENGTHS = [8192, 16384, 32768, 65536, 131072]
 LONGEST = 262144  # head dim 128
 INPUTS = {"structured": inputs.structured, "white_noise": inputs.white_noise}
-# The paper's densities at 8K .. 128K with threshold .9.
-REPLAY = {8192: 0.58, 16384: 0.485, 32768: 0.405, 65536: 0.287, 131072: 0.219}
 GOLDEN_MAX = {"f16": 2e-3, "bf16": 4e-2}
 # What computes the same, and what two roundings to bf16 may differ by, of a row's norm.
 SAME = {
@@ -63,15 +60,9 @@ AHEAD_CYCLES = 2_000_000
 
 
 def query_gpu() -> dict[str, str]:
-    """Name, driver and clocks as the driver tells them."""
-    fields = "name,driver_version,clocks.sm,clocks.max.sm,power.draw,temperature.gpu"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        said = done.stdout.strip().splitlines()[0]
-    except (OSError, subprocess.TimeoutExpired, IndexError):
-        return {"name": torch.cuda.get_device_name(), "driver_version": "unknown"}
-    return dict(zip(fields.split(","), [value.strip() for value in said.split(",")]))
+    """Name, driver and clocks, or what torch knows of them."""
+    unknown = {"name": torch.cuda.get_device_name(), "driver_version": "unknown"}
+    return machine.query_gpu() or unknown
 
 
 def golden(library: Library, case: dict, ampere: list[int]) -> dict:
