@@ -13,9 +13,12 @@
 
 namespace pbs::server {
 
-EngineImpl::EngineImpl(const ExecutorOptions& options, const EngineParts& parts)
+EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
     : parts_(parts),
-      executor_(options, parts.clock, parts.timers, parts.metrics.engine) {
+      batch_(options.batch),
+      executor_(
+          {options.queue_requests_max, options.yield_share, options.batch.tokens_max},
+          parts.clock, parts.timers, parts.metrics.engine) {
   PBS_CHECK(has_device_memory() != parts_.backend.info().host_memory);
   parts_.metrics.engine.memory_budget.Set(
       static_cast<double>(parts_.ledger.bytes_max()));
@@ -124,12 +127,12 @@ absl::StatusOr<PrefillReservation> EngineImpl::TryReservePrefill(
   const KvShape shape = model.kv_shape(num_tokens);
   PrefillReservation reservation;
   reservation.workspace.replica = parts_.replica;
-  int64_t workspace = plan.workspace_bytes + LogitScratchBytes(model);
+  GroupBytes bytes =
+      BytesOfGroup(model, plan, MayShareRun(batch_, num_tokens, attention));
+  const int64_t workspace = bytes.host + LogitScratchBytes(model);
   if (has_device_memory()) {
-    workspace = LogitScratchBytes(model);
-    PBS_ABSL_ASSIGN_OR_RETURN(
-        reservation.workspace.device,
-        Charge(*parts_.device_ledger, plan.workspace_bytes + KvWindow::BytesOf(shape)));
+    PBS_ABSL_ASSIGN_OR_RETURN(reservation.workspace.device,
+                              Charge(*parts_.device_ledger, bytes.device));
   }
   // One charge for all, so that two requests cannot each hold half of what they need,
   // and one that could never fit is told so.
@@ -164,7 +167,7 @@ absl::StatusOr<Admission> EngineImpl::SubmitPrefill(PrefillJob job,
                                          PrefillWork(num_tokens), parts_.clock.Now());
   size.num_steps = model.config().num_layers;
   const PrefillTask::Parts task_parts = {model, parts_.costs, parts_.metrics.engine,
-                                         parts_.clock};
+                                         parts_.clock, batch_};
   const std::shared_ptr<HeldKv> kv = job.kv;
   absl::StatusOr<Admission> admission =
       executor_.Submit(terms, size,

@@ -17,6 +17,7 @@
 #include "server/engine/cost_model.h"
 #include "server/engine/engine.h"
 #include "server/engine/executor.h"
+#include "server/engine/prefill_task.h"
 #include "server/telemetry/server_metrics.h"
 
 namespace pbs::server {
@@ -35,12 +36,18 @@ struct EngineParts {
   int32_t replica = 0;
 };
 
+struct EngineOptions {
+  int32_t queue_requests_max = 64;
+  double yield_share = 0;  // as ExecutorOptions has it
+  BatchLimits batch = {};
+};
+
 // Counts a reservation that found no room now.
 void CountRefusal(EngineMetrics& metrics, const absl::Status& status);
 
 class EngineImpl final : public Engine {
  public:
-  EngineImpl(const ExecutorOptions& options, const EngineParts& parts);
+  EngineImpl(const EngineOptions& options, const EngineParts& parts);
 
   // To be run by an ExecutorThread, or by hand in a test.
   Executor& executor() { return executor_; }
@@ -84,6 +91,7 @@ class EngineImpl final : public Engine {
   std::shared_ptr<HeldKv> Hold(KvCache cache, ByteReservation bytes);
 
   const EngineParts parts_;
+  const BatchLimits batch_;
   Executor executor_;
 };
 

@@ -1,6 +1,7 @@
 #include "server/engine/executor.h"
 
 #include <algorithm>
+#include <span>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -133,6 +134,8 @@ absl::StatusOr<Admission> Executor::Submit(const JobTerms& terms, const JobSize&
   }
   place.id = ++last_id_;
   auto record = std::make_unique<Record>();
+  record->batch_tokens = job->batch_tokens();
+  record->batch_key = job->batch_key();
   record->terms = terms;
   record->size = size;
   record->job = std::move(job);
@@ -178,12 +181,11 @@ void Executor::UpdateGauges() {
 
 bool Executor::RunOneStep() {
   std::vector<std::unique_ptr<Record>> ended;
-  Record* next = nullptr;
-  JobId next_id = 0;
+  Batch batch;
   bool is_first = false;
   {
     MutexLock lock(mutex_);
-    const Decision decision = Decide();
+    const Decision decision = Pick(Candidates(), clock_.Now());
     for (JobId id : decision.ended) {
       Record& record = *records_.find(id)->second;
       if (record.stop_reason == StopReason::kNone) {
@@ -192,67 +194,142 @@ bool Executor::RunOneStep() {
       ended.push_back(Take(id));
     }
     if (decision.next.has_value()) {
-      next_id = *decision.next;
-      next = records_.find(next_id)->second.get();
-      is_first = !next->started;
-      next->started = true;
-      stepping_ = next_id;
+      is_first = !records_.at(*decision.next)->started;
+      if (is_first) JoinWaiting(*decision.next);
+      batch = BatchOf(*decision.next);
+      stepping_ = *decision.next;
     }
     UpdateGauges();
   }
-  const bool did_something = next != nullptr || !ended.empty();
+  const bool did_something = !batch.empty() || !ended.empty();
   for (auto& record : ended) {
     Finish(std::move(record), absl::OkStatus());
   }
-  if (next != nullptr) Step(next_id, *next, is_first);
+  if (is_first) Start(batch);
+  if (!batch.empty()) Step(batch);
   return did_something;
 }
 
-Decision Executor::Decide() const {
+std::vector<Candidate> Executor::Candidates() const {
   std::vector<Candidate> candidates;
   candidates.reserve(records_.size());
+  std::map<JobId, size_t> first_of;  // of a batch, among the candidates
   for (const auto& [id, record] : records_) {
-    candidates.push_back({.id = id,
-                          .priority = record->terms.priority,
-                          .deadline = record->terms.deadline,
-                          .stopped = record->stop_reason != StopReason::kNone,
-                          .seconds_left = record->SecondsLeft(),
-                          .patience_seconds = PatienceSeconds(*record)});
+    Candidate candidate = {.id = id,
+                           .priority = record->terms.priority,
+                           .deadline = record->terms.deadline,
+                           .stopped = record->stop_reason != StopReason::kNone,
+                           .seconds_left = record->SecondsLeft(),
+                           .patience_seconds = PatienceSeconds(*record)};
+    if (record->batch != 0) {
+      const auto [entry, is_first] =
+          first_of.try_emplace(record->batch, candidates.size());
+      candidate.follows = !is_first;
+      if (!is_first) {
+        Candidate& first = candidates[entry->second];
+        first.seconds_left += candidate.seconds_left;
+        first.patience_seconds =
+            std::min(first.patience_seconds, candidate.patience_seconds);
+      }
+    }
+    candidates.push_back(candidate);
   }
-  return Pick(candidates, clock_.Now());
+  return candidates;
 }
 
-// A record that steps is taken out by this thread alone, so `record` stays valid.
-void Executor::Step(JobId id, Record& record, bool is_first) {
-  if (is_first) {
-    const JobTiming timing = {record.admitted, clock_.Now()};
+Executor::Batch Executor::BatchOf(JobId id) const {
+  Batch batch;
+  const JobId of = records_.at(id)->batch;
+  for (const auto& [other, record] : records_) {
+    if (other == id || (of != 0 && record->batch == of)) {
+      batch.emplace_back(other, record.get());
+    }
+  }
+  return batch;
+}
+
+void Executor::JoinWaiting(JobId id) {
+  Record& first = *records_.at(id);
+  first.started = true;
+  if (first.batch_tokens == 0) return;
+  const std::vector<Candidate> candidates = Candidates();
+  std::vector<Companion> companions;
+  size_t next = 0;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    const Candidate& candidate = candidates[i];
+    const Record& record = *records_.at(candidate.id);
+    if (candidate.id == id) next = i;
+    const bool may_join = !record.started && record.batch_tokens > 0 &&
+                          record.batch_key == first.batch_key && !candidate.stopped &&
+                          candidate.deadline > clock_.Now() &&
+                          candidate.priority == first.terms.priority;
+    if (may_join) companions.push_back({i, record.batch_tokens});
+  }
+  for (size_t index : PickCompanions(candidates, next, companions,
+                                     options_.batch_tokens_max - first.batch_tokens,
+                                     kBatchJobsMax - 1)) {
+    Record& joined = *records_.at(candidates[index].id);
+    joined.started = true;
+    joined.batch = first.batch = id;
+  }
+}
+
+// Records of jobs that have started are taken out by this thread alone, so those of a
+// batch stay valid.
+void Executor::Start(Batch& batch) {
+  if (batch.size() > 1) {
+    std::vector<Job*> others;
+    for (const auto& [id, record] : std::span(batch).subspan(1)) {
+      others.push_back(record->job.get());
+    }
+    if (!batch.front().second->job->RunWith(others)) {
+      MutexLock lock(mutex_);
+      for (const auto& [id, record] : batch) {
+        record->batch = 0;
+        record->started = record == batch.front().second;
+      }
+      batch.resize(1);
+    }
+  }
+  for (const auto& [id, record] : batch) {
+    const JobTiming timing = {record->admitted, clock_.Now()};
     metrics_.queue_time.Observe(
         absl::ToDoubleSeconds(timing.started - timing.admitted));
-    record.job->Start(timing);
+    record->job->Start(timing);
   }
+}
+
+void Executor::Step(const Batch& batch) {
+  Record& first = *batch.front().second;
   const absl::Time begin = clock_.Now();
-  const absl::StatusOr<StepResult> result = record.job->Step({&record.stop});
-  std::unique_ptr<Record> ended;
+  // One of several must not stop the others: it leaves when the step is over.
+  const absl::StatusOr<StepResult> result =
+      first.job->Step({batch.size() == 1 ? &first.stop : nullptr});
+  std::vector<std::unique_ptr<Record>> ended;
   {
     MutexLock lock(mutex_);
     stepping_ = 0;
-    ChargeDelay(id, absl::ToDoubleSeconds(clock_.Now() - begin));
-    if (result.ok()) record.progress = result->progress;
-    if (result.ok() && !result->done && record.stop_reason == StopReason::kNone) {
-      UpdateGauges();
-      return;
+    ChargeDelay(batch, absl::ToDoubleSeconds(clock_.Now() - begin));
+    for (const auto& [id, record] : batch) {
+      if (result.ok()) record->progress = result->progress;
+      const bool goes_on =
+          result.ok() && !result->done && record->stop_reason == StopReason::kNone;
+      if (!goes_on) ended.push_back(Take(id));
     }
-    ended = Take(id);
     UpdateGauges();
   }
-  Finish(std::move(ended), result.status());
+  for (auto& record : ended) Finish(std::move(record), result.status());
 }
 
-void Executor::ChargeDelay(JobId id, double seconds) {
-  const int32_t priority = records_.at(id)->terms.priority;
-  for (auto& [earlier, record] : records_) {
-    if (earlier >= id) break;
-    if (record->terms.priority == priority) record->delayed_seconds += seconds;
+void Executor::ChargeDelay(const Batch& batch, double seconds) {
+  const Record& first = *batch.front().second;
+  for (auto& [id, record] : records_) {
+    if (id >= batch.back().first) break;
+    const bool runs =
+        record.get() == &first || (first.batch != 0 && record->batch == first.batch);
+    if (!runs && record->terms.priority == first.terms.priority) {
+      record->delayed_seconds += seconds;
+    }
   }
 }
 

@@ -2,10 +2,11 @@
 //
 //   Submit -> [waiting] -> Start -> Step, Step, ... -> Finish
 //
-// Before every step Pick() looks at all jobs, so that a more important one overtakes a
-// long one between two of its steps, and short ones do while its patience lasts. A
-// job's deadline is a timer: a waiting job ends at once, a running one at its next look
-// at RunControl::stop.
+// Jobs that say so run as one (Job::RunWith): a job that starts takes along those that
+// wait and fit. Before every step Pick() looks at all jobs, so that a more important
+// one overtakes a long one between two of its steps, and short ones do while its
+// patience lasts. A job's deadline is a timer: a waiting job ends at once, a running
+// one at its next look at RunControl::stop.
 //
 // ExecutorThread runs it in a server; a test calls RunOneStep() itself.
 //
@@ -22,6 +23,7 @@
 #include <memory>
 #include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/functional/any_invocable.h"
@@ -57,10 +59,14 @@ struct ExecutorOptions {
   // A job's patience: this share of its own predicted time, and never so much that its
   // deadline would be missed for it. 0: strictly in order of arrival.
   double yield_share = 0;
+  // Of jobs that run as one (Job::RunWith); 1: none do.
+  int32_t batch_tokens_max = 1;
 };
 
 class Executor {
  public:
+  // Jobs that run as one.
+  static constexpr int32_t kBatchJobsMax = 64;
   // A deadline is refused when this share of the predicted time already passes it.
   static constexpr double kRefusalConfidence = 0.8;
 
@@ -107,6 +113,9 @@ class Executor {
     bool started = false;
     double progress = 0;
     double delayed_seconds = 0;  // by later jobs of its priority
+    int32_t batch_tokens = 0;    // as the job says, and its key
+    BatchKey batch_key;
+    JobId batch = 0;  // of those that run as one: the first; 0: alone
     StopReason stop_reason = StopReason::kNone;
     std::atomic<bool> stop{false};
     TimerId timer = 0;
@@ -116,6 +125,8 @@ class Executor {
     double StepSecondsLeft() const;
   };
   using Records = std::map<JobId, std::unique_ptr<Record>>;  // in order of arrival
+  // Jobs that run as one, or one job, in order of arrival.
+  using Batch = std::vector<std::pair<JobId, Record*>>;
 
   double PatienceSeconds(const Record& record) const;
   // Whether all jobs of its priority would let a job that arrives now go first.
@@ -129,17 +140,23 @@ class Executor {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   int32_t NumWaiting() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void UpdateGauges() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  Decision Decide() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::vector<Candidate> Candidates() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Batch BatchOf(JobId id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Marks `id` as started, and with it the waiting jobs that run with it.
+  void JoinWaiting(JobId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   std::unique_ptr<Record> Take(JobId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void MarkStopped(Record& record, StopReason reason)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // True when the job ends because of this call.
   bool Stop(JobId id, StopReason reason);
-  // Runs one step of `record`, and finishes it when that was its last.
-  void Step(JobId id, Record& record, bool is_first);
-  // A step of `id` took `seconds`, and whoever it has overtaken waited.
-  void ChargeDelay(JobId id, double seconds) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Those that cannot run with the first one go back to wait, and out of `batch`.
+  void Start(Batch& batch);
+  // Runs one step and finishes what that ends.
+  void Step(const Batch& batch);
+  // A step of a batch took `seconds`, and whoever it has overtaken waited.
+  void ChargeDelay(const Batch& batch, double seconds)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Finish(std::unique_ptr<Record> record, const absl::Status& status);
   // Waits for work; false when shut down and nothing is left.
   bool WaitForWork();

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -23,9 +24,26 @@ struct StepResult {
   double progress = 0;  // share of the job's steps that have run, [0, 1]
 };
 
+// Jobs of equal keys may run as one.
+struct BatchKey {
+  const void* model = nullptr;
+  AttentionOptions attention = {};
+
+  bool operator==(const BatchKey&) const = default;
+};
+
 class Job {
  public:
   virtual ~Job() = default;
+
+  // Tokens that it would bring to a run that it shares; 0: it runs alone.
+  virtual int32_t batch_tokens() const { return 0; }
+  virtual BatchKey batch_key() const { return {}; }
+  // Before Start(): makes `others`, which have this job's key, part of its run. From
+  // then on a Step() of any of them is a step of all, and an error is everyone's. Each
+  // is started and finished as if it were alone, perhaps before the others. False: it
+  // cannot be, and nothing has changed.
+  virtual bool RunWith(std::span<Job* const> /*others*/) { return false; }
 
   // Once, before the first step.
   virtual void Start(const JobTiming& timing) = 0;

@@ -1,13 +1,17 @@
-// Keys and values of a prefill on a device with memory of its own: a few layers at a
-// time, each on its way to the held cache while the next ones run.
+// Keys and values of a run apart from the caches that keep them: a few layers at a
+// time, each on its way to the held caches while the next ones run. For a device with
+// memory of its own, and for prompts that run as one.
 //
 // Threading: one thread, but for what Send() calls back. Memory: BytesOf() on the
-// device.
+// backend; for several prompts as much again on the host.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -26,10 +30,11 @@ class KvWindow {
   static constexpr int32_t kLayers = 2;
   static int64_t BytesOf(const KvShape& shape);
 
-  // `held` is ordinary memory. All must outlive the window.
-  static absl::StatusOr<std::unique_ptr<KvWindow>> Create(const KvCache& held,
-                                                          Backend& backend,
-                                                          const Clock& clock);
+  // Prompts lie back to back, each as long as its cache's capacity. `held` are in
+  // ordinary memory, of one model and dtype; they and the backend must outlive the
+  // window, a cache only until DropPrompt().
+  static absl::StatusOr<std::unique_ptr<KvWindow>> Create(
+      std::span<const KvCache* const> held, Backend& backend, const Clock& clock);
   // Waits for what was sent.
   ~KvWindow();
   KvWindow(const KvWindow&) = delete;
@@ -42,7 +47,7 @@ class KvWindow {
   // error of any layer that did not.
   absl::Status MakeRoomFor(int32_t layer);
   // Copies what the backend was told to put into `layer`; layers come in order.
-  // `on_held` is called when it is in the held cache, not when that failed; in order,
+  // `on_held` is called when it is in the held caches, not when that failed; in order,
   // from another thread.
   void Send(int32_t layer, std::function<void()> on_held);
   // Waits for all layers sent so far.
@@ -54,16 +59,32 @@ class KvWindow {
   // Seconds of it that MakeRoomFor() and Wait() waited: nothing ran beside these.
   double wait_seconds() const { return wait_seconds_; }
 
- private:
-  KvWindow(const KvCache& held, KvCache cache, Backend& backend, const Clock& clock)
-      : held_(held), cache_(std::move(cache)), backend_(backend), clock_(clock) {}
-  void OnCopied(const Status& status, const std::function<void()>* on_held);
+  // Of several: nothing is written to this one any more. Waits for a copy under way.
+  void DropPrompt(size_t prompt);
 
-  const KvCache& held_;
+ private:
+  KvWindow(std::span<const KvCache* const> held, KvCache cache, Buffer staging,
+           Backend& backend, const Clock& clock)
+      : cache_(std::move(cache)),
+        staging_(std::move(staging)),
+        backend_(backend),
+        clock_(clock),
+        held_(held.begin(), held.end()) {
+    for (const KvCache* prompt : held) rows_.push_back(prompt->shape().capacity);
+  }
+  enum class Plane : uint8_t { kKeys, kValues };
+  void SendPlane(int32_t layer, Plane plane, std::function<void()> on_held);
+  void OnCopied(const Status& status, const std::function<void()>& on_held);
+  // From the staging plane to the rows of every prompt.
+  void Scatter(int32_t layer, Plane plane);
+  std::byte* StagingPlane(int32_t layer, Plane plane) const;
+
   KvCache cache_;
+  const Buffer staging_;  // of several prompts: where planes arrive
   Backend& backend_;
   const Clock& clock_;
-  int32_t sent_ = 0;  // layers
+  std::vector<int64_t> rows_;  // of every prompt
+  int32_t sent_ = 0;           // layers
   double wait_seconds_ = 0;
   mutable Mutex mutex_;
   CondVar changed_;
@@ -71,6 +92,8 @@ class KvWindow {
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
   absl::Time keys_copied_ ABSL_GUARDED_BY(mutex_);
   absl::Duration copying_ ABSL_GUARDED_BY(mutex_);
+  Mutex held_mutex_;  // while a plane is scattered
+  std::vector<const KvCache*> held_ ABSL_GUARDED_BY(held_mutex_);  // null: dropped
 };
 
 }  // namespace pbs::server

@@ -14,13 +14,10 @@ absl::StatusOr<PromptMemory> PlanPromptMemory(const Model& model, int32_t num_to
   const KvShape shape = model.kv_shape(num_tokens);
   PromptMemory memory = {
       .num_tokens = num_tokens, .workspace = plan.memory, .kv = shape.bytes()};
-  memory.host = memory.kv + LogitScratchBytes(model);
-  if (model.backend().info().host_memory) {
-    memory.host += plan.workspace_bytes;
-  } else {
-    memory.kv_window = KvWindow::BytesOf(shape);
-    memory.device = plan.workspace_bytes + memory.kv_window;
-  }
+  const GroupBytes bytes = BytesOfGroup(model, plan, false);
+  memory.host = memory.kv + LogitScratchBytes(model) + bytes.host;
+  memory.device = bytes.device;
+  if (!model.backend().info().host_memory) memory.kv_window = KvWindow::BytesOf(shape);
   return memory;
 }
 

@@ -43,6 +43,13 @@ Work PrefillWork(int32_t num_tokens) {
   return {tokens, tokens * tokens};
 }
 
+bool MayShareRun(const BatchLimits& limits, int32_t num_tokens,
+                 const AttentionOptions& attention) {
+  return num_tokens <= limits.prompt_tokens_max && num_tokens < limits.tokens_max &&
+         !attention.use_given_order && !attention.use_given_lists &&
+         attention.coverage_rows == 0;
+}
+
 PrefillTask::PrefillTask(const Parts& parts, PrefillJob job, PrefillPlan plan,
                          PrefillListener& listener)
     : parts_(parts),
@@ -50,52 +57,76 @@ PrefillTask::PrefillTask(const Parts& parts, PrefillJob job, PrefillPlan plan,
       plan_(std::move(plan)),
       listener_(listener) {}
 
+int32_t PrefillTask::batch_tokens() const {
+  const auto tokens = static_cast<int32_t>(job_.tokens.size());
+  return MayShareRun(parts_.batch, tokens, job_.attention) ? tokens : 0;
+}
+
+BatchKey PrefillTask::batch_key() const { return {&parts_.model, job_.attention}; }
+
+bool PrefillTask::RunWith(std::span<Job* const> others) {
+  std::vector<PrefillTask*> tasks = {this};
+  // Jobs of this one's key are of its class.
+  for (Job* other : others) tasks.push_back(static_cast<PrefillTask*>(other));
+  PrefillProblem problem = {.num_tokens = 0, .attention = job_.attention};
+  std::vector<int32_t> first_logit_rows;
+  GroupBytes charged;
+  for (const PrefillTask* task : tasks) {
+    const PrefillProblem& own = task->plan_->problem;
+    first_logit_rows.push_back(static_cast<int32_t>(problem.logit_rows.size()));
+    for (int32_t row : own.logit_rows) {
+      problem.logit_rows.push_back(problem.num_tokens + row);
+    }
+    problem.num_tokens += own.num_tokens;
+    problem.prompt_tokens.push_back(own.num_tokens);
+    charged.host +=
+        task->job_.reservation.host.bytes() - LogitScratchBytes(parts_.model);
+    charged.device += task->job_.reservation.device.bytes();
+    run_work_.linear += PrefillWork(own.num_tokens).linear;
+    run_work_.quadratic += PrefillWork(own.num_tokens).quadratic;
+  }
+  auto plan = PlanPrefill(parts_.model, std::move(problem));
+  if (!plan.ok()) return false;
+  const GroupBytes needed = BytesOfGroup(parts_.model, *plan, true);
+  if (needed.host > charged.host || needed.device > charged.device) return false;
+
+  std::vector<PrefillGroup::Prompt*> prompts;
+  std::vector<JobReservation> reservations;
+  for (PrefillTask* task : tasks) {
+    prompts.push_back(task);
+    reservations.push_back(std::move(task->job_.reservation));
+  }
+  const auto group =
+      std::make_shared<PrefillGroup>(parts_.model, *std::move(plan), std::move(prompts),
+                                     std::move(reservations), parts_.clock);
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    tasks[i]->group_ = group;
+    tasks[i]->first_logit_row_ = first_logit_rows[i];
+    tasks[i]->run_work_ = run_work_;
+  }
+  return true;
+}
+
+void PrefillTask::RunAlone() {
+  run_work_ = PrefillWork(plan_->problem.num_tokens);
+  std::vector<JobReservation> reservations;
+  reservations.push_back(std::move(job_.reservation));
+  group_ = std::make_shared<PrefillGroup>(parts_.model, *std::move(plan_),
+                                          std::vector<PrefillGroup::Prompt*>{this},
+                                          std::move(reservations), parts_.clock);
+}
+
 void PrefillTask::Start(const JobTiming& timing) {
   timing_ = timing;
   result_.stages.queue = absl::ToDoubleSeconds(timing.started - timing.admitted);
-}
-
-absl::Status PrefillTask::Begin() {
-  const Model& model = parts_.model;
-  PBS_ABSL_ASSIGN_OR_RETURN(workspace_,
-                            ToAbsl(model.backend().Allocate(plan_.workspace_bytes)));
-  KvCache* cache = &job_.kv->writable_cache();
-  if (!model.backend().info().host_memory) {
-    PBS_ABSL_ASSIGN_OR_RETURN(window_,
-                              KvWindow::Create(*cache, model.backend(), parts_.clock));
-    cache = &window_->cache();
-  }
-  PBS_ABSL_ASSIGN_OR_RETURN(
-      run_, ToAbsl(PrefillRun::Start(model, plan_, {.tokens = job_.tokens}, *cache,
-                                     workspace_.workspace())));
-  result_.stages.embed = run_->embed_seconds();
-  return absl::OkStatus();
+  if (group_ == nullptr) RunAlone();
 }
 
 absl::StatusOr<StepResult> PrefillTask::Step(const RunControl& control) {
-  if (run_ == nullptr) PBS_ABSL_RETURN_IF_ERROR(Begin());
-  if (window_ != nullptr) {
-    PBS_ABSL_RETURN_IF_ERROR(window_->MakeRoomFor(run_->next_layer()));
-  }
-  PBS_ABSL_RETURN_IF_ERROR(ToAbsl(run_->RunLayer(this, control)));
-  if (run_->layers_done()) {
-    PBS_ABSL_RETURN_IF_ERROR(ReadResult());
-    if (window_ != nullptr) {
-      PBS_ABSL_RETURN_IF_ERROR(window_->Wait());
-      result_.stages.copy = window_->wait_seconds();
-      result_.kv_copy_seconds = window_->copy_seconds();
-    }
-    job_.kv->writable_cache().set_num_tokens(static_cast<int32_t>(job_.tokens.size()));
-    result_.total_seconds = SecondsSinceAdmission();
-    Measure();
-  }
+  PBS_ABSL_RETURN_IF_ERROR(group_->RunLayer(control));
+  if (group_->size() == 1) PBS_ABSL_RETURN_IF_ERROR(status_);
   const double layers = parts_.model.config().num_layers;
-  return StepResult{run_->layers_done(), run_->next_layer() / layers};
-}
-
-void PrefillTask::OnKvReady(int32_t layer) {
-  if (window_ == nullptr) return OnHeld(layer);
-  window_->Send(layer, [this, layer] { OnHeld(layer); });
+  return StepResult{group_->done(), group_->layers_done() / layers};
 }
 
 void PrefillTask::OnHeld(int32_t layer) {
@@ -105,7 +136,7 @@ void PrefillTask::OnHeld(int32_t layer) {
   listener_.OnKvReady(layer);
 }
 
-void PrefillTask::OnLayerDone(const LayerReport& report) {
+void PrefillTask::OnLayerDone(const LayerReport& report, bool is_first) {
   const AttentionStats& attention = report.attention;
   StageTimes& stages = result_.stages;
   stages.qkv += report.qkv_seconds;
@@ -114,16 +145,32 @@ void PrefillTask::OnLayerDone(const LayerReport& report) {
   stages.attend += attention.attend_seconds;
   stages.mlp += report.mlp_seconds;
   result_.layers.push_back(attention);
-  parts_.metrics.flops_computed.Increment(attention.executed_flops);
-  parts_.metrics.flops_dense.Increment(attention.dense_flops);
-  parts_.metrics.Density(attention.method_run).Observe(attention.Density());
+  if (is_first) {
+    parts_.metrics.flops_computed.Increment(attention.executed_flops);
+    parts_.metrics.flops_dense.Increment(attention.dense_flops);
+    parts_.metrics.Density(attention.method_run).Observe(attention.Density());
+  }
   MutexLock lock(listener_mutex_);
   listener_.OnLayerDone(report.layer, attention.Density(), report.seconds);
 }
 
+void PrefillTask::OnLogits() {
+  result_.stages.embed = group_->embed_seconds();
+  status_ = ReadResult();
+}
+
+void PrefillTask::OnRunDone(bool is_first) {
+  result_.stages.copy = group_->copy_wait_seconds();
+  result_.kv_copy_seconds = group_->copy_seconds();
+  if (is_first) MeasureRun();
+  if (!status_.ok()) return;
+  job_.kv->writable_cache().set_num_tokens(static_cast<int32_t>(job_.tokens.size()));
+  result_.total_seconds = SecondsSinceAdmission();
+  Measure();
+}
+
 absl::Status PrefillTask::ReadResult() {
   const absl::Time begin = parts_.clock.Now();
-  PBS_ABSL_RETURN_IF_ERROR(ToAbsl(run_->ComputeLogits()));
   std::vector<float> logits(static_cast<size_t>(parts_.model.config().vocab_size));
   const auto num_positions = static_cast<int32_t>(job_.logit_positions.size());
   result_.positions.resize(job_.logit_positions.size());
@@ -140,7 +187,7 @@ absl::Status PrefillTask::ReadResult() {
 
 absl::Status PrefillTask::ReadRow(int32_t row, std::vector<float>& logits,
                                   std::vector<ScoredToken>* best) {
-  PBS_ABSL_RETURN_IF_ERROR(ToAbsl(run_->ReadLogits(row, logits)));
+  PBS_ABSL_RETURN_IF_ERROR(group_->ReadLogits(first_logit_row_ + row, logits));
   if (!AllFinite(logits)) {
     return absl::InternalError("the model's logits are not finite");
   }
@@ -150,28 +197,32 @@ absl::Status PrefillTask::ReadRow(int32_t row, std::vector<float>& logits,
 
 void PrefillTask::Measure() {
   const EngineMetrics& metrics = parts_.metrics;
-  const StageTimes& stages = result_.stages;
-  const absl::Time now = parts_.clock.Now();
-  metrics.prefill_time.Observe(absl::ToDoubleSeconds(now - timing_.started));
+  metrics.prefill_time.Observe(
+      absl::ToDoubleSeconds(parts_.clock.Now() - timing_.started));
   metrics.time_to_first_layer.Observe(result_.time_to_first_layer_seconds);
   metrics.time_to_kv_ready.Observe(result_.total_seconds);
   metrics.prompt_tokens.Increment(static_cast<double>(job_.tokens.size()));
-  const std::pair<Stage, double> observed[] = {
-      {Stage::kEmbed, stages.embed},     {Stage::kQkv, stages.qkv},
-      {Stage::kPermute, stages.permute}, {Stage::kSelect, stages.select},
-      {Stage::kAttend, stages.attend},   {Stage::kMlp, stages.mlp}};
-  metrics.StageTime(Stage::kQueue).Observe(stages.queue);
-  for (const auto& [stage, seconds] : observed) {
-    if (seconds > 0) metrics.StageTime(stage).Observe(seconds);
-  }
+  metrics.StageTime(Stage::kQueue).Observe(result_.stages.queue);
   double coverage = 0;
   for (const AttentionStats& layer : result_.layers) coverage += layer.coverage;
   if (result_.layers.front().coverage_rows > 0) {
     metrics.coverage.Observe(coverage / static_cast<double>(result_.layers.size()));
   }
-  parts_.costs.Measure(PrefillCostKey(*job_.model, job_.attention),
-                       PrefillWork(static_cast<int32_t>(job_.tokens.size())),
-                       {LinearSeconds(stages), AttentionSeconds(stages)}, now);
+}
+
+void PrefillTask::MeasureRun() {
+  const StageTimes& stages = result_.stages;
+  const std::pair<Stage, double> observed[] = {
+      {Stage::kEmbed, stages.embed},     {Stage::kQkv, stages.qkv},
+      {Stage::kPermute, stages.permute}, {Stage::kSelect, stages.select},
+      {Stage::kAttend, stages.attend},   {Stage::kMlp, stages.mlp}};
+  for (const auto& [stage, seconds] : observed) {
+    if (seconds > 0) parts_.metrics.StageTime(stage).Observe(seconds);
+  }
+  parts_.metrics.batch_requests.Observe(static_cast<double>(group_->size()));
+  parts_.costs.Measure(PrefillCostKey(*job_.model, job_.attention), run_work_,
+                       {LinearSeconds(stages), AttentionSeconds(stages)},
+                       parts_.clock.Now());
 }
 
 double PrefillTask::SecondsSinceAdmission() const {
@@ -179,16 +230,16 @@ double PrefillTask::SecondsSinceAdmission() const {
 }
 
 void PrefillTask::Finish(const absl::Status& status) {
-  run_.reset();
-  window_.reset();
-  workspace_ = Buffer();
+  if (group_ != nullptr) group_->Leave(*this);
+  group_.reset();
   const std::shared_ptr<HeldKv> kv = std::move(job_.kv);
   job_ = PrefillJob();
-  kv->Finish(status);
-  if (status.ok()) {
+  const absl::Status outcome = status.ok() ? status_ : status;
+  kv->Finish(outcome);
+  if (outcome.ok()) {
     listener_.OnDone(std::move(result_));
   } else {
-    listener_.OnDone(status);
+    listener_.OnDone(outcome);
   }
 }
 

@@ -1,13 +1,15 @@
 // One prefill as a job: every layer is a step.
 //
 // The job's HeldKv is published layer by layer and finished before the listener hears
-// of the end, whatever the end is.
+// of the end, whatever the end is. Short prompts may share a run (prefill_group.h):
+// stage times are then those of the run, and densities those of all its prompts.
 //
-// Threading: as Job. Memory: the workspace is allocated at the first step, inside what
-// the job's reservation has charged.
+// Threading: as Job. Memory: of its group.
 #pragma once
 
 #include <memory>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "server/base/clock.h"
@@ -15,8 +17,7 @@
 #include "server/engine/cost_model.h"
 #include "server/engine/engine.h"
 #include "server/engine/job.h"
-#include "server/engine/kv_window.h"
-#include "server/model/prefill.h"
+#include "server/engine/prefill_group.h"
 #include "server/telemetry/server_metrics.h"
 
 namespace pbs::server {
@@ -30,7 +31,17 @@ int64_t LogitScratchBytes(const Model& model);
 CostKey PrefillCostKey(const ServedModel& model, const AttentionOptions& attention);
 Work PrefillWork(int32_t num_tokens);
 
-class PrefillTask final : public Job, private PrefillObserver {
+// Which prompts may run with others, and how many.
+struct BatchLimits {
+  int32_t tokens_max = 1;         // of all together; 1: every prompt runs alone
+  int32_t prompt_tokens_max = 1;  // of each
+};
+
+// Whether a prompt may share a run, which its reservation then provides for.
+bool MayShareRun(const BatchLimits& limits, int32_t num_tokens,
+                 const AttentionOptions& attention);
+
+class PrefillTask final : public Job, private PrefillGroup::Prompt {
  public:
   // Borrowed; all must outlive the task.
   struct Parts {
@@ -38,38 +49,47 @@ class PrefillTask final : public Job, private PrefillObserver {
     CostModel& costs;
     EngineMetrics& metrics;
     const Clock& clock;
+    BatchLimits batch = {};
   };
 
   // `plan` is that of the job, with LogitRows().
   PrefillTask(const Parts& parts, PrefillJob job, PrefillPlan plan,
               PrefillListener& listener);
 
+  int32_t batch_tokens() const override;
+  BatchKey batch_key() const override;
+  bool RunWith(std::span<Job* const> others) override;
   void Start(const JobTiming& timing) override;
   absl::StatusOr<StepResult> Step(const RunControl& control) override;
   void Finish(const absl::Status& status) override;
 
  private:
-  void OnKvReady(int32_t layer) override;
-  // The layer is in the job's HeldKv. From the executor's thread or the backend's.
-  void OnHeld(int32_t layer);
-  void OnLayerDone(const LayerReport& report) override;
+  std::span<const int32_t> tokens() const override { return job_.tokens; }
+  HeldKv& held() override { return *job_.kv; }
+  void OnHeld(int32_t layer) override;
+  void OnLayerDone(const LayerReport& report, bool is_first) override;
+  void OnLogits() override;
+  void OnRunDone(bool is_first) override;
 
-  absl::Status Begin();
+  void RunAlone();
   absl::Status ReadResult();
   absl::Status ReadRow(int32_t row, std::vector<float>& logits,
                        std::vector<ScoredToken>* best);
   void Measure();
+  // What the prompts of a run share.
+  void MeasureRun();
   double SecondsSinceAdmission() const;
 
   const Parts parts_;
   PrefillJob job_;
-  const PrefillPlan plan_;
+  std::optional<PrefillPlan> plan_;  // of this prompt alone; until there is a group
   PrefillListener& listener_;
   JobTiming timing_;
-  Buffer workspace_;
-  std::unique_ptr<KvWindow> window_;  // where device memory is not ordinary memory
-  std::unique_ptr<PrefillRun> run_;
+  std::shared_ptr<PrefillGroup> group_;
+  int32_t first_logit_row_ = 0;  // in the group's plan
+  Work run_work_;                // of the group
   PrefillResult result_;
+  absl::Status status_;   // of this prompt, where the run went well
   Mutex listener_mutex_;  // calls come one at a time
 };
 

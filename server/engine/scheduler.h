@@ -3,6 +3,8 @@
 // Threading: stateless. Memory: the result's.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <span>
 #include <vector>
@@ -22,6 +24,7 @@ struct Candidate {
   double seconds_left = 0;
   // For how long later ones of its priority may still delay it.
   double patience_seconds = 0;
+  bool follows = false;  // it runs with an earlier one and is never next itself
 };
 
 struct Decision {
@@ -36,5 +39,18 @@ struct Decision {
 // delayed is taken off its patience, no job is delayed by more than its patience and
 // the step that ended it.
 Decision Pick(std::span<const Candidate> candidates, absl::Time now);
+
+// A job that waits and could run with the one that is next.
+struct Companion {
+  size_t index = 0;    // among the candidates
+  int32_t tokens = 0;  // that it brings
+};
+
+// Which of `companions`, in order of arrival, run with `candidates[next]`: as many as
+// `tokens_left` and `places_left` allow, and only those that fit together into the
+// patience of everyone whom they overtake.
+std::vector<size_t> PickCompanions(std::span<const Candidate> candidates, size_t next,
+                                   std::span<const Companion> companions,
+                                   int32_t tokens_left, int32_t places_left);
 
 }  // namespace pbs::server

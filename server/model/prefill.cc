@@ -143,13 +143,18 @@ Status PrefillRun::Embed(std::span<const int32_t> tokens) {
                                       .rows = rows,
                                       .hidden = config.hidden_size,
                                       .residual = at_.residual}));
-  PBS_RETURN_IF_ERROR(backend_.Rotations({.frequencies = model_.inverse_frequencies(),
-                                          .factor = config.rope.attention_factor,
-                                          .first_position = plan_.problem.past_len,
-                                          .rows = rows,
-                                          .pairs = config.head_dim / 2,
-                                          .cosines = at_.cosines,
-                                          .sines = at_.sines}));
+  const int64_t pairs = config.head_dim / 2;
+  int64_t first_row = 0;
+  for (int32_t prompt_rows : plan_.problem.prompt_tokens) {
+    PBS_RETURN_IF_ERROR(backend_.Rotations({.frequencies = model_.inverse_frequencies(),
+                                            .factor = config.rope.attention_factor,
+                                            .first_position = plan_.problem.past_len,
+                                            .rows = prompt_rows,
+                                            .pairs = pairs,
+                                            .cosines = at_.cosines + first_row * pairs,
+                                            .sines = at_.sines + first_row * pairs}));
+    first_row += prompt_rows;
+  }
   PBS_RETURN_IF_ERROR(backend_.MarkTime(1));
   PBS_ASSIGN_OR_RETURN(embed_seconds_, backend_.SecondsBetween(0, 1));
   return OkStatus();

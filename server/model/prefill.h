@@ -7,6 +7,9 @@
 // aside there and taken up again. A run over `past_len` cached tokens continues them:
 // that is how prefixes are reused and how decoding works (decode.h).
 //
+// Several short prompts may run as one, back to back in the run's rows and in the
+// cache: every one is a sequence of its own to attention and starts at position 0.
+//
 // The last layer's output projection and MLP run on the rows whose logits are wanted
 // only: nothing else reads the others.
 //

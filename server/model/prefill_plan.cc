@@ -11,15 +11,40 @@ int64_t Align(int64_t bytes) {
   return (bytes + kMemoryAlignment - 1) / kMemoryAlignment * kMemoryAlignment;
 }
 
+Status CheckTokens(const ModelConfig& config, int32_t num_tokens) {
+  if (num_tokens >= 1 && num_tokens <= config.max_tokens) return OkStatus();
+  return InvalidArgument("num_tokens " + std::to_string(num_tokens) +
+                         " is outside [1, " + std::to_string(config.max_tokens) + "]" +
+                         config.max_tokens_reason);
+}
+
+// Of several prompts: each as if it were alone.
+Status CheckPrompts(const ModelConfig& config, const PrefillProblem& problem) {
+  int64_t total = 0;
+  for (int32_t tokens : problem.prompt_tokens) {
+    PBS_RETURN_IF_ERROR(CheckTokens(config, tokens));
+    total += tokens;
+  }
+  if (total != problem.num_tokens) {
+    return InvalidArgument("prompt_tokens add up to " + std::to_string(total) +
+                           "; num_tokens is " + std::to_string(problem.num_tokens));
+  }
+  if (problem.past_len == 0 && !problem.attention.use_given_order &&
+      !problem.attention.use_given_lists) {
+    return OkStatus();
+  }
+  return InvalidArgument(
+      "several prompts run as one without past_len, a given order and given lists");
+}
+
 Status CheckProblem(const ModelConfig& config, const PrefillProblem& problem) {
   const auto text = [](int64_t value) { return std::to_string(value); };
-  if (problem.num_tokens < 1 || problem.num_tokens > config.max_tokens) {
-    return InvalidArgument("num_tokens " + text(problem.num_tokens) +
-                           " is outside [1, " + text(config.max_tokens) + "]" +
-                           config.max_tokens_reason);
-  }
+  PBS_RETURN_IF_ERROR(problem.prompt_tokens.size() > 1
+                          ? CheckPrompts(config, problem)
+                          : CheckTokens(config, problem.num_tokens));
+  const bool one_prompt = problem.prompt_tokens.size() <= 1;
   if (problem.past_len < 0 ||
-      problem.past_len > config.max_tokens - problem.num_tokens) {
+      (one_prompt && problem.past_len > config.max_tokens - problem.num_tokens)) {
     return InvalidArgument("past_len " + text(problem.past_len) + " with num_tokens " +
                            text(problem.num_tokens) + " is outside [0, " +
                            text(config.max_tokens - problem.num_tokens) + "]" +
@@ -80,14 +105,16 @@ StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem) {
   const ModelConfig& config = model.config();
   PBS_RETURN_IF_ERROR(CheckProblem(config, problem));
   if (problem.logit_rows.empty()) problem.logit_rows = {problem.num_tokens - 1};
-  const AttentionProblem attention = {
-      .shape = {.num_heads = config.num_heads,
-                .num_kv_heads = config.num_kv_heads,
-                .head_dim = config.head_dim,
-                .sequences = {{problem.num_tokens,
-                               problem.past_len + problem.num_tokens}}},
-      .dtype = model.kv_dtype(),
-      .options = problem.attention};
+  if (problem.prompt_tokens.empty()) problem.prompt_tokens = {problem.num_tokens};
+  AttentionProblem attention = {.shape = {.num_heads = config.num_heads,
+                                          .num_kv_heads = config.num_kv_heads,
+                                          .head_dim = config.head_dim,
+                                          .sequences = {}},
+                                .dtype = model.kv_dtype(),
+                                .options = problem.attention};
+  for (int32_t tokens : problem.prompt_tokens) {
+    attention.shape.sequences.push_back({tokens, problem.past_len + tokens});
+  }
   PrefillPlan plan;
   plan.problem = std::move(problem);
   PBS_ASSIGN_OR_RETURN(plan.attention, model.backend().Plan(attention));

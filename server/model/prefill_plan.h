@@ -23,6 +23,9 @@ struct PrefillProblem {
   // Tokens of this run, counted from its first, whose logits are wanted; at most
   // kLogitRowsMax, in any order. Empty: the last token.
   std::vector<int32_t> logit_rows = {};
+  // Several prompts that run as one, back to back: the tokens of each, num_tokens
+  // together; past_len is 0 then. Empty: one prompt.
+  std::vector<int32_t> prompt_tokens = {};
 };
 
 // Bytes of the workspace by purpose. `attention` and `tiles` + `linear` share a region:
@@ -46,7 +49,7 @@ struct PrefillMemory {
 };
 
 struct PrefillPlan {
-  PrefillProblem problem;  // logit_rows filled in
+  PrefillProblem problem;  // logit_rows and prompt_tokens filled in
   std::unique_ptr<AttentionPlan> attention;
   PrefillMemory memory;
   int64_t workspace_bytes = 0;  // memory.total(); the KV cache is apart (kv_cache.h)

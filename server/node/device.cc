@@ -18,6 +18,14 @@ std::optional<ByteLedger> MakeLedger(const CudaSettings& settings,
   return std::optional<ByteLedger>(std::in_place, DeviceBudget(settings, backend));
 }
 
+// By default prompts share runs where one alone would leave a device idle.
+BatchLimits BatchLimitsOf(const SchedulingSettings& settings, const Backend& backend) {
+  const BackendInfo& info = backend.info();
+  const int32_t tokens_max = info.host_memory ? 1 : info.row_tile;
+  return {settings.batch_tokens_max > 0 ? settings.batch_tokens_max : tokens_max,
+          settings.batch_prompt_tokens_max};
+}
+
 absl::Status AboutModel(const std::string& model, const absl::Status& status) {
   return {status.code(), absl::StrCat("model ", model, ": ", status.message())};
 }
@@ -38,7 +46,8 @@ Device::Device(int32_t number, std::unique_ptr<Backend> backend,
       backend_(std::move(backend)),
       ledger_(MakeLedger(settings.cuda, *backend_)),
       engine_(
-          {settings.service.limits.queue_requests_max, settings.scheduling.yield_share},
+          {settings.service.limits.queue_requests_max, settings.scheduling.yield_share,
+           BatchLimitsOf(settings.scheduling, *backend_)},
           {*backend_, shared.ledger, shared.clock, shared.timers, shared.metrics,
            shared.costs, ledger_ ? &*ledger_ : nullptr, number}) {
   const BackendInfo& info = backend_->info();

@@ -51,6 +51,11 @@ const Buckets& TimeBuckets() {
   return kBuckets;
 }
 
+const Buckets& CountBuckets() {
+  static const Buckets kBuckets = {1, 2, 4, 8, 16, 32, 64, 128, 256};
+  return kBuckets;
+}
+
 const Buckets& RatioBuckets() {
   static const Buckets kBuckets = [] {
     Buckets buckets;
@@ -82,6 +87,8 @@ EngineMetrics::EngineMetrics(Registry& registry)
       coverage(AddHistogram(registry, "pbs_attention_coverage_ratio",
                             "Attention mass held by the selected blocks",
                             CoverageBuckets())),
+      batch_requests(AddHistogram(registry, "pbs_prefill_batch_requests",
+                                  "Prompts that shared a run", CountBuckets())),
       flops_computed(AddCounter(registry, "pbs_attention_flops_computed_total",
                                 "Attention FLOPs executed")),
       flops_dense(AddCounter(registry, "pbs_attention_flops_dense_total",

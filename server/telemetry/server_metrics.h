@@ -46,6 +46,9 @@ struct EngineMetrics {
   // mean over the sampled rows of a request.
   prometheus::Histogram& coverage;
 
+  // pbs_prefill_batch_requests: prompts that shared a run.
+  prometheus::Histogram& batch_requests;
+
   // pbs_attention_flops_computed_total, pbs_attention_flops_dense_total: what attention
   // did, and what dense attention would have done.
   prometheus::Counter& flops_computed;
@@ -166,6 +169,7 @@ struct ServerMetrics {
 // Bucket bounds: 1 ms doubling to 4194 s; ratios in steps of .05 to 1; coverage with
 // its interest near 1.
 const prometheus::Histogram::BucketBoundaries& TimeBuckets();
+const prometheus::Histogram::BucketBoundaries& CountBuckets();  // 1 doubling to 256
 const prometheus::Histogram::BucketBoundaries& RatioBuckets();
 const prometheus::Histogram::BucketBoundaries& CoverageBuckets();
 

@@ -214,6 +214,34 @@ TEST(CudaPrefillSpec, SparsePrefillEqualsTheCpus) {
   EXPECT_LE(Difference(actual, expected), kF16CacheMax);
 }
 
+TEST(CudaPrefillSpec, SeveralPromptsRunAsOneAsEachWouldAlone) {
+  EmulatedDevice device;
+  const TinyModel tiny(OnDevice({.dtype = DType::kBF16}));
+  const auto model = LoadTiny(tiny, *device.backend);
+  const std::vector<int32_t> lengths = {37, 1, 150};
+  const auto tokens = RandomTokens(188, 8);
+  KvCache cache = MakeCache(*model, 188);
+  const Prefilled together = Prefill(*model,
+                                     {.num_tokens = 188,
+                                      .attention = kDenseOptions,
+                                      .logit_rows = {36, 37, 187},
+                                      .prompt_tokens = lengths},
+                                     tokens, cache);
+  ASSERT_TRUE(together.status.ok()) << together.status.ToString();
+  int32_t begin = 0;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    KvCache own = MakeCache(*model, lengths[i]);
+    const Prefilled alone =
+        Prefill(*model, {.num_tokens = lengths[i], .attention = kDenseOptions},
+                std::span(tokens).subspan(static_cast<size_t>(begin),
+                                          static_cast<size_t>(lengths[i])),
+                own);
+    ASSERT_TRUE(alone.status.ok()) << alone.status.ToString();
+    EXPECT_LE(Difference({together.logits[i]}, alone.logits), 1e-3) << lengths[i];
+    begin += lengths[i];
+  }
+}
+
 TEST(CudaPrefillSpec, ContinuesACache) {
   EmulatedDevice device;
   const TinyModel tiny(OnDevice({.dtype = DType::kF16}));

@@ -54,6 +54,16 @@ INSTANTIATE_TEST_SUITE_P(
         PlanCase{"too_many_rows",
                  {.num_tokens = 5, .logit_rows = std::vector<int32_t>(1025, 0)},
                  "1025 logit_rows exceed 1024"},
+        PlanCase{"prompts_of_another_sum",
+                 {.num_tokens = 5, .prompt_tokens = {2, 2}},
+                 "prompt_tokens add up to 4; num_tokens is 5"},
+        PlanCase{"an_empty_prompt_among_others",
+                 {.num_tokens = 5, .prompt_tokens = {5, 0}},
+                 "num_tokens 0 is outside [1, 4096]"},
+        PlanCase{"prompts_with_a_past",
+                 {.num_tokens = 5, .past_len = 1, .prompt_tokens = {2, 3}},
+                 "several prompts run as one without past_len, a given order and given "
+                 "lists"},
         PlanCase{"attention_options",
                  {.num_tokens = 5, .attention = {.block_size = 5}},
                  "block_size 5 is not a power of two in [16, 256]"}),
@@ -78,6 +88,31 @@ TEST_F(PrefillRunSpec, PlansMemoryByPart) {
             memory.residual + memory.queries + memory.rotations + memory.tokens +
                 memory.logits +
                 std::max(memory.attention, memory.tiles + memory.linear));
+}
+
+// What the engine relies on: prompts that were charged one by one may run together.
+TEST_F(PrefillRunSpec, PromptsThatRunAsOneTakeNoMoreThanTheyDoAlone) {
+  std::mt19937 random(3);
+  for (int trial = 0; trial < 200; ++trial) {
+    AttentionOptions attention = kDenseOptions;
+    if (trial % 2 == 1) attention = {.block_size = 16, .segment_size = 32};
+    PrefillProblem together = {.attention = attention};
+    int64_t alone = 0;
+    const uint32_t num_prompts = 2 + random() % 20;
+    for (uint32_t i = 0; i < num_prompts; ++i) {
+      const auto tokens = static_cast<int32_t>(1 + random() % 200);
+      const auto plan =
+          PlanPrefill(*model_, {.num_tokens = tokens, .attention = attention});
+      ASSERT_TRUE(plan.ok());
+      alone += plan->workspace_bytes;
+      together.num_tokens += tokens;
+      together.prompt_tokens.push_back(tokens);
+      together.logit_rows.push_back(together.num_tokens - 1);
+    }
+    const auto plan = PlanPrefill(*model_, together);
+    ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+    EXPECT_LE(plan->workspace_bytes, alone) << "trial " << trial;
+  }
 }
 
 TEST_F(PrefillRunSpec, BoundsRowTilesHoweverLongThePrompt) {

@@ -249,6 +249,39 @@ TEST_F(PrefillRunSpec, RunsSparseMethodsWhichEqualDenseAtAThresholdOfOne) {
   }
 }
 
+TEST_F(PrefillRunSpec, SeveralPromptsRunAsOneAsEachWouldAlone) {
+  const std::vector<int32_t> lengths = {37, 1, 200, 64};
+  const AttentionOptions sparse = {
+      .method = Method::kPbs, .block_size = 16, .segment_size = 32, .threshold = 0.5f};
+  for (const AttentionOptions& attention : {kDenseOptions, sparse}) {
+    SCOPED_TRACE(MethodName(attention.method));
+    PrefillProblem problem = {
+        .num_tokens = 302, .attention = attention, .prompt_tokens = lengths};
+    problem.logit_rows = AllRows(302);
+    const auto tokens = RandomTokens(302, 8);
+    KvCache cache = MakeCache(*model_, 310);
+    const Prefilled together = Prefill(*model_, problem, tokens, cache);
+    ASSERT_TRUE(together.status.ok()) << together.status.ToString();
+    auto first = together.logits.begin();
+    int32_t begin = 0;
+    for (int32_t length : lengths) {
+      SCOPED_TRACE(length);
+      KvCache own = MakeCache(*model_, length);
+      const Prefilled alone = Prefill(
+          *model_,
+          {.num_tokens = length, .attention = attention, .logit_rows = AllRows(length)},
+          std::span(tokens).subspan(begin, length), own);
+      const std::vector<std::vector<float>> rows(first, first + length);
+      EXPECT_LE(Difference(rows, alone.logits), kF32Max);
+      const auto* keys = static_cast<const float*>(cache.k(2)) + begin * 32;
+      const auto* own_keys = static_cast<const float*>(own.k(2));
+      for (int i = 0; i < length * 32; ++i) ASSERT_NEAR(keys[i], own_keys[i], 1e-4);
+      first += length;
+      begin += length;
+    }
+  }
+}
+
 TEST_F(PrefillRunSpec, TakesTheCallersBlockLists) {
   const auto tokens = RandomTokens(64, 7);
   const AttentionOptions options = {

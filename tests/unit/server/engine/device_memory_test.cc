@@ -28,7 +28,7 @@ class DeviceMemorySpec : public EngineFixture {
     model_.replicas.push_back(*Model::Load(folder_.path(), {}, *device_));
     model_.tokens_max = model_.model().config().max_tokens;
     on_device_ =
-        std::make_unique<EngineImpl>(ExecutorOptions{.queue_requests_max = kQueueMax},
+        std::make_unique<EngineImpl>(EngineOptions{.queue_requests_max = kQueueMax},
                                      EngineParts{*device_, ledger_, clock_, timers_,
                                                  metrics_, costs_, &device_ledger_});
   }

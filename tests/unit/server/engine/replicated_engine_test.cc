@@ -29,7 +29,7 @@ class ReplicatedEngineSpec : public EngineFixture {
       auto& replica = replicas_[static_cast<size_t>(i)];
       model_.replicas.push_back(*Model::Load(folder_.path(), {}, replica.backend));
       replica.engine = std::make_unique<EngineImpl>(
-          ExecutorOptions{.queue_requests_max = kQueueMax},
+          EngineOptions{.queue_requests_max = kQueueMax},
           EngineParts{replica.backend, ledger_, clock_, timers_, metrics_, costs_,
                       &replica.ledger, i});
       engines.push_back(replica.engine.get());

@@ -116,5 +116,85 @@ INSTANTIATE_TEST_SUITE_P(
                  3}),
     testing_support::CaseName());
 
+struct CompanionCase {
+  const char* name;
+  std::vector<Candidate> candidates;  // 1 is next
+  std::vector<Companion> companions;
+  int32_t tokens_left;
+  int32_t places_left;
+  std::vector<size_t> picked;
+};
+
+void PrintTo(const CompanionCase& c, std::ostream* out) { *out << c.name; }
+
+class PickCompanionsSpec : public testing::TestWithParam<CompanionCase> {};
+
+TEST_P(PickCompanionsSpec, TakesAlongWhoFits) {
+  const CompanionCase& c = GetParam();
+  size_t next = 0;
+  while (c.candidates[next].id != 1) ++next;
+  EXPECT_EQ(
+      PickCompanions(c.candidates, next, c.companions, c.tokens_left, c.places_left),
+      c.picked);
+}
+
+const Candidate kNext = {.id = 1, .seconds_left = 1};
+const Candidate kShort = {.id = 2, .seconds_left = 1};
+const Candidate kPatient = {.id = 9, .seconds_left = 60, .patience_seconds = 2};
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, PickCompanionsSpec,
+    testing::Values(CompanionCase{"nobody_waits", {kNext}, {}, 100, 9, {}},
+                    CompanionCase{"all_that_wait",
+                                  {kNext, kShort, kShort},
+                                  {{1, 50}, {2, 50}},
+                                  100,
+                                  9,
+                                  {1, 2}},
+                    CompanionCase{"as_many_tokens_as_fit",
+                                  {kNext, kShort, kPatient, kShort},
+                                  {{1, 40}, {2, 70}, {3, 60}},
+                                  100,
+                                  9,
+                                  {1}},
+                    CompanionCase{"one_that_is_too_large_is_passed_within_its_patience",
+                                  {kNext, kPatient, kShort},
+                                  {{1, 101}, {2, 60}},
+                                  100,
+                                  9,
+                                  {2}},
+                    CompanionCase{"as_many_as_have_a_place",
+                                  {kNext, kShort, kShort},
+                                  {{1, 1}, {2, 1}},
+                                  100,
+                                  1,
+                                  {1}},
+                    CompanionCase{"an_earlier_one_that_waits_has_patience_for_so_many",
+                                  {kPatient, kNext, kShort, kShort},
+                                  {{2, 1}, {3, 1}},
+                                  100,
+                                  9,
+                                  {2}},
+                    CompanionCase{"one_between_has_too",
+                                  {kNext, kPatient, kShort, kShort},
+                                  {{2, 1}, {3, 1}},
+                                  100,
+                                  9,
+                                  {2}},
+                    CompanionCase{"the_unpredicted_overtakes_nobody",
+                                  {kNext, {.id = 3}, kPatient, {.id = 4}},
+                                  {{1, 1}, {3, 1}},
+                                  100,
+                                  9,
+                                  {1}},
+                    CompanionCase{
+                        "another_priority_has_no_say",
+                        {{.id = 9, .priority = -1, .seconds_left = 60}, kNext, kShort},
+                        {{2, 1}},
+                        100,
+                        9,
+                        {2}}),
+    testing_support::CaseName());
+
 }  // namespace
 }  // namespace pbs::server

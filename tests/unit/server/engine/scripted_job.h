@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,6 +22,18 @@ class ScriptedJob final : public Job {
   // Called inside every step.
   std::function<absl::Status(const RunControl&)> during_step;
 
+  int32_t tokens = 0;  // of a run that it shares
+  BatchKey key;
+  bool runs_with_others = true;
+
+  int32_t batch_tokens() const override { return tokens; }
+  BatchKey batch_key() const override { return key; }
+  bool RunWith(std::span<Job* const> others) override {
+    std::string event = name_ + " runs with";
+    for (Job* other : others) event += " " + static_cast<ScriptedJob*>(other)->name_;
+    events_.push_back(event + (runs_with_others ? "" : "? no"));
+    return runs_with_others;
+  }
   void Start(const JobTiming& timing) override {
     events_.push_back(name_ + " starts after " +
                       absl::FormatDuration(timing.started - timing.admitted));

@@ -54,6 +54,7 @@ TEST_F(ServerMetricsSpec, EveryMetricOfTheProtocolIsThereFromTheStart) {
                                    "pbs_attention_flops_computed_total",
                                    "pbs_attention_flops_dense_total",
                                    "pbs_attention_coverage_ratio",
+                                   "pbs_prefill_batch_requests",
                                    "pbs_prompt_tokens_total",
                                    "pbs_prefill_tokens_wasted_total",
                                    "pbs_requests_rejected_total",
@@ -77,7 +78,9 @@ TEST_F(ServerMetricsSpec, NamesHaveThePrefixAndTheUnitOfTheirType) {
     EXPECT_EQ(name.ends_with("_total"), family.type == MetricType::Counter) << name;
     EXPECT_FALSE(family.help.empty()) << name;
     if (family.type == MetricType::Histogram) {
-      EXPECT_TRUE(name.ends_with("_seconds") || name.ends_with("_ratio")) << name;
+      EXPECT_TRUE(name.ends_with("_seconds") || name.ends_with("_ratio") ||
+                  name.ends_with("_requests"))
+          << name;
     }
   }
 }
