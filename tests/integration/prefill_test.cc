@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 #include <functional>
 #include <future>
@@ -76,6 +77,42 @@ KvArrays DirectCache(const v1::PrefillRequest& request) {
     }
   }
   return arrays;
+}
+
+TEST(PrefillSharedRunSpec, EveryCallerGetsItsOwnCacheAndReply) {
+  TestNode node({.batch = {.tokens_max = 1000, .prompt_tokens_max = 300},
+                 .executor_thread = false});
+  constexpr std::array<int, 3> kTokens = {300, 20, 111};
+  std::vector<std::future<absl::StatusOr<v1::Done>>> calls;
+  for (int tokens : kTokens) {
+    calls.push_back(std::async(std::launch::async, [&node, tokens] {
+      PrefillEvents events;
+      return node.NewClient()->Prefill(LeaseOf(tokens), events);
+    }));
+  }
+  ASSERT_TRUE(Eventually([&] { return node.Waiting() == 3; }));
+  while (node.engine.executor().RunOneStep()) {
+  }
+  EXPECT_EQ(node.metrics.engine.batch_requests.Collect().histogram.sample_count, 1u);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const auto done = calls[i].get();
+    ASSERT_TRUE(done.ok()) << done.status();
+    EXPECT_EQ(done->stats().prompt_tokens(), kTokens[i]);
+    v1::FetchRequest fetch;
+    *fetch.mutable_ticket() = done->ticket();
+    KvArrays cache;
+    ASSERT_TRUE(node.NewClient()->Fetch(fetch, cache).ok());
+    const KvArrays alone = DirectCache(LeaseOf(kTokens[i]));
+    for (const auto& [key, bytes] : alone.arrays) {
+      const auto* expected = reinterpret_cast<const float*>(bytes.data());
+      const auto* actual = reinterpret_cast<const float*>(cache.arrays.at(key).data());
+      for (size_t j = 0; j < bytes.size() / sizeof(float); ++j) {
+        ASSERT_NEAR(actual[j], expected[j], 1e-4);
+      }
+    }
+    ASSERT_TRUE(node.NewClient()->Release(done->ticket()).ok());
+  }
+  EXPECT_TRUE(node.NothingHeld());
 }
 
 TEST(PrefillSpec, InlineFetchedAndDirectCachesAreEqual) {

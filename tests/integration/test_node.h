@@ -75,6 +75,7 @@ struct NodeOptions {
   LeaseOptions leases = {};
   int64_t memory_bytes_max = 256 << 20;
   int32_t queue_requests_max = 16;
+  BatchLimits batch = {};       // every prompt runs alone
   bool executor_thread = true;  // else the test steps by hand
   bool ready = true;            // models set, serving
 };
@@ -83,8 +84,9 @@ class TestNode {
  public:
   explicit TestNode(NodeOptions options = {})
       : ledger(options.memory_bytes_max),
-        engine({.queue_requests_max = options.queue_requests_max},
-               {*SharedModel::Get().backend, ledger, clock, timers, metrics, costs}),
+        engine(
+            {.queue_requests_max = options.queue_requests_max, .batch = options.batch},
+            {*SharedModel::Get().backend, ledger, clock, timers, metrics, costs}),
         leases(options.leases, RandomU64(), clock, timers, metrics.kv) {
     options.service.listen = "127.0.0.1:0";
     auto created = GrpcServer::Create(
