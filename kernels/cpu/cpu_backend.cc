@@ -119,6 +119,7 @@ Status CpuBackend::RmsNorm(const RmsNormOp& op) {
 }
 
 Status CpuBackend::Qkv(const QkvOp& op) {
+  PBS_CHECK(op.pooled_queries == nullptr);  // no plan of this backend takes them
   cpu::Qkv(pool_, pointwise_, op);
   return OkStatus();
 }

@@ -95,6 +95,11 @@ PrefillRun::PrefillRun(const Model& model, const PrefillPlan& plan,
   at_.residual = carver.Take<float>(memory.residual);
   at_.queries = carver.Take(memory.queries / 2);
   at_.attended = carver.Take(memory.queries / 2);
+  if (memory.pooled_queries > 0) {
+    at_.pooled_queries = carver.Take<float>(memory.pooled_queries);
+    PBS_CHECK(plan.row_tile == plan.problem.num_tokens ||
+              plan.row_tile >= plan.attention->geometry.block_size);
+  }
   at_.cosines = carver.Take<float>(memory.rotations / 2);
   at_.sines = carver.Take<float>(memory.rotations / 2);
   // Attention and the row tiles take turns in one region.
@@ -197,16 +202,23 @@ Status PrefillRun::RunLayer(PrefillObserver* observer, const RunControl& control
   return OkStatus();
 }
 
+int64_t PrefillRun::TileEnd(int64_t row) const {
+  const int64_t end = std::min<int64_t>(row + plan_.row_tile, plan_.problem.num_tokens);
+  if (at_.pooled_queries == nullptr || end == plan_.problem.num_tokens) return end;
+  return end - (plan_.problem.past_len + end) % plan_.attention->geometry.block_size;
+}
+
 Status PrefillRun::RunQkv(int32_t layer_index, const RunControl& control) {
   const ModelConfig& config = model_.config();
   const LayerWeights& layer = model_.weights().layers[static_cast<size_t>(layer_index)];
   const DType compute = model_.compute_dtype();
   const DType kv = model_.kv_dtype();
   const int64_t hidden = config.hidden_size;
-  for (int64_t row = 0; row < plan_.problem.num_tokens; row += plan_.row_tile) {
+  const AttentionGeometry& geometry = plan_.attention->geometry;
+  const int64_t first_block = plan_.problem.past_len / geometry.block_size;
+  for (int64_t row = 0; row < plan_.problem.num_tokens; row = TileEnd(row)) {
     PBS_RETURN_IF_ERROR(CheckStop(control));
-    const int64_t rows =
-        std::min<int64_t>(plan_.row_tile, plan_.problem.num_tokens - row);
+    const int64_t rows = TileEnd(row) - row;
     PBS_RETURN_IF_ERROR(backend_.RmsNorm({.x = at_.residual + row * hidden,
                                           .weight = layer.attention_norm,
                                           .epsilon = config.rms_norm_epsilon,
@@ -217,24 +229,33 @@ Status PrefillRun::RunQkv(int32_t layer_index, const RunControl& control) {
     PBS_RETURN_IF_ERROR(
         backend_.Linear(*layer.qkv, at_.tile, rows, at_.wide_tile, at_.linear));
     const int64_t half = config.head_dim / 2;
-    const int64_t cache_offset = (plan_.problem.past_len + row) * config.head_dim;
-    PBS_RETURN_IF_ERROR(
-        backend_.Qkv({.qkv = at_.wide_tile,
-                      .qkv_dtype = compute,
-                      .rows = rows,
-                      .num_heads = config.num_heads,
-                      .num_kv_heads = config.num_kv_heads,
-                      .head_dim = config.head_dim,
-                      .q_norm = layer.q_norm,
-                      .k_norm = layer.k_norm,
-                      .epsilon = config.rms_norm_epsilon,
-                      .cosines = at_.cosines + row * half,
-                      .sines = at_.sines + row * half,
-                      .kv_dtype = kv,
-                      .q = Offset(at_.queries, row * config.attention_features(), kv),
-                      .k = Offset(cache_.k(layer_index), cache_offset, kv),
-                      .v = Offset(cache_.v(layer_index), cache_offset, kv),
-                      .kv_head_stride = cache_.head_stride()}));
+    const int64_t position = plan_.problem.past_len + row;
+    const int64_t cache_offset = position * config.head_dim;
+    float* pooled = at_.pooled_queries;
+    if (pooled != nullptr) {
+      pooled +=
+          (position / geometry.block_size - first_block) * config.attention_features();
+    }
+    PBS_RETURN_IF_ERROR(backend_.Qkv(
+        {.qkv = at_.wide_tile,
+         .qkv_dtype = compute,
+         .rows = rows,
+         .num_heads = config.num_heads,
+         .num_kv_heads = config.num_kv_heads,
+         .head_dim = config.head_dim,
+         .q_norm = layer.q_norm,
+         .k_norm = layer.k_norm,
+         .epsilon = config.rms_norm_epsilon,
+         .cosines = at_.cosines + row * half,
+         .sines = at_.sines + row * half,
+         .kv_dtype = kv,
+         .q = Offset(at_.queries, row * config.attention_features(), kv),
+         .k = Offset(cache_.k(layer_index), cache_offset, kv),
+         .v = Offset(cache_.v(layer_index), cache_offset, kv),
+         .kv_head_stride = cache_.head_stride(),
+         .pooled_queries = pooled,
+         .block_size = geometry.block_size,
+         .row_in_block = static_cast<int32_t>(position % geometry.block_size)}));
   }
   return OkStatus();
 }
@@ -251,6 +272,7 @@ Status PrefillRun::RunAttention(int32_t layer, const RunControl& control,
   tensors.o = {at_.attended, token_major};
   tensors.order = order_;
   tensors.lists = lists_;
+  tensors.pooled_queries = at_.pooled_queries;
   PBS_RETURN_IF_ERROR(backend_.Run(*plan_.attention, tensors, at_.attention, control));
   AttentionReport report;
   PBS_RETURN_IF_ERROR(

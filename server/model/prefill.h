@@ -90,6 +90,7 @@ class PrefillRun {
     float* residual = nullptr;
     void* queries = nullptr;
     void* attended = nullptr;
+    float* pooled_queries = nullptr;  // null where attention does not take them
     float* cosines = nullptr;
     float* sines = nullptr;
     Workspace attention;
@@ -108,6 +109,8 @@ class PrefillRun {
              KvCache& cache, Workspace workspace);
   Status Embed(std::span<const int32_t> tokens);
   Status RunQkv(int32_t layer, const RunControl& control);
+  // Where the row tile that begins at `row` ends: not inside a block of pooled queries.
+  int64_t TileEnd(int64_t row) const;
   Status RunAttention(int32_t layer, const RunControl& control, AttentionStats& stats);
   // Everything behind attention.
   Status RunMlp(int32_t layer, const RunControl& control);

@@ -78,6 +78,7 @@ PrefillMemory PlanMemory(const Model& model, const PrefillPlan& plan) {
   PrefillMemory memory;
   memory.residual = Align(tokens * hidden * kFloat);
   memory.queries = 2 * Align(tokens * heads * kv_bytes);
+  memory.pooled_queries = Align(plan.attention->pooled_queries_bytes);
   memory.rotations = 2 * Align(tokens * (config.head_dim / 2) * kFloat);
   memory.attention = Align(plan.attention->workspace_bytes);
   memory.tiles =
@@ -111,7 +112,8 @@ StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem) {
                                           .head_dim = config.head_dim,
                                           .sequences = {}},
                                 .dtype = model.kv_dtype(),
-                                .options = problem.attention};
+                                .options = problem.attention,
+                                .offers_pooled_queries = true};
   for (int32_t tokens : problem.prompt_tokens) {
     attention.shape.sequences.push_back({tokens, problem.past_len + tokens});
   }

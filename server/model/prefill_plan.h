@@ -31,20 +31,21 @@ struct PrefillProblem {
 // Bytes of the workspace by purpose. `attention` and `tiles` + `linear` share a region:
 // they are never alive together.
 struct PrefillMemory {
-  int64_t residual = 0;   // f32 [num_tokens, hidden]
-  int64_t queries = 0;    // and attention output: KV dtype, 2 x [tokens, heads dim]
-  int64_t rotations = 0;  // f32, cosines and sines
-  int64_t attention = 0;  // the backend's attention workspace
-  int64_t tiles = 0;      // activations of one row tile
-  int64_t linear = 0;     // the backend's linear workspace
-  int64_t logits = 0;     // of the wanted rows, and what leads to them
-  int64_t tokens = 0;     // ids
+  int64_t residual = 0;  // f32 [num_tokens, hidden]
+  int64_t queries = 0;   // and attention output: KV dtype, 2 x [tokens, heads dim]
+  int64_t pooled_queries = 0;  // AttentionPlan::pooled_queries_bytes
+  int64_t rotations = 0;       // f32, cosines and sines
+  int64_t attention = 0;       // the backend's attention workspace
+  int64_t tiles = 0;           // activations of one row tile
+  int64_t linear = 0;          // the backend's linear workspace
+  int64_t logits = 0;          // of the wanted rows, and what leads to them
+  int64_t tokens = 0;          // ids
 
   int64_t shared() const {
     return attention > tiles + linear ? attention : tiles + linear;
   }
   int64_t total() const {
-    return residual + queries + rotations + shared() + logits + tokens;
+    return residual + queries + pooled_queries + rotations + shared() + logits + tokens;
   }
 };
 

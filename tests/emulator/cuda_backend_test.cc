@@ -242,6 +242,53 @@ TEST(CudaPrefillSpec, SeveralPromptsRunAsOneAsEachWouldAlone) {
   }
 }
 
+// A plan whose attention pools queries by itself.
+void PoolInAttention(const Backend& backend, PrefillPlan& plan) {
+  AttentionProblem problem = plan.attention->problem;
+  problem.offers_pooled_queries = false;
+  plan.attention = *backend.Plan(problem);
+  plan.memory.pooled_queries = 0;
+  plan.memory.attention = (plan.attention->workspace_bytes + kMemoryAlignment - 1) /
+                          kMemoryAlignment * kMemoryAlignment;
+  plan.workspace_bytes = plan.memory.total();
+}
+
+// Also when queries begin inside a block and row tiles would end inside one.
+TEST(CudaPrefillSpec, QueriesPooledOnTheWayChangeNothing) {
+  constexpr int32_t kTokens = 300;
+  const TinyModel tiny(
+      OnDevice({.model_type = "qwen3", .layers = 1, .dtype = DType::kBF16}));
+  const auto tokens = RandomTokens(kTokens, 3);
+  const std::span all(tokens);
+  const auto run = [&](int32_t past, int32_t row_tile, bool on_the_way) {
+    EmulatedDevice device;
+    const auto model = LoadTiny(tiny, *device.backend);
+    KvCache cache = MakeCache(*model, kTokens);
+    if (past > 0) {
+      const PrefillProblem first = {.num_tokens = past, .attention = kDenseOptions};
+      EXPECT_TRUE(Prefill(*model, first, all.first(past), cache).status.ok());
+    }
+    auto plan =
+        PlanPrefill(*model, {.num_tokens = kTokens - past,
+                             .past_len = past,
+                             .attention = {.segment_size = 128, .threshold = 0.3f},
+                             .logit_rows = {100, 200, 259}});
+    EXPECT_TRUE(plan.ok()) << plan.status().ToString();
+    plan->row_tile = std::min(plan->row_tile, row_tile);
+    EXPECT_EQ(plan->attention->pooled_queries_bytes, 4 * 3 * 4 * 64);
+    EXPECT_EQ(plan->memory.pooled_queries, 4 * 3 * 4 * 64);
+    if (!on_the_way) PoolInAttention(*device.backend, *plan);
+    EventLog log;
+    const Prefilled result = RunPlan(*model, *plan, all.subspan(past), cache, &log);
+    EXPECT_TRUE(result.status.ok()) << result.status.ToString();
+    const AttentionStats& stats = log.reports.back().attention;
+    EXPECT_LT(stats.Density(), 1);
+    return std::pair(result.logits, stats.executed_blocks);
+  };
+  EXPECT_EQ(run(0, kTokens, true), run(0, kTokens, false));
+  EXPECT_EQ(run(40, 150, true), run(40, 150, false));
+}
+
 TEST(CudaPrefillSpec, ContinuesACache) {
   EmulatedDevice device;
   const TinyModel tiny(OnDevice({.dtype = DType::kF16}));

@@ -174,24 +174,23 @@ struct Heads {
 
 // One call of SplitHeads, and what must come of it.
 struct SplitCase {
-  static constexpr int64_t kRows = 3;
-  static constexpr int64_t kCapacity = 9;
   static constexpr int64_t kFirst = 4;  // position of the first row
 
-  SplitCase(const Heads& of, DType from, DType to_dtype)
+  SplitCase(const Heads& of, DType from, DType to_dtype, int64_t num_rows = 3)
       : heads(of),
         to(to_dtype),
-        qkv(from, kRows * width(), 3),
-        cosines(DType::kF32, kRows * of.dim / 2, 4, 0.5f),
-        sines(DType::kF32, kRows * of.dim / 2, 5, 0.5f),
+        rows(num_rows),
+        qkv(from, rows * width(), 3),
+        cosines(DType::kF32, rows * of.dim / 2, 4, 0.5f),
+        sines(DType::kF32, rows * of.dim / 2, 5, 0.5f),
         q_norm(DType::kF32, of.dim, 6),
         k_norm(DType::kF32, of.dim, 7),
-        q(to_dtype, kRows * of.num_heads * of.dim),
-        k(to_dtype, of.num_kv_heads * kCapacity * of.dim),
-        v(to_dtype, of.num_kv_heads * kCapacity * of.dim),
+        q(to_dtype, rows * of.num_heads * of.dim),
+        k(to_dtype, of.num_kv_heads * capacity() * of.dim),
+        v(to_dtype, of.num_kv_heads * capacity() * of.dim),
         op{.qkv = qkv.data(),
            .qkv_dtype = from,
-           .rows = kRows,
+           .rows = rows,
            .num_heads = of.num_heads,
            .num_kv_heads = of.num_kv_heads,
            .head_dim = of.dim,
@@ -204,8 +203,9 @@ struct SplitCase {
            .q = q.data(),
            .k = AtFirst(k),
            .v = AtFirst(v),
-           .kv_head_stride = kCapacity * of.dim} {}
+           .kv_head_stride = capacity() * of.dim} {}
 
+  int64_t capacity() const { return rows + 6; }
   int64_t width() const {
     return (heads.num_heads + 2 * int64_t{heads.num_kv_heads}) * heads.dim;
   }
@@ -232,13 +232,13 @@ struct SplitCase {
     const std::vector<float> queries = q.Read();
     const std::vector<float> keys = k.Read();
     const std::vector<float> values = v.Read();
-    for (int64_t at = 0; at < kRows * width(); ++at) {
+    for (int64_t at = 0; at < rows * width(); ++at) {
       const int64_t row = at / width();
       const int64_t head = at % width() / heads.dim;
       const int64_t i = at % heads.dim;
       const double* x = qkv.exact.data() + at - i;
       const int64_t kv_head = (head - heads.num_heads) % heads.num_kv_heads;
-      const int64_t cached = (kv_head * kCapacity + kFirst + row) * heads.dim + i;
+      const int64_t cached = (kv_head * capacity() + kFirst + row) * heads.dim + i;
       if (head >= heads.num_heads + heads.num_kv_heads) {
         ASSERT_NEAR(values[cached], x[i], Relative(to) * std::abs(x[i]));
         continue;
@@ -254,10 +254,28 @@ struct SplitCase {
     }
   }
 
+  // `means` holds, block by block, the sums of `q` as it was stored over 128.
+  void CheckMeans(const std::vector<float>& means, int64_t row_in_block) const {
+    const std::vector<float> queries = q.Read();
+    const int64_t cols = int64_t{heads.num_heads} * heads.dim;
+    std::vector<double> sums(means.size());
+    std::vector<double> magnitudes(means.size());
+    for (int64_t i = 0; i < rows * cols; ++i) {
+      const int64_t at = (i / cols + row_in_block) / 128 * cols + i % cols;
+      sums[at] += queries[i];
+      magnitudes[at] += std::abs(queries[i]);
+    }
+    for (size_t i = 0; i < means.size(); ++i) {
+      ASSERT_NEAR(means[i], sums[i] / 128, 0x1p-22 * magnitudes[i] / 128)
+          << "block " << i / cols << " column " << i % cols;
+    }
+  }
+
   const Heads heads;
   const DType to;
+  const int64_t rows;
   Matrix qkv, cosines, sines, q_norm, k_norm, q, k, v;
-  const QkvOp op;
+  QkvOp op;
 };
 
 TEST_F(ModelKernelsSpec, SplitsRotatesAndNormalisesHeads) {
@@ -272,6 +290,33 @@ TEST_F(ModelKernelsSpec, SplitsRotatesAndNormalisesHeads) {
         cuda::EnqueueQkv(split.op, launch_);
         split.Check();
       }
+    }
+  }
+}
+
+// Blocks that begin before the first row and end behind the last, whole ones, and a
+// group of heads of which only some are queries.
+TEST_F(ModelKernelsSpec, PoolsBlocksOfQueriesOnTheWay) {
+  struct Place {
+    Heads heads;
+    int64_t rows;
+    int32_t row_in_block;
+  };
+  for (const Place& place :
+       {Place{{64, 4, 2, true}, 300, 0}, Place{{64, 5, 1, false}, 30, 90},
+        Place{{96, 3, 3, true}, 130, 100}, Place{{128, 5, 1, true}, 129, 0},
+        Place{{128, 1, 1, false}, 1, 127}, Place{{256, 2, 2, true}, 200, 3}}) {
+    for (DType to : {DType::kF16, DType::kBF16}) {
+      SCOPED_TRACE("dim " + std::to_string(place.heads.dim) + " to " + DTypeName(to));
+      SplitCase split(place.heads, DType::kBF16, to, place.rows);
+      const int64_t blocks = (place.row_in_block + place.rows + 127) / 128;
+      Matrix means(DType::kF32, blocks * place.heads.num_heads * place.heads.dim);
+      split.op.pooled_queries = means.f32();
+      split.op.block_size = 128;
+      split.op.row_in_block = place.row_in_block;
+      cuda::EnqueueQkv(split.op, launch_);
+      split.Check();
+      split.CheckMeans(means.Read(), place.row_in_block);
     }
   }
 }

@@ -7,8 +7,10 @@
 #include "cuda/model/make_rotations.h"
 #include "cuda/model/move_rows.h"
 #include "cuda/model/normalize_rows.h"
+#include "cuda/model/pool_heads.h"
 #include "cuda/model/split_heads.h"
 #include "pbs/backend.h"
+#include "pbs/check.h"
 
 namespace pbs::cuda {
 
@@ -78,7 +80,16 @@ void EnqueueQkv(const QkvOp& op, Launcher& launch) {
                                    .head_dim = op.head_dim,
                                    .qkv_dtype = op.qkv_dtype,
                                    .kv_dtype = op.kv_dtype};
-  launch.template Run<SplitHeads>(SplitHeads::Blocks(params), 0, params);
+  if (op.pooled_queries == nullptr) {
+    launch.template Run<SplitHeads>(SplitHeads::Blocks(params), 0, params);
+    return;
+  }
+  PBS_CHECK(op.block_size == kBlockTokens);
+  const PoolHeadsParams pooled = {.split = params,
+                                  .pooled_queries = op.pooled_queries,
+                                  .row_in_block = op.row_in_block};
+  launch.template Run<PoolHeads>(PoolHeads::Blocks(pooled),
+                                 PoolHeads::SharedBytes(op.head_dim), pooled);
 }
 
 template <class Launcher>

@@ -49,6 +49,18 @@ PBS_DEVICE void StoreQuad(void* data, DType dtype, int64_t quad, const Quad& val
               Int2{static_cast<int32_t>(low), static_cast<int32_t>(high)});
 }
 
+// As it reads when it has been stored.
+PBS_DEVICE Quad Rounded(const Quad& value, DType dtype) {
+  if (dtype == DType::kF32) return value;
+  Quad rounded;
+  PBS_UNROLL
+  for (int i = 0; i < kQuad; ++i) {
+    rounded.x[i] = dtype == DType::kBF16 ? Bf16Element::Round(value.x[i])
+                                         : F16Element::Round(value.x[i]);
+  }
+  return rounded;
+}
+
 // Of a float that every lane has; all 32 call. Lanes whose indices differ in bits below
 // `width` (a power of two) are summed.
 PBS_DEVICE float SumLanes(float value, int width) {

@@ -27,70 +27,63 @@ struct SplitHeadsParams {
   DType kv_dtype;
 };
 
-// A group of lanes per head, a quad of either half per lane: the partner of a rotation
-// is in the same thread. Grid [ceil(rows * heads / heads of a block)].
-class SplitHeads {
+// Lanes of a head: a power of two, so that heads do not share a shuffle.
+PBS_HOST_DEVICE constexpr int LanesOfHead(int head_dim) {
+  int lanes = 1;
+  while (lanes * 2 * kQuad < head_dim) lanes *= 2;
+  return lanes;
+}
+
+// One head of one row on its way through a group of lanes. Each has a quad of either
+// half: the partner of a rotation is in the same thread.
+class HeadOfRow {
  public:
-  static constexpr int kThreads = 128;
+  struct Quads {
+    Quad low, high;
+  };
 
-  // Lanes of a head: a power of two, so that heads do not share a shuffle.
-  PBS_HOST_DEVICE static constexpr int Lanes(int head_dim) {
-    int lanes = 1;
-    while (lanes * 2 * kQuad < head_dim) lanes *= 2;
-    return lanes;
-  }
-  static constexpr int64_t Blocks(const SplitHeadsParams& params) {
-    const int64_t heads =
-        int64_t{params.rows} * (params.num_heads + 2 * params.num_kv_heads);
-    const int64_t of_block = kThreads / Lanes(params.head_dim);
-    return (heads + of_block - 1) / of_block;
-  }
-
-  PBS_DEVICE static void Run(const SplitHeadsParams& params) {
-    const int lanes = Lanes(params.head_dim);
-    const int heads = params.num_heads + 2 * params.num_kv_heads;
-    const int64_t item =
-        int64_t{BlockIndex()} * (kThreads / lanes) + ThreadIndex() / lanes;
-    const auto row = static_cast<int32_t>(item / heads);
-    SplitHeads(params, row, static_cast<int32_t>(item % heads), ThreadIndex() % lanes)
-        .Run(lanes);
-  }
-
- private:
-  PBS_DEVICE SplitHeads(const SplitHeadsParams& params, int32_t row, int32_t head,
-                        int lane)
+  // Row and head may be nobody's: nothing is read or stored then.
+  PBS_DEVICE HeadOfRow(const SplitHeadsParams& params, int32_t row, int32_t head,
+                       int lane)
       : params_(params),
         row_(row),
         head_(head),
         lane_(lane),
         half_(params.head_dim / 2 / kQuad),
-        inside_(row < params.rows && lane < half_) {}
+        inside_(row >= 0 && row < params.rows && head < NumHeads() && lane < half_) {}
 
-  PBS_DEVICE void Run(int lanes) {
-    Quad low{}, high{};
-    if (inside_) {
-      const int heads = params_.num_heads + 2 * params_.num_kv_heads;
-      const int64_t first = (int64_t{row_} * heads + head_) * 2 * half_ + lane_;
-      low = LoadQuad(params_.qkv, params_.qkv_dtype, first);
-      high = LoadQuad(params_.qkv, params_.qkv_dtype, first + half_);
-    }
+  // Zeros where there is nothing.
+  PBS_DEVICE Quads Load() const {
+    if (!inside_) return {};
+    const int64_t first = (int64_t{row_} * NumHeads() + head_) * 2 * half_ + lane_;
+    return {LoadQuad(params_.qkv, params_.qkv_dtype, first),
+            LoadQuad(params_.qkv, params_.qkv_dtype, first + half_)};
+  }
+
+  // Normalises, rotates and stores what Load() gave, `lanes` a head. All lanes of the
+  // warp call.
+  PBS_DEVICE void Finish(Quads& x, int lanes) const {
     const bool is_value = head_ >= params_.num_heads + params_.num_kv_heads;
     // All lanes of the warp sum, whatever their heads are.
     if (params_.q_norm != nullptr || params_.k_norm != nullptr) {
       const float* norm = head_ < params_.num_heads ? params_.q_norm : params_.k_norm;
-      Normalize(low, high, is_value ? nullptr : norm, lanes);
+      Normalize(x, is_value ? nullptr : norm, lanes);
     }
     if (!inside_) return;
-    if (!is_value) Rotate(low, high);
-    Store(low, high);
+    if (!is_value) Rotate(x);
+    Store(x);
   }
 
-  PBS_DEVICE void Normalize(Quad& low, Quad& high, const float* weight,
-                            int lanes) const {
+ private:
+  PBS_DEVICE int NumHeads() const {
+    return params_.num_heads + 2 * params_.num_kv_heads;
+  }
+
+  PBS_DEVICE void Normalize(Quads& x, const float* weight, int lanes) const {
     float squares = 0;
     PBS_UNROLL
     for (int i = 0; i < kQuad; ++i) {
-      squares += low.x[i] * low.x[i] + high.x[i] * high.x[i];
+      squares += x.low.x[i] * x.low.x[i] + x.high.x[i] * x.high.x[i];
     }
     const float mean = SumLanes(squares, lanes) / static_cast<float>(params_.head_dim);
     if (!inside_ || weight == nullptr) return;
@@ -99,25 +92,25 @@ class SplitHeads {
     const Quad of_high = LoadQuad(weight, DType::kF32, lane_ + half_);
     PBS_UNROLL
     for (int i = 0; i < kQuad; ++i) {
-      low.x[i] *= factor * of_low.x[i];
-      high.x[i] *= factor * of_high.x[i];
+      x.low.x[i] *= factor * of_low.x[i];
+      x.high.x[i] *= factor * of_high.x[i];
     }
   }
 
-  PBS_DEVICE void Rotate(Quad& low, Quad& high) const {
+  PBS_DEVICE void Rotate(Quads& quads) const {
     const int64_t pair = int64_t{row_} * half_ + lane_;
     const Quad cosine = LoadQuad(params_.cosines, DType::kF32, pair);
     const Quad sine = LoadQuad(params_.sines, DType::kF32, pair);
     PBS_UNROLL
     for (int i = 0; i < kQuad; ++i) {
-      const float x = low.x[i];
-      const float y = high.x[i];
-      low.x[i] = x * cosine.x[i] - y * sine.x[i];
-      high.x[i] = y * cosine.x[i] + x * sine.x[i];
+      const float x = quads.low.x[i];
+      const float y = quads.high.x[i];
+      quads.low.x[i] = x * cosine.x[i] - y * sine.x[i];
+      quads.high.x[i] = y * cosine.x[i] + x * sine.x[i];
     }
   }
 
-  PBS_DEVICE void Store(const Quad& low, const Quad& high) const {
+  PBS_DEVICE void Store(const Quads& x) const {
     void* target = params_.q;
     int64_t first = (int64_t{row_} * params_.num_heads + head_) * 2 * half_;
     int kv_head = head_ - params_.num_heads;
@@ -126,8 +119,8 @@ class SplitHeads {
       if (kv_head >= params_.num_kv_heads) kv_head -= params_.num_kv_heads;
       first = kv_head * (params_.kv_head_stride / kQuad) + int64_t{row_} * 2 * half_;
     }
-    StoreQuad(target, params_.kv_dtype, first + lane_, low);
-    StoreQuad(target, params_.kv_dtype, first + lane_ + half_, high);
+    StoreQuad(target, params_.kv_dtype, first + lane_, x.low);
+    StoreQuad(target, params_.kv_dtype, first + lane_ + half_, x.high);
   }
 
   const SplitHeadsParams& params_;
@@ -136,6 +129,29 @@ class SplitHeads {
   const int lane_;
   const int half_;  // quads of half a head
   const bool inside_;
+};
+
+// Grid [ceil(rows * heads / heads of a block)].
+struct SplitHeads {
+  static constexpr int kThreads = 128;
+
+  static constexpr int64_t Blocks(const SplitHeadsParams& params) {
+    const int64_t heads =
+        int64_t{params.rows} * (params.num_heads + 2 * params.num_kv_heads);
+    const int64_t of_block = kThreads / LanesOfHead(params.head_dim);
+    return (heads + of_block - 1) / of_block;
+  }
+
+  PBS_DEVICE static void Run(const SplitHeadsParams& params) {
+    const int lanes = LanesOfHead(params.head_dim);
+    const int heads = params.num_heads + 2 * params.num_kv_heads;
+    const int64_t item =
+        int64_t{BlockIndex()} * (kThreads / lanes) + ThreadIndex() / lanes;
+    const HeadOfRow head(params, static_cast<int32_t>(item / heads),
+                         static_cast<int32_t>(item % heads), ThreadIndex() % lanes);
+    HeadOfRow::Quads x = head.Load();
+    head.Finish(x, lanes);
+  }
 };
 
 }  // namespace pbs::cuda

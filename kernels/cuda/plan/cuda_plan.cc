@@ -62,6 +62,9 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   plan.permutes = sparse && is_pbs;
   plan.orders = plan.permutes && !options.use_given_order;
   plan.selects = sparse && !options.use_given_lists;
+  // A run of several sequences is pooled here: its blocks lie on as many grids.
+  const bool given = plan.problem.offers_pooled_queries && g.sequences.size() == 1;
+  plan.pools_queries = plan.selects && !given;
 
   const int64_t wanted = int64_t{kChunksPerMultiprocessor} * device.num_multiprocessors;
   plan.chunk_blocks = static_cast<int32_t>(std::clamp<int64_t>(
@@ -168,8 +171,9 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   plan.first_block_at = regions.Add<int32_t>(selected * order_heads * num_sequences);
   plan.pooled_keys_at =
       regions.Add<float>(selected * order_heads * g.head_dim * plan.total_key_blocks);
-  plan.pooled_queries_at =
-      regions.Add<float>(selected * g.num_heads * plan.total_query_blocks * g.head_dim);
+  const int64_t means = int64_t{plan.total_query_blocks} * g.num_heads * g.head_dim;
+  plan.pooled_queries_at = regions.Add<float>(plan.pools_queries ? means : 0);
+  plan.pooled_queries_bytes = plan.selects && !plan.pools_queries ? 4 * means : 0;
   plan.memory.pooled_bytes = regions.size() - before;
   plan.workspace_bytes = regions.size();
 }
@@ -263,8 +267,8 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   }
 }
 
-void PlaceSelection(const CudaAttentionPlan& plan, const Placer& at,
-                    SelectionParams& s) {
+void PlaceSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
+                    const Placer& at, SelectionParams& s) {
   at(s.sequences, plan.sequences_at);
   at(s.chunk_max, plan.chunk_max_at);
   at(s.chunk_sum, plan.chunk_sum_at);
@@ -277,6 +281,9 @@ void PlaceSelection(const CudaAttentionPlan& plan, const Placer& at,
   at(s.first_block, plan.first_block_at);
   at(s.pooled_keys, plan.pooled_keys_at);
   at(s.pooled_queries, plan.pooled_queries_at);
+  if (plan.pooled_queries_bytes > 0) {
+    s.pooled_queries = const_cast<float*>(tensors.pooled_queries);  // only read
+  }
   at(s.counts, plan.counts_at);
   at(s.entries, plan.entries_at);
   at(s.non_finite, plan.flags_at);
@@ -374,6 +381,10 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
                              " bytes, the plan needs " +
                              std::to_string(plan.workspace_bytes));
   }
+  if (plan.pooled_queries_bytes > 0 && tensors.pooled_queries == nullptr) {
+    return InvalidArgument("pooled_queries is null, the plan needs " +
+                           std::to_string(plan.pooled_queries_bytes) + " bytes");
+  }
   const AttentionGeometry& g = plan.geometry;
   OperandSizes queries{static_cast<int64_t>(g.sequences.size()), g.num_heads, 0};
   OperandSizes keys{queries.sequences, g.num_kv_heads, 0};
@@ -395,7 +406,7 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   run.selection.v = *v;
   const Placer at(workspace);
   SetSelection(plan, tensors, run.selection);
-  PlaceSelection(plan, at, run.selection);
+  PlaceSelection(plan, tensors, at, run.selection);
   SetTileOrder(plan, tensors, at, run);
   SetAttention(plan, tensors, run);
   return run;

@@ -27,9 +27,10 @@ struct CudaAttentionPlan final : AttentionPlan {
   std::vector<SequenceRecord> sequences;
 
   // Stages that run besides attention itself.
-  bool orders = false;    // keys are scored and sorted
-  bool permutes = false;  // keys and values are gathered
-  bool selects = false;   // blocks are scored, lists are made
+  bool orders = false;         // keys are scored and sorted
+  bool permutes = false;       // keys and values are gathered
+  bool selects = false;        // blocks are scored, lists are made
+  bool pools_queries = false;  // for that; else they are given
   bool has_lists = false;
 
   int32_t chunk_blocks = 1;

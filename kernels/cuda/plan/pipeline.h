@@ -86,12 +86,12 @@ void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
   const SelectionParams& params = run.selection;
   const int64_t heads = params.num_heads;
   const int64_t order_heads = params.num_order_heads;
-  if (plan.selects) {
+  if (plan.pools_queries) {
     launch.template Run<PoolQueries<Element, kHeadDim>>(
         heads * params.total_query_blocks, BlockRows<Element, kHeadDim>::kSharedBytes,
         params);
-    EnqueueSelectBlocks<Element>(plan, params, launch);
   }
+  if (plan.selects) EnqueueSelectBlocks<Element>(plan, params, launch);
   const TileOrderParams& tiles = run.tile_order;
   launch.template Run<OrderTiles>(
       tiles.one_section != 0 ? 1 : order_heads * tiles.num_sequences,

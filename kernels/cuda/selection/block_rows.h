@@ -7,6 +7,20 @@
 
 namespace pbs::cuda {
 
+// Rows of a block whose numbers differ by a multiple of this are summed first, then the
+// sums, both in rising order: means are the same bits whoever makes them.
+PBS_HOST_DEVICE constexpr int PartialSums(int head_dim) {
+  return 128 / PieceGroup(head_dim / 8);
+}
+// The mean of a column from its partial sums, which lie `width` apart in shared memory.
+// A short block is divided by the size of a whole one all the same (section 3.1 of
+// docs/KERNELS.md).
+PBS_DEVICE float MeanOfPartialSums(const float* sums, int count, int width) {
+  float sum = 0;
+  for (int i = 0; i < count; ++i) sum += LoadShared(sums + i * width);
+  return sum / static_cast<float>(kBlockTokens);
+}
+
 template <class Element, int kHeadDim>
 class BlockRows {
  public:
@@ -14,6 +28,7 @@ class BlockRows {
   static constexpr int kPieces = kHeadDim / 8;        // 16 bytes each
   static constexpr int kLanes = PieceGroup(kPieces);  // threads of a row
   static constexpr int kRowsAtOnce = kThreads / kLanes;
+  static_assert(kRowsAtOnce == PartialSums(kHeadDim));
   static constexpr int kSharedBytes = kRowsAtOnce * kHeadDim * 4;
 
   // For each row of the block: source(row) is where it begins, null where there is
@@ -46,8 +61,7 @@ class BlockRows {
     }
   }
 
-  // Calls store(column, mean) once per column of the head. A short block is divided by
-  // the size of a whole one all the same (section 3.1 of docs/KERNELS.md).
+  // Calls store(column, mean) once per column of the head.
   template <class Store>
   PBS_DEVICE void Mean(ScoreRounding rounding, Store&& store) const {
     auto* shared = reinterpret_cast<float*>(SharedMemory());
@@ -62,11 +76,7 @@ class BlockRows {
     }
     SyncThreads();
     for (int column = ThreadIndex(); column < kHeadDim; column += kThreads) {
-      float sum = 0;
-      for (int row = 0; row < kRowsAtOnce; ++row) {
-        sum += LoadShared(shared + row * kHeadDim + column);
-      }
-      const float mean = sum / static_cast<float>(kBlockTokens);
+      const float mean = MeanOfPartialSums(shared + column, kRowsAtOnce, kHeadDim);
       store(column, rounding == ScoreRounding::kNone ? mean : Element::Round(mean));
     }
   }

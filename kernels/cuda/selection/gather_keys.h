@@ -119,34 +119,31 @@ class GatherKeys {
   const SequenceRecord sequence_;
 };
 
-// Grid [num_heads, total_query_blocks], 128 threads: the mean of each query block.
+// Grid [total_query_blocks, num_heads], 128 threads: the mean of each query block.
 template <class Element, int kHeadDim>
 struct PoolQueries {
   static constexpr int kThreads = 128;
   using Rows = BlockRows<Element, kHeadDim>;
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
-    const GridPlace place = PlaceInGrid(params.total_query_blocks);
+    const int item = BlockIndex() / params.num_heads;
+    const int head = BlockIndex() % params.num_heads;
     const int index = FindSequence<&SequenceRecord::query_block_begin>(
-        params.sequences, params.num_sequences, place.item);
+        params.sequences, params.num_sequences, item);
     const SequenceRecord s = LoadGlobal(params.sequences + index);
     if (s.sparse == 0) return;
-    const int block = s.first_query_block + place.item - s.query_block_begin;
+    const int block = s.first_query_block + item - s.query_block_begin;
     const int first = block * kBlockTokens - s.query_offset;  // may be below 0
     Rows rows;
     Rows::ForEachPiece(
         [&](int row) -> const uint16_t* {
           const int query = first + row;
           if (query < 0 || query >= s.q_len) return nullptr;
-          return params.q.data +
-                 params.q.strides.Offset(index, s.q_begin, place.head, query);
+          return params.q.data + params.q.strides.Offset(index, s.q_begin, head, query);
         },
         [&](int, int group, int, const Words4& values) { rows.Add(group, values); });
-    rows.Mean(params.rounding, [&](int column, float mean) {
-      StoreGlobal(params.pooled_queries +
-                      (int64_t{place.head} * params.total_query_blocks + place.item) *
-                          kHeadDim +
-                      column,
+    rows.Mean(ScoreRounding::kNone, [&](int column, float mean) {
+      StoreGlobal(params.pooled_queries + int64_t{BlockIndex()} * kHeadDim + column,
                   mean);
     });
   }

@@ -39,15 +39,18 @@ class SelectBlocks {
     if (sequence_.sparse == 0) return;
     const int left = sequence_.num_query_blocks - first_row_;
     const int rows = left < kRows ? left : kRows;
-    const float* source =
-        params_.pooled_queries + (int64_t{head_} * params_.total_query_blocks +
-                                  sequence_.query_block_begin + first_row_) *
-                                     params_.head_dim;
+    const int64_t stride = int64_t{params_.num_heads} * params_.head_dim;
+    const float* source = params_.pooled_queries +
+                          (sequence_.query_block_begin + first_row_) * stride +
+                          head_ * params_.head_dim;
     // [head_dim, kRows]: a column is read at once.
     for (int i = ThreadIndex(); i < kRows * params_.head_dim; i += kThreads) {
       const int row = i / params_.head_dim;
-      const float value = row < rows ? LoadGlobal(source + i) : 0.0f;
-      StoreShared(queries_ + i % params_.head_dim * kRows + row, value);
+      const int column = i % params_.head_dim;
+      const float mean = row < rows ? LoadGlobal(source + row * stride + column) : 0.0f;
+      StoreShared(
+          queries_ + column * kRows + row,
+          params_.rounding == ScoreRounding::kNone ? mean : Element::Round(mean));
     }
     SyncThreads();
     Score(NumCandidates(rows - 1));

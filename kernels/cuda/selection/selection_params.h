@@ -64,7 +64,7 @@ struct SelectionParams {
   int32_t force_first_block;
   int32_t own_has_mass;  // mean pooling: blocks up to the diagonal share the mass
   int32_t permutes;      // keys and values are gathered; else they are read in place
-  int32_t pools;         // block means are wanted
+  int32_t pools;         // block means of keys are wanted
   ScoreRounding rounding;
 
   RowOperand q, k, v;
@@ -86,7 +86,7 @@ struct SelectionParams {
   uint16_t* permuted_v;
   int32_t* first_block;   // [num_order_heads, num_sequences] slot block of key 0
   float* pooled_keys;     // [num_order_heads, head_dim, total_key_blocks]
-  float* pooled_queries;  // [num_heads, total_query_blocks, head_dim]
+  float* pooled_queries;  // [total_query_blocks, num_heads, head_dim], not rounded
 
   // Lists: counts [rows], entries at EntryOffset().
   uint16_t* counts;

@@ -103,6 +103,8 @@ struct AttentionProblem {
   AttentionShape shape;
   DType dtype = DType::kF32;
   AttentionOptions options;
+  // The caller can give AttentionTensors::pooled_queries.
+  bool offers_pooled_queries = false;
 };
 
 // OK when every field is inside its documented range and the fields agree.
@@ -218,6 +220,10 @@ struct AttentionTensors {
   ConstRows order;
   // With use_given_lists: must satisfy ValidateLists(). `num_masked` is not read.
   BlockListsView lists;
+  // With AttentionPlan::pooled_queries_bytes: f32 [num_query_blocks, num_heads,
+  // head_dim], the sum of each query block of q over block_size, as Backend::Qkv()
+  // leaves it.
+  const float* pooled_queries = nullptr;
 };
 
 // OK when `order` permutes keys inside segments only and leaves the keys behind the
@@ -257,6 +263,9 @@ struct AttentionPlan {
   AttentionGeometry geometry;
   AttentionMemory memory;
   int64_t workspace_bytes = 0;
+  // Bytes of AttentionTensors::pooled_queries, which Run() then needs; 0: Run() pools
+  // queries where it must. Never above 0 unless the problem offers them.
+  int64_t pooled_queries_bytes = 0;
 };
 
 struct RunControl {
@@ -275,7 +284,7 @@ struct AttentionStats {
   double coverage = 0;          // mean over the sampled rows; 0 when none
   int64_t coverage_rows = 0;    // rows sampled
   double permute_seconds = 0;   // scoring, sorting, gathering keys and values
-  double select_seconds = 0;    // pooling, block scores, lists
+  double select_seconds = 0;    // pooling of what is not given, block scores, lists
   double attend_seconds = 0;
   // What ran: kDense also when every sequence was short or fell back.
   Method method_run = Method::kDense;

@@ -171,6 +171,13 @@ struct QkvOp {
       nullptr;  // row r of head h at (h * kv_head_stride + r * head_dim), kv_dtype
   void* v = nullptr;
   int64_t kv_head_stride = 0;
+  // For plans that take them (AttentionPlan::pooled_queries_bytes), else null: f32
+  // [blocks, num_heads head_dim], the sum of each block of queries as `q` holds them,
+  // over block_size however many rows the block has here. Row 0 is row `row_in_block`
+  // of the first block; a block's rows must not be spread over calls.
+  float* pooled_queries = nullptr;
+  int32_t block_size = 0;
+  int32_t row_in_block = 0;
 };
 
 // y = x W^T in f32, from a weight that lies as it was stored: output heads, which may

@@ -130,6 +130,40 @@ TEST(CudaPlanSpec, QueryHeadScopeTakesAsManyCopiesAsQueryHeads) {
   EXPECT_EQ((*q)->memory.packed_bytes, 4 * (*kv)->memory.packed_bytes);
 }
 
+TEST(CudaPlanSpec, QueriesThatTheCallerPoolsTakeNothingOfTheWorkspace) {
+  AttentionProblem problem = Problem(1000);
+  const auto own = MakeCudaPlan(problem, kDevice);
+  problem.offers_pooled_queries = true;
+  const auto given = MakeCudaPlan(problem, kDevice);
+  ASSERT_TRUE(own.ok() && given.ok());
+  EXPECT_TRUE((*own)->pools_queries);
+  EXPECT_EQ((*own)->pooled_queries_bytes, 0);
+  EXPECT_FALSE((*given)->pools_queries);
+  EXPECT_EQ((*given)->pooled_queries_bytes, 4 * 8 * 32 * 128);
+  EXPECT_EQ((*own)->workspace_bytes - (*given)->workspace_bytes,
+            (*given)->pooled_queries_bytes);
+}
+
+TEST(CudaPlanSpec, TakesPooledQueriesOnlyOfOneSequenceWhoseBlocksItSelects) {
+  const auto taken = [](const AttentionProblem& problem) {
+    AttentionProblem offered = problem;
+    offered.offers_pooled_queries = true;
+    const auto plan = MakeCudaPlan(offered, kDevice);
+    EXPECT_TRUE(plan.ok()) << plan.status().ToString();
+    return (*plan)->pooled_queries_bytes;
+  };
+  EXPECT_EQ(taken(Problem(256)), 0);
+  EXPECT_EQ(taken(Problem(4096, {.method = Method::kDense})), 0);
+  EXPECT_EQ(taken(Problem(4096, {.use_given_lists = true})), 0);
+  AttentionProblem two = Problem(1000);
+  two.shape.sequences = {{1000, 1000}, {700, 700}};
+  EXPECT_EQ(taken(two), 0);
+  // Blocks lie on the key grid: 40 queries behind 620 keys lie in two.
+  AttentionProblem past = Problem(0, {.method = Method::kMeanPooling});
+  past.shape.sequences = {{40, 660}};
+  EXPECT_EQ(taken(past), 4 * 2 * 32 * 128);
+}
+
 // 99 KiB, as devices of compute capability 8.6 and 8.9 have.
 constexpr DeviceTraits kSmall{.shared_bytes_max = 99 << 10};
 
@@ -224,6 +258,24 @@ TEST(RunParamsSpec, OperandsMustBeWhereCopiesOf16BytesCanReadThem) {
   const auto small =
       MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes - 1});
   EXPECT_EQ(small.status().code(), StatusCode::kResourceExhausted);
+}
+
+TEST(RunParamsSpec, PooledQueriesThatWereOfferedMustBeThere) {
+  AttentionProblem problem = Problem(1000);
+  problem.offers_pooled_queries = true;
+  const auto plan = MakeCudaPlan(problem, kDevice);
+  ASSERT_TRUE(plan.ok());
+  alignas(256) static std::byte memory[256];
+  AttentionTensors tensors;
+  tensors.q = tensors.k = tensors.v = {memory, PackedLayout(1000, 128)};
+  tensors.o = {memory, PackedLayout(1000, 128)};
+  const Workspace workspace{memory, (*plan)->workspace_bytes};  // not touched here
+  EXPECT_EQ(MakeRunParams(**plan, tensors, workspace).status().message(),
+            "pooled_queries is null, the plan needs 131072 bytes");
+  tensors.pooled_queries = reinterpret_cast<const float*>(memory);
+  const auto run = MakeRunParams(**plan, tensors, workspace);
+  ASSERT_TRUE(run.ok()) << run.status().ToString();
+  EXPECT_EQ(run->selection.pooled_queries, tensors.pooled_queries);
 }
 
 TEST(RunParamsSpec, NothingIsBroadcastWhereThereIsMoreThanOne) {

@@ -115,6 +115,13 @@ TEST_F(PrefillRunSpec, PromptsThatRunAsOneTakeNoMoreThanTheyDoAlone) {
   }
 }
 
+TEST_F(PrefillRunSpec, PoolsNoQueriesForABackendThatDoesItItself) {
+  const auto plan = PlanPrefill(*model_, {.num_tokens = 1000});
+  ASSERT_TRUE(plan.ok());
+  EXPECT_EQ(plan->attention->pooled_queries_bytes, 0);
+  EXPECT_EQ(plan->memory.pooled_queries, 0);
+}
+
 TEST_F(PrefillRunSpec, BoundsRowTilesHoweverLongThePrompt) {
   const int32_t tile = backend_->info().row_tile;
   const auto small =

@@ -83,30 +83,37 @@ struct Prefilled {
   Status status;
 };
 
-inline Prefilled Prefill(const Model& model, const PrefillProblem& problem,
+inline Prefilled RunPlan(const Model& model, const PrefillPlan& plan,
                          std::span<const int32_t> tokens, KvCache& cache,
                          PrefillObserver* observer = nullptr,
                          const RunControl& control = {}) {
   Prefilled result;
-  auto plan = PlanPrefill(model, problem);
-  if (!plan.ok()) return {{}, plan.status()};
-  auto workspace = model.backend().Allocate(plan->workspace_bytes);
+  auto workspace = model.backend().Allocate(plan.workspace_bytes);
   if (!workspace.ok()) return {{}, workspace.status()};
-  auto run = PrefillRun::Start(model, *plan, {.tokens = tokens}, cache,
-                               workspace->workspace());
+  auto run =
+      PrefillRun::Start(model, plan, {.tokens = tokens}, cache, workspace->workspace());
   if (!run.ok()) return {{}, run.status()};
   while (!(*run)->layers_done()) {
     result.status = (*run)->RunLayer(observer, control);
     if (!result.status.ok()) return result;
   }
   result.status = (*run)->ComputeLogits();
-  const auto num_rows = static_cast<int32_t>(plan->problem.logit_rows.size());
+  const auto num_rows = static_cast<int32_t>(plan.problem.logit_rows.size());
   for (int32_t i = 0; i < num_rows && result.status.ok(); ++i) {
     std::vector<float> row(static_cast<size_t>(model.config().vocab_size));
     result.status = (*run)->ReadLogits(i, row);
     result.logits.push_back(row);
   }
   return result;
+}
+
+inline Prefilled Prefill(const Model& model, const PrefillProblem& problem,
+                         std::span<const int32_t> tokens, KvCache& cache,
+                         PrefillObserver* observer = nullptr,
+                         const RunControl& control = {}) {
+  auto plan = PlanPrefill(model, problem);
+  if (!plan.ok()) return {{}, plan.status()};
+  return RunPlan(model, *plan, tokens, cache, observer, control);
 }
 
 inline KvCache MakeCache(const Model& model, int32_t capacity) {
