@@ -5,7 +5,8 @@
 
 Builds the programs of mutants.py from the sources as they are, which must pass, and once
 per mutant from a copy with that defect, which must not. The build FOLDER has the
-libraries. A mutant whose text is not in the sources exactly once is an error.
+libraries. A mutant whose text is not in the sources exactly once is an error. What no
+defect is planted in is compiled once for all.
 """
 
 from __future__ import annotations
@@ -28,6 +29,27 @@ LIBRARIES = [  # of a build, in the order of linking
     "kernels/libpbs_cuda_plan.a",
     "kernels/libpbs_kernels.a",
 ]
+PRELUDE = [  # none of kernels/cuda that a defect is planted in
+    "<algorithm>",
+    "<cmath>",
+    "<random>",
+    "<vector>",
+    '"pbs/backend.h"',
+    '"tests/emulator/device_array.h"',
+    '"tests/emulator/primitives.h"',
+]
+FLAGS = ["-std=c++20", "-O1", "-DPBS_EMULATOR"]
+INCLUDES = [str(folder) for folder in (ROOT, ROOT / "kernels", ROOT / "kernels/include")]
+
+
+def compile_prelude(arguments: argparse.Namespace, folder: pathlib.Path) -> pathlib.Path:
+    """The header that every program includes first, compiled beside itself."""
+    header = folder / "prelude.h"
+    header.write_text("".join(f"#include {name}\n" for name in PRELUDE))
+    command = [arguments.compiler, *FLAGS, *(f"-I{include}" for include in INCLUDES)]
+    command += ["-x", "c++-header", str(header), "-o", f"{header}.gch"]
+    subprocess.run(command, check=True)
+    return header
 
 
 def run_build(
@@ -35,9 +57,8 @@ def run_build(
 ) -> tuple[bool, str]:
     """Builds with `folder` before the sources; whether it ran clean, and what it said."""
     program = folder / "program"
-    flags = ["-std=c++20", "-O1", "-DPBS_EMULATOR"]
-    for include in (folder, ROOT, ROOT / "kernels", ROOT / "kernels/include"):
-        flags += ["-I", str(include)]
+    flags = [*FLAGS, "-include", str(arguments.prelude)]
+    flags += [f"-I{include}" for include in (folder, *INCLUDES)]
     libraries = [str(arguments.build / library) for library in LIBRARIES]
     subprocess.run(
         [arguments.compiler, *flags, str(ROOT / "tests/emulator" / source), *libraries]
@@ -77,6 +98,13 @@ def main() -> int:
     parser.add_argument("--build", type=pathlib.Path, required=True)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        arguments.prelude = compile_prelude(arguments, pathlib.Path(work))
+        return run_all(arguments)
+
+
+def run_all(arguments: argparse.Namespace) -> int:
+    """The same, once the prelude is there."""
     for program in PROGRAMS:
         with tempfile.TemporaryDirectory() as work:
             clean, said = run_build(arguments, program, pathlib.Path(work))
