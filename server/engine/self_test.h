@@ -14,7 +14,7 @@ namespace pbs::server {
 
 struct SelfTestReport {
   int32_t num_cases = 0;       // that ran
-  double worst_f32_error = 0;  // largest |o - reference| over all f32 cases
+  double worst_f32_error = 0;  // largest |o - reference| of f32 cases; 0: none ran
 };
 
 // Internal names the first case that is outside its tolerance, with the error and the
