@@ -34,12 +34,12 @@ void ByteReservation::Reset() {
 
 absl::StatusOr<ByteReservation> ByteLedger::Reserve(int64_t bytes) {
   PBS_CHECK(bytes >= 0);
+  MutexLock lock(mutex_);
   if (bytes > bytes_max_) {
     return absl::InvalidArgumentError(
         absl::StrCat("the request needs ", bytes,
                      " bytes of memory, more than memory_bytes_max ", bytes_max_));
   }
-  MutexLock lock(mutex_);
   if (bytes > bytes_max_ - bytes_held_) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "the request needs ", bytes, " bytes of memory; ", bytes_max_ - bytes_held_,
@@ -47,6 +47,22 @@ absl::StatusOr<ByteReservation> ByteLedger::Reserve(int64_t bytes) {
   }
   bytes_held_ += bytes;
   return ByteReservation(this, bytes);
+}
+
+absl::Status ByteLedger::Withhold(int64_t bytes) {
+  MutexLock lock(mutex_);
+  PBS_CHECK(bytes >= 0 && bytes_held_ == 0);
+  if (bytes > bytes_max_) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        bytes, " bytes of memory are more than memory_bytes_max ", bytes_max_));
+  }
+  bytes_max_ -= bytes;
+  return absl::OkStatus();
+}
+
+int64_t ByteLedger::bytes_max() const {
+  MutexLock lock(mutex_);
+  return bytes_max_;
 }
 
 int64_t ByteLedger::bytes_held() const {

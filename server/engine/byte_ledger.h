@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "server/base/mutex.h"
 
@@ -46,15 +47,19 @@ class ByteLedger {
   // when it does not fit now, naming what is free.
   absl::StatusOr<ByteReservation> Reserve(int64_t bytes);
 
-  int64_t bytes_max() const { return bytes_max_; }
+  // Takes bytes out of the budget for good, and so lowers bytes_max(). InvalidArgument
+  // when there are not so many, with nothing changed. Not while anything is reserved.
+  absl::Status Withhold(int64_t bytes);
+
+  int64_t bytes_max() const;
   int64_t bytes_held() const;
 
  private:
   friend class ByteReservation;
   void GiveBack(int64_t bytes);
 
-  const int64_t bytes_max_;
   mutable Mutex mutex_;
+  int64_t bytes_max_ ABSL_GUARDED_BY(mutex_);
   int64_t bytes_held_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 

@@ -12,6 +12,15 @@
 #include "server/model/prefill_plan.h"
 
 namespace pbs::server {
+namespace {
+
+absl::StatusOr<ByteReservation> Charge(ByteLedger& ledger, int64_t bytes) {
+  absl::StatusOr<ByteReservation> charged = ledger.Reserve(bytes);
+  if (!absl::IsInvalidArgument(charged.status())) return charged;
+  return absl::OutOfRangeError(charged.status().message());
+}
+
+}  // namespace
 
 EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
     : parts_(parts),
@@ -24,17 +33,13 @@ EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
       static_cast<double>(parts_.ledger.bytes_max()));
 }
 
-absl::StatusOr<ByteReservation> EngineImpl::Charge(ByteLedger& ledger, int64_t bytes) {
-  absl::StatusOr<ByteReservation> charged = ledger.Reserve(bytes);
-  if (absl::IsInvalidArgument(charged.status())) {
-    parts_.metrics.engine.Rejected(RejectReason::kTooLarge).Increment();
+absl::Status CountRefusal(EngineMetrics& metrics, const absl::Status& status) {
+  if (absl::IsResourceExhausted(status)) {
+    metrics.Rejected(RejectReason::kMemory).Increment();
   }
-  return charged;
-}
-
-void CountRefusal(EngineMetrics& metrics, const absl::Status& status) {
-  if (!absl::IsResourceExhausted(status)) return;
-  metrics.Rejected(RejectReason::kMemory).Increment();
+  if (!absl::IsOutOfRange(status)) return status;
+  metrics.Rejected(RejectReason::kTooLarge).Increment();
+  return absl::InvalidArgumentError(status.message());
 }
 
 EngineImpl::Load EngineImpl::load() const {
@@ -47,8 +52,8 @@ EngineImpl::Load EngineImpl::load() const {
 absl::StatusOr<JobReservation> EngineImpl::ReserveAttend(
     const AttentionProblem& problem, bool want_lse, bool want_order, bool want_lists) {
   auto reserved = TryReserveAttend(problem, {want_lse, want_order, want_lists});
-  CountRefusal(parts_.metrics.engine, reserved.status());
-  return reserved;
+  if (reserved.ok()) return reserved;
+  return CountRefusal(parts_.metrics.engine, reserved.status());
 }
 
 absl::StatusOr<JobReservation> EngineImpl::TryReserveAttend(
@@ -104,8 +109,8 @@ absl::StatusOr<PrefillReservation> EngineImpl::ReservePrefill(
     int32_t num_logit_rows, int64_t reply_bytes) {
   auto reserved =
       TryReservePrefill(model, num_tokens, attention, num_logit_rows, reply_bytes);
-  CountRefusal(parts_.metrics.engine, reserved.status());
-  return reserved;
+  if (reserved.ok()) return reserved;
+  return CountRefusal(parts_.metrics.engine, reserved.status());
 }
 
 const Model& EngineImpl::ReplicaOf(const ServedModel& served) const {

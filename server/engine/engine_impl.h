@@ -42,8 +42,8 @@ struct EngineOptions {
   BatchLimits batch = {};
 };
 
-// Counts a reservation that found no room now.
-void CountRefusal(EngineMetrics& metrics, const absl::Status& status);
+// Counts a reservation that found no room, and makes its OutOfRange InvalidArgument.
+absl::Status CountRefusal(EngineMetrics& metrics, const absl::Status& status);
 
 class EngineImpl final : public Engine {
  public:
@@ -59,7 +59,8 @@ class EngineImpl final : public Engine {
   };
   Load load() const;
 
-  // As Reserve*(), but a refusal is not counted: another replica may have room.
+  // As Reserve*(), but a refusal is not counted, as another replica may have room, and
+  // what could never fit is OutOfRange.
   absl::StatusOr<JobReservation> TryReserveAttend(const AttentionProblem& problem,
                                                   const AttendWanted& wanted);
   absl::StatusOr<PrefillReservation> TryReservePrefill(
@@ -84,8 +85,6 @@ class EngineImpl final : public Engine {
   }
 
  private:
-  // Counts what could never fit.
-  absl::StatusOr<ByteReservation> Charge(ByteLedger& ledger, int64_t bytes);
   const Model& ReplicaOf(const ServedModel& served) const;
   bool has_device_memory() const { return parts_.device_ledger != nullptr; }
   std::shared_ptr<HeldKv> Hold(KvCache cache, ByteReservation bytes);

@@ -56,22 +56,23 @@ Executor::~Executor() {
 
 // ---- admission
 
-double Executor::PatienceSeconds(const Record& record) const {
+double Executor::PatienceSeconds(const Record& record, double seconds_ahead,
+                                 absl::Time now) const {
   if (!record.size.prediction.has_value()) return 0;
   const double patience =
       options_.yield_share * record.size.prediction->seconds - record.delayed_seconds;
-  const double slack = absl::ToDoubleSeconds(record.terms.deadline - clock_.Now()) -
-                       record.SecondsLeft();
+  const double slack = absl::ToDoubleSeconds(record.terms.deadline - now) -
+                       seconds_ahead - record.SecondsLeft();
   return std::min(patience, slack);
 }
 
 bool Executor::MayOvertake(const JobTerms& terms, const JobSize& size) const {
-  return size.prediction.has_value() &&
-         std::all_of(records_.begin(), records_.end(), [&](const auto& entry) {
-           const Record& record = *entry.second;
-           return record.terms.priority != terms.priority ||
-                  size.prediction->seconds <= PatienceSeconds(record);
-         });
+  if (!size.prediction.has_value()) return false;
+  const std::vector<Candidate> candidates = Candidates(clock_.Now());
+  return std::all_of(candidates.begin(), candidates.end(), [&](const Candidate& other) {
+    return other.stopped || other.priority != terms.priority ||
+           size.prediction->seconds <= other.patience_seconds;
+  });
 }
 
 Admission Executor::Place(const JobTerms& terms, const JobSize& size) const {
@@ -185,7 +186,8 @@ bool Executor::RunOneStep() {
   bool is_first = false;
   {
     MutexLock lock(mutex_);
-    const Decision decision = Pick(Candidates(), clock_.Now());
+    const absl::Time now = clock_.Now();
+    const Decision decision = Pick(Candidates(now), now);
     for (JobId id : decision.ended) {
       Record& record = *records_.find(id)->second;
       if (record.stop_reason == StopReason::kNone) {
@@ -210,7 +212,21 @@ bool Executor::RunOneStep() {
   return did_something;
 }
 
-std::vector<Candidate> Executor::Candidates() const {
+std::vector<Candidate> Executor::Candidates(absl::Time now) const {
+  const auto ends = [now](const Record& record) {
+    return record.stop_reason != StopReason::kNone || record.terms.deadline <= now;
+  };
+  std::map<int32_t, double> seconds;  // that all of a priority take
+  for (const auto& [id, record] : records_) {
+    if (!ends(*record)) seconds[record->terms.priority] += record->SecondsLeft();
+  }
+  // Those before a job: the more important, and the earlier of its own priority.
+  std::map<int32_t, double> ahead;
+  double more_important = 0;
+  for (auto entry = seconds.rbegin(); entry != seconds.rend(); ++entry) {
+    ahead[entry->first] = more_important;
+    more_important += entry->second;
+  }
   std::vector<Candidate> candidates;
   candidates.reserve(records_.size());
   std::map<JobId, size_t> first_of;  // of a batch, among the candidates
@@ -218,23 +234,28 @@ std::vector<Candidate> Executor::Candidates() const {
     Candidate candidate = {.id = id,
                            .priority = record->terms.priority,
                            .deadline = record->terms.deadline,
-                           .stopped = record->stop_reason != StopReason::kNone,
-                           .seconds_left = record->SecondsLeft(),
-                           .patience_seconds = PatienceSeconds(*record)};
-    if (record->batch != 0) {
-      const auto [entry, is_first] =
-          first_of.try_emplace(record->batch, candidates.size());
-      candidate.follows = !is_first;
-      if (!is_first) {
-        Candidate& first = candidates[entry->second];
-        first.seconds_left += candidate.seconds_left;
-        first.patience_seconds =
-            std::min(first.patience_seconds, candidate.patience_seconds);
-      }
+                           .stopped = ends(*record)};
+    if (!candidate.stopped) {
+      double& before = ahead[candidate.priority];
+      candidate.seconds_left = record->SecondsLeft();
+      candidate.patience_seconds = PatienceSeconds(*record, before, now);
+      before += candidate.seconds_left;
+      if (record->batch != 0) AddToBatch(*record, candidates, candidate, first_of);
     }
     candidates.push_back(candidate);
   }
   return candidates;
+}
+
+// The first that goes on stands for all of its batch.
+void Executor::AddToBatch(const Record& record, std::vector<Candidate>& candidates,
+                          Candidate& candidate, std::map<JobId, size_t>& first_of) {
+  const auto [entry, is_first] = first_of.try_emplace(record.batch, candidates.size());
+  candidate.follows = !is_first;
+  if (is_first) return;
+  Candidate& first = candidates[entry->second];
+  first.seconds_left += candidate.seconds_left;
+  first.patience_seconds = std::min(first.patience_seconds, candidate.patience_seconds);
 }
 
 Executor::Batch Executor::BatchOf(JobId id) const {
@@ -252,7 +273,7 @@ void Executor::JoinWaiting(JobId id) {
   Record& first = *records_.at(id);
   first.started = true;
   if (first.batch_tokens == 0) return;
-  const std::vector<Candidate> candidates = Candidates();
+  const std::vector<Candidate> candidates = Candidates(clock_.Now());
   std::vector<Companion> companions;
   size_t next = 0;
   for (size_t i = 0; i < candidates.size(); ++i) {
@@ -261,7 +282,6 @@ void Executor::JoinWaiting(JobId id) {
     if (candidate.id == id) next = i;
     const bool may_join = !record.started && record.batch_tokens > 0 &&
                           record.batch_key == first.batch_key && !candidate.stopped &&
-                          candidate.deadline > clock_.Now() &&
                           candidate.priority == first.terms.priority;
     if (may_join) companions.push_back({i, record.batch_tokens});
   }
@@ -282,14 +302,7 @@ void Executor::Start(Batch& batch) {
     for (const auto& [id, record] : std::span(batch).subspan(1)) {
       others.push_back(record->job.get());
     }
-    if (!batch.front().second->job->RunWith(others)) {
-      MutexLock lock(mutex_);
-      for (const auto& [id, record] : batch) {
-        record->batch = 0;
-        record->started = record == batch.front().second;
-      }
-      batch.resize(1);
-    }
+    if (!batch.front().second->job->RunWith(others)) Disband(batch);
   }
   for (const auto& [id, record] : batch) {
     const JobTiming timing = {record->admitted, clock_.Now()};
@@ -297,6 +310,22 @@ void Executor::Start(Batch& batch) {
         absl::ToDoubleSeconds(timing.started - timing.admitted));
     record->job->Start(timing);
   }
+}
+
+void Executor::Disband(Batch& batch) {
+  std::vector<std::unique_ptr<Record>> ended;
+  {
+    MutexLock lock(mutex_);
+    for (const auto& [id, record] : batch) {
+      record->batch = 0;
+      if (record == batch.front().second) continue;
+      record->started = false;
+      if (record->stop_reason != StopReason::kNone) ended.push_back(Take(id));
+    }
+    UpdateGauges();
+  }
+  batch.resize(1);
+  for (auto& record : ended) Finish(std::move(record), absl::OkStatus());
 }
 
 void Executor::Step(const Batch& batch) {

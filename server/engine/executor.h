@@ -128,7 +128,9 @@ class Executor {
   // Jobs that run as one, or one job, in order of arrival.
   using Batch = std::vector<std::pair<JobId, Record*>>;
 
-  double PatienceSeconds(const Record& record) const;
+  // `seconds_ahead` are those of the jobs that run before it.
+  double PatienceSeconds(const Record& record, double seconds_ahead,
+                         absl::Time now) const;
   // Whether all jobs of its priority would let a job that arrives now go first.
   bool MayOvertake(const JobTerms& terms, const JobSize& size) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -140,7 +142,10 @@ class Executor {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   int32_t NumWaiting() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void UpdateGauges() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  std::vector<Candidate> Candidates() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::vector<Candidate> Candidates(absl::Time now) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  static void AddToBatch(const Record& record, std::vector<Candidate>& candidates,
+                         Candidate& candidate, std::map<JobId, size_t>& first_of);
   Batch BatchOf(JobId id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Marks `id` as started, and with it the waiting jobs that run with it.
   void JoinWaiting(JobId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -150,11 +155,14 @@ class Executor {
 
   // True when the job ends because of this call.
   bool Stop(JobId id, StopReason reason);
-  // Those that cannot run with the first one go back to wait, and out of `batch`.
+  // Those that cannot run with the first one leave `batch`.
   void Start(Batch& batch);
+  // All but the first go back to wait, or end if they were stopped meanwhile.
+  void Disband(Batch& batch);
   // Runs one step and finishes what that ends.
   void Step(const Batch& batch);
-  // A step of a batch took `seconds`, and whoever it has overtaken waited.
+  // A step of a batch took `seconds`, and whoever it has overtaken waited. One that
+  // arrived between jobs of the batch is charged all of it.
   void ChargeDelay(const Batch& batch, double seconds)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Finish(std::unique_ptr<Record> record, const absl::Status& status);

@@ -53,7 +53,8 @@ class Job {
   virtual absl::StatusOr<StepResult> Step(const RunControl& control) = 0;
 
   // Once, last: gives back everything the job holds and then completes its listener,
-  // with the result when `status` is OK. The job is destroyed afterwards.
+  // with the result when `status` is OK. The job is destroyed afterwards. What jobs
+  // that run as one share goes back with the last of them.
   virtual void Finish(const absl::Status& status) = 0;
 };
 

@@ -12,7 +12,8 @@
 
 namespace pbs::server {
 
-// One prompt, as the engine charges it (ReservePrefill), logits of one row.
+// One prompt that runs alone, as the engine charges it (ReservePrefill), logits of one
+// row. One that may share a run is charged its part of a window more.
 struct PromptMemory {
   int32_t num_tokens = 0;
   PrefillMemory workspace;

@@ -71,6 +71,7 @@ bool PrefillTask::RunWith(std::span<Job* const> others) {
   PrefillProblem problem = {.num_tokens = 0, .attention = job_.attention};
   std::vector<int32_t> first_logit_rows;
   GroupBytes charged;
+  Work work;
   for (const PrefillTask* task : tasks) {
     const PrefillProblem& own = task->plan_->problem;
     first_logit_rows.push_back(static_cast<int32_t>(problem.logit_rows.size()));
@@ -82,8 +83,8 @@ bool PrefillTask::RunWith(std::span<Job* const> others) {
     charged.host +=
         task->job_.reservation.host.bytes() - LogitScratchBytes(parts_.model);
     charged.device += task->job_.reservation.device.bytes();
-    run_work_.linear += PrefillWork(own.num_tokens).linear;
-    run_work_.quadratic += PrefillWork(own.num_tokens).quadratic;
+    work.linear += PrefillWork(own.num_tokens).linear;
+    work.quadratic += PrefillWork(own.num_tokens).quadratic;
   }
   auto plan = PlanPrefill(parts_.model, std::move(problem));
   if (!plan.ok()) return false;
@@ -102,7 +103,7 @@ bool PrefillTask::RunWith(std::span<Job* const> others) {
   for (size_t i = 0; i < tasks.size(); ++i) {
     tasks[i]->group_ = group;
     tasks[i]->first_logit_row_ = first_logit_rows[i];
-    tasks[i]->run_work_ = run_work_;
+    tasks[i]->run_work_ = work;
   }
   return true;
 }
@@ -233,8 +234,12 @@ void PrefillTask::Finish(const absl::Status& status) {
   if (group_ != nullptr) group_->Leave(*this);
   group_.reset();
   const std::shared_ptr<HeldKv> kv = std::move(job_.kv);
+  const auto num_tokens = static_cast<double>(job_.tokens.size());
   job_ = PrefillJob();
   const absl::Status outcome = status.ok() ? status_ : status;
+  if (status.ok() && !status_.ok()) {
+    parts_.metrics.TokensWasted(WasteReason::kError).Increment(num_tokens);
+  }
   kv->Finish(outcome);
   if (outcome.ok()) {
     listener_.OnDone(std::move(result_));

@@ -34,13 +34,18 @@ std::vector<EngineImpl*> ReplicatedEngine::ByLoad() const {
 
 template <class Reservation, class Reserve>
 absl::StatusOr<Reservation> ReplicatedEngine::ReserveSomewhere(const Reserve& reserve) {
-  absl::StatusOr<Reservation> reserved;
+  absl::Status refusal;
   for (EngineImpl* replica : ByLoad()) {
-    reserved = reserve(*replica);
-    if (!absl::IsResourceExhausted(reserved.status())) break;
+    absl::StatusOr<Reservation> reserved = reserve(*replica);
+    if (reserved.ok()) return reserved;
+    if (refusal.ok() || absl::IsResourceExhausted(reserved.status())) {
+      refusal = reserved.status();
+    }
+    const bool for_room = absl::IsResourceExhausted(reserved.status()) ||
+                          absl::IsOutOfRange(reserved.status());
+    if (!for_room) break;
   }
-  CountRefusal(metrics_, reserved.status());
-  return reserved;
+  return CountRefusal(metrics_, refusal);
 }
 
 absl::StatusOr<JobReservation> ReplicatedEngine::ReserveAttend(

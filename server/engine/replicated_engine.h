@@ -2,7 +2,9 @@
 //
 // A job goes to the replica with the least predicted backlog (then with the fewest
 // jobs, then with the fewest device bytes charged), or, where that has no room, to the
-// next. It is chosen when its memory is reserved and stays there.
+// next. It is chosen when its memory is reserved and stays there, also when that
+// replica's queue turns out to be full. What is reserved and not submitted counts as
+// bytes only.
 //
 // Threading: as Engine. Memory: none of its own.
 #pragma once
@@ -43,7 +45,8 @@ class ReplicatedEngine final : public Engine {
  private:
   // The least loaded first.
   std::vector<EngineImpl*> ByLoad() const;
-  // Of the first replica that has room; the error of the last that has none.
+  // Of the first replica that has room. Without one: ResourceExhausted where some
+  // replica may have room later.
   template <class Reservation, class Reserve>
   absl::StatusOr<Reservation> ReserveSomewhere(const Reserve& reserve);
   // Ids are unique over all replicas: id = theirs * replicas + replica.

@@ -95,40 +95,36 @@ absl::StatusOr<std::unique_ptr<Model>> Device::LoadModel(
                     {"tokens_max", TokensMax(source, model, settings_.service.limits)},
                     {"model_digest", model.digest()},
                     {"seconds", absl::ToDoubleSeconds(clock.Now() - begin)}});
-  absl::Status status = ChargeWeights(model);
-  if (status.ok()) status = LogMemoryPlan(source, model);
+  absl::Status status = WithholdWeights(model);
+  if (status.ok()) status = CheckThatItRuns(model);
   if (!status.ok()) return AboutModel(source.name, status);
   return loaded;
 }
 
-absl::Status Device::ChargeWeights(const Model& model) {
+absl::Status Device::WithholdWeights(const Model& model) {
   if (!ledger_ || settings_.cuda.memory_bytes_max > 0) return absl::OkStatus();
-  auto charged = ledger_->Reserve(model.weight_bytes());
-  if (!charged.ok()) {
-    return {charged.status().code(), absl::StrCat("weights on device ", number_, ": ",
-                                                  charged.status().message())};
-  }
-  weights_.push_back(*std::move(charged));
-  return absl::OkStatus();
+  const absl::Status status = ledger_->Withhold(model.weight_bytes());
+  if (status.ok()) return status;
+  return {status.code(),
+          absl::StrCat("weights on device ", number_, ": ", status.message())};
 }
 
-absl::Status Device::LogMemoryPlan(const ModelSettings& source,
-                                   const Model& model) const {
+absl::Status Device::CheckThatItRuns(const Model& model) const {
+  const absl::Status status =
+      PlanPromptMemory(model, 1, settings_.service.default_attention.options).status();
+  if (status.ok()) return status;
+  return {status.code(), absl::StrCat("it cannot run on the ", backend_->info().name,
+                                      " backend: ", status.message())};
+}
+
+void Device::LogMemoryPlan(const ModelSettings& source, const Model& model) const {
   const AttentionOptions& attention = settings_.service.default_attention.options;
-  // What this backend cannot run for anybody must not be served.
-  auto memory = PlanPromptMemory(model, 1, attention);
-  if (!memory.ok()) {
-    return {memory.status().code(),
-            absl::StrCat("it cannot run on the ", backend_->info().name,
-                         " backend: ", memory.status().message())};
-  }
   const int32_t tokens_max = TokensMax(source, model, settings_.service.limits);
   const FreeMemory free = {shared_.ledger.bytes_max() - shared_.ledger.bytes_held(),
                            bytes_max() - bytes_held()};
   const int32_t longest = LongestPrompt(model, attention, tokens_max, free);
-  auto largest = PlanPromptMemory(model, tokens_max, attention);
-  if (!largest.ok()) largest = PlanPromptMemory(model, longest, attention);
-  if (largest.ok()) memory = *std::move(largest);
+  auto memory = PlanPromptMemory(model, tokens_max, attention);
+  if (!memory.ok()) memory = PlanPromptMemory(model, std::max(1, longest), attention);
   const PrefillMemory& workspace = memory->workspace;
   shared_.log.Info("memory_plan", {{"model", source.name},
                                    {"device", number_},
@@ -154,7 +150,6 @@ absl::Status Device::LogMemoryPlan(const ModelSettings& source,
                          {"longest_prompt_that_fits", longest},
                          {"note", "longer ones are refused; see memory_plan"}});
   }
-  return absl::OkStatus();
 }
 
 }  // namespace pbs::server

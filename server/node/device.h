@@ -9,7 +9,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -51,22 +50,25 @@ class Device {
 
   absl::Status RunSelfTest() const;
 
-  // Loads a replica and says what it takes. Cancelled when `stop` is set meanwhile;
-  // FailedPrecondition and others name model and reason.
+  // Loads a replica. Cancelled when `stop` is set meanwhile; FailedPrecondition and
+  // others name model and reason.
   absl::StatusOr<std::unique_ptr<Model>> LoadModel(const ModelSettings& source,
                                                    const std::atomic<bool>& stop);
+  // When all models are loaded: what the longest prompt would take, part by part, and
+  // the longest that fits.
+  void LogMemoryPlan(const ModelSettings& source, const Model& model) const;
 
  private:
-  absl::Status ChargeWeights(const Model& model);
-  // What a prompt of `tokens_max` would take, and the longest that fits.
-  absl::Status LogMemoryPlan(const ModelSettings& source, const Model& model) const;
+  // Weights are no request's.
+  absl::Status WithholdWeights(const Model& model);
+  // What this backend cannot run for anybody must not be served.
+  absl::Status CheckThatItRuns(const Model& model) const;
 
   const int32_t number_;
   const ServerSettings& settings_;
   const Shared shared_;
   const std::unique_ptr<Backend> backend_;
   std::optional<ByteLedger> ledger_;  // none where device memory is ordinary memory
-  std::vector<ByteReservation> weights_;
   EngineImpl engine_;
 };
 

@@ -160,6 +160,12 @@ absl::Status Node::Prepare() {
     PBS_ABSL_RETURN_IF_ERROR(LoadModel(source));
     models.push_back(models_.back().get());
   }
+  for (size_t i = 0; i < models_.size(); ++i) {
+    for (size_t device = 0; device < devices_.size(); ++device) {
+      devices_[device]->LogMemoryPlan(settings_.models[i],
+                                      *models_[i]->replicas[device]);
+    }
+  }
   for (const auto& device : devices_) {
     executor_threads_.push_back(std::make_unique<ExecutorThread>(
         device->engine().executor(), [this] { StopIfADeviceIsLost(); }));

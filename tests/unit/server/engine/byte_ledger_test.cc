@@ -37,6 +37,18 @@ TEST(ByteLedger, WhatDoesNotFitNowSaysWhatIsFree) {
   EXPECT_TRUE(ledger.Reserve(40).ok());
 }
 
+TEST(ByteLedger, WhatIsWithheldCanNeverFit) {
+  ByteLedger ledger(100);
+  EXPECT_EQ(ledger.Withhold(101),
+            absl::InvalidArgumentError(
+                "101 bytes of memory are more than memory_bytes_max 100"));
+  ASSERT_TRUE(ledger.Withhold(40).ok());
+  EXPECT_EQ(ledger.bytes_max(), 60);
+  EXPECT_EQ(ledger.bytes_held(), 0);
+  EXPECT_EQ(ledger.Reserve(61).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(ledger.Reserve(60).ok());
+}
+
 TEST(ByteLedger, ZeroBytesAlwaysFit) {
   ByteLedger ledger(0);
   EXPECT_TRUE(ledger.Reserve(0).ok());

@@ -133,6 +133,31 @@ TEST_F(BatchSpec, OneThatIsCancelledLeavesAndTheOthersGoOn) {
   }
 }
 
+TEST_F(BatchSpec, ALeaderThatIsCancelledLeavesNoGapForALessImportantJob) {
+  const JobId a = Submit("a", 30, {.steps = 2, .terms = {.priority = 1}});
+  Submit("b", 30, {.steps = 2, .terms = {.priority = 1}});
+  executor_.RunOneStep();
+  Submit("less important", 0);
+  executor_.Cancel(a);
+  executor_.RunOneStep();
+  EXPECT_EQ(events_.back(), "b steps");
+  RunAll();
+}
+
+TEST_F(BatchSpec, OneThatIsCancelledWhileItIsJoinedInVainEndsAtOnce) {
+  JobId b = 0;
+  auto job = std::make_unique<ScriptedJob>("a", 1, events_);
+  job->tokens = 30;
+  job->runs_with_others = false;
+  job->during_join = [&] { executor_.Cancel(b); };
+  ASSERT_TRUE(executor_.Submit({}, {}, std::move(job)).ok());
+  b = Submit("b", 30);
+  executor_.RunOneStep();
+  EXPECT_THAT(events_, ElementsAre("a runs with b? no", "b CANCELLED",
+                                   "a starts after 0", "a steps", "a OK"));
+  EXPECT_FALSE(executor_.RunOneStep());
+}
+
 TEST_F(BatchSpec, OneThatIsCancelledInAStepDoesNotStopIt) {
   JobId b = 0;
   bool has_stop = true;

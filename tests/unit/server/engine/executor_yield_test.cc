@@ -101,6 +101,18 @@ TEST_F(YieldSpec, ADeadlineThatWouldBeMissedForItIsNotYielded) {
   EXPECT_THAT(Ends(), ElementsAre("long", "short"));
 }
 
+TEST_F(YieldSpec, WhatRunsBeforeAJobCountsAgainstItsDeadline) {
+  ASSERT_TRUE(Submit("running", 59, 59).ok());
+  executor_.RunOneStep();
+  ASSERT_TRUE(
+      Submit("due", 20, 1, {.deadline = clock_.Now() + absl::Seconds(81)}).ok());
+  for (const char* name : {"a", "b", "c", "d"}) ASSERT_TRUE(Submit(name, 3).ok());
+  RunAll();
+  const std::vector<std::string> ends = Ends();
+  ASSERT_EQ(ends.size(), 6u);
+  EXPECT_THAT(ends, testing::Contains("due"));
+}
+
 TEST_F(YieldSpec, AdmissionKnowsWhoWillBeOvertaken) {
   ASSERT_TRUE(Submit("long", 80, 8).ok());
   ASSERT_TRUE(Submit("short", 2).ok());

@@ -139,6 +139,19 @@ TEST_F(ReplicatedEngineSpec, WhatFitsNoDeviceIsRefusedOnce) {
   EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kTooLarge).Value(), 1);
 }
 
+TEST_F(ReplicatedEngineSpec, WhatIsTooLargeForOneDeviceGoesToALargerOne) {
+  ASSERT_TRUE(replicas_[0].ledger.Withhold(kDeviceBytesMax - 1000).ok());
+  ASSERT_TRUE(replicas_[2].ledger.Withhold(kDeviceBytesMax - 1000).ok());
+  EXPECT_EQ(Submit(10, a_), 1);
+  EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kTooLarge).Value(), 0);
+  auto filled = *replicas_[1].ledger.Reserve(replicas_[1].ledger.bytes_max() -
+                                             replicas_[1].ledger.bytes_held());
+  const auto later = replicated_->ReservePrefill(model_, 10, Dense(), 1, 0);
+  EXPECT_EQ(later.status().code(), absl::StatusCode::kResourceExhausted)
+      << "one of them will have room";
+  RunAllReplicas();
+}
+
 TEST_F(ReplicatedEngineSpec, CancelFindsTheJobsReplica) {
   Submit(10, a_);
   Submit(10, b_);

@@ -25,6 +25,7 @@ class ScriptedJob final : public Job {
   int32_t tokens = 0;  // of a run that it shares
   BatchKey key;
   bool runs_with_others = true;
+  std::function<void()> during_join;
 
   int32_t batch_tokens() const override { return tokens; }
   BatchKey batch_key() const override { return key; }
@@ -32,6 +33,7 @@ class ScriptedJob final : public Job {
     std::string event = name_ + " runs with";
     for (Job* other : others) event += " " + static_cast<ScriptedJob*>(other)->name_;
     events_.push_back(event + (runs_with_others ? "" : "? no"));
+    if (during_join) during_join();
     return runs_with_others;
   }
   void Start(const JobTiming& timing) override {
