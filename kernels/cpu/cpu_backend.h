@@ -29,6 +29,11 @@ class CpuBackend final : public Backend {
   Status Upload(const void* source, void* target, int64_t bytes) override;
   Status Download(const void* source, void* target, int64_t bytes) override;
   StatusOr<Buffer> AllocateHost(int64_t bytes) override { return Allocate(bytes); }
+  StatusOr<Buffer> AllocateForUpload(int64_t bytes) override { return Allocate(bytes); }
+  void UploadLater(const void* source, void* target, int64_t bytes,
+                   std::function<void(const Status&)> done) override {
+    done(bytes == 0 ? OkStatus() : Upload(source, target, bytes));
+  }
   void DownloadLater(const void* source, void* target, int64_t bytes,
                      std::function<void(const Status&)> done) override {
     done(Download(source, target, bytes));

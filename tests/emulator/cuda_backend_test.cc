@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <future>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -18,7 +19,7 @@
 namespace pbs::emulator {
 namespace {
 
-using cuda::StagedCopies;
+using cuda::StagingRing;
 using testing::HasSubstr;
 using testing_support::LinearCase;
 using namespace tiny_prefill;  // NOLINT
@@ -61,7 +62,7 @@ TEST(CudaBackendSpec, RefusesMoreMemoryThanThereIsAndGoesOn) {
 }
 
 TEST(CudaBackendSpec, CopiesAnySizeAndLetsTheSourceGo) {
-  constexpr int64_t kPiece = StagedCopies::kPieceBytes;
+  constexpr int64_t kPiece = StagingRing::kPieceBytes;
   for (uint32_t seed : {1u, 2u, 3u}) {
     EmulatedDevice device({.seed = seed});
     for (int64_t bytes : {int64_t{1}, kPiece - 1, kPiece, kPiece + 1, 5 * kPiece + 7}) {
@@ -79,6 +80,65 @@ TEST(CudaBackendSpec, CopiesAnySizeAndLetsTheSourceGo) {
       EXPECT_TRUE(actual == expected);
     }
   }
+}
+
+// An upload that is asked for behind work that has not been done yet.
+TEST(CudaBackendSpec, WhatWasCalledBeforeDoesNotTouchWhatIsUploadedLater) {
+  constexpr int64_t kBytes = 1 << 20;
+  for (uint32_t seed = 1; seed <= 20; ++seed) {
+    SCOPED_TRACE(seed);
+    EmulatedDevice device({.seed = seed});
+    const std::vector<uint8_t> expected(kBytes, 0x5A);
+    // Both clear memory and give it up, for the next one to use.
+    ASSERT_TRUE(device.backend->Allocate(kBytes).ok());
+    auto earlier = device.backend->Allocate(kBytes);
+    ASSERT_TRUE(earlier.ok());
+    auto buffer = device.backend->AllocateForUpload(kBytes);
+    ASSERT_TRUE(buffer.ok());
+    std::promise<Status> done;
+    device.backend->UploadLater(expected.data(), buffer->data(), kBytes,
+                                [&](const Status& status) { done.set_value(status); });
+    ASSERT_TRUE(done.get_future().get().ok());
+    std::vector<uint8_t> actual(kBytes);
+    ASSERT_TRUE(device.backend->Download(buffer->data(), actual.data(), kBytes).ok());
+    EXPECT_TRUE(actual == expected);
+  }
+}
+
+TEST(CudaBackendSpec, CopiesTakeNoMemoryBeyondTheirRings) {
+  EmulatedDevice device;
+  constexpr int64_t kBytes = 3 * StagingRing::kPieceBytes;
+  const auto buffer = device.backend->AllocateForUpload(kBytes);
+  ASSERT_TRUE(buffer.ok());
+  const int64_t before = device.driver->bytes_held();
+  constexpr int kRings = 3;
+  EXPECT_EQ(before,
+            kBytes + kRings * StagingRing::kNumPieces * StagingRing::kPieceBytes);
+  std::vector<char> host(kBytes, 'x');
+  for (int i = 0; i < 3; ++i) {
+    std::promise<Status> up, down;
+    device.backend->UploadLater(host.data(), buffer->data(), kBytes,
+                                [&](const Status& status) { up.set_value(status); });
+    EXPECT_TRUE(up.get_future().get().ok());
+    device.backend->DownloadLater(
+        buffer->data(), host.data(), kBytes,
+        [&](const Status& status) { down.set_value(status); });
+    EXPECT_TRUE(down.get_future().get().ok());
+    EXPECT_EQ(device.driver->bytes_held(), before);
+  }
+}
+
+TEST(CudaBackendSpec, MemoryForAnUploadThatNeverCameIsGivenBack) {
+  EmulatedDevice device({.memory_bytes = 1 << 20});
+  const int64_t before = device.driver->bytes_held();
+  for (int i = 0; i < 5; ++i) {
+    const auto buffer = device.backend->AllocateForUpload(1 << 20);
+    ASSERT_TRUE(buffer.ok());
+    EXPECT_EQ(device.backend->AllocateForUpload(1).status().code(),
+              StatusCode::kResourceExhausted);
+  }
+  EXPECT_EQ(device.driver->bytes_held(), before);
+  EXPECT_EQ(device.backend->AllocateForUpload(0)->data(), nullptr);
 }
 
 class CudaLinearSpec : public testing::TestWithParam<LinearCase> {};

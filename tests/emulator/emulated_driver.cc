@@ -110,13 +110,29 @@ StatusOr<void*> EmulatedDriver::TakeLocked(Memory& memory, int64_t bytes, int64_
   return data;
 }
 
-StatusOr<void*> EmulatedDriver::Allocate(int64_t bytes) {
-  const std::lock_guard lock(mutex_);
-  auto data = TakeLocked(device_, bytes, device_bytes_, options_.memory_bytes);
-  if (!data.ok()) return data;
-  device_bytes_ += bytes;
-  GlobalMemory::Allow(*data, bytes, /*written=*/false);
-  return data;
+StatusOr<void*> EmulatedDriver::Allocate(StreamId stream, int64_t bytes) {
+  StatusOr<void*> data = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    data = TakeLocked(device_, bytes, device_bytes_, options_.memory_bytes);
+    if (!data.ok()) return data;
+    device_bytes_ += bytes;
+    GlobalMemory::Allow(*data, bytes, /*written=*/false);
+  }
+  // Until the stream is there the memory may be another's.
+  Status status = Enqueue(stream, [at = *data, bytes] {
+    std::memset(at, 0xFF, static_cast<size_t>(bytes));
+    GlobalMemory::Allow(at, bytes, /*written=*/false);
+    return Fault();
+  });
+  if (stream != StreamId::kCompute) {
+    constexpr EventId kAllocated = 0;
+    if (status.ok()) status = Record(kAllocated, stream);
+    if (status.ok()) status = WaitFor(kAllocated, StreamId::kCompute);
+  }
+  if (status.ok()) return data;
+  Free(*data);
+  return status;
 }
 
 void EmulatedDriver::Free(void* data) {

@@ -65,7 +65,7 @@ class EmulatedDriver final : public cuda::LaunchedDriver<EmulatedLauncher> {
   const cuda::DeviceInfo& info() const override { return info_; }
   Status Health() override;
 
-  StatusOr<void*> Allocate(int64_t bytes) override;
+  StatusOr<void*> Allocate(cuda::StreamId stream, int64_t bytes) override;
   void Free(void* data) override;
   StatusOr<void*> AllocateHost(int64_t bytes) override;
   void FreeHost(void* data) override;
@@ -125,7 +125,7 @@ class EmulatedDriver final : public cuda::LaunchedDriver<EmulatedLauncher> {
   int64_t device_bytes_ = 0;
   int64_t host_bytes_ = 0;
   std::array<std::deque<Operation>, cuda::kNumStreams> streams_;
-  std::deque<Event> events_;
+  std::deque<Event> events_ = std::deque<Event>(1);  // the first: see Allocate()
   int64_t enqueued_ = 0;
   int64_t products_ = 0;
   int64_t done_ = 0;

@@ -1,10 +1,10 @@
 // The CPU backend as if its memory were a device's own: nobody may take its pointers
-// for ordinary memory, and what is downloaded later arrives from another thread, late.
-// For tests of what a server does around a device, under sanitizers too.
+// for ordinary memory, and what is uploaded or downloaded later arrives from another
+// thread, late. For tests of what a server does around a device, under sanitizers too.
 #pragma once
 
-#include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -17,29 +17,104 @@
 
 namespace pbs::testing_support {
 
-class DeviceBackend final : public Backend {
+// Does what it is told in order, on a thread of its own. It can be held.
+class LateThread {
  public:
-  // The so-many-th later download fails; 0: none does.
-  explicit DeviceBackend(int fails_at = 0)
-      : cpu_(*CreateCpuBackend({.num_threads = 1})),
-        info_(cpu_->info()),
-        fails_at_(fails_at),
-        thread_([this] { Download(); }) {
-    info_.host_memory = false;
-    info_.device_bytes_free = int64_t{1} << 30;
-  }
-  ~DeviceBackend() override {
-    {
-      const std::lock_guard lock(mutex_);
-      ending_ = true;
-    }
-    changed_.notify_all();
+  LateThread() : thread_([this] { Run(); }) {}
+  // After what was added; not while it is held.
+  ~LateThread() {
+    Change([this] { ending_ = true; });
     thread_.join();
   }
 
+  void Add(std::function<void()> what) {
+    Change([&] { waiting_.push_back(std::move(what)); });
+  }
+  // Does so many more things, and then none until Release().
+  void HoldAfter(int more) {
+    Change([&] { left_ = more; });
+  }
+  void Release() {
+    Change([this] { left_ = -1; });
+  }
+
+ private:
+  template <class What>
+  void Change(What&& what) {
+    {
+      const std::lock_guard lock(mutex_);
+      what();
+    }
+    changed_.notify_all();
+  }
+  void Run() {
+    std::unique_lock lock(mutex_);
+    while (true) {
+      changed_.wait(lock, [this] { return waiting_.empty() ? ending_ : left_ != 0; });
+      if (waiting_.empty()) return;
+      if (left_ > 0) --left_;
+      const std::function<void()> next = std::move(waiting_.front());
+      waiting_.pop_front();
+      lock.unlock();
+      std::this_thread::yield();
+      next();
+      lock.lock();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> waiting_;
+  int left_ = -1;  // things to do until it is held; -1: it is not
+  bool ending_ = false;
+  std::thread thread_;
+};
+
+// What a test may plant; functions are called by whichever thread does so.
+struct DevicePlan {
+  int download_fails_at = 0;  // the so-many-th later download fails; 0: none does
+  int upload_fails_at = 0;
+  std::function<void()> on_allocate = {};  // of Allocate()
+  std::function<void()> on_run = {};
+  std::function<void(const void* source)> on_upload = {};  // when it begins
+  std::function<void()> on_uploaded = {};                  // after its `done`
+};
+
+class DeviceBackend final : public Backend {
+ public:
+  explicit DeviceBackend(DevicePlan plan = {})
+      : cpu_(*CreateCpuBackend({.num_threads = 1})),
+        info_(cpu_->info()),
+        plan_(std::move(plan)) {
+    info_.host_memory = false;
+    info_.device_bytes_free = int64_t{1} << 30;
+  }
+
+  LateThread& uploads() { return uploads_; }
+
   const BackendInfo& info() const override { return info_; }
   DType ComputeDType(DType stored) const override { return cpu_->ComputeDType(stored); }
-  StatusOr<Buffer> Allocate(int64_t bytes) override { return cpu_->Allocate(bytes); }
+  StatusOr<Buffer> Allocate(int64_t bytes) override {
+    if (plan_.on_allocate) plan_.on_allocate();
+    return cpu_->Allocate(bytes);
+  }
+  StatusOr<Buffer> AllocateForUpload(int64_t bytes) override {
+    PBS_ASSIGN_OR_RETURN(Buffer buffer, cpu_->Allocate(bytes));
+    std::memset(buffer.data(), 0xFF, static_cast<size_t>(bytes));
+    return buffer;
+  }
+  void UploadLater(const void* source, void* target, int64_t bytes,
+                   std::function<void(const Status&)> done) override {
+    uploads_.Add([this, source, target, bytes, done = std::move(done)] {
+      if (plan_.on_upload) plan_.on_upload(source);
+      if (++num_uploads_ == plan_.upload_fails_at) {
+        done(Unavailable("an upload failed, as it was told to"));
+      } else {
+        done(bytes == 0 ? OkStatus() : cpu_->Upload(source, target, bytes));
+      }
+      if (plan_.on_uploaded) plan_.on_uploaded();
+    });
+  }
   StatusOr<Buffer> AllocateHost(int64_t bytes) override {
     return cpu_->AllocateHost(bytes);
   }
@@ -51,15 +126,11 @@ class DeviceBackend final : public Backend {
   }
   void DownloadLater(const void* source, void* target, int64_t bytes,
                      std::function<void(const Status&)> done) override {
-    {
-      const std::lock_guard lock(mutex_);
-      waiting_.push_back([this, source, target, bytes, done = std::move(done)] {
-        const bool fails = ++downloads_ == fails_at_;
-        done(fails ? Unavailable("a download failed, as it was told to")
-                   : cpu_->Download(source, target, bytes));
-      });
-    }
-    changed_.notify_all();
+    downloads_.Add([this, source, target, bytes, done = std::move(done)] {
+      const bool fails = ++num_downloads_ == plan_.download_fails_at;
+      done(fails ? Unavailable("a download failed, as it was told to")
+                 : cpu_->Download(source, target, bytes));
+    });
   }
   Status Synchronize() override { return cpu_->Synchronize(); }
 
@@ -88,6 +159,7 @@ class DeviceBackend final : public Backend {
   }
   Status Run(const AttentionPlan& plan, const AttentionTensors& tensors,
              Workspace workspace, const RunControl& control) override {
+    if (plan_.on_run) plan_.on_run();
     return cpu_->Run(plan, tensors, workspace, control);
   }
   Status ReadReport(const AttentionPlan& plan, Workspace workspace,
@@ -100,29 +172,12 @@ class DeviceBackend final : public Backend {
   }
 
  private:
-  void Download() {
-    std::unique_lock lock(mutex_);
-    while (true) {
-      changed_.wait(lock, [this] { return ending_ || !waiting_.empty(); });
-      if (waiting_.empty()) return;
-      const std::function<void()> next = std::move(waiting_.front());
-      waiting_.pop_front();
-      lock.unlock();
-      std::this_thread::yield();
-      next();
-      lock.lock();
-    }
-  }
-
   const std::unique_ptr<Backend> cpu_;
   BackendInfo info_;
-  const int fails_at_;
-  int downloads_ = 0;  // of the thread
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> waiting_;
-  bool ending_ = false;
-  std::thread thread_;
+  const DevicePlan plan_;
+  int num_downloads_ = 0;           // of the thread
+  int num_uploads_ = 0;             // of the other
+  LateThread downloads_, uploads_;  // last: they end first
 };
 
 }  // namespace pbs::testing_support

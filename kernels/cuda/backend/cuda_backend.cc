@@ -94,7 +94,10 @@ StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
                        StagedCopies::Create(device, StreamId::kCompute));
   PBS_ASSIGN_OR_RETURN(backend->attention_,
                        CudaAttention::Create(device, *backend->copies_));
-  PBS_ASSIGN_OR_RETURN(backend->downloads_, LaterDownloads::Create(device));
+  PBS_ASSIGN_OR_RETURN(backend->downloads_,
+                       LaterCopies::Create(device, StreamId::kDownload));
+  PBS_ASSIGN_OR_RETURN(backend->uploads_,
+                       LaterCopies::Create(device, StreamId::kUpload));
   PBS_ASSIGN_OR_RETURN(backend->called_so_far_, device.CreateEvent());
   for (EventId& mark : backend->marks_) {
     PBS_ASSIGN_OR_RETURN(mark, device.CreateEvent());
@@ -106,9 +109,9 @@ DType CudaBackend::ComputeDType(DType stored) const {
   return stored == DType::kF16 ? DType::kF16 : DType::kBF16;
 }
 
-StatusOr<Buffer> CudaBackend::AllocateAny(int64_t bytes) {
+StatusOr<Buffer> CudaBackend::AllocateAny(StreamId stream, int64_t bytes) {
   if (bytes == 0) return Buffer();
-  PBS_ASSIGN_OR_RETURN(void* data, driver_->Allocate(bytes));
+  PBS_ASSIGN_OR_RETURN(void* data, driver_->Allocate(stream, bytes));
   const auto free = [](void* driver, void* memory, int64_t) {
     static_cast<Driver*>(driver)->Free(memory);
   };
@@ -116,7 +119,7 @@ StatusOr<Buffer> CudaBackend::AllocateAny(int64_t bytes) {
 }
 
 StatusOr<Buffer> CudaBackend::Allocate(int64_t bytes) {
-  PBS_ASSIGN_OR_RETURN(Buffer buffer, AllocateAny(bytes));
+  PBS_ASSIGN_OR_RETURN(Buffer buffer, AllocateAny(StreamId::kCompute, bytes));
   if (bytes > 0) {
     PBS_RETURN_IF_ERROR(driver_->Clear(StreamId::kCompute, buffer.data(), bytes));
   }
@@ -147,7 +150,8 @@ StatusOr<std::unique_ptr<PackedLinear>> CudaBackend::PackLinear(
   linear->spec = spec;
   const DType compute = spec.compute_dtype;
   const int64_t row_bytes = spec.in_features * DTypeBytes(compute);
-  PBS_ASSIGN_OR_RETURN(linear->weight, AllocateAny(spec.out_features * row_bytes));
+  PBS_ASSIGN_OR_RETURN(linear->weight,
+                       AllocateAny(StreamId::kCompute, spec.out_features * row_bytes));
   const int64_t read_row_bytes = spec.in_features * DTypeBytes(spec.weight_dtype);
   const int64_t rows_at_once =
       std::clamp<int64_t>(kReadBytes / read_row_bytes, 1, spec.out_features);
@@ -175,7 +179,7 @@ StatusOr<std::unique_ptr<PackedLinear>> CudaBackend::PackLinear(
     const int64_t bytes = count * DTypeBytes(linear->bias_dtype);
     std::vector<std::byte> values(static_cast<size_t>(bytes));
     ConvertElements(bias.data(), DType::kF32, values.data(), linear->bias_dtype, count);
-    PBS_ASSIGN_OR_RETURN(linear->bias, AllocateAny(bytes));
+    PBS_ASSIGN_OR_RETURN(linear->bias, AllocateAny(StreamId::kCompute, bytes));
     PBS_RETURN_IF_ERROR(Upload(values.data(), linear->bias.data(), bytes));
   }
   linear->bytes = linear->weight.bytes() + linear->bias.bytes();

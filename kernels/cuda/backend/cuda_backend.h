@@ -7,10 +7,11 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <utility>
 
 #include "cuda/backend/cuda_attention.h"
 #include "cuda/backend/driver.h"
-#include "cuda/backend/later_downloads.h"
+#include "cuda/backend/later_copies.h"
 #include "cuda/backend/staged_copies.h"
 #include "pbs/backend.h"
 
@@ -29,6 +30,13 @@ class CudaBackend final : public Backend {
   Status Upload(const void* source, void* target, int64_t bytes) override;
   Status Download(const void* source, void* target, int64_t bytes) override;
   StatusOr<Buffer> AllocateHost(int64_t bytes) override;
+  StatusOr<Buffer> AllocateForUpload(int64_t bytes) override {
+    return AllocateAny(StreamId::kUpload, bytes);
+  }
+  void UploadLater(const void* source, void* target, int64_t bytes,
+                   std::function<void(const Status&)> done) override {
+    uploads_->Add(source, target, bytes, std::move(done));
+  }
   void DownloadLater(const void* source, void* target, int64_t bytes,
                      std::function<void(const Status&)> done) override {
     downloads_->Add(source, target, bytes, std::move(done));
@@ -67,8 +75,8 @@ class CudaBackend final : public Backend {
 
  private:
   explicit CudaBackend(std::unique_ptr<Driver> driver);
-  // Allocate(), without clearing.
-  StatusOr<Buffer> AllocateAny(int64_t bytes);
+  // Of unknown contents, to be filled on `stream`.
+  StatusOr<Buffer> AllocateAny(StreamId stream, int64_t bytes);
 
   const std::unique_ptr<Driver> driver_;
   BackendInfo info_;
@@ -76,7 +84,9 @@ class CudaBackend final : public Backend {
   std::unique_ptr<CudaAttention> attention_;
   std::array<EventId, kTimeMarks> marks_{};
   EventId called_so_far_ = 0;
-  std::unique_ptr<LaterDownloads> downloads_;  // last: its thread ends first
+  // Last: their threads end first.
+  std::unique_ptr<LaterCopies> downloads_;
+  std::unique_ptr<LaterCopies> uploads_;
 };
 
 }  // namespace pbs::cuda

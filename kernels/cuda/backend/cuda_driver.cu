@@ -73,7 +73,7 @@ class CudaDriver final : public LaunchedDriver<StreamLauncher> {
     return health_;
   }
 
-  StatusOr<void*> Allocate(int64_t bytes) override;
+  StatusOr<void*> Allocate(StreamId stream, int64_t bytes) override;
   void Free(void* data) override;
   StatusOr<void*> AllocateHost(int64_t bytes) override;
   void FreeHost(void* data) override;
@@ -158,6 +158,7 @@ class CudaDriver final : public LaunchedDriver<StreamLauncher> {
   cudaStream_t streams_[kNumStreams] = {};
   bool owns_stream_[kNumStreams] = {};
   cudaMemPool_t pool_ = nullptr;
+  EventId allocated_ = 0;  // on a stream other than kCompute
   std::unique_ptr<Products> products_;
   mutable std::mutex mutex_;
   std::deque<cudaEvent_t> events_;
@@ -184,6 +185,7 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
       return cudaStreamCreateWithFlags(&streams_[i], cudaStreamNonBlocking);
     });
   };
+  PBS_RETURN_IF_ERROR(make_stream(StreamId::kUpload));
   PBS_RETURN_IF_ERROR(make_stream(StreamId::kDownload));
   if (options_.stream.has_value()) {
     streams_[static_cast<size_t>(StreamId::kCompute)] =
@@ -198,6 +200,7 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
   properties.location.id = options_.device;
   PBS_RETURN_IF_ERROR(
       Try("cudaMemPoolCreate", [&] { return cudaMemPoolCreate(&pool_, &properties); }));
+  PBS_ASSIGN_OR_RETURN(allocated_, CreateEvent());
   uint64_t keep = UINT64_MAX;
   PBS_RETURN_IF_ERROR(Try("cudaMemPoolSetAttribute", [&] {
     return cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &keep);
@@ -230,11 +233,13 @@ Status CudaDriver::Checked(const char* what, cudaError_t error) {
   return health_;
 }
 
-StatusOr<void*> CudaDriver::Allocate(int64_t bytes) {
+// Frees are on kCompute. What it has yet to free goes to another stream only when the
+// device has nothing else; that stream then waits for it (the pool's default policy).
+StatusOr<void*> CudaDriver::Allocate(StreamId stream, int64_t bytes) {
   void* data = nullptr;
   const auto allocate = [&] {
     return cudaMallocFromPoolAsync(&data, static_cast<size_t>(bytes), pool_,
-                                   At(StreamId::kCompute));
+                                   At(stream));
   };
   const std::string what =
       "allocating " + std::to_string(bytes) + " bytes of device memory";
@@ -246,7 +251,13 @@ StatusOr<void*> CudaDriver::Allocate(int64_t bytes) {
     cudaMemPoolTrimTo(pool_, 0);
     return allocate();
   }));
-  return data;
+  if (stream == StreamId::kCompute) return data;
+  // Free() must come behind the allocation, too.
+  Status status = Record(allocated_, stream);
+  if (status.ok()) status = WaitFor(allocated_, StreamId::kCompute);
+  if (status.ok()) return data;
+  Free(data);
+  return status;
 }
 
 void CudaDriver::Free(void* data) {

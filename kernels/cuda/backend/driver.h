@@ -21,9 +21,10 @@ namespace pbs::cuda {
 
 enum class StreamId : uint8_t {
   kCompute,   // kernels, and copies that they depend on
+  kUpload,    // tensors of requests that wait, on their way to the device
   kDownload,  // results on their way to the host
 };
-inline constexpr int kNumStreams = 2;
+inline constexpr int kNumStreams = 3;
 
 using EventId = int32_t;
 
@@ -67,9 +68,12 @@ class Driver {
   // waits for nothing.
   virtual Status Health() = 0;
 
-  // Device memory, 256-byte aligned, of unknown contents. `bytes` > 0.
-  virtual StatusOr<void*> Allocate(int64_t bytes) = 0;
-  // After everything that was enqueued on kCompute.
+  // Device memory, 256-byte aligned, of unknown contents, `bytes` > 0. It is there for
+  // what is enqueued from now on on `stream` and, behind that, on kCompute: what was
+  // enqueued before may still use it.
+  virtual StatusOr<void*> Allocate(StreamId stream, int64_t bytes) = 0;
+  // After everything that was enqueued on kCompute; what other streams do there must
+  // have ended.
   virtual void Free(void* data) = 0;
   virtual StatusOr<void*> AllocateHost(int64_t bytes) = 0;
   virtual void FreeHost(void* data) = 0;

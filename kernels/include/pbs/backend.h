@@ -9,10 +9,11 @@
 // *compute dtype* (ComputeDType()); products accumulate in f32.
 //
 // Threading: one caller at a time; but info(), Health(), Plan(), Allocate(),
-// AllocateHost(), LinearWorkspaceBytes() and the end of a Buffer are safe from any
-// thread at any time: requests are admitted while another one runs. Memory: operations
-// allocate nothing that outlives the call; linear layers and attention take a workspace
-// whose size is asked first. Errors: arguments are checked where they enter the system
+// AllocateHost(), AllocateForUpload(), UploadLater(), LinearWorkspaceBytes() and the
+// end of a Buffer are safe from any thread at any time: requests are admitted, and
+// their tensors arrive, while another one runs. Memory: operations allocate nothing
+// that outlives the call; linear layers and attention take a workspace whose size is
+// asked first. Errors: arguments are checked where they enter the system
 // (model loading, planning); operations assert them. A failed call leaves its outputs
 // unspecified and the backend usable.
 #pragma once
@@ -224,6 +225,15 @@ class Backend : public AttentionBackend {
 
   // Host to device; `source` may be reused on return.
   virtual Status Upload(const void* source, void* target, int64_t bytes) = 0;
+  // Memory as Allocate() gives, but of unknown contents, for UploadLater().
+  virtual StatusOr<Buffer> AllocateForUpload(int64_t bytes) = 0;
+  // Host to device, beside everything else, to memory of AllocateForUpload() that was
+  // not used since. `source` and `target` must stay until `done`, which is called once,
+  // from any thread, in the order of the calls, when the copy has ended; perhaps before
+  // this returns. What is called after `done` finds the copy in `target`. 0 bytes: the
+  // same, with nothing copied.
+  virtual void UploadLater(const void* source, void* target, int64_t bytes,
+                           std::function<void(const Status&)> done) = 0;
   // Device to host; waits.
   virtual Status Download(const void* source, void* target, int64_t bytes) = 0;
   // Device to host, behind everything called so far and beside what is called from now
@@ -231,7 +241,7 @@ class Backend : public AttentionBackend {
   // the order of the calls, when the copy has ended; perhaps before this returns.
   virtual void DownloadLater(const void* source, void* target, int64_t bytes,
                              std::function<void(const Status&)> done) = 0;
-  // Waits for everything called so far, but for DownloadLater().
+  // Waits for everything called so far, but for UploadLater() and DownloadLater().
   virtual Status Synchronize() = 0;
 
   // Reads a weight through `read` and packs it; `bias` is empty or [out_features].

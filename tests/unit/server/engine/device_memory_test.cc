@@ -20,10 +20,11 @@ using testing_support::DeviceBackend;
 // An engine on a device, and one on the CPU to compare with (EngineFixture's).
 class DeviceMemorySpec : public EngineFixture {
  protected:
-  void Open(int fails_at = 0) {
+  void Open(int download_fails_at = 0) {
     on_device_.reset();
     model_.replicas.clear();
-    device_ = std::make_unique<DeviceBackend>(fails_at);
+    device_ = std::make_unique<DeviceBackend>(
+        testing_support::DevicePlan{.download_fails_at = download_fails_at});
     model_.name = "tiny";
     model_.replicas.push_back(*Model::Load(folder_.path(), {}, *device_));
     model_.tokens_max = model_.model().config().max_tokens;
