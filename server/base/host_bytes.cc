@@ -43,7 +43,7 @@ HostBytes& HostBytes::operator=(HostBytes&& other) noexcept {
     Reset();
     data_ = std::exchange(other.data_, nullptr);
     size_ = std::exchange(other.size_, 0);
-    cache_ = std::exchange(other.cache_, nullptr);
+    cache_ = std::move(other.cache_);
     capacity_ = std::exchange(other.capacity_, 0);
   }
   return *this;
@@ -60,13 +60,14 @@ absl::StatusOr<HostBytes> HostBytes::Allocate(int64_t size) {
   return HostBytes(static_cast<std::byte*>(data), size);
 }
 
-absl::StatusOr<HostBytes> HostBytes::Reuse(int64_t size, BlockCache& cache) {
+absl::StatusOr<HostBytes> HostBytes::Reuse(int64_t size,
+                                           const std::shared_ptr<BlockCache>& cache) {
   if (size < kHugePagesMin) return Allocate(size);
-  const std::span<std::byte> kept = cache.Take(size);
+  const std::span<std::byte> kept = cache->Take(size);
   absl::StatusOr<HostBytes> bytes =
       kept.empty() ? Allocate(size) : HostBytes(kept.data(), size);
   if (!bytes.ok()) return bytes;
-  bytes->cache_ = &cache;
+  bytes->cache_ = cache;
   bytes->capacity_ = kept.empty() ? size : static_cast<int64_t>(kept.size());
   return bytes;
 }
@@ -82,7 +83,7 @@ void HostBytes::Reset() {
   }
   data_ = nullptr;
   size_ = 0;
-  cache_ = nullptr;
+  cache_.reset();
 }
 
 }  // namespace pbs::server

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <utility>
 
@@ -33,8 +34,9 @@ class HostBytes {
   // when the system has no memory to give.
   static absl::StatusOr<HostBytes> Allocate(int64_t size);
   // The same with any content, for what is overwritten whole. Large blocks come from
-  // `cache` and go back to it; it must outlive them.
-  static absl::StatusOr<HostBytes> Reuse(int64_t size, BlockCache& cache);
+  // `cache`, which they keep alive, and go back to it.
+  static absl::StatusOr<HostBytes> Reuse(int64_t size,
+                                         const std::shared_ptr<BlockCache>& cache);
 
   int64_t size() const { return size_; }
   bool empty() const { return size_ == 0; }
@@ -54,7 +56,7 @@ class HostBytes {
   std::byte* data_ = nullptr;
   int64_t size_ = 0;
   // Where the block goes in the end, and how long it is in truth.
-  BlockCache* cache_ = nullptr;
+  std::shared_ptr<BlockCache> cache_;
   int64_t capacity_ = 0;
 };
 

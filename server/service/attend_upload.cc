@@ -30,14 +30,15 @@ void* SequenceStart(HostBytes& bytes, const RowLayout& layout, int32_t sequence,
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<AttendUpload>> AttendUpload::Create(
-    AttendSpec spec, JobReservation reservation, BlockCache& blocks) {
+    AttendSpec spec, JobReservation reservation,
+    const std::shared_ptr<BlockCache>& blocks) {
   auto upload = std::unique_ptr<AttendUpload>(
       new AttendUpload(std::move(spec), std::move(reservation)));
   PBS_ABSL_RETURN_IF_ERROR(upload->Allocate(blocks));
   return upload;
 }
 
-absl::Status AttendUpload::Allocate(BlockCache& blocks) {
+absl::Status AttendUpload::Allocate(const std::shared_ptr<BlockCache>& blocks) {
   for (const UploadSpec& upload : spec_.uploads) {
     Input& input = Find(upload.tensor);
     PBS_ABSL_ASSIGN_OR_RETURN(input.bytes, HostBytes::Reuse(upload.bytes, blocks));

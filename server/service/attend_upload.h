@@ -24,10 +24,11 @@ namespace pbs::server {
 
 class AttendUpload {
  public:
-  // `reservation` is the engine's for `spec`; tensors come from `blocks`, which must
-  // outlive upload and job. ResourceExhausted when the system has no memory after all.
+  // `reservation` is the engine's for `spec`; tensors come from `blocks` and go
+  // back to it. ResourceExhausted when the system has no memory after all.
   static absl::StatusOr<std::unique_ptr<AttendUpload>> Create(
-      AttendSpec spec, JobReservation reservation, BlockCache& blocks);
+      AttendSpec spec, JobReservation reservation,
+      const std::shared_ptr<BlockCache>& blocks);
 
   // Copies a chunk to its place and looks at the new elements. Errors as
   // ChunkAssembler::Add(); InvalidArgument names the tensor and index of a NaN or
@@ -59,7 +60,7 @@ class AttendUpload {
   AttendUpload(AttendSpec spec, JobReservation reservation)
       : spec_(std::move(spec)), reservation_(std::move(reservation)) {}
 
-  absl::Status Allocate(BlockCache& blocks);
+  absl::Status Allocate(const std::shared_ptr<BlockCache>& blocks);
   absl::Status Generate(const std::atomic<bool>& stop);
   absl::Status ScanNewElements(Input& input);
   Input& Find(v1::TensorName tensor);

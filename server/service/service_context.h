@@ -34,8 +34,9 @@ class ServiceContext {
 
   const ServiceOptions options;
   const ServiceParts parts;
-  BlockCache upload_blocks{
-      std::min(kUploadBlockBytesMax, parts.ledger.bytes_max() / 8)};
+  // shared_ptr: what is on its way to a device may outlive the service.
+  const std::shared_ptr<BlockCache> upload_blocks = std::make_shared<BlockCache>(
+      std::min(kUploadBlockBytesMax, parts.ledger.bytes_max() / 8));
   OpenCalls open_calls;
   Uploads uploads{options.limits.upload_requests_max};
   TaskPool movers{2};      // make chunks when the executor has published something
