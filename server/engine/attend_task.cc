@@ -80,13 +80,40 @@ AttendTask::AttendTask(const Parts& parts, AttendJob job,
       job_(std::move(job)),
       plan_(std::move(plan)),
       listener_(listener),
-      num_runs_(NumRuns(job_)) {}
+      num_runs_(NumRuns(job_)) {
+  inputs_.q = {job_.q.bytes.data(), job_.q.layout};
+  inputs_.k = {job_.k.bytes.data(), job_.k.layout};
+  inputs_.v = {job_.v.bytes.data(), job_.v.layout};
+  if (job_.problem.options.use_given_order) {
+    inputs_.order = {job_.order.bytes.data(), job_.order.layout};
+  }
+  if (job_.problem.options.use_given_lists) inputs_.lists = job_.lists.View();
+  if (parts_.uploads != nullptr) {
+    upload_ = parts_.uploads->Add(TakeInputs(), CopiesOfInputs(*plan_, inputs_));
+  }
+}
+
+// They stay where they are.
+UploadSource AttendTask::TakeInputs() {
+  const int64_t bytes = BytesOfAttend(*plan_, {}).inputs;
+  const auto split = [bytes](ByteReservation& all) {
+    return all.Split(std::min(bytes, all.bytes()));
+  };
+  UploadSource source;
+  source.reservation = {split(job_.reservation.host), split(job_.reservation.device)};
+  source.q = std::move(job_.q.bytes);
+  source.k = std::move(job_.k.bytes);
+  source.v = std::move(job_.v.bytes);
+  source.order = std::move(job_.order.bytes);
+  source.lists = std::move(job_.lists);
+  return source;
+}
 
 void AttendTask::Start(const JobTiming& timing) {
   result_.stages.queue = absl::ToDoubleSeconds(timing.started - timing.admitted);
 }
 
-absl::Status AttendTask::Allocate() {
+absl::Status AttendTask::Allocate(const RunControl& control) {
   const AttentionGeometry& g = plan_->geometry;
   PBS_ABSL_ASSIGN_OR_RETURN(result_.o,
                             HostBytes::Allocate(OutputBytes(g, job_.problem.dtype)));
@@ -95,29 +122,22 @@ absl::Status AttendTask::Allocate() {
   }
   PBS_ABSL_ASSIGN_OR_RETURN(workspace_,
                             ToAbsl(parts_.backend.Allocate(plan_->workspace_bytes)));
-  if (!parts_.backend.info().host_memory) {
-    PBS_ABSL_ASSIGN_OR_RETURN(
-        device_, DeviceTensors::Upload(*plan_, HostTensors(), parts_.backend));
-  }
+  if (parts_.uploads == nullptr) return absl::OkStatus();
+  PBS_ABSL_ASSIGN_OR_RETURN(const auto inputs, parts_.uploads->Wait(upload_, control));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      device_, DeviceTensors::Create(*plan_, HostTensors(), inputs, parts_.backend));
   return absl::OkStatus();
 }
 
 AttentionTensors AttendTask::HostTensors() {
-  AttentionTensors tensors;
-  tensors.q = {job_.q.bytes.data(), job_.q.layout};
-  tensors.k = {job_.k.bytes.data(), job_.k.layout};
-  tensors.v = {job_.v.bytes.data(), job_.v.layout};
+  AttentionTensors tensors = inputs_;
   tensors.o = {result_.o.data(), job_.o_layout};
   if (job_.want_lse) tensors.lse = {result_.lse.data(), job_.lse_layout};
-  if (job_.problem.options.use_given_order) {
-    tensors.order = {job_.order.bytes.data(), job_.order.layout};
-  }
-  if (job_.problem.options.use_given_lists) tensors.lists = job_.lists.View();
   return tensors;
 }
 
 absl::StatusOr<StepResult> AttendTask::Step(const RunControl& control) {
-  if (runs_done_ == 0) PBS_ABSL_RETURN_IF_ERROR(Allocate());
+  if (runs_done_ == 0) PBS_ABSL_RETURN_IF_ERROR(Allocate(control));
   const bool is_last = runs_done_ + 1 == num_runs_;
   PBS_ABSL_RETURN_IF_ERROR(RunOnce(control, is_last));
   ++runs_done_;
@@ -170,6 +190,7 @@ void AttendTask::Measure() {
 void AttendTask::Finish(const absl::Status& status) {
   workspace_ = Buffer();
   device_.reset();
+  upload_.reset();
   AttendListener& listener = listener_;
   job_.reservation.device.Reset();
   ByteReservation reservation = std::move(job_.reservation.host);

@@ -1,7 +1,9 @@
 // One raw attention as a job: every warm-up run and every repetition is a step.
 //
 // Threading: as Job. Memory: the job's tensors; outputs and workspace are allocated at
-// the first step, inside what the job's reservation has charged.
+// the first step, inside what the job's reservation has charged. On a device with
+// memory of its own inputs, and what was charged for them, are an upload's
+// (device_uploads.h).
 #pragma once
 
 #include <memory>
@@ -11,6 +13,7 @@
 #include "server/base/clock.h"
 #include "server/engine/cost_model.h"
 #include "server/engine/device_tensors.h"
+#include "server/engine/device_uploads.h"
 #include "server/engine/engine.h"
 #include "server/engine/job.h"
 #include "server/telemetry/server_metrics.h"
@@ -52,6 +55,7 @@ class AttendTask final : public Job {
     CostModel& costs;
     EngineMetrics& metrics;
     const Clock& clock;
+    DeviceUploads* uploads = nullptr;  // where device memory is not ordinary memory
   };
 
   // `plan` is the backend's for job.problem.
@@ -62,21 +66,27 @@ class AttendTask final : public Job {
   absl::StatusOr<StepResult> Step(const RunControl& control) override;
   void Finish(const absl::Status& status) override;
 
+  // Of the inputs, which wait for its Begin() or the first step. Requires `uploads`.
+  UploadId upload_id() const { return DeviceUploads::IdOf(upload_); }
+
  private:
-  absl::Status Allocate();
+  UploadSource TakeInputs();
+  absl::Status Allocate(const RunControl& control);
   absl::Status RunOnce(const RunControl& control, bool is_last);
   AttentionTensors HostTensors();
   void Measure();
 
   const Parts parts_;
   AttendJob job_;
+  AttentionTensors inputs_;  // in host memory
   const std::unique_ptr<AttentionPlan> plan_;
   AttendListener& listener_;
   const int32_t num_runs_;
   int32_t runs_done_ = 0;
   double run_seconds_ = 0;  // of all runs
   Buffer workspace_;
-  std::optional<DeviceTensors> device_;  // where device memory is not ordinary memory
+  DeviceUploads::Handle upload_;         // with `uploads`
+  std::optional<DeviceTensors> device_;  // with `uploads`
   AttendResult result_;
 };
 

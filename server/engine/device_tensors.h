@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -11,12 +12,24 @@
 
 namespace pbs::server {
 
+// A tensor in host memory, and where it goes.
+struct TensorCopy {
+  const void* source = nullptr;
+  int64_t bytes = 0;  // > 0
+  Buffer target;      // empty until it was allocated
+};
+
+// The inputs in `host`, whose tensors have no gaps; targets are empty.
+std::vector<TensorCopy> CopiesOfInputs(const AttentionPlan& plan,
+                                       const AttentionTensors& host);
+
 class DeviceTensors {
  public:
-  // Copies of inputs, room for outputs; layouts as on the host, whose tensors have no
-  // gaps.
-  static absl::StatusOr<DeviceTensors> Upload(const AttentionPlan& plan,
+  // `inputs` as CopiesOfInputs() made them of `host`, uploaded; they must outlive this.
+  // Makes room for outputs; layouts as on the host.
+  static absl::StatusOr<DeviceTensors> Create(const AttentionPlan& plan,
                                               const AttentionTensors& host,
+                                              std::span<const TensorCopy> inputs,
                                               Backend& backend);
 
   const AttentionTensors& tensors() const { return tensors_; }
@@ -24,14 +37,8 @@ class DeviceTensors {
   absl::Status Download(const AttentionTensors& host, Backend& backend) const;
 
  private:
-  struct Sizes {
-    int64_t o = 0;
-    int64_t lse = 0;
-  };
-
   AttentionTensors tensors_;
-  Sizes bytes_;
-  std::vector<Buffer> buffers_;
+  Buffer o_, lse_;
 };
 
 }  // namespace pbs::server

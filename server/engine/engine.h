@@ -12,7 +12,8 @@
 // backend's thread), one at a time per job; they must not block and may not call back
 // into the job. OnDone may come before Submit returns.
 // Memory: a job's bytes are reserved before it is accepted (ReserveAttend/-Prefill) and
-// travel inside it, so that finishing, failing or dropping a job gives them back.
+// travel inside it, so that finishing, failing or dropping a job gives them back; those
+// of tensors on their way to a device when the copies under way have ended.
 #pragma once
 
 #include <cstdint>

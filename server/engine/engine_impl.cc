@@ -29,6 +29,7 @@ EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
           {options.queue_requests_max, options.yield_share, options.batch.tokens_max},
           parts.clock, parts.timers, parts.metrics.engine) {
   PBS_CHECK(has_device_memory() != parts_.backend.info().host_memory);
+  if (has_device_memory()) uploads_.emplace(parts_.backend);
   parts_.metrics.engine.memory_budget.Set(
       static_cast<double>(parts_.ledger.bytes_max()));
 }
@@ -84,10 +85,14 @@ absl::StatusOr<Admission> EngineImpl::SubmitAttend(AttendJob job,
                                          parts_.clock.Now());
   size.num_steps = NumRuns(job);
   const AttendTask::Parts task_parts = {parts_.backend, parts_.costs,
-                                        parts_.metrics.engine, parts_.clock};
-  return executor_.Submit(terms, size,
-                          std::make_unique<AttendTask>(task_parts, std::move(job),
-                                                       std::move(plan), listener));
+                                        parts_.metrics.engine, parts_.clock,
+                                        uploads_ ? &*uploads_ : nullptr};
+  auto task = std::make_unique<AttendTask>(task_parts, std::move(job), std::move(plan),
+                                           listener);
+  const UploadId upload = uploads_ ? task->upload_id() : 0;
+  absl::StatusOr<Admission> admission = executor_.Submit(terms, size, std::move(task));
+  if (uploads_ && admission.ok()) uploads_->Begin(upload);
+  return admission;
 }
 
 // ---- prefill

@@ -3,11 +3,13 @@
 //   Reserve*: plan and charge       Submit*: plan again, predict, hand to the executor
 //
 // Threading and memory: as Engine. The backend is used by the executor's thread; from
-// other threads only to plan and to allocate, which every backend allows.
+// other threads only to plan, to allocate and to upload, which every backend allows.
+// The end waits for uploads that are under way.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "pbs/backend.h"
 #include "server/base/clock.h"
@@ -15,6 +17,7 @@
 #include "server/engine/attend_task.h"
 #include "server/engine/byte_ledger.h"
 #include "server/engine/cost_model.h"
+#include "server/engine/device_uploads.h"
 #include "server/engine/engine.h"
 #include "server/engine/executor.h"
 #include "server/engine/prefill_task.h"
@@ -91,7 +94,8 @@ class EngineImpl final : public Engine {
 
   const EngineParts parts_;
   const BatchLimits batch_;
-  Executor executor_;
+  std::optional<DeviceUploads> uploads_;  // with a device ledger
+  Executor executor_;                     // before `uploads_` ends, all jobs have
 };
 
 }  // namespace pbs::server

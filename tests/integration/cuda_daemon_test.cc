@@ -8,6 +8,8 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <thread>
+#include <vector>
 
 #include "client/cpp/client.h"
 #include "pbs/dtype.h"
@@ -240,6 +242,25 @@ TEST(CudaDaemonSpec, ADeviceThatIsNotThereIsNamed) {
   EXPECT_THAT(failed.value("message", ""),
               HasSubstr("cuda.devices names device 2; there are 2, counted from 0"));
   EXPECT_EQ(server.Wait(), 1);
+}
+
+// Tensors of one arrive while another one runs.
+TEST(CudaDaemonSpec, AttendsSideBySide) {
+  constexpr int kClients = 3;
+  Server device = Emulated();
+  RawAttention expected;
+  ASSERT_TRUE(device.client->Attend(expected.header, expected.inputs, expected).ok());
+  std::vector<RawAttention> actual(kClients);
+  std::vector<std::thread> clients;
+  for (RawAttention& one : actual) {
+    clients.emplace_back([&device, &one] {
+      const auto stats = device.client->Attend(one.header, one.inputs, one);
+      EXPECT_TRUE(stats.ok()) << stats.status();
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  for (const RawAttention& one : actual) EXPECT_EQ(one.results, expected.results);
+  EXPECT_EQ(device.Stop(), 0);
 }
 
 TEST(CudaDaemonSpec, WhatADeviceLacksIsNamed) {

@@ -1,6 +1,6 @@
 // Spec: jobs of server/engine/engine.h on a backend with memory of its own: two layers
 // of keys and values on the device, each brought to the held cache while the next ones
-// run; copies of raw attention's tensors; a ledger for the device.
+// run; a ledger for the device. Raw attention: device_attend_test.cc.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -136,44 +136,6 @@ TEST_F(DeviceMemorySpec, WhatCannotFitTheDeviceIsRefusedByItsLedger) {
   const auto refused = on_device_->ReservePrefill(model_, 8000, Dense(), 1, 0);
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(ledger_.bytes_held(), 0);
-}
-
-TEST_F(DeviceMemorySpec, RawAttentionGivesTheCpusBits) {
-  Open();
-  AttentionProblem problem;
-  problem.shape = {2, 1, 64, {{100, 100}}};
-  problem.options = SmallPbs();
-  const auto run = [&](EngineImpl& engine, AttendRecorder& recorder) {
-    AttendJob job;
-    job.problem = problem;
-    job.want_lse = job.want_order = job.want_lists = true;
-    job.reservation = *engine.ReserveAttend(problem, true, true, true);
-    std::mt19937 random(1);
-    std::normal_distribution<float> normal;
-    for (auto [rows, heads] : {std::pair{&job.q, 2}, {&job.k, 1}, {&job.v, 1}}) {
-      rows->bytes = *HostBytes::Allocate(int64_t{heads} * 100 * 64 * 4);
-      auto* values = reinterpret_cast<float*>(rows->bytes.data());
-      for (int i = 0; i < heads * 100 * 64; ++i) values[i] = normal(random);
-      rows->layout = PackedLayout(100, 64);
-    }
-    job.o_layout = PackedLayout(100, 64);
-    job.lse_layout = PackedLayout(100, 1);
-    ASSERT_TRUE(engine.SubmitAttend(std::move(job), recorder).ok());
-    while (engine.executor().RunOneStep()) {
-    }
-    ASSERT_TRUE(recorder.result.ok()) << recorder.result.status();
-  };
-  AttendRecorder actual, expected;
-  run(*on_device_, actual);
-  run(engine_, expected);
-  const auto equal = [](const HostBytes& a, const HostBytes& b) {
-    return a.size() == b.size() &&
-           std::memcmp(a.data(), b.data(), static_cast<size_t>(a.size())) == 0;
-  };
-  EXPECT_TRUE(equal(actual.result->o, expected.result->o));
-  EXPECT_TRUE(equal(actual.result->lse, expected.result->lse));
-  EXPECT_EQ(actual.result->report.order, expected.result->report.order);
-  EXPECT_EQ(device_ledger_.bytes_held(), 0);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ class CountingDriver final : public cuda::Driver {
 
   const cuda::DeviceInfo& info() const override { return info_; }
   Status Health() override { return OkStatus(); }
-  StatusOr<void*> Allocate(int64_t bytes) override {
+  StatusOr<void*> Allocate(cuda::StreamId, int64_t bytes) override {
     void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_NONE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED) return ResourceExhausted("no addresses");
