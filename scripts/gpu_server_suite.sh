@@ -14,7 +14,7 @@
 # OUT: results (gpu_server.json) and what each part said; default docs/results and
 # build-gpu/logs. scripts/gpu_report.py writes the tables.
 # PBS_GPU_SECONDS: what all of it may take (default 530); the times to first token get
-# what the rest leaves. PBS_COMMIT: what the results name where there is no git.
+# what the parts before leave, prompts at once what is left then. PBS_COMMIT: what the results name where there is no git.
 # PBS_CUBLASLT: the file of cuBLASLt, where torch has none.
 # PBS_SUITE_LAYERS: of the model in the shape of Llama-3.1-8B; default all 32, or as many
 # as there is room for in /dev/shm or TMPDIR; the results say how many.
@@ -138,6 +138,7 @@ place_model() {
   [ "$most" -gt 0 ] || return 1
   layers=$most
   models=$(mktemp -d -p "$where")
+  collect --model-folder "$where"
 }
 
 make_model() {
@@ -148,12 +149,13 @@ make_model() {
 }
 
 suite() { # PART SECONDS ARGUMENT...
-  local part=$1 limit=$2
+  local part=$1 limit=$2 left=$((seconds_max - SECONDS - 10))
   shift 2
-  case " ${PBS_SUITE_PARTS:-tests handoff linear concurrent ttft} " in
+  case " ${PBS_SUITE_PARTS:-tests handoff linear ttft concurrent} " in
     *" $part "*) ;;
     *) return 0 ;;
   esac
+  [ "$limit" -le "$left" ] || limit=$left # the part must know, too
   # shellcheck disable=SC2086  # words
   run_part "$part" "$limit" "$python" -u "$repo/tests/gpu/server_suite.py" "$part" \
     --out "$parts/$part.json" --seconds "$((limit - 10))" ${PBS_SUITE_ARGUMENTS:-} "$@" ||
@@ -191,8 +193,8 @@ suite linear 50 --cublaslt "$cublaslt" || true
 if ! place_model; then
   collect --status "model: no folder has room for it"
 elif make_model; then
-  suite concurrent 70 --model "$models/big" || true
   time_prefills
+  suite concurrent 70 --model "$models/big" || true
 fi
 collect --done
 say "done"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,6 +14,10 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results"
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker that has ended: it answers nothing any more."""
 
 
 class Worker:
@@ -28,19 +33,28 @@ class Worker:
         )
 
     def ask(self, command: str, **words: object) -> dict:
-        """Sends one command and returns its reply; raises on an error reply."""
+        """Sends one command and returns its reply.
+
+        RuntimeError on an error reply; WorkerDiedError where there is none.
+        """
         line = json.dumps({"do": command, **words})
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        reply = json.loads(answer) if answer else {"error": "the worker died"}
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except OSError:
+            answer = ""
+        if not answer:
+            raise WorkerDiedError(f"{line}: the worker died")
+        reply = json.loads(answer)
         if "error" in reply:
             raise RuntimeError(f"{line}: {reply['error']}")
         return reply
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        with contextlib.suppress(OSError):  # what a dead one has not read
+            self._process.stdin.close()
         self._process.wait()
 
 

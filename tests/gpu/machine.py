@@ -1,4 +1,4 @@
-"""The GPU, as its driver tells it. No torch."""
+"""The GPU, as its driver tells it, and the host's memory. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 
 DRIVER = pathlib.Path("/proc/driver/nvidia")
+MEMORY = pathlib.Path("/proc/meminfo")
 
 
 def query_gpu() -> dict[str, str] | None:
@@ -19,6 +20,15 @@ def query_gpu() -> dict[str, str] | None:
     except (OSError, subprocess.SubprocessError, IndexError):
         return read_driver(DRIVER)
     return dict(zip(fields.split(","), [value.strip() for value in said.split(",")]))
+
+
+def host_memory_bytes() -> int | None:
+    """MemTotal; it may grow while a machine runs."""
+    try:
+        total = re.search(r"^MemTotal:\s*(\d+) kB$", MEMORY.read_text(), re.M)
+    except OSError:
+        return None
+    return int(total[1]) * 1024 if total else None
 
 
 def read_driver(folder: pathlib.Path) -> dict[str, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import statistics
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 from bench_common import Worker
-from pbs_client import Client, Dense, Pbs
+from pbs_client import Client, Dense, Pbs, PbsError
 from progress import first_line
 from workload import prompt
 
@@ -36,10 +37,12 @@ class Density:
     threshold: float = 0.0
     reached: float = 0.0
 
-    def search(self, density_at: Callable[[float], float]) -> bool:
-        """Whether a threshold was found; `density_at` must not fall."""
+    def search(self, density_at: Callable[[float], float], end: float = math.inf) -> bool:
+        """Whether a threshold was found before `end`; `density_at` must not fall."""
         below, above = (0.0, 0.0), (1.0, 1.0)
         for _ in range(CALIBRATIONS_MAX):
+            if time.monotonic() > end:
+                return False
             share = (self.wanted - below[1]) / max(above[1] - below[1], 1e-9)
             # Not next to an end: the other one would never move.
             share = min(max(share, 0.05), 0.95)
@@ -69,6 +72,7 @@ class Length:
         self.client, self.peer, self.tokens = client, peer, tokens
         self.ids = np.array(prompt(tokens, facts["vocab_size"]), np.uint32)
         self.sdpa = ""
+        self.warm_seconds = 0.0  # of the dense warm-up: about what a run takes at most
 
     def serve(self, method: Dense | Pbs, **options) -> Run:
         """Through the server."""
@@ -89,7 +93,7 @@ class Length:
         """Rows that have begun, and what to run in rounds; dense logits are compared."""
         rows: dict[str, dict] = {"torch": {}, "dense": {}, "pbs": {}}
         calls = {"dense": lambda: self.serve(Dense()), "pbs": lambda: self.serve(Pbs())}
-        self.serve(Dense(), last_token_logits=True)
+        self.warm_seconds = self.serve(Dense(), last_token_logits=True).seconds
         if self.peer is None:
             rows["torch"]["error"] = "there is no torch model"
             return rows, calls
@@ -113,32 +117,67 @@ def compare(ours: np.ndarray, theirs: np.ndarray) -> dict:
 
 def measure_length(
     client: Client, peer: Worker | None, facts: dict, tokens: int, replay: Density | None, end: float
-) -> list[dict]:
-    """A row for each of what runs. Errors of the server are raised."""
+) -> tuple[list[dict], PbsError | None]:
+    """A row for each of what runs, and the error of the server that ended it: what was
+    measured before stands."""
     length = Length(client, peer, facts, tokens)
-    rows, calls = length.warm_up()
-    if replay is not None:
-        name = f"density replay {replay.wanted} by threshold"
-        rows[name] = {"wanted_density": replay.wanted}
-
-        def density_at(threshold: float) -> float:
-            return length.serve(Pbs(threshold=threshold)).stats.density
-
-        if replay.search(density_at):
-            calls[name] = lambda: length.serve(Pbs(threshold=replay.threshold))
-        else:
-            rows[name]["error"] = f"no threshold gives it: {replay.threshold:.3f} gives {replay.reached:.3f}"
-        rows[name]["threshold"] = replay.threshold
-    runs = interleave(calls, end)
+    rows: dict[str, dict] = {}
+    runs: dict[str, list[Run]] = {}
+    failure = None
+    try:
+        rows, calls = length.warm_up()
+        if replay is not None:
+            name, rows[name], call = find_replay(length, replay, len(calls) + 1, end)
+            if call is not None:
+                calls[name] = call
+        failed = interleave(calls, end, runs)
+        for name, error in failed.items():
+            rows[name]["failed" if runs[name] else "error"] = error
+    except PbsError as error:
+        failure = error
     for name, own in runs.items():
-        rows[name] |= figures(own, runs)
-    rows["torch"]["sdpa"] = length.sdpa
-    return [{"name": name} | row for name, row in rows.items()]
+        if own:
+            rows[name] |= figures(own, runs)
+    if "torch" in rows:
+        rows["torch"]["sdpa"] = length.sdpa
+    found = [{"name": name} | row for name, row in rows.items() if row]
+    if failure is None:
+        return found, None
+    rounds = min((len(own) for name, own in runs.items() if name != "torch"), default=0)
+    why = f"{str(failure)[:200]} (after {rounds} rounds)"
+    kept = [row if "ttft_seconds" in row else {"error": why} | row for row in found]
+    return [*kept, {"name": None, "error": why}], failure
 
 
-def interleave(calls: dict[str, Callable[[], Run]], end: float) -> dict[str, list[Run]]:
-    """Rounds in which every call runs once; a peer that fails is left out, rounds and all."""
-    runs: dict[str, list[Run]] = {name: [] for name in calls}
+def find_replay(
+    length: Length, replay: Density, calls: int, end: float
+) -> tuple[str, dict, Callable[[], Run] | None]:
+    """Name and row of a density replay, and what to run in rounds of `calls`, for the
+    first of which the search leaves the time."""
+    row: dict = {"wanted_density": replay.wanted}
+
+    def density_at(threshold: float) -> float:
+        return length.serve(Pbs(threshold=threshold)).stats.density
+
+    # A search that begins a call at the last moment is one call over.
+    search_end = end - (calls + 1) * length.warm_seconds
+    is_found = replay.search(density_at, search_end)
+    row["threshold"] = replay.threshold
+    name = f"density replay {replay.wanted} by threshold"
+    if is_found:
+        return name, row, lambda: length.serve(Pbs(threshold=replay.threshold))
+    why = "no time to find its threshold" if time.monotonic() > search_end else "no threshold gives it"
+    row["error"] = f"{why}: {replay.threshold:.3f} gives {replay.reached:.3f}"
+    return name, row, None
+
+
+def interleave(
+    calls: dict[str, Callable[[], Run]], end: float, runs: dict[str, list[Run]]
+) -> dict[str, str]:
+    """Adds to `runs` rounds in which every call runs once. A peer that fails runs in no
+    further round; gives what it said, by name."""
+    failed: dict[str, str] = {}
+    runs |= {name: [] for name in calls}
     begin = time.monotonic()
     for count in range(ROUNDS_MAX):
         now = time.monotonic()
@@ -146,13 +185,15 @@ def interleave(calls: dict[str, Callable[[], Run]], end: float) -> dict[str, lis
             break  # there is no time for another one
         if count >= ROUNDS_MIN and now - begin > ROUND_SECONDS:
             break
-        for name in list(runs):
+        for name, call in calls.items():
+            if name in failed:
+                continue
             try:
-                runs[name].append(calls[name]())
+                runs[name].append(call())
             except RuntimeError as error:
                 print(f"{name}: {first_line(error)}", flush=True)
-                del runs[name]
-    return runs
+                failed[name] = first_line(error)
+    return failed
 
 
 def figures(own: list[Run], runs: dict[str, list[Run]]) -> dict:
@@ -163,8 +204,8 @@ def figures(own: list[Run], runs: dict[str, list[Run]]) -> dict:
         "rounds": len(own),
     }
     for other in ("dense", "torch"):
-        if other in runs and runs[other] is not own:
-            pairs = zip(runs[other], own)
+        if runs.get(other) and runs[other] is not own:
+            pairs = zip(runs[other], own)  # of the rounds that both were in
             found[f"{other}_over_this"] = statistics.median(a.seconds / b.seconds for a, b in pairs)
     stats = [run.stats for run in own if run.stats is not None]
     return found | (served_figures(stats) if stats else {})

@@ -3,7 +3,7 @@
 
     python3 tests/gpu/server_suite.py PART --out FILE.json ...
 
-PART: tests, handoff, linear, concurrent, ttft.
+PART: tests, handoff, linear, ttft, concurrent.
 
 The server and the clients are those of PBS_BIN, on the backend of PBS_TEST_BACKEND
 (tests/python/real_server.py). FILE.json has what was found as soon as it is.
@@ -30,13 +30,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("client/python", "tests/python", "tests/bench")]
 
 import machine  # noqa: E402
-from bench_common import Case, Worker, run_group  # noqa: E402
+from bench_common import Case, Worker, WorkerDiedError, run_group  # noqa: E402
 from pbs_client import (  # noqa: E402
     Client,
     Dense,
     InvalidArgumentError,
     Pbs,
-    PbsError,
     ResourceExhaustedError,
 )
 from prefills import MODEL, Density, measure_length  # noqa: E402
@@ -44,7 +43,7 @@ from progress import Progress, first_line, plain  # noqa: E402
 from real_server import BACKEND, RECALL_MODEL, program, running_server  # noqa: E402
 from workload import LENGTHS, REPLAY, prompt  # noqa: E402
 
-DONE, WRONG, LOST = 0, 3, 4
+DONE, UNFINISHED, WRONG, LOST = 0, 1, 3, 4
 REFUSALS = (InvalidArgumentError, ResourceExhaustedError)  # the server goes on
 # Llama-3.1-8B's products, as in x out, and the rows that the server runs at once.
 SHAPES = {"QKV": (4096, 6144), "output": (4096, 4096), "gate and up": (4096, 28672),
@@ -52,9 +51,13 @@ SHAPES = {"QKV": (4096, 6144), "output": (4096, 4096), "gate and up": (4096, 286
 ROW_TILE, REPETITIONS, LINEAR_ROUNDS = 8192, 20, 9
 PROMPTS = 8  # at once
 CONCURRENT_ROUNDS = 3
-# Of a part of speed that a machine reaches: to see what is not worth beginning.
+# Where no length was measured yet: a part of the speed that a machine reaches, to see what
+# is not worth beginning.
 FLOPS_PER_SECOND = 3e14
-RUNS_MIN = 9  # warm-ups, the search for a threshold, one round
+SEARCH_RUNS = 3  # for a threshold, as a rule
+# Of ordinary memory, for requests: two prompts of 128K and some. What a server takes by
+# itself is a share of what the machine has when it starts, and that may grow later.
+MEMORY_BYTES_MAX = 48_000_000_000
 
 
 def save(path: pathlib.Path, found: dict) -> None:
@@ -66,7 +69,8 @@ def save(path: pathlib.Path, found: dict) -> None:
 
 def served_model(folder: pathlib.Path, *flags: str):
     """A server of the model of a folder."""
-    return running_server("--model", f"{MODEL}={folder}", *flags)
+    budget = f"admission.memory_bytes_max={MEMORY_BYTES_MAX}"
+    return running_server("--model", f"{MODEL}={folder}", "--set", budget, *flags)
 
 
 def facts_of(client: Client) -> dict:
@@ -91,7 +95,9 @@ def tests(arguments: argparse.Namespace) -> int:
     report = arguments.out.with_suffix(".xml")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["--junitxml", str(report), *(str(ROOT / file) for file in SERVED_TESTS)]
-    status = subprocess.run([*command, *arguments.pytest.split()]).returncode
+    # Plugins that happen to be installed have no part in it.
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    status = subprocess.run([*command, *arguments.pytest.split()], env=environment).returncode
     if not report.exists():
         return status or WRONG
     found = outcomes(report)
@@ -150,10 +156,15 @@ def handoff(arguments: argparse.Namespace) -> int:
 # ---- linear
 
 
+def library_path(folder: pathlib.Path) -> str:
+    """A folder, then those of LD_LIBRARY_PATH: the GPU's driver may be found through it."""
+    return ":".join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
+
+
 def linear(arguments: argparse.Namespace) -> int:
     """Linear layers at the model's shapes beside torch's own, interleaved."""
-    environment = {"LD_LIBRARY_PATH": str(program("bench_worker").parent.parent / "lib")}
-    ours = Worker([str(program("bench_worker"))], environment)
+    worker = program("bench_worker")
+    ours = Worker([str(worker)], {"LD_LIBRARY_PATH": library_path(worker.parent.parent / "lib")})
     torch = torch_worker()
     own = {"backend": BACKEND, "module": arguments.module, "cublaslt": arguments.cublaslt}
     rows = arguments.rows
@@ -188,15 +199,43 @@ def start_torch(folder: pathlib.Path) -> Worker | None:
         peer.ask("model", path=str(folder))
     except RuntimeError as error:
         print(f"no torch model: {first_line(error)}", flush=True)
+        peer.close()  # it may hold memory of the GPU
         return None
     return peer
 
 
-def seconds_of(tokens: int, facts: dict, runs: float) -> float:
-    """About what some prefills of a length take."""
+def is_alive(peer: Worker) -> bool:
+    """Whether a peer answers: an error, too, is an answer."""
+    try:
+        peer.ask("drop", name="nothing")
+    except RuntimeError as error:
+        return not isinstance(error, WorkerDiedError)
+    return True
+
+
+def flops(tokens: int, facts: dict, density: float = 1.0) -> float:
+    """About what a prefill of a length is."""
     weights = facts["weight_bytes"] / 2  # bf16
     attention = 2.0 * tokens * tokens * 4096 * facts["layers"]
-    return runs * (2 * weights * tokens + attention) / FLOPS_PER_SECOND
+    return 2 * weights * tokens + density * attention
+
+
+def rate_of(timings: list[dict], facts: dict) -> float:
+    """FLOP/s at the longest length that was measured."""
+    measured = [row for row in timings if "ttft_seconds" in row]
+    longest = max((row["tokens"] for row in measured), default=0)
+    rows = [row for row in measured if row["tokens"] == longest]
+    if not rows:
+        return FLOPS_PER_SECOND
+    work = sum(flops(longest, facts, row.get("density", 1.0)) for row in rows)
+    return work / sum(row["ttft_seconds"] for row in rows)
+
+
+def flops_min(tokens: int, facts: dict, density: float | None, has_peer: bool) -> float:
+    """Of warm-ups, the search for a threshold and one round."""
+    dense_runs = 5 if has_peer else 3  # torch and dense twice, pbs once
+    replays = 0.0 if density is None else flops(tokens, facts, density) * (SEARCH_RUNS + 1)
+    return dense_runs * flops(tokens, facts) + replays
 
 
 def ttft(arguments: argparse.Namespace) -> int:
@@ -211,23 +250,25 @@ def ttft(arguments: argparse.Namespace) -> int:
             if part in progress.result["parts"]:
                 continue
             left = end - time.monotonic()
-            if left < seconds_of(tokens, facts, RUNS_MIN):
-                print(f"left out: {tokens} tokens, {left:.0f} s are left", flush=True)
+            work = flops_min(tokens, facts, density, peer is not None)
+            needed = work / rate_of(progress.result["timings"], facts)
+            if left < needed:
+                print(f"left out: {tokens} tokens, {left:.0f} of {needed:.0f} s are left", flush=True)
                 continue
             progress.begin(part | {"name": None})
-            try:
-                replay = None if density is None else Density(density)
-                rows = measure_length(client, peer, facts, tokens, replay, end)
-            except PbsError as error:
-                rows = [{"name": None, "error": str(error)[:200]}]
-                if not isinstance(error, REFUSALS):
-                    progress.finish(part, rows)
-                    os._exit(LOST)  # a server that hangs would be waited for
+            replay = None if density is None else Density(density)
+            rows, failure = measure_length(client, peer, facts, tokens, replay, end)
+            if failure is not None and not isinstance(failure, REFUSALS):
+                progress.finish(part, rows)
+                os._exit(LOST)  # a server that hangs would be waited for
             gpu = machine.query_gpu()
             rows = [row | {"gpu": gpu} for row in rows]
             progress.finish(part, rows)
             for row in rows:
                 print(json.dumps(plain(part | row)), flush=True)
+            if peer is not None and not is_alive(peer):
+                peer.close()
+                peer = None
         if peer is not None:
             peer.close()
     progress.result["done"] = True
@@ -239,33 +280,48 @@ def ttft(arguments: argparse.Namespace) -> int:
 
 
 def concurrent_prompts(arguments: argparse.Namespace) -> int:
-    """Eight prompts one after another and at once: what waiting in line costs."""
+    """Eight prompts one after another and at once: what waiting in line costs. Every round
+    is written; none begins that would not end in time."""
+    end = time.monotonic() + arguments.seconds
+    rounds: list[dict] = []
     with served_model(arguments.model) as server, Client(server.target) as client:
         facts = facts_of(client)
         prompts = [prompt(arguments.tokens, facts["vocab_size"], seed) for seed in range(PROMPTS)]
 
-        def run(tokens: list[int]) -> tuple[float, int]:
+        def run(tokens: list[int], method: Dense | Pbs | None = None) -> tuple[float, int]:
             begin = time.perf_counter()
-            result = client.prefill(MODEL, tokens, Pbs(), timeout=arguments.seconds)
+            left = max(1.0, end - time.monotonic())
+            result = client.prefill(MODEL, tokens, method or Pbs(), timeout=left)
             return time.perf_counter() - begin, result.first_token
 
-        client.prefill(MODEL, prompts[0], Dense())
-        rounds, first_tokens = [], [run(tokens)[1] for tokens in prompts]
+        run(prompts[0], Dense())
+        needed = 2 * PROMPTS * run(prompts[0])[0]
+        first_tokens: list[int] = []
         for _ in range(CONCURRENT_ROUNDS):
-            alone, _ = timed(lambda: [run(tokens) for tokens in prompts])
+            if time.monotonic() + needed > end:
+                break
+            alone, ran_alone = timed(lambda: [run(tokens) for tokens in prompts])
             with concurrent.futures.ThreadPoolExecutor(PROMPTS) as pool:
                 together, ran = timed(lambda: list(pool.map(run, prompts)))
+            needed = alone + together
+            first_tokens = first_tokens or [token for _, token in ran_alone]
             rounds.append({"alone": alone, "together": together,
                            "ttft": sorted(seconds for seconds, _ in ran),
                            "right": [token for _, token in ran] == first_tokens})
-    found = {
-        "model": facts, "prompts": PROMPTS, "tokens": arguments.tokens, "rounds": rounds,
-        "alone_over_together": statistics.median(r["alone"] / r["together"] for r in rounds),
-        "right": all(r["right"] for r in rounds),
-    }  # fmt: skip
-    save(arguments.out, found)
-    print(json.dumps(plain(found)), flush=True)
-    return DONE if found["right"] else WRONG
+            found = {"model": facts, "prompts": PROMPTS, "tokens": arguments.tokens}
+            save(arguments.out, found | summary(rounds))
+    if not rounds:
+        print(f"no round: it takes {needed:.0f} s", flush=True)
+        return UNFINISHED
+    print(json.dumps(plain(summary(rounds))), flush=True)
+    return DONE if summary(rounds)["right"] else WRONG
+
+
+def summary(rounds: list[dict]) -> dict:
+    """Of the rounds so far."""
+    ratio = statistics.median(r["alone"] / r["together"] for r in rounds)
+    right = all(r["right"] for r in rounds)
+    return {"rounds": rounds, "alone_over_together": ratio, "right": right}
 
 
 def timed(call: Callable) -> tuple[float, list]:
@@ -288,8 +344,8 @@ def lengths_of(text: str) -> dict[int, float | None]:
 
 
 PARTS = {
-    "tests": tests, "handoff": handoff, "linear": linear, "concurrent": concurrent_prompts,
-    "ttft": ttft,
+    "tests": tests, "handoff": handoff, "linear": linear, "ttft": ttft,
+    "concurrent": concurrent_prompts,
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 """scripts/gpu_server_suite.sh without a GPU: the whole of it on the CPU, what a part that
-hangs costs, how it carries on, and the report."""
+hangs costs, and the report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import pathlib
 import subprocess
 import sys
 import time
-import types
 
-import pbs_client
 import pytest
 from real_server import REPOSITORY, program
 
@@ -20,7 +18,6 @@ sys.path[:0] = [str(REPOSITORY / folder) for folder in ("tests/gpu", "tests/benc
 import collect  # noqa: E402
 import machine  # noqa: E402
 import prefills  # noqa: E402
-import server_suite  # noqa: E402
 
 GPU = {"name": "A GPU", "driver_version": "1", "clocks.sm": "1980 MHz"}
 MODEL = {"backend": "cuda", "device": "A GPU, 132 threads", "layers": 32, "weight_bytes": 16e9}
@@ -68,6 +65,8 @@ def test_the_suite_measures_every_part_on_a_cpu(package, tmp_path):
     assert [group["shape"] for group in results["linear"]["groups"]][0] == [32, 256, 384]
     assert all(g["cases"]["ours"]["speedup_wall"] > 0 for g in results["linear"]["groups"])
     assert results["concurrent"]["right"] and len(results["concurrent"]["rounds"][0]["ttft"]) == 8
+    assert results["host_memory_bytes"] > 0 and results["host_memory_bytes_after"] > 0
+    assert pathlib.Path(results["model_folder"]).is_dir()
     rows = {(row["tokens"], row["name"]): row for row in results["ttft"]["timings"]}
     for name in ("torch", "dense", "pbs", "density replay 0.8 by threshold"):
         assert rows[2048, name]["ttft_seconds"] > 0, rows[2048, name]
@@ -117,106 +116,6 @@ def test_a_wrong_answer_is_told_and_costs_no_other_part(package, tmp_path):
     assert status == 1
     assert [row["error"] for row in results["handoff"]["rows"]] == ["the cache is wrong"] * 2
     assert results["concurrent"]["right"]
-
-
-# ---- a server that is lost
-
-
-@pytest.fixture
-def suite(monkeypatch):
-    """server_suite with a server that is not there."""
-    server = types.SimpleNamespace(target="nowhere:1")
-    monkeypatch.setattr(server_suite, "served_model", lambda *_: contextlib.nullcontext(server))
-    monkeypatch.setattr(server_suite, "facts_of", lambda _: {"weight_bytes": 1, "layers": 1})
-    monkeypatch.setattr(server_suite, "start_torch", lambda _: None)
-
-    def leave(status: int) -> None:
-        raise SystemExit(status)
-
-    monkeypatch.setattr(os, "_exit", leave)
-    return server_suite
-
-
-def test_a_length_that_lost_the_server_is_not_begun_again(suite, monkeypatch, tmp_path):
-    measured = []
-
-    def measure(_client, _peer, _facts, tokens, _replay, _end):
-        measured.append(tokens)
-        if tokens == 2000:
-            raise pbs_client.UnavailableError("gone")
-        return [{"name": "dense", "ttft_seconds": 1.0}]
-
-    monkeypatch.setattr(suite, "measure_length", measure)
-    arguments = types.SimpleNamespace(
-        out=tmp_path / "ttft.json", seconds=100, model=tmp_path,
-        lengths=suite.lengths_of("1000 2000 3000:0.5"),
-    )  # fmt: skip
-    with pytest.raises(SystemExit) as ended:
-        suite.ttft(arguments)
-    assert ended.value.code == suite.LOST
-    assert suite.ttft(arguments) == suite.DONE
-    assert measured == [1000, 2000, 3000]
-    rows = json.loads(arguments.out.read_text())["timings"]
-    assert [row["tokens"] for row in rows] == [1000, 2000, 3000]
-    assert "gone" in rows[1]["error"]
-
-
-def test_a_length_that_ended_the_process_is_told_and_not_begun_again(suite, monkeypatch, tmp_path):
-    arguments = types.SimpleNamespace(
-        out=tmp_path / "ttft.json", seconds=100, model=tmp_path, lengths={1000: None, 2000: None}
-    )
-
-    def die(*_):
-        raise SystemExit(9)
-
-    monkeypatch.setattr(suite, "measure_length", die)
-    with pytest.raises(SystemExit):
-        suite.ttft(arguments)
-    monkeypatch.setattr(suite, "measure_length", lambda *_: [{"name": "dense"}])
-    assert suite.ttft(arguments) == suite.DONE
-    rows = json.loads(arguments.out.read_text())["timings"]
-    assert [(row["tokens"], "error" in row) for row in rows] == [(1000, True), (2000, False)]
-
-
-def test_a_length_that_there_is_no_time_for_is_left_out(suite, monkeypatch, tmp_path):
-    monkeypatch.setattr(suite, "facts_of", lambda _: {"weight_bytes": 16e9, "layers": 32})
-    monkeypatch.setattr(suite, "measure_length", lambda *_: [{"name": "dense"}])
-    arguments = types.SimpleNamespace(
-        out=tmp_path / "ttft.json", seconds=60, model=tmp_path, lengths={131072: 0.219, 8192: 0.58}
-    )
-    assert suite.ttft(arguments) == suite.DONE
-    rows = json.loads(arguments.out.read_text())["timings"]
-    assert [row["tokens"] for row in rows] == [8192]
-
-
-# ---- density replay by threshold
-
-
-@pytest.mark.parametrize("wanted", [0.58, 0.405, 0.219, 0.06])
-@pytest.mark.parametrize(
-    "density_at",
-    [
-        pytest.param(lambda t: 0.02 + 0.98 * t, id="noise"),
-        pytest.param(lambda t: 0.02 + 0.98 * t**2, id="bent"),
-        pytest.param(lambda t: t**0.5, id="bent the other way"),
-    ],
-)
-def test_the_threshold_of_a_density_is_found(density_at, wanted):
-    replay = prefills.Density(wanted)
-    assert replay.search(density_at)
-    assert density_at(replay.threshold) == replay.reached
-    assert abs(replay.reached - wanted) <= prefills.DENSITY_ERROR_MAX
-
-
-def test_a_density_that_no_threshold_gives_is_said():
-    asked = []
-
-    def density_at(threshold: float) -> float:
-        asked.append(threshold)
-        return 0.2 if threshold < 0.7 else 0.9
-
-    assert not prefills.Density(0.5).search(density_at)
-    assert len(asked) == prefills.CALIBRATIONS_MAX
 
 
 # ---- the results, and the report
@@ -350,6 +249,18 @@ def test_results_that_are_not_of_a_gpu_are_refused(report, changes, capsys):
 
 
 # ---- the peer
+
+
+@pytest.mark.peers
+def test_attention_that_no_backend_runs_is_an_error_and_not_the_end(monkeypatch):
+    pytest.importorskip("torch", reason="a peer")
+    import torch_model
+
+    def refuse():
+        raise RuntimeError("not these heads")
+
+    with pytest.raises(RuntimeError, match="none of cudnn, flash"):
+        torch_model.fastest(refuse)
 
 
 @pytest.mark.peers
