@@ -15,7 +15,7 @@ build_packages=(
   libgtest-dev libgmock-dev
 )
 # What the sanitizer build takes instead of g++ (scripts/sanitize.sh, scripts/fuzz.sh).
-clang_packages=(clang-16 libclang-rt-16-dev)
+clang_packages=(clang-16 libclang-rt-16-dev lld-16)
 
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 fail() {
