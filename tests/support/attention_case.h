@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -11,6 +12,34 @@
 #include "pbs/attention.h"
 
 namespace pbs::testing_support {
+
+// Standard normals of a seed, from its first. Drawing them is most of what a case costs
+// and many cases have one seed: a thread keeps what it has drawn.
+class Normals {
+ public:
+  explicit Normals(uint32_t seed) : stream_(StreamOf(seed)) {}
+
+  float Next() {
+    std::vector<float>& drawn = stream_.drawn;
+    if (next_ == drawn.size()) drawn.push_back(stream_.normal(stream_.random));
+    return drawn[next_++];
+  }
+
+ private:
+  struct Stream {
+    explicit Stream(uint32_t seed) : random(seed) {}
+    std::mt19937 random;
+    std::normal_distribution<float> normal;
+    std::vector<float> drawn;
+  };
+  static Stream& StreamOf(uint32_t seed) {
+    thread_local std::map<uint32_t, Stream> streams;
+    return streams.try_emplace(seed, seed).first->second;
+  }
+
+  Stream& stream_;
+  size_t next_ = 0;
+};
 
 // Owns the tensors of one problem. q, k, v are made in f32 and rounded to the problem's
 // dtype; keys share a direction with every query by a token importance of standard
@@ -62,12 +91,11 @@ class AttentionCase {
 
  private:
   void FillInputs(uint32_t seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
+    Normals normals(seed);
     const int32_t dim = geometry_.head_dim;
     const float root = std::sqrt(static_cast<float>(dim));
     std::vector<float> direction(static_cast<size_t>(dim));
-    for (float& x : direction) x = normal(random) / root;
+    for (float& x : direction) x = normals.Next() / root;
     const auto fill = [&](std::vector<uint8_t>& bytes, const RowLayout& layout,
                           int32_t heads, int64_t rows, auto&& importance) {
       const int64_t bytes_of = DTypeBytes(problem_.dtype);
@@ -77,7 +105,7 @@ class AttentionCase {
         for (int64_t r = 0; r < rows; ++r) {
           const float height = importance();
           for (int32_t d = 0; d < dim; ++d) {
-            row[d] = normal(random) + height * direction[d];
+            row[d] = normals.Next() + height * direction[d];
           }
           const int64_t at = head * layout.head_stride + r * layout.row_stride;
           ConvertElements(row.data(), DType::kF32, bytes.data() + at * bytes_of,
@@ -87,7 +115,7 @@ class AttentionCase {
     };
     fill(q_, q_layout_, geometry_.num_heads, geometry_.total_q, [] { return 1.0f; });
     fill(k_, kv_layout_, geometry_.num_kv_heads, geometry_.total_k,
-         [&] { return 2.0f * root * normal(random); });
+         [&] { return 2.0f * root * normals.Next(); });
     fill(v_, kv_layout_, geometry_.num_kv_heads, geometry_.total_k,
          [] { return 0.0f; });
     o_.assign(q_.size(), 0xFF);  // NaN: every element must be written

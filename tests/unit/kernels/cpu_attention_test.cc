@@ -86,12 +86,14 @@ const reference::Output& ExpectedOutput(const std::string& name, AttentionCase& 
   return (kept[name] = {std::move(decision), std::move(output)}).second;
 }
 
+// Of a case that is the same for every table, kept by its name.
 const reference::Result& ExpectedResult(const std::string& name,
-                                        AttentionCase& inputs) {
+                                        const AttentionProblem& problem,
+                                        const AttentionTensors& tensors) {
   static auto& kept = *new std::map<std::string, reference::Result>;
   const auto found = kept.find(name);
   if (found != kept.end()) return found->second;
-  return kept[name] = reference::Run(inputs.problem(), inputs.Tensors());
+  return kept[name] = reference::Run(problem, tensors);
 }
 
 TEST_P(CpuAttentionSpec, AttendsAsTheReferenceDoesGivenItsOwnOrderAndLists) {
@@ -127,7 +129,8 @@ TEST_P(CpuAttentionSpec, ChoosesTheReferencesOrderListsAndDensityInF32) {
       AttentionCase inputs(problem, seed);
       const BackendRun run = RunOn(attention_, problem, inputs.Tensors());
       ASSERT_TRUE(run.status.ok()) << run.status.ToString();
-      const reference::Result& expected = ExpectedResult(name, inputs);
+      const reference::Result& expected =
+          ExpectedResult(name, problem, inputs.Tensors());
       EXPECT_EQ(run.report.order, expected.decision.order);
       EXPECT_EQ(run.report.lists.indices, expected.decision.lists.indices);
       EXPECT_EQ(run.report.lists.count, expected.decision.lists.count);
@@ -170,7 +173,7 @@ TEST_P(CpuAttentionSpec, ThresholdOneEqualsDense) {
       dense.options = {.method = Method::kDense};
       AttentionCase sparse(problem, 5);
       ASSERT_TRUE(RunOn(attention_, problem, sparse.Tensors()).status.ok());
-      ExpectOutputsNear(sparse, reference::Run(dense, sparse.Tensors()).output,
+      ExpectOutputsNear(sparse, ExpectedResult("dense", dense, sparse.Tensors()).output,
                         Tolerance(DType::kF32, false, 96));
     }
   }
@@ -208,8 +211,28 @@ TEST_P(CpuAttentionSpec, GivenListsAndOrderAreUsedExactly) {
   ASSERT_TRUE(run.status.ok()) << run.status.ToString();
   EXPECT_EQ(run.report.order, order);
   EXPECT_EQ(ExpandMask(g, run.report.lists.View()), mask);
-  ExpectOutputsNear(inputs, reference::Run(problem, tensors).output,
+  ExpectOutputsNear(inputs, ExpectedResult("given lists", problem, tensors).output,
                     Tolerance(DType::kF32, false, 96));
+}
+
+struct ReadableMask {
+  uint32_t bits;
+  BlockLists lists;
+};
+
+// The masks of 4 x 4 blocks that a run may be given.
+std::vector<ReadableMask> FindReadableMasks(const AttentionGeometry& g,
+                                            const ConstRows& order) {
+  std::vector<ReadableMask> readable;
+  for (uint32_t bits = 0; bits < (1u << 16); ++bits) {
+    std::vector<uint8_t> mask(16);
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = (bits >> i) & 1;
+    auto lists = ListsFromMask(g, mask);
+    EXPECT_TRUE(lists.ok());
+    if (!ValidateLists(g, order, lists->View()).ok()) continue;
+    readable.push_back({bits, *std::move(lists)});
+  }
+  return readable;
 }
 
 // 64 masks of single-block segments and 256 of segments of two blocks.
@@ -226,31 +249,29 @@ TEST_P(CpuAttentionSpec, AttendsUnderEveryReadableMaskOfFourBlocks) {
     std::vector<int32_t> identity(61);
     std::iota(identity.begin(), identity.end(), 0);
     const ConstRows order = {identity.data(), PackedLayout(61, 1)};
-    const AttentionGeometry& g = inputs.geometry();
-    int32_t readable = 0;
-    for (uint32_t bits = 0; bits < (1u << 16); ++bits) {
-      std::vector<uint8_t> mask(16);
-      for (size_t i = 0; i < mask.size(); ++i) mask[i] = (bits >> i) & 1;
-      const auto lists = ListsFromMask(g, mask);
-      ASSERT_TRUE(lists.ok());
-      if (!ValidateLists(g, order, lists->View()).ok()) continue;
-      ++readable;
-      SCOPED_TRACE(testing::Message() << "mask bits " << bits);
+    static auto& kept = *new std::map<int32_t, std::vector<ReadableMask>>;
+    std::vector<ReadableMask>& readable = kept[blocks_per_segment];
+    if (readable.empty()) readable = FindReadableMasks(inputs.geometry(), order);
+    EXPECT_EQ(readable.size(), blocks_per_segment == 1 ? 64u : 256u);
+    for (const ReadableMask& mask : readable) {
+      const std::string name = "segments of " + std::to_string(blocks_per_segment) +
+                               " mask bits " + std::to_string(mask.bits);
+      SCOPED_TRACE(name);
       AttentionTensors tensors = inputs.Tensors();
-      tensors.lists = lists->View();
+      tensors.lists = mask.lists.View();
       tensors.order = order;
       ASSERT_TRUE(RunOn(attention_, problem, tensors).status.ok());
-      ExpectOutputsNear(inputs, reference::Run(problem, tensors).output,
+      ExpectOutputsNear(inputs, ExpectedResult(name, problem, tensors).output,
                         Tolerance(DType::kF32, false, 32));
     }
-    EXPECT_EQ(readable, blocks_per_segment == 1 ? 64 : 256);
   }
 }
 
 // Whole segments, short tails, and prompts that are nothing but a tail.
 TEST_P(CpuAttentionSpec, GivenListsWithoutAnOrderMeetTheComputedOne) {
   for (int32_t length : {100, 256, 300, 700}) {
-    SCOPED_TRACE(testing::Message() << "length " << length);
+    const std::string name = "no order, length " + std::to_string(length);
+    SCOPED_TRACE(name);
     AttentionProblem problem =
         MakeProblem({"", 2, 1, 64, {{length, length}}}, DType::kF32, {});
     problem.options.use_given_lists = true;
@@ -268,9 +289,9 @@ TEST_P(CpuAttentionSpec, GivenListsWithoutAnOrderMeetTheComputedOne) {
     ASSERT_TRUE(ValidateLists(g, {}, tensors.lists).ok());
     const BackendRun run = RunOn(attention_, problem, tensors);
     ASSERT_TRUE(run.status.ok()) << run.status.ToString();
-    EXPECT_EQ(run.report.order, reference::Decide(problem, tensors).order);
-    ExpectOutputsNear(inputs, reference::Run(problem, tensors).output,
-                      Tolerance(DType::kF32, false, 64));
+    const reference::Result& expected = ExpectedResult(name, problem, tensors);
+    EXPECT_EQ(run.report.order, expected.decision.order);
+    ExpectOutputsNear(inputs, expected.output, Tolerance(DType::kF32, false, 64));
   }
 }
 
@@ -286,11 +307,10 @@ TEST_P(CpuAttentionSpec, IdentityOrderSelectsWhatTheUnpermutedRuleSelects) {
   const BackendRun run = RunOn(attention_, problem, tensors);
   ASSERT_TRUE(run.status.ok());
   // The unpermuted rule, written out: means of plain blocks, past segments only.
-  const reference::Decision expected = reference::Decide(problem, tensors);
+  const reference::Result& expected = ExpectedResult("identity", problem, tensors);
   EXPECT_EQ(run.report.order, identity);
-  EXPECT_EQ(run.report.lists.indices, expected.lists.indices);
-  ExpectOutputsNear(inputs, reference::Run(problem, tensors).output,
-                    Tolerance(DType::kF32, false, 96));
+  EXPECT_EQ(run.report.lists.indices, expected.decision.lists.indices);
+  ExpectOutputsNear(inputs, expected.output, Tolerance(DType::kF32, false, 96));
 }
 
 // f32 products in another order: the tables differ by rounding alone.
