@@ -38,28 +38,30 @@ grpc::ByteBuffer CorruptUnchecked(const std::string&, grpc::ByteBuffer reply) {
   return wire::EncodeKvChunk(chunk);
 }
 
+struct Server {
+  const TinyModelFolder folder;
+  ServerProcess process{PBS_PREFILLD,
+                        {"--threads", "1", "--metrics-listen", "off", "--model",
+                         "tiny=" + folder.path()}};
+  const std::string address = process.WaitForAddress();
+};
+
+// One server for every case.
 class BenchSpec : public testing::Test {
  protected:
-  void SetUp() override {
-    const json serving = server_.WaitForEvent("serving");
-    ASSERT_TRUE(serving.is_object()) << "the server did not start";
-    address_ = serving.value("listen", "");
-  }
+  static void SetUpTestSuite() { shared_ = new Server; }
+  static void TearDownTestSuite() { delete shared_; }
 
-  ProcessResult Bench(std::vector<std::string> arguments) const {
+  static ProcessResult Bench(std::vector<std::string> arguments) {
     if (std::ranges::find(arguments, "--server") == arguments.end()) {
-      arguments.insert(arguments.end(), {"--server", address_});
+      arguments.insert(arguments.end(), {"--server", shared_->address});
     }
     arguments.insert(arguments.end(),
                      {"--mib", "1", "--rounds", "2", "--chunk-bytes", "65536"});
     return RunProcess(PBS_BENCH, arguments);
   }
 
-  const TinyModelFolder folder_;
-  ServerProcess server_{PBS_PREFILLD,
-                        {"--threads", "1", "--metrics-listen", "off", "--model",
-                         "tiny=" + folder_.path()}};
-  std::string address_;
+  static inline Server* shared_ = nullptr;
 };
 
 void ExpectSpread(const json& cell, const char* field) {
@@ -73,7 +75,8 @@ void ExpectSpread(const json& cell, const char* field) {
 }
 
 TEST_F(BenchSpec, MeasuresEveryKindOfTransferBesideRawTcp) {
-  const ProcessResult result = Bench({"--server-pid", std::to_string(server_.pid())});
+  const ProcessResult result =
+      Bench({"--server-pid", std::to_string(shared_->process.pid())});
   ASSERT_EQ(result.exit_status, 0) << result.err;
   const json report = json::parse(result.out);
   EXPECT_EQ(report["benchmark"], "data_plane");
@@ -129,13 +132,17 @@ TEST_F(BenchSpec, WithoutTheServersProcessItsCpuTimeIsUnknown) {
 }
 
 TEST_F(BenchSpec, GivesTheLeaseBack) {
-  ASSERT_EQ(Bench({"--direction", "download", "--streams", "1"}).exit_status, 0);
-  server_.Signal(SIGTERM);
-  EXPECT_EQ(server_.WaitForEvent("draining").value("leases", -1), 0);
+  Server own;
+  ASSERT_EQ(
+      Bench({"--server", own.address, "--direction", "download", "--streams", "1"})
+          .exit_status,
+      0);
+  own.process.Signal(SIGTERM);
+  EXPECT_EQ(own.process.WaitForEvent("draining").value("leases", -1), 0);
 }
 
 TEST_F(BenchSpec, RefusesToReportATransferOfWrongBytes) {
-  GrpcProxy proxy(address_, CorruptUnchecked);
+  GrpcProxy proxy(shared_->address, CorruptUnchecked);
   const ProcessResult result =
       Bench({"--server", proxy.address(), "--direction", "download", "--checksums",
              "off", "--streams", "1"});

@@ -115,9 +115,26 @@ void ExpectSameCaches(Server& actual_server, const v1::Done& actual,
   }
 }
 
-TEST(CudaDaemonSpec, HandsOverWhatTheCpuServerDoes) {
-  Server device = Emulated();
-  Server cpu({"--backend", "cpu", "--threads", "1"});
+// An emulated device beside the CPU, for cases that leave both as they were: starting
+// the first is what a case would spend its time on.
+class CudaBesideCpuSpec : public testing::Test {
+ protected:
+  struct Servers {
+    Server device = Emulated();
+    Server cpu{{"--backend", "cpu", "--threads", "1"}};
+  };
+  static void SetUpTestSuite() { shared_ = new Servers; }
+  static void TearDownTestSuite() {
+    EXPECT_EQ(shared_->device.Stop(), 0);
+    delete shared_;
+  }
+  static inline Servers* shared_ = nullptr;
+
+  Server& device = shared_->device;
+  Server& cpu = shared_->cpu;
+};
+
+TEST_F(CudaBesideCpuSpec, HandsOverWhatTheCpuServerDoes) {
   EXPECT_EQ(device.backend, "cuda");
   for (const char* method : {"dense", "pbs"}) {
     SCOPED_TRACE(method);
@@ -148,7 +165,6 @@ TEST(CudaDaemonSpec, HandsOverWhatTheCpuServerDoes) {
     EXPECT_GE(shared, 5) << "of the 8 best tokens";
     ExpectSameCaches(device, *actual, cpu, *expected);
   }
-  EXPECT_EQ(device.Stop(), 0);
 }
 
 // Inputs of one head group in bf16, and where o goes.
@@ -190,9 +206,7 @@ struct RawAttention final : client::TensorTarget {
   std::map<v1::TensorName, std::vector<std::byte>> results;
 };
 
-TEST(CudaDaemonSpec, AttendsWhatTheCpuServerDoes) {
-  Server device = Emulated();
-  Server cpu({"--backend", "cpu", "--threads", "1"});
+TEST_F(CudaBesideCpuSpec, AttendsWhatTheCpuServerDoes) {
   RawAttention actual, expected;
   const auto stats = device.client->Attend(actual.header, actual.inputs, actual);
   ASSERT_TRUE(stats.ok()) << stats.status();
@@ -245,9 +259,8 @@ TEST(CudaDaemonSpec, ADeviceThatIsNotThereIsNamed) {
 }
 
 // Tensors of one arrive while another one runs.
-TEST(CudaDaemonSpec, AttendsSideBySide) {
+TEST_F(CudaBesideCpuSpec, AttendsSideBySide) {
   constexpr int kClients = 3;
-  Server device = Emulated();
   RawAttention expected;
   ASSERT_TRUE(device.client->Attend(expected.header, expected.inputs, expected).ok());
   std::vector<RawAttention> actual(kClients);
@@ -260,11 +273,9 @@ TEST(CudaDaemonSpec, AttendsSideBySide) {
   }
   for (std::thread& client : clients) client.join();
   for (const RawAttention& one : actual) EXPECT_EQ(one.results, expected.results);
-  EXPECT_EQ(device.Stop(), 0);
 }
 
-TEST(CudaDaemonSpec, WhatADeviceLacksIsNamed) {
-  Server device = Emulated();
+TEST_F(CudaBesideCpuSpec, WhatADeviceLacksIsNamed) {
   RawAttention raw;
   raw.header.mutable_options()->mutable_pbs()->set_block_size(64);
   const absl::Status status =

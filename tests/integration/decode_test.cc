@@ -85,17 +85,28 @@ grpc::ByteBuffer CorruptValues(const std::string& method, grpc::ByteBuffer reply
   return wire::EncodeKvChunk(chunk);
 }
 
+// A server of `model` (NAME=FOLDER), one thread.
+struct Server {
+  explicit Server(const std::string& model)
+      : process(PBS_PREFILLD,
+                {"--threads", "1", "--metrics-listen", "off", "--model", model}) {}
+
+  ServerProcess process;
+  const std::string address = process.WaitForAddress();
+};
+
+// One server of the tiny model for every case: what they do to it is what many clients
+// of one server do.
 class DecodeSpec : public testing::Test {
  protected:
-  void Start(const std::string& model) {
-    server_ = std::make_unique<ServerProcess>(
-        PBS_PREFILLD, std::vector<std::string>{"--threads", "1", "--metrics-listen",
-                                               "off", "--model", model});
-    const nlohmann::json serving = server_->WaitForEvent("serving");
-    ASSERT_TRUE(serving.is_object()) << "the server did not start";
-    address_ = serving.value("listen", "");
+  static void SetUpTestSuite() {
+    shared_folder_ = new TinyModelFolder;
+    shared_server_ = new Server("tiny=" + shared_folder_->path());
   }
-  void StartTiny() { Start("tiny=" + folder_.path()); }
+  static void TearDownTestSuite() {
+    delete shared_server_;
+    delete shared_folder_;
+  }
 
   // With the tiny model, one thread, twelve tokens.
   ProcessResult Decode(std::vector<std::string> arguments) const {
@@ -126,14 +137,15 @@ class DecodeSpec : public testing::Test {
     return ticket;
   }
 
-  const TinyModelFolder folder_;
+  static inline TinyModelFolder* shared_folder_ = nullptr;
+  static inline Server* shared_server_ = nullptr;
+
+  const TinyModelFolder& folder_ = *shared_folder_;
+  const std::string& address_ = shared_server_->address;
   const ScratchFolder scratch_;
-  std::unique_ptr<ServerProcess> server_;
-  std::string address_;
 };
 
 TEST_F(DecodeSpec, DecodesWhatOneProcessWouldHaveDecoded) {
-  StartTiny();
   const ProcessResult result =
       Decode({"--tokens", PromptFile(300), "--method", "dense"});
   ASSERT_EQ(result.exit_status, 0) << result.err;
@@ -146,7 +158,6 @@ TEST_F(DecodeSpec, DecodesWhatOneProcessWouldHaveDecoded) {
 }
 
 TEST_F(DecodeSpec, FeedsTokensBehindThePrompt) {
-  StartTiny();
   const std::vector<int32_t> question = {5, 99, 3};
   const ProcessResult result =
       Decode({"--tokens", PromptFile(200), "--method", "dense", "--then-tokens",
@@ -159,12 +170,13 @@ TEST_F(DecodeSpec, FeedsTokensBehindThePrompt) {
 }
 
 TEST_F(DecodeSpec, AnswersTheBundledPromptFromASparsePrefill) {
-  Start(std::string("recall=") + kRecallModel);
+  const Server recall(std::string("recall=") + kRecallModel);
   const std::string prompt = std::string(kRecallModel) + "/prompt_8k.json";
   const std::string question = std::string(kRecallModel) + "/prompt_8k.question.json";
-  const ProcessResult result = Decode({"--model-path", kRecallModel, "--tokens", prompt,
-                                       "--then-tokens", question, "--method", "pbs",
-                                       "--threshold", "0.9", "--max-new-tokens", "1"});
+  const ProcessResult result =
+      Decode({"--server", recall.address, "--model-path", kRecallModel, "--tokens",
+              prompt, "--then-tokens", question, "--method", "pbs", "--threshold",
+              "0.9", "--max-new-tokens", "1"});
   ASSERT_EQ(result.exit_status, 0) << result.err;
   const auto report = nlohmann::json::parse(result.out);
   EXPECT_EQ(report["tokens"],
@@ -174,7 +186,6 @@ TEST_F(DecodeSpec, AnswersTheBundledPromptFromASparsePrefill) {
 }
 
 TEST_F(DecodeSpec, GivesTheLeaseBack) {
-  StartTiny();
   const ProcessResult result = Decode({"--tokens", PromptFile(50)});
   ASSERT_EQ(result.exit_status, 0) << result.err;
   const v1::KvTicket ticket = TicketOf(nlohmann::json::parse(result.out));
@@ -182,7 +193,6 @@ TEST_F(DecodeSpec, GivesTheLeaseBack) {
 }
 
 TEST_F(DecodeSpec, DecodesAgainFromATicketThatWasKept) {
-  StartTiny();
   const ProcessResult first = Decode({"--tokens", PromptFile(50), "--keep-lease"});
   ASSERT_EQ(first.exit_status, 0) << first.err;
   const auto report = nlohmann::json::parse(first.out);
@@ -197,7 +207,6 @@ TEST_F(DecodeSpec, DecodesAgainFromATicketThatWasKept) {
 }
 
 TEST_F(DecodeSpec, RefusesACorruptChunkOfValues) {
-  StartTiny();
   GrpcProxy proxy(address_, CorruptValues);
   const ProcessResult result =
       Decode({"--server", proxy.address(), "--tokens", PromptFile(300)});
@@ -208,7 +217,6 @@ TEST_F(DecodeSpec, RefusesACorruptChunkOfValues) {
 }
 
 TEST_F(DecodeSpec, WithoutChecksumsACorruptChunkChangesTheAnswer) {
-  StartTiny();
   GrpcProxy proxy(address_, CorruptValues);
   const std::string prompt = PromptFile(300);
   const ProcessResult whole = Decode({"--tokens", prompt, "--checksums", "off"});
@@ -221,7 +229,6 @@ TEST_F(DecodeSpec, WithoutChecksumsACorruptChunkChangesTheAnswer) {
 }
 
 TEST_F(DecodeSpec, RefusesTheCacheOfAnotherModel) {
-  StartTiny();
   const TinyModelFolder other({.seed = 2});
   const ProcessResult result =
       Decode({"--model-path", other.path(), "--tokens", PromptFile(50)});
@@ -242,7 +249,6 @@ class RefusedDecodeSpec : public DecodeSpec,
                           public testing::WithParamInterface<RefusalCase> {};
 
 TEST_P(RefusedDecodeSpec, EndsWithTheReason) {
-  StartTiny();
   std::vector<std::string> arguments = GetParam().arguments;
   arguments.insert(arguments.end(),
                    {"--tokens", scratch_.Write("prompt.json", GetParam().tokens)});
@@ -292,7 +298,6 @@ INSTANTIATE_TEST_SUITE_P(
     testing_support::CaseName());
 
 TEST_F(DecodeSpec, RefusesWhatIsNoTicket) {
-  StartTiny();
   for (const char* text :
        {"", "[]", "{}",
         R"({"handle":"x","epoch":"-1","model_digest":"","sparsity_digest":""})",
@@ -305,7 +310,6 @@ TEST_F(DecodeSpec, RefusesWhatIsNoTicket) {
 }
 
 TEST_F(DecodeSpec, AForeignTicketIsNotFound) {
-  StartTiny();
   const ProcessResult result = Decode(
       {"--ticket",
        scratch_.Write(

@@ -71,6 +71,13 @@ class ServerProcess {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
   }
 
+  // Where it listens, once it serves. One that does not is a failure, and "".
+  std::string WaitForAddress() {
+    const nlohmann::json serving = WaitForEvent("serving");
+    EXPECT_TRUE(serving.is_object()) << "the server did not start";
+    return serving.is_object() ? serving.value("listen", "") : "";
+  }
+
   // The first log line of `event`; null when the process ends without one.
   nlohmann::json WaitForEvent(const std::string& event) {
     std::unique_lock<std::mutex> lock(mutex_);
