@@ -35,9 +35,10 @@ class DeviceAttendSpec : public EngineFixture {
   void Open(DevicePlan plan = {}) {
     on_device_.reset();
     device_ = std::make_unique<DeviceBackend>(std::move(plan));
-    on_device_ = std::make_unique<EngineImpl>(
-        EngineOptions{.queue_requests_max = kQueueMax},
-        EngineParts{*device_, ledger_, clock_, timers_, metrics_, costs_, &device_ledger_});
+    on_device_ =
+        std::make_unique<EngineImpl>(EngineOptions{.queue_requests_max = kQueueMax},
+                                     EngineParts{*device_, ledger_, clock_, timers_,
+                                                 metrics_, costs_, &device_ledger_});
   }
   ~DeviceAttendSpec() override { EXPECT_EQ(device_ledger_.bytes_held(), 0); }
 
