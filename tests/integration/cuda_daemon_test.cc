@@ -266,7 +266,7 @@ TEST_F(CudaBesideCpuSpec, AttendsSideBySide) {
   std::vector<RawAttention> actual(kClients);
   std::vector<std::thread> clients;
   for (RawAttention& one : actual) {
-    clients.emplace_back([&device, &one] {
+    clients.emplace_back([this, &one] {
       const auto stats = device.client->Attend(one.header, one.inputs, one);
       EXPECT_TRUE(stats.ok()) << stats.status();
     });
