@@ -241,6 +241,61 @@ def crc(cell: dict) -> str:
     return ", checksums on" if cell["checksums"] else ", checksums off"
 
 
+# ---- scheduling
+
+
+def scheduling_simulation(results: dict) -> str:
+    """Short and long prompts by mix and yield share, alone and in shared runs."""
+    rows = []
+    for name, mix in results["mixes"].items():
+        for row in mix["rows"]:
+            short, long = row["short"], row["long"]
+            rows.append(
+                [name, f"{row['yield_share']:g}", "no" if row["batch_tokens_max"] == 1 else "yes",
+                 f"{short['p50_seconds']:.3f} s", f"{short['p99_seconds']:.2f} s",
+                 f"{long['p50_seconds']:.2f} s", f"{long['max_seconds']:.2f} s",
+                 f"{long['delay_share_max']:.3f}", f"{row['prompts_per_run']:.2f}",
+                 f"{100 * row['busy_share']:.0f} %"]
+            )
+    head = ["short prompts", "yield share", "shared runs", "short p50", "p99", "long p50", "max",
+            "delayed by later ones, share", "prompts a run", "busy"]
+    return table(head, rows)
+
+
+def plot_scheduling(results: dict) -> None:
+    """What a yield share gives short prompts and takes from long ones, a panel each."""
+    panels = {"short prompts, p99": ("short", "p99_seconds"),
+              "long prompts, p50": ("long", "p50_seconds")}
+    figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.2))
+    for axis, (title, (kind, key)) in zip(axes, panels.items()):
+        for color, (name, mix) in zip(("C0", "C1"), results["mixes"].items()):
+            for shared in (False, True):
+                points = [(row["yield_share"], row[kind][key]) for row in mix["rows"]
+                          if (row["batch_tokens_max"] > 1) == shared]
+                axis.plot(*zip(*points), color=color, marker="o", markersize=3,
+                          linestyle="-" if shared else "--",
+                          label=name + (", shared runs" if shared else ""))
+        axis.set(title=title, xlabel="yield share", ylim=(0, None))
+    axes[0].set_ylabel("arrival to end, s")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2)
+    save(figure, "scheduling_simulation")
+
+
+def scheduling_cpu(results: dict) -> str:
+    """Medians on this machine's CPU, and the rounds' own ratios."""
+    rows = []
+    for case, of_case in results["cases"].items():
+        for server, figures in of_case.items():
+            cells = [f"{figures[key]['median']:.2f} s" if key in figures else ""
+                     for key in ("short", "short_max", "long", "all")]
+            rows.append([case, server, *cells])
+    head = ["case", "server", "short", "slowest short", "long", "all eight"]
+    spread = [[name, f"{r['median']:.2f}x", f"{r['min']:.2f}x .. {r['max']:.2f}x"]
+              for name, r in results["ratios"].items()]
+    return table(head, rows) + "\n\n" + table(["ratio", "median", "of the rounds"], spread)
+
+
 # ---- the README's table
 
 
@@ -295,6 +350,8 @@ TABLES = {
     "cpu_memory": (memory, None),
     "quality": (quality, plot_quality),
     "data_plane": (data_plane, None),
+    "scheduling_simulation": (scheduling_simulation, plot_scheduling),
+    "scheduling_cpu": (scheduling_cpu, None),
 }
 
 

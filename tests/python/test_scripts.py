@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -101,6 +102,47 @@ def test_a_benchmark_worker_takes_any_path_and_says_what_is_wrong_with_it(tmp_pa
             worker.ask("dance")
     finally:
         worker.close()
+
+
+def simulate_scheduling(*options: str) -> tuple[int, dict]:
+    """Exit status and figures of a minute of two long prompts and many short ones."""
+    command = [str(program("scheduling_simulation")), "--seconds", "60", "--short-rate", "20"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_simulated_long_prompt_is_delayed_by_its_yield_share_at_most():
+    status, found = simulate_scheduling("--yield-share", "0", "0.25", "1")
+    assert status == 0
+    rows = {(row["yield_share"], row["batch_tokens_max"]): row for row in found["rows"]}
+    assert set(rows) == {(share, batch) for share in (0, 0.25, 1) for batch in (1, 8192)}
+    for (share, batch), row in rows.items():
+        short, long = row["short"], row["long"]
+        assert row["bound_holds"]
+        assert long["prompts"] == 2 and 1000 < short["prompts"] < 1400
+        assert short["p50_seconds"] <= short["p99_seconds"] <= short["max_seconds"]
+        step = long["later_step_seconds_max"] / long["own_seconds_max"]
+        assert long["delay_share_max"] <= share * 1.01 + step
+        assert (row["prompts_per_run"] > 1) == (batch > 1)
+    # This load uses up a quarter, and a whole is worth more to the short ones.
+    assert rows[0.25, 1]["long"]["delay_share_max"] > 0.24
+    p99 = [rows[share, 1]["short"]["p99_seconds"] for share in (0, 0.25, 1)]
+    assert p99[0] > 1.2 * p99[1] > 2 * p99[2]
+
+
+def test_a_simulation_repeats_and_follows_its_seed():
+    options = ("--yield-share", "0.25", "--long-tokens", "32768")
+    first = simulate_scheduling(*options)
+    assert simulate_scheduling(*options) == first
+    assert simulate_scheduling(*options, "--seed", "2")[1]["rows"] != first[1]["rows"]
+
+
+def test_a_simulation_fails_when_a_long_prompt_is_delayed_by_more():
+    # Patience is a share of what is predicted: twice too much gives twice the delay.
+    status, found = simulate_scheduling("--yield-share", "0.25", "--prediction-factor", "2")
+    assert status == 1
+    assert [row["bound_holds"] for row in found["rows"]] == [False, False]
+    assert found["rows"][0]["long"]["delay_share_max"] > 0.45
 
 
 # ---- the build
