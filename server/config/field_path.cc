@@ -108,6 +108,12 @@ absl::Status SetLeaf(absl::string_view value, const FieldDescriptor* field,
       fields.SetFloat(&message, field, number);
       return absl::OkStatus();
     }
+    case FieldDescriptor::CPPTYPE_DOUBLE: {
+      double number = 0;
+      if (!absl::SimpleAtod(value, &number)) return NotA(value, "a number");
+      fields.SetDouble(&message, field, number);
+      return absl::OkStatus();
+    }
     default:
       return Bad(absl::StrCat("fields of type ", field->type_name(),
                               " cannot be set from the command line"));

@@ -37,7 +37,8 @@ struct Decision {
 // one comes; but it yields to the shortest of those that are shorter than itself and
 // that fit into the patience of everyone who came before them. If what a job was
 // delayed is taken off its patience, no job is delayed by more than its patience and
-// the step that ended it.
+// the step that ended it. Whoever is overtaken by one of several jobs that run as one
+// is charged the whole step.
 Decision Pick(std::span<const Candidate> candidates, absl::Time now);
 
 // A job that waits and could run with the one that is next.

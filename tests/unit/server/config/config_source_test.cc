@@ -136,12 +136,13 @@ TEST(ConfigSet, SetsEveryKindOfField) {
   const v1::ServerConfig config =
       After({"listen=127.0.0.1:1", "reflection=true", "drain_seconds_max=5",
              "admission.memory_bytes_max=1099511627776",
-             "default_attention.pbs.threshold=0.75",
+             "default_attention.pbs.threshold=0.75", "scheduling.yield_share=0.1",
              "default_attention.pbs.scope=QUERY_HEAD"});
   EXPECT_EQ(config.listen(), "127.0.0.1:1");
   EXPECT_TRUE(config.reflection());
   EXPECT_EQ(config.drain_seconds_max(), 5);
   EXPECT_EQ(config.admission().memory_bytes_max(), int64_t{1} << 40);
+  EXPECT_EQ(config.scheduling().yield_share(), 0.1);
   EXPECT_EQ(config.default_attention().pbs().threshold(), 0.75f);
   EXPECT_EQ(config.default_attention().pbs().scope(), v1::QUERY_HEAD);
 }
@@ -208,6 +209,8 @@ INSTANTIATE_TEST_SUITE_P(
                    "--set drain_seconds_max: \"3000000000\" is not a 32-bit integer"},
         BadSetCase{"boolean", "reflection=yes",
                    "--set reflection: \"yes\" is not true or false"},
+        BadSetCase{"double", "scheduling.yield_share=half",
+                   "--set scheduling.yield_share: \"half\" is not a number"},
         BadSetCase{"number", "default_attention.pbs.threshold=high",
                    "--set default_attention.pbs.threshold: \"high\" is not a number"},
         BadSetCase{"enum", "default_attention.pbs.scope=ALL",
