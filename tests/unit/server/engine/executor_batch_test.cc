@@ -2,9 +2,7 @@
 // by hand.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <prometheus/registry.h>
 
-#include "server/engine/executor.h"
 #include "tests/unit/server/engine/scripted_job.h"
 
 namespace pbs::server {
@@ -15,6 +13,7 @@ using testing::ElementsAre;
 using testing::Not;
 using testing_support::Events;
 using testing_support::ScriptedJob;
+using testing_support::SteppedExecutor;
 
 struct Extras {
   int steps = 1;
@@ -25,8 +24,13 @@ struct Extras {
   std::function<absl::Status(const RunControl&)> during_step = {};
 };
 
-class BatchSpec : public testing::Test {
+class BatchSpec : public SteppedExecutor {
  protected:
+  BatchSpec()
+      : SteppedExecutor(
+            {.queue_requests_max = 100, .yield_share = 0.25, .batch_tokens_max = 100}) {
+  }
+
   JobId Submit(const char* name, int32_t tokens, Extras extras = {}) {
     auto job = std::make_unique<ScriptedJob>(name, extras.steps, events_);
     job->tokens = tokens;
@@ -41,21 +45,6 @@ class BatchSpec : public testing::Test {
     EXPECT_TRUE(admission.ok()) << admission.status();
     return admission->id;
   }
-  void RunAll() {
-    while (executor_.RunOneStep()) {
-    }
-  }
-
-  ManualClock clock_;
-  TimerQueue timers_{clock_};
-  prometheus::Registry registry_;
-  EngineMetrics metrics_{registry_};
-  Events events_;
-  Executor executor_{
-      {.queue_requests_max = 100, .yield_share = 0.25, .batch_tokens_max = 100},
-      clock_,
-      timers_,
-      metrics_};
 };
 
 TEST_F(BatchSpec, WaitingJobsRunWithTheOneThatStarts) {

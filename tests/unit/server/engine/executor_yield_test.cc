@@ -3,13 +3,11 @@
 // test says on a clock of its own.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <prometheus/registry.h>
 
 #include <algorithm>
 #include <random>
 #include <vector>
 
-#include "server/engine/executor.h"
 #include "tests/unit/server/engine/scripted_job.h"
 
 namespace pbs::server {
@@ -18,9 +16,12 @@ namespace {
 using testing::ElementsAre;
 using testing_support::Events;
 using testing_support::ScriptedJob;
+using testing_support::SteppedExecutor;
 
-class YieldSpec : public testing::Test {
+class YieldSpec : public SteppedExecutor {
  protected:
+  YieldSpec() : SteppedExecutor({.queue_requests_max = 1000, .yield_share = 0.25}) {}
+
   // Of `steps` steps that take `seconds` together, and that is predicted.
   absl::StatusOr<Admission> Submit(const char* name, double seconds, int steps = 1,
                                    JobTerms terms = {}) {
@@ -48,18 +49,6 @@ class YieldSpec : public testing::Test {
     }
     return ends;
   }
-  void RunAll() {
-    while (executor_.RunOneStep()) {
-    }
-  }
-
-  ManualClock clock_;
-  TimerQueue timers_{clock_};
-  prometheus::Registry registry_;
-  EngineMetrics metrics_{registry_};
-  Events events_;
-  Executor executor_{
-      {.queue_requests_max = 1000, .yield_share = 0.25}, clock_, timers_, metrics_};
 };
 
 TEST_F(YieldSpec, AShortJobGoesBetweenTwoStepsOfALongOne) {

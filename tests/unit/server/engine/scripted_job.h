@@ -1,5 +1,9 @@
-// A job that does what a test says and writes down what happens to it.
+// A job that does what a test says and writes down what happens to it, and an executor
+// for it.
 #pragma once
+
+#include <gtest/gtest.h>
+#include <prometheus/registry.h>
 
 #include <functional>
 #include <span>
@@ -7,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "server/engine/executor.h"
 #include "server/engine/job.h"
 
 namespace pbs::server::testing_support {
@@ -62,6 +67,25 @@ class ScriptedJob final : public Job {
   Events& events_;
   int steps_run_ = 0;
   std::string message_;
+};
+
+// An executor whose steps a test takes by hand, on a clock that stands.
+class SteppedExecutor : public testing::Test {
+ protected:
+  explicit SteppedExecutor(const ExecutorOptions& options)
+      : executor_(options, clock_, timers_, metrics_) {}
+
+  void RunAll() {
+    while (executor_.RunOneStep()) {
+    }
+  }
+
+  ManualClock clock_;
+  TimerQueue timers_{clock_};
+  prometheus::Registry registry_;
+  EngineMetrics metrics_{registry_};
+  Events events_;
+  Executor executor_;
 };
 
 }  // namespace pbs::server::testing_support
