@@ -34,7 +34,7 @@ found() {
 
 build_kernels() {
   timeout -k 5 60 cmake -S "$repo/kernels" -B "$build" -G Ninja \
-    -DCMAKE_BUILD_TYPE=Release -DPBS_CPU=OFF -DPBS_CUDA=ON -DPBS_CUDA_TUNING=ON \
+    -DCMAKE_BUILD_TYPE=Release -DPBS_CPU=OFF -DPBS_CUDA=ON -DPBS_CUDA_VARIANTS=ON \
     -DPBS_WERROR=OFF && timeout -k 5 200 ninja -C "$build"
 }
 
@@ -129,7 +129,7 @@ say "against the reference"
 check_family "Hopper, head dim 128" 128 35 --random 80 --only _d128_
 check_family "Hopper, head dim 64" 64 35 --random 80 --only _d64_
 check_family "sm_80, head dims 96 and 256" none 35 --random 80 --only _d96_ --only _d256_
-check_family "sm_80, head dims 64 and 128" none 35 --random 20 --ampere-kernels \
+check_family "sm_80, head dims 64 and 128" none 35 --random 20 --variant ampere \
   --only _d64_ --only _d128_
 if command -v compute-sanitizer >/dev/null; then
   sanitize

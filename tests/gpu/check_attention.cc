@@ -1,10 +1,11 @@
 // Compares the CUDA backend's attention with kernels/reference on a real device: a
 // table of methods, dtypes and shapes, then random problems.
 //
-//   check_attention [--random N] [--seed S] [--ampere-kernels] [--only SUBSTRING ...]
+//   check_attention [--random N] [--seed S] [--variant NAME] [--only SUBSTRING ...]
 //                   [--skip N] [--case-seconds N]
 //
-// --only: cases whose name has one of the substrings. --skip: not the first N of them.
+// --variant: other kernels than the chosen ones (attention_variants.h). --only: cases
+// whose name has one of the substrings. --skip: not the first N of them.
 // --case-seconds: a case that takes longer ends the program (SIGALRM).
 //
 // Two JSON lines per problem. Its name before it runs: a fault or a hang is of the last
@@ -26,8 +27,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/backend/attention_variants.h"
 #include "pbs/block_mask.h"
-#include "pbs/cuda_attention.h"
 #include "reference/reference_attention.h"
 #include "tests/gpu/device_memory.h"
 
@@ -103,14 +104,13 @@ int64_t OtherRows(const BlockLists& a, const BlockLists& b) {
 // What problems run on. The default stream could not be captured.
 struct Device {
   // Ends the program, with the reason, where there is no device.
-  explicit Device(CudaAttentionOptions options) {
-    if (const auto answer = CreateCudaAttention(options); !answer.ok()) {
+  explicit Device(cuda::AttentionVariant variant) {
+    if (const auto answer = cuda::CreateAttentionVariant({}, variant); !answer.ok()) {
       std::fprintf(stderr, "%s\n", answer.status().ToString().c_str());
       std::exit(2);
     }
     Check(cudaStreamCreate(&stream), "cudaStreamCreate");
-    options.stream = stream;
-    backend = *CreateCudaAttention(options);
+    backend = *cuda::CreateAttentionVariant({.stream = stream}, variant);
   }
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
@@ -348,15 +348,21 @@ struct Options {
   std::vector<std::string> only;
   int skip = 0;
   unsigned case_seconds = 0;  // 0: no limit
-  CudaAttentionOptions device;
+  cuda::AttentionVariant variant = cuda::AttentionVariant::kChosen;
 };
 
 // False, after saying why, when an argument is not known.
 bool ParseOptions(int argc, char** argv, Options& options) {
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
-    if (argument == "--ampere-kernels") {
-      options.device.use_hopper_kernels = false;
+    if (argument == "--variant" && i + 1 < argc) {
+      const auto& names = cuda::kAttentionVariantNames;
+      const auto found = std::find(names.begin(), names.end(), std::string(argv[++i]));
+      if (found == names.end()) {
+        std::fprintf(stderr, "there is no variant %s\n", argv[i]);
+        return false;
+      }
+      options.variant = static_cast<cuda::AttentionVariant>(found - names.begin());
     } else if (argument == "--only" && i + 1 < argc) {
       options.only.emplace_back(argv[++i]);
     } else if (argument == "--skip" && i + 1 < argc) {
@@ -405,7 +411,7 @@ std::vector<Case> CasesOf(const Options& options) {
 int main(int argc, char** argv) {
   pbs::gpu::Options options;
   if (!pbs::gpu::ParseOptions(argc, argv, options)) return 2;
-  pbs::gpu::Device device(options.device);
+  pbs::gpu::Device device(options.variant);
   int wrong = 0;
   for (const pbs::gpu::Case& c : pbs::gpu::CasesOf(options)) {
     alarm(options.case_seconds);

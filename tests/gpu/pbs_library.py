@@ -8,7 +8,8 @@ import pathlib
 
 import torch
 
-TUNINGS = ["none", "without_turns", "more_stages", "fewer_stages", "one_section"]
+# kAttentionVariantNames.
+VARIANTS = ["chosen", "ampere", "one_section", "without_turns", "more_stages", "fewer_stages"]
 METHODS = {"dense": 0, "pbs": 1, "mean_pooling": 2}
 
 
@@ -28,8 +29,7 @@ class Setting(ctypes.Structure):
         ("dense_fallback", ctypes.c_int32),
         ("given_order", ctypes.c_int32),
         ("given_lists", ctypes.c_int32),
-        ("ampere_kernels", ctypes.c_int32),
-        ("tuning", ctypes.c_int32),
+        ("variant", ctypes.c_int32),
     ]
 
 
@@ -109,8 +109,7 @@ class Attention:
         dense_fallback: bool = False,
         order: torch.Tensor | None = None,
         lists: Lists | None = None,
-        ampere_kernels: bool = False,
-        tuning: str = "none",
+        variant: str = "chosen",
     ):
         self.library = library
         self.kept = (q, k, v, order, lists)
@@ -121,7 +120,7 @@ class Attention:
             q.shape[0], k.shape[0], q.shape[2], q.shape[1], int(q.dtype == torch.bfloat16),
             METHODS[method], segment_size, threshold, int(query_head_scope),
             int(dense_fallback), int(order is not None), int(lists is not None),
-            int(ampere_kernels), TUNINGS.index(tuning),
+            VARIANTS.index(variant),
         )  # fmt: skip
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self.handle = library.functions.PbsOpen(ctypes.byref(setting), stream)

@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "pbs/cuda_attention.h"
+#include "cuda/backend/attention_variants.h"
 
 namespace {
 
@@ -43,8 +43,7 @@ struct PbsSetting {
   int32_t dense_fallback;
   int32_t given_order;
   int32_t given_lists;
-  int32_t ampere_kernels;
-  int32_t tuning;  // of pbs::CudaTuning
+  int32_t variant;  // of pbs::cuda::AttentionVariant
 };
 
 struct PbsTensors {
@@ -73,10 +72,8 @@ const char* PbsError() { return LastError().c_str(); }
 
 // Null on failure: see PbsError().
 void* PbsOpen(const PbsSetting* setting, void* stream) {
-  auto backend = pbs::CreateCudaAttention(
-      {.stream = stream,
-       .use_hopper_kernels = setting->ampere_kernels == 0,
-       .tuning = static_cast<pbs::CudaTuning>(setting->tuning)});
+  auto backend = pbs::cuda::CreateAttentionVariant(
+      {.stream = stream}, static_cast<pbs::cuda::AttentionVariant>(setting->variant));
   if (!Succeeds(backend.status())) return nullptr;
   pbs::AttentionProblem problem;
   problem.shape = {setting->num_heads,

@@ -33,7 +33,7 @@ import inputs
 import machine
 import peers
 import torch
-from pbs_library import TUNINGS, Attention, Library, Lists
+from pbs_library import VARIANTS, Attention, Library, Lists
 from progress import PART, Progress, first_line
 from torch.nn.attention import SDPBackend
 from workload import HEADS, KV_HEADS, LENGTHS, REPLAY
@@ -85,7 +85,7 @@ def golden(library: Library, case: dict, ampere: list[int]) -> dict:
         query_head_scope=is_pbs,
         order=order if is_pbs else None,
         lists=Lists.from_mask(mask if is_pbs else torch.tril(mask)) if mask is not None else None,
-        ampere_kernels=q.shape[-1] in ampere,
+        variant="ampere" if q.shape[-1] in ampere else "chosen",
     )  # fmt: skip
     attention.run()
     attention.report()
@@ -222,7 +222,7 @@ def makers_of(library: Library, part: dict, tensors: tuple, is_ampere: bool) -> 
 
     def ours(**options) -> Callable[[], Attention]:
         return functools.partial(
-            Attention, library, *tensors, **({"ampere_kernels": is_ampere} | options)
+            Attention, library, *tensors, **({"variant": "ampere" if is_ampere else "chosen"} | options)
         )
 
     makers: dict[str, Callable] = {
@@ -245,10 +245,10 @@ def makers_of(library: Library, part: dict, tensors: tuple, is_ampere: bool) -> 
         makers["pbs_replay"] = ours(lists=lists)
         makers["pbs_replay_in_order"] = ours(lists=lists, order=slots)
     if tokens == TUNED_TOKENS and not is_ampere:
-        makers["pbs_dense_ampere"] = ours(method="dense", ampere_kernels=True)
-        for tuning in TUNINGS[1:]:
-            if tuning != "fewer_stages" or head_dim == 64:
-                makers[f"pbs_{tuning}"] = ours(tuning=tuning)
+        makers["pbs_dense_ampere"] = ours(method="dense", variant="ampere")
+        for variant in VARIANTS[2:]:
+            if variant != "fewer_stages" or head_dim == 64:
+                makers[f"pbs_{variant}"] = ours(variant=variant)
     return makers
 
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "cuda/attention/attention_tile.h"
+#include "cuda/backend/attention_variants.h"
 #include "cuda/tiles/row_operand.h"
-#include "pbs/cuda_attention.h"
 
 namespace pbs::cuda {
 
@@ -24,7 +24,7 @@ struct AttentionLaunch {
   int32_t head_dim = 0;
   bool bf16 = true;
   int32_t num_multiprocessors = 0;
-  CudaTuning tuning = CudaTuning::kNone;
+  AttentionVariant variant = AttentionVariant::kChosen;
 };
 
 // Head dim 64, 96, 128, 256.

@@ -84,16 +84,16 @@ cudaError_t Launch(const AttentionLaunch& launch, cudaStream_t stream) {
 // kStages: what is chosen for the head dim.
 template <class Element, int kHeadDim, int kStages>
 cudaError_t LaunchTuned(const AttentionLaunch& launch, cudaStream_t stream) {
-  switch (launch.tuning) {
-    case CudaTuning::kNone:
-    case CudaTuning::kOneSection:
+  switch (launch.variant) {
+    case AttentionVariant::kChosen:
+    case AttentionVariant::kOneSection:
       return Launch<Sm90Config<Element, kHeadDim, kStages, true>>(launch, stream);
-#if defined(PBS_CUDA_TUNING)
-    case CudaTuning::kWithoutTurns:
+#if defined(PBS_CUDA_VARIANTS)
+    case AttentionVariant::kWithoutTurns:
       return Launch<Sm90Config<Element, kHeadDim, kStages, false>>(launch, stream);
-    case CudaTuning::kMoreStages:
+    case AttentionVariant::kMoreStages:
       return Launch<Sm90Config<Element, kHeadDim, kStages + 1, true>>(launch, stream);
-    case CudaTuning::kFewerStages:
+    case AttentionVariant::kFewerStages:
       if constexpr (kStages > 2) {
         return Launch<Sm90Config<Element, kHeadDim, kStages - 1, true>>(launch, stream);
       }

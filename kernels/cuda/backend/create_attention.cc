@@ -1,6 +1,7 @@
 #include <memory>
 #include <utility>
 
+#include "cuda/backend/attention_variants.h"
 #include "cuda/backend/cuda_attention.h"
 #include "cuda/backend/cuda_driver.h"
 #include "cuda/backend/staged_copies.h"
@@ -13,15 +14,13 @@ namespace {
 class OwningCudaAttention final : public AttentionBackend {
  public:
   static StatusOr<std::unique_ptr<AttentionBackend>> Create(
-      const CudaAttentionOptions& options) {
+      const CudaAttentionOptions& options, cuda::AttentionVariant variant) {
     auto attention = std::make_unique<OwningCudaAttention>();
-    PBS_ASSIGN_OR_RETURN(attention->driver_,
-                         cuda::CreateCudaDriver({
-                             .device = options.device,
-                             .stream = options.stream,
-                             .use_hopper_kernels = options.use_hopper_kernels,
-                             .tuning = options.tuning,
-                         }));
+    PBS_ASSIGN_OR_RETURN(attention->driver_, cuda::CreateCudaDriver({
+                                                 .device = options.device,
+                                                 .stream = options.stream,
+                                                 .attention = variant,
+                                             }));
     PBS_ASSIGN_OR_RETURN(
         attention->copies_,
         cuda::StagedCopies::Create(*attention->driver_, cuda::StreamId::kCompute));
@@ -54,7 +53,12 @@ class OwningCudaAttention final : public AttentionBackend {
 
 StatusOr<std::unique_ptr<AttentionBackend>> CreateCudaAttention(
     const CudaAttentionOptions& options) {
-  return OwningCudaAttention::Create(options);
+  return cuda::CreateAttentionVariant(options, cuda::AttentionVariant::kChosen);
+}
+
+StatusOr<std::unique_ptr<AttentionBackend>> cuda::CreateAttentionVariant(
+    const CudaAttentionOptions& options, AttentionVariant variant) {
+  return OwningCudaAttention::Create(options, variant);
 }
 
 }  // namespace pbs

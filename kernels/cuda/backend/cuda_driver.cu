@@ -217,8 +217,9 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
            .traits = {
                .num_multiprocessors = device.multiProcessorCount,
                .shared_bytes_max = static_cast<int64_t>(device.sharedMemPerBlockOptin),
-               .one_section = options_.tuning == CudaTuning::kOneSection}};
-  hopper_ = options_.use_hopper_kernels && capability == kCapabilityHopper;
+               .one_section = options_.attention == AttentionVariant::kOneSection}};
+  hopper_ = options_.attention != AttentionVariant::kAmpere &&
+            capability == kCapabilityHopper;
   if (options_.make_products == nullptr) return OkStatus();
   PBS_ASSIGN_OR_RETURN(products_, options_.make_products(At(StreamId::kCompute)));
   return OkStatus();
@@ -343,7 +344,7 @@ Status CudaDriver::Attend(const CudaAttentionPlan& plan, const RunParams& run) {
   launch.head_dim = g.head_dim;
   launch.bf16 = plan.problem.dtype == DType::kBF16;
   launch.num_multiprocessors = info_.traits.num_multiprocessors;
-  launch.tuning = options_.tuning;
+  launch.variant = options_.attention;
   const bool hopper = hopper_ && HopperKernelTakes(plan, run);
   return Try("attention", [&] {
     return hopper ? LaunchAttentionSm90(launch, At(StreamId::kCompute))

@@ -6,9 +6,9 @@
 #include <memory>
 #include <optional>
 
+#include "cuda/backend/attention_variants.h"
 #include "cuda/backend/driver.h"
 #include "cuda/backend/products.h"
-#include "pbs/cuda_attention.h"
 
 namespace pbs::cuda {
 
@@ -16,8 +16,7 @@ struct CudaDriverOptions {
   int32_t device = 0;
   // A cudaStream_t to compute on; nothing: one of its own.
   std::optional<void*> stream;
-  bool use_hopper_kernels = true;
-  CudaTuning tuning = CudaTuning::kNone;
+  AttentionVariant attention = AttentionVariant::kChosen;
   // Makes what multiplies on the compute stream, a cudaStream_t; without, Multiply() is
   // Unimplemented.
   std::function<StatusOr<std::unique_ptr<Products>>(void* stream)> make_products = {};

@@ -28,23 +28,9 @@
 
 namespace pbs {
 
-// What scripts/gpu_suite.sh measures beside what is chosen. The first three need a
-// build with PBS_CUDA_TUNING=ON; Run() answers Internal without, as on a device that is
-// not Hopper.
-enum class CudaTuning : int32_t {
-  kNone,
-  kWithoutTurns,  // consumers do not take turns in issuing products
-  kMoreStages,    // one stage more of keys and values
-  kFewerStages,   // one less (head dim 64)
-  kOneSection,    // tiles by length alone, whatever keys they read
-};
-
 struct CudaAttentionOptions {
   int32_t device = 0;
   void* stream = nullptr;  // cudaStream_t; null: the default stream
-  // Off: Hopper runs the kernels of compute capability 8.0, for comparison.
-  bool use_hopper_kernels = true;
-  CudaTuning tuning = CudaTuning::kNone;
 };
 
 // FailedPrecondition when there is no driver, no such device, or it is too old.
