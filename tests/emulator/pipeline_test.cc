@@ -14,6 +14,7 @@
 #include "reference/reference_attention.h"
 #include "tests/emulator/pipeline_run.h"
 #include "tests/support/case_name.h"
+#include "tests/support/largest_error.h"
 
 namespace pbs::emulator {
 namespace {
@@ -71,17 +72,15 @@ void ExpectOutputs(const AttentionProblem& problem, const AttentionTensors& tens
   const reference::Output exact = reference::Attend(problem, tensors, decision);
   double o_error = 0;
   double lse_error = 0;
-  const auto grow = [](double& largest, double error) {
-    if (!(error <= largest)) largest = error;  // NaN too
-  };
   for (size_t i = 0; i < exact.o.size(); ++i) {
     const uint16_t bits = inputs.o.data()[i];
     const float o =
         problem.dtype == DType::kBF16 ? ToFloat(bf16{bits}) : ToFloat(f16{bits});
-    grow(o_error, std::abs(o - exact.o[i]));
+    o_error = testing_support::LargerError(o_error, std::abs(o - exact.o[i]));
   }
   for (size_t i = 0; i < exact.lse.size(); ++i) {
-    grow(lse_error, std::abs(inputs.lse.data()[i] - exact.lse[i]));
+    lse_error = testing_support::LargerError(
+        lse_error, std::abs(inputs.lse.data()[i] - exact.lse[i]));
   }
   EXPECT_LE(o_error, problem.dtype == DType::kBF16 ? 3e-2 : 4e-3);
   EXPECT_LE(lse_error, 2e-5);

@@ -14,6 +14,7 @@
 #include "client/cpp/client.h"
 #include "pbs/dtype.h"
 #include "tests/support/kv_arrays.h"
+#include "tests/support/largest_error.h"
 #include "tests/support/server_process.h"
 
 namespace pbs {
@@ -95,7 +96,7 @@ double Difference(const std::vector<std::byte>& actual,
   double worst = 0;
   double largest = 0;
   for (size_t i = 0; i < expected.size() / sizeof(float); ++i) {
-    worst = std::max(worst, std::abs(double{a[i]} - double{b[i]}));
+    worst = testing_support::LargerError(worst, std::abs(double{a[i]} - double{b[i]}));
     largest = std::max(largest, std::abs(double{b[i]}));
   }
   return worst / largest;

@@ -13,6 +13,7 @@
 #include "pbs/block_mask.h"
 #include "pbs/check.h"
 #include "reference/reference_attention.h"
+#include "tests/support/largest_error.h"
 #include "tests/support/safetensors_file.h"
 
 namespace pbs::testing_support {
@@ -139,7 +140,7 @@ class GoldenCase {
           const double theirs =
               expected.o[(head * g.total_q + batch * len) * g.head_dim + i];
           const float x = ours[(batch * g.num_heads + head) * len * g.head_dim + i];
-          worst = std::max(worst, std::abs(x - theirs));
+          worst = testing_support::LargerError(worst, std::abs(x - theirs));
         }
       }
     }

@@ -12,6 +12,7 @@
 
 #include "pbs/cpu_backend.h"
 #include "server/model/prefill.h"
+#include "tests/support/largest_error.h"
 #include "tests/support/model_folder.h"
 #include "tests/support/reference_model.h"
 
@@ -127,7 +128,8 @@ double Difference(const std::vector<std::vector<float>>& actual, const Rows& exp
   EXPECT_EQ(actual.size(), expected.size());
   for (size_t r = 0; r < actual.size(); ++r) {
     for (size_t i = 0; i < actual[r].size(); ++i) {
-      worst = std::max(worst, std::abs(double{actual[r][i]} - double{expected[r][i]}));
+      worst = testing_support::LargerError(
+          worst, std::abs(double{actual[r][i]} - double{expected[r][i]}));
       largest = std::max(largest, std::abs(double{expected[r][i]}));
     }
   }
