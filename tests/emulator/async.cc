@@ -16,6 +16,7 @@ namespace {
 constexpr int kRows = 64;   // of a product
 constexpr int kDepth = 16;  // of a product
 constexpr int kSwizzleBytes = 1024;
+constexpr int kBulkBytes = 16;
 
 // The 128-byte swizzle: bits 4..6 of an address change by its bits 7..9.
 uint32_t Swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
@@ -44,6 +45,7 @@ class Operand {
                   : mn / 8 * stride_ + mn % 8 * 128 + k * 2;
     const uint8_t* at = SharedBase() + Swizzled(start_ + offset);
     CheckReadable(at, 2, where_);
+    CheckFenced(at, 2, where_);
     uint16_t value = 0;
     std::memcpy(&value, at, 2);
     return value;
@@ -156,16 +158,6 @@ void ComputeUntil(Warpgroup& group, int64_t number) {
   }
 }
 
-// Products that all threads have issued may be done at any moment from then on.
-void MaybeComputeEarly(Warpgroup& group) {
-  int64_t ready = group.computed;
-  for (const Product& product : group.products) {
-    if (product.issued < kWarpgroupThreads) break;
-    ++ready;
-  }
-  if (Random()() % 2 == 0) ComputeUntil(group, ready);
-}
-
 }  // namespace
 
 void CopyBox(void* target, const TensorMap& map, uint64_t* barrier, int32_t column,
@@ -180,20 +172,73 @@ void CopyBox(void* target, const TensorMap& map, uint64_t* barrier, int32_t colu
     for (int32_t r = 0; r < map.box_rows; ++r) {
       for (int32_t c = 0; c < kBoxColumns; ++c) {
         uint16_t value = 0;
-        const bool inside = row + r >= 0 && row + r < map.rows && column + c >= 0 &&
-                            column + c < map.width && head >= 0 && head < map.heads &&
-                            batch >= 0 && batch < map.batch;
-        if (inside) {
-          value = map.data[batch * map.batch_stride + head * map.head_stride +
-                           (row + r) * map.row_stride + column + c];
+        if (map.Holds(column + c, row + r, head, batch)) {
+          value = *map.At(column + c, row + r, head, batch);
         }
         const auto offset = static_cast<uint32_t>(r * 128 + c * 2);
         std::memcpy(bytes + Swizzled(offset), &value, 2);
       }
     }
-    MarkWritten(bytes, size, where);
+    MarkCopied(bytes, size, where);
     MbarrierBytesCame(barrier, size, where);
   });
+}
+
+void CopyBytes(void* target, const void* source, int64_t bytes, uint64_t* barrier,
+               const Location& where) {
+  if (reinterpret_cast<uintptr_t>(target) % kBulkBytes != 0 ||
+      reinterpret_cast<uintptr_t>(source) % kBulkBytes != 0 ||
+      bytes % kBulkBytes != 0) {
+    Fail("an address or a number of bytes is not a multiple of 16", where);
+  }
+  GlobalMemory::CheckRead(source, bytes, kBulkBytes, where);
+  Poison(target, bytes, where);
+  Later([=] {
+    std::memcpy(target, source, static_cast<size_t>(bytes));
+    MarkCopied(target, bytes, where);
+    MbarrierBytesCame(barrier, bytes, where);
+  });
+}
+
+void StoreBox(const TensorMap& map, const void* source, int32_t column, int32_t row,
+              int32_t head, int32_t batch, const Location& where) {
+  const auto* bytes = static_cast<const uint8_t*>(source);
+  if ((bytes - SharedBase()) % kSwizzleBytes != 0) {
+    Fail("the source of a swizzled store is not 1024-byte aligned", where);
+  }
+  int64_t* under_way =
+      &OwnBlock().stores[static_cast<size_t>(ThreadIndex())].under_way.back();
+  ++*under_way;
+  Later([=] {
+    const int64_t size = int64_t{map.box_rows} * kBoxColumns * 2;
+    CheckReadable(bytes, size, where);
+    CheckFenced(bytes, size, where);
+    for (int32_t r = 0; r < map.box_rows; ++r) {
+      for (int32_t c = 0; c < kBoxColumns; ++c) {
+        if (!map.Holds(column + c, row + r, head, batch)) continue;
+        auto* at = const_cast<uint16_t*>(map.At(column + c, row + r, head, batch));
+        GlobalMemory::CheckWrite(at, 2, 2, where);
+        std::memcpy(at, bytes + Swizzled(static_cast<uint32_t>(r * 128 + c * 2)), 2);
+      }
+    }
+    --*under_way;
+  });
+}
+
+void StoreCommit() {
+  OwnBlock().stores[static_cast<size_t>(ThreadIndex())].Commit();
+  Preempt();
+}
+
+void StoreWaitRead(const Location& where) {
+  auto& under_way = OwnBlock().stores[static_cast<size_t>(ThreadIndex())].under_way;
+  while (under_way.size() > 1) {  // the last is open
+    while (under_way.front() != 0) {
+      WaitWhileEqual(&under_way.front(), under_way.front(), "a wait for stores", where);
+    }
+    under_way.pop_front();
+  }
+  Preempt();
 }
 
 void IssueProduct(const ProductShape& shape, float* sums, bool accumulate,
@@ -223,7 +268,6 @@ void IssueProduct(const ProductShape& shape, float* sums, bool accumulate,
   auto& held = group.sums[thread];
   if (!held.contains(sums)) held[sums].assign(sums, sums + count);
   std::fill_n(sums, count, std::numeric_limits<float>::quiet_NaN());
-  MaybeComputeEarly(group);
 }
 
 void WgmmaFence(const Location& where) {
@@ -233,18 +277,26 @@ void WgmmaFence(const Location& where) {
 void WgmmaCommit(const Location& where) {
   Warpgroup& group = OwnWarpgroup(where);
   const int thread = ThreadIndex() % kWarpgroupThreads;
-  group.groups[thread].push_back(group.issued[thread]);
+  const int64_t end = group.issued[thread];
+  group.groups[thread].push_back(end);
+  if (++group.commits[end] == kWarpgroupThreads) {
+    group.commits.erase(end);
+    Later([&group, end] { ComputeUntil(group, end); });
+  }
   Preempt();
 }
 
 void WgmmaWait(int groups, const Location& where) {
   Warpgroup& group = OwnWarpgroup(where);
   const int thread = ThreadIndex() % kWarpgroupThreads;
-  SyncWarpgroup(where);
   std::vector<int64_t>& committed = group.groups[thread];
   const auto kept = static_cast<size_t>(groups);
   if (committed.size() > kept) {
-    ComputeUntil(group, committed[committed.size() - kept - 1]);
+    // The thread waits for what the warpgroup multiplies, not for its other threads.
+    const int64_t wanted = committed[committed.size() - kept - 1];
+    while (group.computed < wanted) {
+      WaitWhileEqual(&group.computed, group.computed, "a wait for products", where);
+    }
     committed.erase(committed.begin(), committed.end() - static_cast<int64_t>(kept));
   }
   group.fenced[thread] = false;
@@ -262,7 +314,7 @@ void WgmmaWait(int groups, const Location& where) {
     std::copy(entry->second.begin(), entry->second.end(), entry->first);
     entry = held.erase(entry);
   }
-  SyncWarpgroup(where);
+  Preempt();
 }
 
 }  // namespace pbs::emulator

@@ -9,7 +9,7 @@
 namespace pbs::emulator {
 
 // A tensor map: [batch, heads, rows, width] 16-bit elements and the box that one copy
-// brings, as the hardware's descriptor says it. The innermost box row is 128 bytes,
+// moves, as the hardware's descriptor says it. The innermost box row is 128 bytes,
 // swizzled.
 struct TensorMap {
   const uint16_t* data = nullptr;
@@ -21,6 +21,16 @@ struct TensorMap {
   int64_t head_stride = 0;
   int64_t batch_stride = 0;
   int32_t box_rows = 0;
+
+  bool Holds(int64_t column, int64_t row, int64_t head, int64_t sequence) const {
+    return column >= 0 && column < width && row >= 0 && row < rows && head >= 0 &&
+           head < heads && sequence >= 0 && sequence < batch;
+  }
+  const uint16_t* At(int64_t column, int64_t row, int64_t head,
+                     int64_t sequence) const {
+    return data + sequence * batch_stride + head * head_stride + row * row_stride +
+           column;
+  }
 };
 
 constexpr int kBoxColumns = 64;  // 128 bytes
@@ -30,6 +40,18 @@ constexpr int kBoxColumns = 64;  // 128 bytes
 // the whole box. The target is poisoned until then.
 void CopyBox(void* target, const TensorMap& map, uint64_t* barrier, int32_t column,
              int32_t row, int32_t head, int32_t batch, const Location& where);
+
+// Bytes that lie side by side, as CopyBox().
+void CopyBytes(void* target, const void* source, int64_t bytes, uint64_t* barrier,
+               const Location& where);
+
+// Copies a box of shared memory to the tensor, later; what lies outside of it is left
+// out. Until then shared memory must stay as it is.
+void StoreBox(const TensorMap& map, const void* source, int32_t column, int32_t row,
+              int32_t head, int32_t batch, const Location& where);
+void StoreCommit();
+// Returns when the stores of all committed groups of the calling thread have read.
+void StoreWaitRead(const Location& where);
 
 // Warpgroup products sums[64, columns] (+)= a[64, 16] b[16, columns]. `sums` holds the
 // calling thread's fragment, columns / 2 registers; it is NaN until WgmmaWait() says

@@ -57,11 +57,11 @@ struct Product {
 };
 
 struct Warpgroup {
-  Gathering gathering;
   std::deque<Product> products;                     // oldest first; not yet computed
   int64_t first_product = 0;                        // number of products.front()
   int64_t computed = 0;                             // products that are done
   std::array<int64_t, kWarpgroupThreads> issued{};  // products, by thread
+  std::map<int64_t, int> commits;  // of a group, by its end number: threads
   std::array<std::vector<int64_t>, kWarpgroupThreads> groups;  // committed: end numbers
   std::array<bool, kWarpgroupThreads> fenced{};
   // Sums under way, by thread and register array; the registers themselves are NaN.
@@ -71,6 +71,14 @@ struct Warpgroup {
 // A thread's own copies: how many of each group are under way. The last group is open.
 struct AsyncCopies {
   std::deque<int64_t> under_way = {0};  // grows and shrinks at its ends only
+
+  void Commit() { under_way.push_back(0); }
+};
+
+// Where a thread may have written to shared memory since its last proxy fence.
+struct WrittenSpan {
+  int64_t begin = INT64_MAX;
+  int64_t end = 0;
 };
 
 struct Block {
@@ -79,7 +87,9 @@ struct Block {
   uint8_t* shared = nullptr;  // 1024-byte aligned, inside storage
   int64_t shared_bytes = 0;
   std::vector<bool> written;  // of shared
-  int running = 0;            // threads that have not returned
+  // Of its bytes: 1 + the thread that wrote it and made no proxy fence since; 0: none.
+  std::vector<uint16_t> unfenced;
+  int running = 0;  // threads that have not returned
   int late_operations = 0;
 
   Gathering all;
@@ -88,6 +98,8 @@ struct Block {
   std::vector<Warpgroup> warpgroups;
   std::vector<std::array<void*, kWarpThreads>> warp_parts{};
   std::vector<AsyncCopies> copies;  // by thread
+  std::vector<AsyncCopies> stores;  // by thread; the groups' stores that yet read
+  std::vector<WrittenSpan> spans;   // by thread
   std::map<const void*, Mbarrier> mbarriers;
 };
 

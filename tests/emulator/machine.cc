@@ -11,6 +11,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <random>
 
 #include "tests/emulator/block.h"
 
@@ -114,6 +115,7 @@ class Machine {
     const auto base = reinterpret_cast<uintptr_t>(block->storage.data());
     block->shared = reinterpret_cast<uint8_t*>((base + 1023) & ~uintptr_t{1023});
     block->written.assign(static_cast<size_t>(shape_.shared_bytes), false);
+    block->unfenced.assign(static_cast<size_t>(shape_.shared_bytes), 0);
     block->all.expected = shape_.threads;
     const auto units = [&](int threads) {
       return static_cast<size_t>((shape_.threads + threads - 1) / threads);
@@ -123,11 +125,10 @@ class Machine {
       warp.expected = std::min(kWarpThreads, shape_.threads);
     }
     block->warpgroups.resize(units(kWarpgroupThreads));
-    for (Warpgroup& group : block->warpgroups) {
-      group.gathering.expected = kWarpgroupThreads;
-    }
     block->warp_parts.resize(block->warps.size());
     block->copies.resize(static_cast<size_t>(shape_.threads));
+    block->stores.resize(static_cast<size_t>(shape_.threads));
+    block->spans.resize(static_cast<size_t>(shape_.threads));
     for (int i = 0; i < shape_.threads; ++i) StartThread({block.get(), i});
     blocks_.push_back(std::move(block));
   }
@@ -297,7 +298,6 @@ const ThreadState& Self() { return Machine::Current().actor(); }
 int ThreadIndex() { return Self().index; }
 int BlockIndex() { return Self().block->index; }
 int NumBlocks() { return Machine::Current().shape().blocks; }
-std::mt19937& Random() { return Machine::Current().random(); }
 
 void Fail(const std::string& what, const Location& where) {
   Machine& machine = Machine::Current();
@@ -383,12 +383,48 @@ void CheckAligned(const void* at, int64_t alignment, const Location& where) {
 
 void MarkWritten(const void* at, int64_t bytes, const Location& where) {
   const int64_t offset = SharedOffset(at, bytes, where);
+  Block& block = OwnBlock();
+  std::fill_n(block.written.begin() + offset, bytes, true);
+  std::fill_n(block.unfenced.begin() + offset, bytes,
+              static_cast<uint16_t>(1 + ThreadIndex()));
+  WrittenSpan& span = block.spans[static_cast<size_t>(ThreadIndex())];
+  span.begin = std::min(span.begin, offset);
+  span.end = std::max(span.end, offset + bytes);
+}
+
+void MarkCopied(const void* at, int64_t bytes, const Location& where) {
+  const int64_t offset = SharedOffset(at, bytes, where);
   std::fill_n(OwnBlock().written.begin() + offset, bytes, true);
+  std::fill_n(OwnBlock().unfenced.begin() + offset, bytes, uint16_t{0});
+}
+
+void CheckFenced(const void* at, int64_t bytes, const Location& where) {
+  const int64_t offset = SharedOffset(at, bytes, where);
+  const auto begin = OwnBlock().unfenced.begin() + offset;
+  const auto found =
+      std::find_if(begin, begin + bytes, [](uint16_t thread) { return thread != 0; });
+  if (found == begin + bytes) return;
+  Fail("what thread " + std::to_string(*found - 1) +
+           " wrote to shared memory is read by a copy or a product without a proxy "
+           "fence between",
+       where);
+}
+
+void ProxyFence() {
+  Block& block = OwnBlock();
+  WrittenSpan& span = block.spans[static_cast<size_t>(ThreadIndex())];
+  const auto own = static_cast<uint16_t>(1 + ThreadIndex());
+  for (int64_t i = span.begin; i < span.end; ++i) {
+    auto& thread = block.unfenced[static_cast<size_t>(i)];
+    if (thread == own) thread = 0;
+  }
+  span = {};
 }
 
 void Poison(const void* at, int64_t bytes, const Location& where) {
   const int64_t offset = SharedOffset(at, bytes, where);
   std::fill_n(OwnBlock().written.begin() + offset, bytes, false);
+  std::fill_n(OwnBlock().unfenced.begin() + offset, bytes, uint16_t{0});
   std::memset(SharedBase() + offset, 0xFF, static_cast<size_t>(bytes));
 }
 

@@ -13,7 +13,6 @@
 
 #include <cstdint>
 #include <functional>
-#include <random>
 #include <source_location>
 #include <string>
 #include <vector>
@@ -57,7 +56,6 @@ const ThreadState& Self();
 int ThreadIndex();
 int BlockIndex();
 int NumBlocks();
-std::mt19937& Random();
 
 // Ends the run.
 [[noreturn]] void Fail(const std::string& what, const Location& where);
@@ -78,7 +76,12 @@ void Later(std::function<void()> operation);
 uint8_t* SharedBase();
 int64_t SharedBytes();
 // Marks bytes as holding values, or as not; faults when one that is read does not.
+// Written by the thread itself: copies and products (MarkCopied() is their mark, what
+// they read CheckFenced()) see it behind the thread's next ProxyFence() only.
 void MarkWritten(const void* at, int64_t bytes, const Location& where);
+void MarkCopied(const void* at, int64_t bytes, const Location& where);
+void CheckFenced(const void* at, int64_t bytes, const Location& where);
+void ProxyFence();
 void Poison(const void* at, int64_t bytes, const Location& where);
 void CheckReadable(const void* at, int64_t bytes, const Location& where);
 bool IsShared(const void* at);

@@ -40,7 +40,20 @@ cuda::Mbarrier* Barrier() {
   return reinterpret_cast<cuda::Mbarrier*>(cuda::SharedMemory());
 }
 float* Shared() { return reinterpret_cast<float*>(cuda::SharedMemory() + 1024); }
-float outside[4];
+alignas(16) float outside[4];
+
+// Rows of shared memory to a tensor that is nowhere.
+void StoreOneBox(bool fenced) {
+  for (int i = 0; i < 64; ++i) {
+    cuda::StoreShared(Shared() + cuda::ThreadIndex() * 64 + i, 1.0f);
+  }
+  if (fenced) cuda::ProxyFence();
+  cuda::SyncThreads();
+  if (cuda::ThreadIndex() != 0) return;
+  cuda::StoreBox(TensorMap{.box_rows = 64}, Shared(), 0, 0, 0, 0);
+  cuda::StoreCommit();
+  if (!fenced) cuda::StoreWaitRead();
+}
 
 INSTANTIATE_TEST_SUITE_P(
     Cases, FaultSpec,
@@ -125,8 +138,57 @@ INSTANTIATE_TEST_SUITE_P(
                      cuda::CopyBox(cuda::SharedMemory() + 1040, TensorMap{}, Barrier(),
                                    0, 0, 0, 0);
                    },
-                   "not 1024-byte aligned"}),
+                   "not 1024-byte aligned"},
+        FaultyCase{"copy_of_bytes_that_are_no_words",
+                   [] {
+                     if (cuda::ThreadIndex() != 0) return;
+                     cuda::MbarrierInit(Barrier(), 1);
+                     cuda::CopyBytes(Shared(), outside, 8, Barrier());
+                   },
+                   "not a multiple of 16"},
+        FaultyCase{"store_of_what_was_written_without_a_proxy_fence",
+                   [] { StoreOneBox(/*fenced=*/false); },
+                   "wrote to shared memory is read by a copy or a product without a "
+                   "proxy fence",
+                   32},
+        FaultyCase{"product_of_what_was_written_without_a_proxy_fence",
+                   [] {
+                     for (int i = 0; i < 64; ++i) {
+                       cuda::StoreShared(Shared() + cuda::ThreadIndex() * 64 + i, 1.0f);
+                     }
+                     cuda::SyncThreads();
+                     float sums[32];
+                     const uint64_t matrix =
+                         cuda::Descriptor(cuda::DescriptorStart(Shared()) | 1u << 16,
+                                          1u << 30 | 1024 >> 4);
+                     cuda::WgmmaFence();
+                     cuda::WgmmaShared<cuda::Bf16Element>(sums, matrix, matrix, false);
+                     cuda::WgmmaCommit();
+                     cuda::WgmmaWait<0>();
+                   },
+                   "without a proxy fence", 128}),
     testing_support::CaseName());
+
+// What no thread did when it was due is told of the thread that should have.
+TEST(MachineSpec, ABlockMayNotEndBeforeWhatItAskedFor) {
+  struct {
+    const char* name;
+    int threads;
+    void (*kernel)();
+  } const cases[] = {{"stores", 32, [] { StoreOneBox(/*fenced=*/true); }},
+                     {"products", 128, [] {
+                        float sums[32];
+                        cuda::WgmmaFence();
+                        cuda::WgmmaShared<cuda::Bf16Element>(sums, 1ull << 62,
+                                                             1ull << 62, false);
+                        cuda::WgmmaCommit();
+                      }}};
+  for (const auto& c : cases) {
+    const Fault fault =
+        Launch({.threads = c.threads, .shared_bytes = 64 << 10, .seed = 2}, c.kernel);
+    EXPECT_THAT(fault.what, HasSubstr("under way when the block ended")) << c.name;
+  }
+}
 
 TEST(MachineSpec, ThreadsExchangeWordsAndMeet) {
   const Fault fault = Launch({.threads = 96, .shared_bytes = 4096}, [] {

@@ -18,7 +18,6 @@
 #include "tests/emulator/warp.h"
 
 #define PBS_DEVICE inline
-#define PBS_GRID_CONSTANT
 #define PBS_UNROLL
 #define PBS_NO_UNROLL
 
@@ -105,6 +104,28 @@ inline void CopyBox(void* target, const TensorMap& map, Mbarrier* barrier, int c
   emulator::CopyBox(target, map, &barrier->word, column, row, head, batch, where);
 }
 
+struct CachePolicy {};
+inline CachePolicy EvictFirst() { return {}; }
+inline CachePolicy EvictLast() { return {}; }
+inline void CopyBox(void* target, const TensorMap& map, Mbarrier* barrier, int column,
+                    int row, int head, int batch, CachePolicy,
+                    Location where = Location::current()) {
+  emulator::CopyBox(target, map, &barrier->word, column, row, head, batch, where);
+}
+inline void CopyBytes(void* target, const void* source, int bytes, Mbarrier* barrier,
+                      Location where = Location::current()) {
+  emulator::CopyBytes(target, source, bytes, &barrier->word, where);
+}
+inline void ProxyFence() { emulator::ProxyFence(); }
+inline void StoreBox(const TensorMap& map, const void* source, int column, int row,
+                     int head, int batch, Location where = Location::current()) {
+  emulator::StoreBox(map, source, column, row, head, batch, where);
+}
+inline void StoreCommit() { emulator::StoreCommit(); }
+inline void StoreWaitRead(Location where = Location::current()) {
+  emulator::StoreWaitRead(where);
+}
+
 inline void CopyAsync16(uint32_t target, const void* source, bool inside,
                         Location where = Location::current()) {
   emulator::CopyAsync16(target, source, inside, where);
@@ -127,12 +148,14 @@ struct alignas(16) Words4 {
 template <class T>
 T LoadGlobal(const T* at, Location where = Location::current()) {
   emulator::GlobalMemory::CheckRead(at, sizeof(T), alignof(T), where);
-  return *at;
+  T value;
+  std::memcpy(&value, at, sizeof(T));
+  return value;
 }
 template <class T>
 void StoreGlobal(T* at, const T& value, Location where = Location::current()) {
   emulator::GlobalMemory::CheckWrite(at, sizeof(T), alignof(T), where);
-  *at = value;
+  std::memcpy(at, &value, sizeof(T));
 }
 inline int32_t AtomicAdd(int32_t* at, int32_t value,
                          Location where = Location::current()) {
@@ -152,12 +175,14 @@ inline int32_t AtomicAddShared(int32_t* at, int32_t value,
 template <class T>
 T LoadShared(const T* at, Location where = Location::current()) {
   emulator::CheckReadable(at, sizeof(T), where);
-  return *at;
+  T value;
+  std::memcpy(&value, at, sizeof(T));
+  return value;
 }
 template <class T>
 void StoreShared(T* at, const T& value, Location where = Location::current()) {
-  *at = value;
   emulator::MarkWritten(at, sizeof(T), where);
+  std::memcpy(at, &value, sizeof(T));
 }
 
 // ---- arithmetic
@@ -206,12 +231,21 @@ inline void LoadMatricesTransposed(uint32_t (&words)[4], uint32_t row,
   const auto loaded = emulator::LoadMatrices(row, /*transposed=*/true, where);
   std::copy(loaded.begin(), loaded.end(), words);
 }
+inline void StoreMatrices(uint32_t row, const uint32_t (&words)[4],
+                          Location where = Location::current()) {
+  emulator::StoreMatrices(row, {words[0], words[1], words[2], words[3]}, where);
+}
 template <class Element>
 void MultiplyFragments(float* sums, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                        Location where = Location::current()) {
   emulator::MultiplyFragments(sums, {a[0], a[1], a[2], a[3]}, {b0, b1},
                               Element::kIsBf16, where);
 }
+
+// ---- grids
+
+inline void BeginGrid() {}
+inline void NoteTile(int) {}
 
 // ---- warpgroup products
 

@@ -60,13 +60,6 @@ void BarrierArrive(int id, int threads, const Location& where) {
   Preempt();
 }
 
-void SyncWarpgroup(const Location& where) {
-  Meet(OwnBlock()
-           .warpgroups[static_cast<size_t>(ThreadIndex() / kWarpgroupThreads)]
-           .gathering,
-       "a warpgroup's step", where);
-}
-
 void MbarrierInit(uint64_t* barrier, int arrivals, const Location& where) {
   if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0 || !IsShared(barrier)) {
     Fail("a transaction barrier is not at 8 aligned bytes of shared memory", where);

@@ -13,7 +13,6 @@ void SyncThreads(const Location& where);
 // is no multiple of 32, and threads that disagree about the count.
 void BarrierSync(int id, int threads, const Location& where);
 void BarrierArrive(int id, int threads, const Location& where);
-void SyncWarpgroup(const Location& where);
 
 // Transaction barriers are known by their address in shared memory. A phase ends when
 // all its arrivals and all announced bytes have come; waiting on a parity returns once

@@ -31,6 +31,22 @@ float Value(uint32_t word, int index, bool bf16) {
   return bf16 ? ToFloat(pbs::bf16{bits}) : ToFloat(f16{bits});
 }
 
+// A fault when rows of a matrix share banks. Part has `row` and `where`.
+template <class Part>
+void CheckBanks(const WarpParts& parts) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint32_t taken = 0;  // pieces of a 128-byte line of banks
+    for (int i = 0; i < 8; ++i) {
+      const auto& owner = *static_cast<const Part*>(parts[matrix * 8 + i]);
+      taken |= 1u << reinterpret_cast<uintptr_t>(owner.row) / 16 % 8;
+    }
+    if (taken != 0xFF) {
+      Fail("rows of a matrix lie in the same banks",
+           static_cast<const Part*>(parts[0])->where);
+    }
+  }
+}
+
 }  // namespace
 
 void CopyAsync16(uint32_t offset, const void* source, bool inside,
@@ -53,7 +69,7 @@ void CopyAsync16(uint32_t offset, const void* source, bool inside,
 }
 
 void CopyAsyncCommit() {
-  OwnCopies().under_way.push_back(0);
+  OwnCopies().Commit();
   Preempt();
 }
 
@@ -104,17 +120,7 @@ std::array<uint32_t, 4> LoadMatrices(uint32_t offset, bool transposed,
   Together(
       &part,
       [](const WarpParts& parts) {
-        for (int matrix = 0; matrix < 4; ++matrix) {
-          uint32_t taken = 0;  // pieces of a 128-byte line of banks
-          for (int i = 0; i < 8; ++i) {
-            const auto& owner = *static_cast<Part*>(parts[matrix * 8 + i]);
-            taken |= 1u << reinterpret_cast<uintptr_t>(owner.row) / 16 % 8;
-          }
-          if (taken != 0xFF) {
-            Fail("rows of a matrix lie in the same banks",
-                 static_cast<Part*>(parts[0])->where);
-          }
-        }
+        CheckBanks<Part>(parts);
         const auto element = [&](int matrix, int row_index, int column) {
           const auto& owner = *static_cast<Part*>(parts[matrix * 8 + row_index]);
           return static_cast<uint32_t>(owner.row[column]);
@@ -132,6 +138,32 @@ std::array<uint32_t, 4> LoadMatrices(uint32_t offset, bool transposed,
       },
       where);
   return part.words;
+}
+
+void StoreMatrices(uint32_t offset, const std::array<uint32_t, 4>& words,
+                   const Location& where) {
+  uint8_t* row = SharedBase() + offset;
+  CheckAligned(row, where);
+  struct Part {
+    uint8_t* row;
+    const std::array<uint32_t, 4>& words;
+    const Location& where;
+  } part{row, words, where};
+  Together(
+      &part,
+      [](const WarpParts& parts) {
+        CheckBanks<Part>(parts);
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          for (int lane = 0; lane < kWarpThreads; ++lane) {
+            const auto& from = *static_cast<const Part*>(parts[lane]);
+            const auto& owner = *static_cast<const Part*>(parts[matrix * 8 + lane / 4]);
+            std::memcpy(owner.row + lane % 4 * 4, &from.words[matrix], 4);
+          }
+        }
+      },
+      where);
+  // Whole rows by the lanes that named them: who writes a byte makes the fence.
+  MarkWritten(row, 16, where);
 }
 
 void MultiplyFragments(float* sums, const std::array<uint32_t, 4>& a,

@@ -25,6 +25,10 @@ uint32_t Ballot(bool vote, const Location& where);
 std::array<uint32_t, 4> LoadMatrices(uint32_t row, bool transposed,
                                      const Location& where);
 
+// As stmatrix.x4, the inverse: from each lane the offset of a row to write.
+void StoreMatrices(uint32_t row, const std::array<uint32_t, 4>& words,
+                   const Location& where);
+
 // As mma.m16n8k16: sums[16, 8] += a[16, 16] b[16, 8] in the lanes' fragments.
 void MultiplyFragments(float* sums, const std::array<uint32_t, 4>& a,
                        const std::array<uint32_t, 2>& b, bool bf16,

@@ -12,7 +12,6 @@
 #include "cuda/primitives/host_device.h"
 
 #define PBS_DEVICE __device__ __forceinline__
-#define PBS_GRID_CONSTANT __grid_constant__
 #define PBS_UNROLL _Pragma("unroll")
 #define PBS_NO_UNROLL _Pragma("unroll 1")
 
@@ -60,54 +59,6 @@ PBS_DEVICE void BarrierArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Counts arrivals and bytes of a phase; phases have alternating parity, the first 0.
-struct Mbarrier {
-  uint64_t word;
-};
-PBS_DEVICE void MbarrierInit(Mbarrier* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
-               "r"(arrivals));
-}
-// Makes initialised barriers visible to copies; before the threads are told.
-PBS_DEVICE void MbarrierInitFence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-PBS_DEVICE void MbarrierArrive(Mbarrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier))
-               : "memory");
-}
-// Arrives and announces bytes that copies will bring.
-PBS_DEVICE void MbarrierArriveExpect(Mbarrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   SharedAddress(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-// Returns when the phase of this parity has ended; at once when it is not under way.
-PBS_DEVICE void MbarrierWait(Mbarrier* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nwait_%=:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra wait_%=;\n}" ::"r"(SharedAddress(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-// ---- copies
-
-// One box of a tensor map into shared memory, 1024-byte aligned; rows and columns
-// outside the tensor arrive as zeros. By one thread.
-PBS_DEVICE void CopyBox(void* target, const TensorMap& map, Mbarrier* barrier,
-                        int column, int row, int head, int batch) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::"
-      "bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(SharedAddress(target)),
-      "l"(&map), "r"(SharedAddress(barrier)), "r"(column), "r"(row), "r"(head),
-      "r"(batch)
-      : "memory");
-}
-
 // ---- memory
 
 using Int2 = int2;
@@ -115,22 +66,24 @@ struct alignas(16) Words4 {
   uint32_t words[4];
 };
 
-// Read-only for the whole kernel.
+// The four words that a value of 16 bytes is made of, and back.
+template <class T>
+PBS_DEVICE T FromWords(const uint32_t (&words)[4]) {
+  static_assert(sizeof(T) == 16);
+  T value;
+  __builtin_memcpy(&value, words, 16);
+  return value;
+}
+
+// Not through the read-only cache: what the kernel before has written is seen behind
+// BeginGrid() by ordinary loads alone.
 template <class T>
 PBS_DEVICE T LoadGlobal(const T* at) {
   if constexpr (sizeof(T) <= 8) {
-    return __ldg(at);
-  } else if constexpr (alignof(T) == 16) {
-    static_assert(sizeof(T) == 16);
-    const uint4 value = __ldg(reinterpret_cast<const uint4*>(at));
-    return T{value.x, value.y, value.z, value.w};
+    return *at;
   } else {
-    static_assert(sizeof(T) % 8 == 0);
     T value;
-    PBS_UNROLL
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 8); ++i) {
-      reinterpret_cast<int2*>(&value)[i] = __ldg(reinterpret_cast<const int2*>(at) + i);
-    }
+    __builtin_memcpy(&value, __builtin_assume_aligned(at, alignof(T)), sizeof(T));
     return value;
   }
 }
@@ -138,7 +91,8 @@ template <class T>
 PBS_DEVICE void StoreGlobal(T* at, const T& value) {
   if constexpr (sizeof(T) == 16 && alignof(T) == 16) {
     // Assigned, the words would be stored one by one.
-    const auto& words = reinterpret_cast<const uint32_t(&)[4]>(value);
+    uint32_t words[4];
+    __builtin_memcpy(words, &value, 16);
     asm volatile(
         "st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)),
         "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
@@ -156,37 +110,43 @@ PBS_DEVICE int32_t AtomicAddShared(int32_t* at, int32_t value) {
 // Each call reads, or writes.
 template <class T>
 PBS_DEVICE T LoadShared(const T* at) {
-  if constexpr (sizeof(T) <= 8) {
+  if constexpr (sizeof(T) <= 4) {
     return *static_cast<const volatile T*>(at);
-  } else if constexpr (alignof(T) == 16) {
-    static_assert(sizeof(T) == 16);
-    uint4 value;
+  } else if constexpr (sizeof(T) == 16 && alignof(T) == 16) {
+    uint32_t words[4];
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "r"(SharedAddress(at))
                  : "memory");
-    return T{value.x, value.y, value.z, value.w};
+    return FromWords<T>(words);
   } else {
-    static_assert(sizeof(T) % 8 == 0);
-    T value;
+    static_assert(sizeof(T) % 8 == 0 && alignof(T) >= 8);
+    uint64_t words[sizeof(T) / 8];
     PBS_UNROLL
     for (int i = 0; i < static_cast<int>(sizeof(T) / 8); ++i) {
-      reinterpret_cast<uint64_t*>(&value)[i] =
-          reinterpret_cast<const volatile uint64_t*>(at)[i];
+      asm volatile("ld.shared.u64 %0, [%1];"
+                   : "=l"(words[i])
+                   : "r"(SharedAddress(at) + i * 8)
+                   : "memory");
     }
+    T value;
+    __builtin_memcpy(&value, words, sizeof(T));
     return value;
   }
 }
 template <class T>
 PBS_DEVICE void StoreShared(T* at, const T& value) {
-  if constexpr (sizeof(T) <= 8) {
+  if constexpr (sizeof(T) <= 4) {
     *static_cast<volatile T*>(at) = value;
   } else {
-    static_assert(sizeof(T) % 8 == 0);
+    static_assert(sizeof(T) % 8 == 0 && alignof(T) >= 8);
+    uint64_t words[sizeof(T) / 8];
+    __builtin_memcpy(words, &value, sizeof(T));
     PBS_UNROLL
     for (int i = 0; i < static_cast<int>(sizeof(T) / 8); ++i) {
-      reinterpret_cast<volatile uint64_t*>(at)[i] =
-          reinterpret_cast<const uint64_t*>(&value)[i];
+      asm volatile("st.shared.u64 [%0], %1;" ::"r"(SharedAddress(at) + i * 8),
+                   "l"(words[i])
+                   : "memory");
     }
   }
 }
@@ -241,6 +201,18 @@ struct F16Element {
   PBS_DEVICE static float High(uint32_t word) { return Low(word >> 16); }
   PBS_DEVICE static float Round(float x) { return Low(Pack(x, 0)); }
 };
+
+// ---- grids
+
+// Waits for the kernels before this one on the stream, as the first thing that every
+// thread of a kernel does; from here on the next one may take the multiprocessors that
+// this one leaves. Nothing where kernels are launched one behind the other.
+PBS_DEVICE void BeginGrid() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // ---- registers
 
@@ -299,4 +271,5 @@ PBS_DEVICE void WgmmaWait() {
 
 }  // namespace pbs::cuda
 
+#include "cuda/primitives/ptx_bulk.h"
 #include "cuda/primitives/ptx_warp.h"

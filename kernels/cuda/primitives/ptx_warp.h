@@ -44,6 +44,15 @@ PBS_DEVICE void LoadMatricesTransposed(uint32_t (&words)[4], uint32_t row) {
                : "memory");
 }
 
+// Four 8x8 matrices from fragments as LoadMatrices() gives them; lane 8 i + j gives the
+// address of the 16-byte row j of matrix i.
+PBS_DEVICE void StoreMatrices(uint32_t row, const uint32_t (&words)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+
 // sums[16, 8] += a[16, 16] b[16, 8].
 template <class Element>
 PBS_DEVICE void MultiplyFragments(float* sums, const uint32_t (&a)[4], uint32_t b0,
