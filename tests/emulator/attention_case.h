@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <numeric>
@@ -14,6 +15,7 @@
 #include "cuda/attention/attention_sm90.h"
 #include "pbs/dtype.h"
 #include "tests/emulator/async.h"
+#include "tests/support/largest_error.h"
 
 namespace pbs::emulator {
 
@@ -23,11 +25,13 @@ struct AttentionSetting {
   int32_t kv_heads = 1;
   std::vector<std::pair<int32_t, int32_t>> sequences;  // q_len, k_len
   double density = 0.5;  // of the blocks of earlier segments
+  // Every block is read, of keys in their own order: sequences lie back to back.
   bool arithmetic_lists = false;
+  int32_t tile_rows = cuda::kTileRows;  // others with arithmetic lists only
   bool bf16 = true;
-  bool map_rows = false;
   bool strided = false;      // operands and results [sequences, heads, longest, ...]
   bool nan_padding = false;  // keys and values behind the end of a strided sequence
+  int32_t poisoned = -1;     // sequence of NaN and infinities, not looked at
   uint32_t seed = 1;
 };
 
@@ -37,24 +41,18 @@ class AttentionCase {
       : setting_(setting), random_(setting.seed) {
     for (const auto& [q_len, k_len] : setting.sequences) {
       total_q_ += q_len;
-      total_slots_ += Slots(k_len);
+      total_keys_ += Keys(k_len);
       longest_q_ = std::max<int64_t>(longest_q_, q_len);
-      longest_slots_ = std::max<int64_t>(longest_slots_, Slots(k_len));
+      longest_keys_ = std::max<int64_t>(longest_keys_, Keys(k_len));
     }
     q_ = Normal(Strides(setting.heads, total_q_, longest_q_, setting.head_dim));
     k_ = Normal(KvStrides());
     v_ = Normal(KvStrides());
     if (setting.nan_padding) PutNanBehindEnds();
-    positions_.assign(static_cast<size_t>(setting.kv_heads * total_slots_), INT32_MAX);
+    if (setting.poisoned >= 0) Poison();
+    positions_.assign(static_cast<size_t>(setting.kv_heads * total_keys_), INT32_MAX);
     o_.assign(q_.size(), 0);
     lse_.assign(q_.size() / static_cast<size_t>(setting.head_dim), 0);
-    for (const auto& [q_len, k_len] : setting.sequences) {
-      row_map_.resize(row_map_.size() + static_cast<size_t>(q_len));
-      std::iota(row_map_.end() - q_len, row_map_.end(), 0);
-      if (setting.map_rows) {
-        std::shuffle(row_map_.end() - q_len, row_map_.end(), random_);
-      }
-    }
     PlaceKeys();
     MakeTiles();
   }
@@ -63,12 +61,13 @@ class AttentionCase {
   // Pointers into this case.
   cuda::Sm90Operands OperandsSm90() const {
     const int32_t packed = setting_.strided ? 0 : 1;
-    return {Map(q_, setting_.heads, QStrides(), Rows(total_q_, longest_q_), 64),
-            Map(k_, setting_.kv_heads, KvStrides(), Rows(total_slots_, longest_slots_),
-                128),
-            Map(v_, setting_.kv_heads, KvStrides(), Rows(total_slots_, longest_slots_),
-                128),
-            packed, packed};
+    return {
+        Map(q_, setting_.heads, QStrides(), Rows(total_q_, longest_q_), 64),
+        Map(k_, setting_.kv_heads, KvStrides(), Rows(total_keys_, longest_keys_), 128),
+        Map(v_, setting_.kv_heads, KvStrides(), Rows(total_keys_, longest_keys_), 128),
+        Map(o_, setting_.heads, QStrides(), Rows(total_q_, longest_q_), 64),
+        packed,
+        packed};
   }
   cuda::Sm80Operands OperandsSm80() const {
     return {
@@ -85,23 +84,21 @@ class AttentionCase {
     Allow(v_, true);
     Allow(lists_, true);
     Allow(positions_, true);
-    Allow(row_map_, true);
     Allow(o_, false);
     Allow(lse_, false);
     GlobalMemory::Allow(&next_tile_, 4, true);
     return {
         .tiles = tiles_.data(),
-        .num_tiles = static_cast<int32_t>(tiles_.size()),
+        .num_tiles = static_cast<int32_t>(tiles_.size()) - 1,
         .next_tile = &next_tile_,
         .lists = lists_.data(),
         .positions = setting_.arithmetic_lists ? nullptr : positions_.data(),
-        .position_stride = total_slots_,
+        .position_stride = total_keys_,
         .scale_log2 = 1.44269504f / std::sqrt(static_cast<float>(setting_.head_dim)),
         .o = o_.data(),
         .o_strides = QStrides(),
         .lse = lse_.data(),
-        .lse_strides = LseStrides(),
-        .row_map = setting_.map_rows ? row_map_.data() : nullptr};
+        .lse_strides = LseStrides()};
   }
 
   struct Errors {
@@ -112,6 +109,7 @@ class AttentionCase {
   Errors Compare() const {
     Errors errors;
     for (const cuda::AttentionTile& tile : tiles_) {
+      if (tile.sequence == setting_.poisoned) continue;
       for (int32_t row = tile.begin_row; row < tile.end_row; ++row) {
         CompareRow(tile, row, errors);
       }
@@ -126,7 +124,10 @@ class AttentionCase {
                         written);
   }
 
-  static int64_t Slots(int64_t k_len) { return (k_len + 127) / 128 * 128; }
+  // That a sequence takes: whole blocks where they are permuted.
+  int64_t Keys(int64_t k_len) const {
+    return setting_.arithmetic_lists ? k_len : (k_len + 127) / 128 * 128;
+  }
 
   int64_t Rows(int64_t total, int64_t longest) const {
     return setting_.strided ? longest : total;
@@ -140,7 +141,7 @@ class AttentionCase {
     return Strides(setting_.heads, total_q_, longest_q_, setting_.head_dim);
   }
   cuda::RowStrides KvStrides() const {
-    return Strides(setting_.kv_heads, total_slots_, longest_slots_, setting_.head_dim);
+    return Strides(setting_.kv_heads, total_keys_, longest_keys_, setting_.head_dim);
   }
   cuda::RowStrides LseStrides() const {
     return Strides(setting_.heads, total_q_, longest_q_, 1);
@@ -162,13 +163,39 @@ class AttentionCase {
     for (size_t n = 0; n < setting_.sequences.size(); ++n) {
       for (int32_t head = 0; head < setting_.kv_heads; ++head) {
         const int32_t k_len = setting_.sequences[n].second;
-        for (int32_t row = k_len; row < longest_slots_; ++row) {
+        for (int32_t row = k_len; row < longest_keys_; ++row) {
           const int64_t at = strides.Offset(static_cast<int32_t>(n), 0, head, row);
           std::fill_n(k_.begin() + at, setting_.head_dim, uint16_t{0x7FFF});
           std::fill_n(v_.begin() + at, setting_.head_dim, uint16_t{0x7FFF});
         }
       }
     }
+  }
+
+  // Queries, keys and values of a sequence that have no place in another's answer.
+  void Poison() {
+    int64_t first_q = 0;
+    int64_t first_key = 0;
+    for (int32_t n = 0; n < setting_.poisoned; ++n) {
+      first_q += setting_.sequences[n].first;
+      first_key += Keys(setting_.sequences[n].second);
+    }
+    const auto [q_len, k_len] = setting_.sequences[setting_.poisoned];
+    const auto poison = [&](std::vector<uint16_t>& data,
+                            const cuda::RowStrides& strides, int32_t heads,
+                            int64_t first, int64_t rows) {
+      constexpr std::array<uint16_t, 3> kPoison = {0x7FFF, 0x7F80, 0xFF80};
+      for (int32_t head = 0; head < heads; ++head) {
+        for (int32_t row = 0; row < rows; ++row) {
+          const int64_t at =
+              strides.Offset(setting_.poisoned, static_cast<int32_t>(first), head, row);
+          std::fill_n(data.begin() + at, setting_.head_dim, kPoison[row % 3]);
+        }
+      }
+    };
+    poison(q_, QStrides(), setting_.heads, first_q, q_len);
+    poison(k_, KvStrides(), setting_.kv_heads, first_key, k_len);
+    poison(v_, KvStrides(), setting_.kv_heads, first_key, k_len);
   }
 
   float Value(uint16_t bits) const {
@@ -191,14 +218,14 @@ class AttentionCase {
   // A random order inside whole segments of 256; the tail stays.
   void PlaceKeys() {
     for (int32_t head = 0; head < setting_.kv_heads; ++head) {
-      int32_t* at = positions_.data() + head * total_slots_;
+      int32_t* at = positions_.data() + head * total_keys_;
       for (const auto& [q_len, k_len] : setting_.sequences) {
         std::iota(at, at + k_len, 0);
         for (int32_t begin = 0; begin + 256 <= k_len && !setting_.arithmetic_lists;
              begin += 256) {
           std::shuffle(at + begin, at + begin + 256, random_);
         }
-        at += (k_len + 127) / 128 * 128;
+        at += Keys(k_len);
       }
     }
   }
@@ -208,38 +235,51 @@ class AttentionCase {
     int32_t first_slot = 0;
     for (size_t n = 0; n < setting_.sequences.size(); ++n) {
       const auto& [q_len, k_len] = setting_.sequences[n];
-      const int32_t offset = k_len - q_len;
-      const int32_t blocks = (k_len + 127) / 128;
-      for (int32_t head = 0; head < setting_.heads && q_len > 0; ++head) {
-        for (int32_t block = offset / 128; block < blocks; ++block) {
-          const int32_t first = block * 128 - offset;  // row of the sequence
-          cuda::AttentionTile tile{
-              .list_begin = -1,
-              .list_count = block + 1,
-              .num_masked = 1,
-              .sequence = static_cast<int32_t>(n),
-              .head = head,
-              .order_head = head / (setting_.heads / setting_.kv_heads),
-              .q_begin = q_begin,
-              .first_query = first,
-              .begin_row = std::max(0, -first),
-              .end_row = std::min(128, q_len - first),
-              .first_position = block * 128,
-              .first_slot = first_slot,
-              .num_keys = k_len};
-          if (!setting_.arithmetic_lists) MakeList(block, blocks, tile);
-          tiles_.push_back(tile);
+      for (int32_t head = 0; head < setting_.heads; ++head) {
+        // Tiles with lists of their own lie on the grid of blocks.
+        const bool on_grid = setting_.tile_rows == cuda::kTileRows;
+        int32_t first = on_grid ? -((k_len - q_len) % 128) : 0;
+        for (; first < q_len; first += setting_.tile_rows) {
+          tiles_.push_back(MakeTile(static_cast<int32_t>(n), head, first));
+          tiles_.back().q_begin = q_begin;
+          tiles_.back().first_slot = first_slot;
         }
       }
       q_begin += q_len;
-      first_slot += blocks * 128;
+      first_slot += static_cast<int32_t>(Keys(k_len));
     }
     std::stable_sort(tiles_.begin(), tiles_.end(), [](const auto& a, const auto& b) {
       return a.list_count > b.list_count;
     });
+    tiles_.push_back({});
   }
 
-  void MakeList(int32_t block, int32_t blocks, cuda::AttentionTile& tile) {
+  // Its row 0 is row `first` of the sequence.
+  cuda::AttentionTile MakeTile(int32_t sequence, int32_t head, int32_t first) {
+    const auto& [q_len, k_len] = setting_.sequences[static_cast<size_t>(sequence)];
+    const int32_t end_row = std::min(setting_.tile_rows, q_len - first);
+    const int32_t first_position = k_len - q_len + first;
+    const int32_t last_block = (first_position + end_row - 1) / 128;
+    cuda::AttentionTile tile{.list_begin = -1,
+                             .list_count = last_block + 1,
+                             .num_masked = last_block + 1 - first_position / 128,
+                             .last_block = last_block,
+                             .sequence = sequence,
+                             .head = head,
+                             .order_head = head / (setting_.heads / setting_.kv_heads),
+                             .q_begin = 0,  // the caller's
+                             .first_query = first,
+                             .begin_row = std::max(0, -first),
+                             .end_row = end_row,
+                             .first_position = first_position,
+                             .first_slot = 0,  // the caller's
+                             .num_keys = k_len};
+    if (!setting_.arithmetic_lists) MakeList((k_len + 127) / 128, tile);
+    return tile;
+  }
+
+  void MakeList(int32_t blocks, cuda::AttentionTile& tile) {
+    const int32_t block = tile.last_block;
     tile.num_masked = 0;
     tile.list_begin = static_cast<int64_t>(lists_.size());
     const int32_t own = block / 2 * 2;
@@ -254,6 +294,7 @@ class AttentionCase {
       ++tile.num_masked;
     }
     tile.list_count = static_cast<int32_t>(lists_.size() - tile.list_begin);
+    tile.last_block = lists_.back();
   }
 
   void CompareRow(const cuda::AttentionTile& tile, int32_t row, Errors& errors) const {
@@ -262,13 +303,14 @@ class AttentionCase {
     const uint16_t* q =
         q_.data() + QStrides().Offset(tile.sequence, tile.q_begin, tile.head, query);
     const int32_t* positions =
-        positions_.data() + tile.order_head * total_slots_ + tile.first_slot;
+        positions_.data() + tile.order_head * total_keys_ + tile.first_slot;
     std::vector<double> logits;
     std::vector<const uint16_t*> values;
     double top = -INFINITY;
     for (int32_t i = 0; i < tile.list_count; ++i) {
       const int32_t block = tile.list_begin < 0 ? i : lists_[tile.list_begin + i];
-      for (int32_t slot = block * 128; slot < block * 128 + 128; ++slot) {
+      const auto end = std::min<int64_t>(block * 128 + 128, Keys(tile.num_keys));
+      for (int32_t slot = block * 128; slot < end; ++slot) {
         if (positions[slot] > tile.first_position + row) continue;
         const int64_t at =
             KvStrides().Offset(tile.sequence, tile.first_slot, tile.order_head, slot);
@@ -287,29 +329,26 @@ class AttentionCase {
       sum += weight;
       for (int32_t d = 0; d < dim; ++d) expected[d] += weight * Value(values[i][d]);
     }
-    const int32_t target = row_map_[tile.q_begin + query];
     const uint16_t* o =
-        o_.data() + QStrides().Offset(tile.sequence, tile.q_begin, tile.head, target);
+        o_.data() + QStrides().Offset(tile.sequence, tile.q_begin, tile.head, query);
     const float lse =
-        lse_[LseStrides().Offset(tile.sequence, tile.q_begin, tile.head, target)];
-    // Not std::max: NaN is the largest error there is.
-    const auto grow = [](double& largest, double error) {
-      if (!(error <= largest)) largest = error;
-    };
+        lse_[LseStrides().Offset(tile.sequence, tile.q_begin, tile.head, query)];
     for (int32_t d = 0; d < dim; ++d) {
-      grow(errors.o, std::abs(expected[d] / sum - Value(o[d])));
+      errors.o = testing_support::LargerError(
+          errors.o, std::abs(expected[d] / sum - Value(o[d])));
     }
-    grow(errors.lse, std::abs(top + std::log(sum) - lse));
+    errors.lse =
+        testing_support::LargerError(errors.lse, std::abs(top + std::log(sum) - lse));
   }
 
   const AttentionSetting setting_;
   std::mt19937 random_;
   int64_t total_q_ = 0;
-  int64_t total_slots_ = 0;
+  int64_t total_keys_ = 0;
   int64_t longest_q_ = 0;
-  int64_t longest_slots_ = 0;
+  int64_t longest_keys_ = 0;
   std::vector<uint16_t> q_, k_, v_, o_;
-  std::vector<int32_t> positions_, row_map_;
+  std::vector<int32_t> positions_;
   std::vector<float> lse_;
   std::vector<uint16_t> lists_;
   std::vector<cuda::AttentionTile> tiles_;

@@ -2,6 +2,7 @@
 // against f64.
 #include <gtest/gtest.h>
 
+#include "cuda/attention/sm90_variants.h"
 #include "tests/emulator/attention_case.h"
 #include "tests/emulator/attention_run.h"
 #include "tests/support/case_name.h"
@@ -9,6 +10,7 @@
 namespace pbs::emulator {
 namespace {
 
+using cuda::AttentionVariant;
 using cuda::Bf16Element;
 using cuda::F16Element;
 using cuda::Sm80Config;
@@ -41,46 +43,94 @@ TEST_P(AttentionKernelSpec, EqualsTheExactAnswerOverTheSameLists) {
   }
 }
 
-template <class Element, int kHeadDim, int kStages, bool kPingPong>
-constexpr Run kSm90 = RunSm90<Sm90Config<Element, kHeadDim, kStages, kPingPong>>;
+// What is chosen for each head dim (cuda/attention/sm90_variants.h), and the others.
+template <class Element, int kHeadDim,
+          AttentionVariant kVariant = AttentionVariant::kChosen>
+constexpr Run kSm90 =
+    RunSm90<Sm90Config<Element, kHeadDim, cuda::Sm90OptionsOf(kHeadDim, kVariant)>>;
 template <class Element, int kHeadDim>
 constexpr Run kSm80 = RunSm80<Sm80Config<Element, kHeadDim>>;
 
 INSTANTIATE_TEST_SUITE_P(
     Sm90, AttentionKernelSpec,
     testing::Values(
-        KernelCase{"two_blocks",
-                   kSm90<Bf16Element, 128, 2, true>,
-                   {.sequences = {{512, 512}}},
-                   2},
         KernelCase{
-            "one_token", kSm90<Bf16Element, 128, 2, true>, {.sequences = {{1, 1}}}},
+            "two_blocks", kSm90<Bf16Element, 128>, {.sequences = {{512, 512}}}, 2},
+        KernelCase{"one_token", kSm90<Bf16Element, 128>, {.sequences = {{1, 1}}}},
         KernelCase{
-            "f16_without_turns",
-            kSm90<F16Element, 128, 2, false>,
+            "f16",
+            kSm90<F16Element, 128>,
             {.heads = 4, .kv_heads = 2, .sequences = {{300, 300}}, .bf16 = false}},
         KernelCase{"narrow_heads",
-                   kSm90<Bf16Element, 64, 3, true>,
+                   kSm90<Bf16Element, 64>,
                    {.head_dim = 64, .sequences = {{600, 600}}}},
         KernelCase{"batch_with_offsets",
-                   kSm90<Bf16Element, 64, 3, true>,
+                   kSm90<Bf16Element, 64>,
                    {.head_dim = 64,
                     .heads = 1,
                     .sequences = {{130, 130}, {70, 333}, {1, 257}}},
                    2},
         KernelCase{"strided_batch",
-                   kSm90<Bf16Element, 64, 3, true>,
+                   kSm90<Bf16Element, 64>,
                    {.head_dim = 64,
                     .heads = 2,
                     .sequences = {{40, 133}, {150, 150}},
                     .strided = true},
                    2},
         KernelCase{"dense",
-                   kSm90<Bf16Element, 128, 2, true>,
+                   kSm90<Bf16Element, 128>,
                    {.sequences = {{400, 400}}, .arithmetic_lists = true}},
-        KernelCase{"rows_mapped_back",
-                   kSm90<Bf16Element, 64, 3, true>,
-                   {.head_dim = 64, .sequences = {{384, 384}}, .map_rows = true}}),
+        KernelCase{"many_tiles_of_one_block",
+                   kSm90<Bf16Element, 64>,
+                   {.head_dim = 64,
+                    .heads = 1,
+                    .sequences = {{128, 128}, {60, 60}, {128, 128}, {1, 1}},
+                    .arithmetic_lists = true}},
+        KernelCase{"dense_of_different_lengths_beside_nan",
+                   kSm90<Bf16Element, 64>,
+                   {.head_dim = 64,
+                    .heads = 2,
+                    .sequences = {{40, 133}, {300, 300}},
+                    .arithmetic_lists = true,
+                    .strided = true,
+                    .nan_padding = true},
+                   2},
+        KernelCase{"poison_before_and_behind",
+                   kSm90<Bf16Element, 128>,
+                   {.sequences = {{70, 130}, {150, 150}, {200, 200}},
+                    .arithmetic_lists = true,
+                    .poisoned = 1}}),
+    testing_support::CaseName());
+
+// Every variant that tests/gpu compares: full tiles and parts of tiles, lists and none.
+INSTANTIATE_TEST_SUITE_P(
+    Sm90Variants, AttentionKernelSpec,
+    testing::Values(
+        KernelCase{"values_first",
+                   kSm90<Bf16Element, 128, AttentionVariant::kValuesFirst>,
+                   {.sequences = {{512, 512}}}},
+        KernelCase{"three_stages",
+                   kSm90<Bf16Element, 128, AttentionVariant::kMoreStages>,
+                   {.sequences = {{700, 700}}, .density = 0.9}},
+        KernelCase{"four_stages",
+                   kSm90<Bf16Element, 64, AttentionVariant::kMoreStages>,
+                   {.head_dim = 64, .sequences = {{700, 700}}, .density = 0.9}},
+        KernelCase{"outputs_from_registers",
+                   kSm90<Bf16Element, 128, AttentionVariant::kDirectOutputs>,
+                   {.sequences = {{384, 384}}}},
+        KernelCase{"cache_hints",
+                   kSm90<Bf16Element, 64, AttentionVariant::kCacheHints>,
+                   {.head_dim = 64, .sequences = {{384, 384}}}},
+        KernelCase{"without_turns",
+                   kSm90<Bf16Element, 128, AttentionVariant::kWithoutTurns>,
+                   {.sequences = {{384, 384}}}},
+        KernelCase{"wide_tiles",
+                   kSm90<Bf16Element, 64, AttentionVariant::kWideTiles>,
+                   {.head_dim = 64,
+                    .sequences = {{600, 600}, {250, 331}, {40, 40}},
+                    .arithmetic_lists = true,
+                    .tile_rows = cuda::kWideTileRows},
+                   2}),
     testing_support::CaseName());
 
 INSTANTIATE_TEST_SUITE_P(
@@ -119,17 +169,28 @@ INSTANTIATE_TEST_SUITE_P(
         KernelCase{"dense",
                    kSm80<Bf16Element, 128>,
                    {.sequences = {{400, 400}}, .arithmetic_lists = true}},
-        KernelCase{"rows_mapped_back",
-                   kSm80<Bf16Element, 64>,
-                   {.head_dim = 64, .sequences = {{384, 384}}, .map_rows = true}}),
+        KernelCase{"poison_before_and_behind",
+                   kSm80<Bf16Element, 96>,
+                   {.head_dim = 96,
+                    .sequences = {{70, 130}, {150, 150}, {200, 200}},
+                    .arithmetic_lists = true,
+                    .poisoned = 1}}),
     testing_support::CaseName());
 
 // docs/KERNELS.md, "Hopper" and "Ampere": what decides how many blocks a multiprocessor
 // holds.
 TEST(SharedMemorySpec, IsWhatTheTablesSay) {
-  EXPECT_LE(sizeof(cuda::Sm90Shared<Sm90Config<Bf16Element, 64, 3, true>>), 113u << 10);
-  EXPECT_LE(sizeof(cuda::Sm90Shared<Sm90Config<Bf16Element, 128, 2, true>>),
-            161u << 10);
+  const auto sm90 = []<int kHeadDim, AttentionVariant kVariant>() {
+    return sizeof(
+        cuda::Sm90Shared<Sm90Config<Bf16Element, kHeadDim,
+                                    cuda::Sm90OptionsOf(kHeadDim, kVariant)>>);
+  };
+  using enum AttentionVariant;
+  EXPECT_LE((sm90.operator()<64, kChosen>()), 131u << 10);
+  EXPECT_LE((sm90.operator()<64, kMoreStages>()), 163u << 10);
+  EXPECT_LE((sm90.operator()<64, kWideTiles>()), 147u << 10);
+  EXPECT_LE((sm90.operator()<128, kChosen>()), 194u << 10);
+  EXPECT_LE((sm90.operator()<128, kMoreStages>()), 226u << 10);
   // Two blocks in 164 KiB, one KiB of each being the system's.
   EXPECT_LE(sizeof(cuda::Sm80Shared<Sm80Config<Bf16Element, 64>>), (32u << 10) + 128);
   EXPECT_LE(sizeof(cuda::Sm80Shared<Sm80Config<Bf16Element, 96>>), (48u << 10) + 128);

@@ -7,11 +7,15 @@
 #include <utility>
 
 #include "cuda/attention/attention_sm80.h"
+#include "cuda/attention/attention_sm90.h"
+#include "cuda/attention/sm90_variants.h"
+#include "cuda/plan/mapped_operand.h"
 #include "pbs/check.h"
 
 namespace pbs::emulator {
 namespace {
 
+using cuda::AttentionVariant;
 using cuda::CudaAttentionPlan;
 using cuda::EventId;
 using cuda::Product;
@@ -61,6 +65,21 @@ Fault RunProduct(const Product& product) {
   return {};
 }
 
+// What the driver of a device would make of it.
+TensorMap ToTensorMap(const cuda::MappedOperand& mapped) {
+  const auto strides = cuda::MapStrides(mapped);
+  const auto elements = [&](size_t i) { return static_cast<int64_t>(strides[i] / 2); };
+  return {.data = mapped.operand.data,
+          .width = mapped.width,
+          .rows = mapped.rows,
+          .heads = mapped.heads,
+          .batch = mapped.sequences,
+          .row_stride = elements(0),
+          .head_stride = elements(1),
+          .batch_stride = elements(2),
+          .box_rows = mapped.box_rows};
+}
+
 Fault Copy(void* target, const void* source, int64_t bytes) {
   std::memcpy(target, source, static_cast<size_t>(bytes));
   return {};
@@ -79,7 +98,9 @@ EmulatedDriver::EmulatedDriver(const EmulatedOptions& options)
             .architecture = "emulated",
             .memory_bytes = options.memory_bytes,
             .memory_bytes_free = options.memory_bytes,
-            .traits = {.num_multiprocessors = 2}},
+            .traits = {.num_multiprocessors = 2,
+                       .one_section =
+                           options.attention == AttentionVariant::kOneSection}},
       random_(options.seed) {}
 
 EmulatedDriver::~EmulatedDriver() {
@@ -283,8 +304,15 @@ Status EmulatedDriver::Multiply(const Product& product) {
 }
 
 Status EmulatedDriver::Attend(const CudaAttentionPlan& plan, const RunParams& run) {
+  if (run.attention.num_tiles == 0) return OkStatus();
   Status status;
   ForKernelsOf(plan, [&]<class Element, int kHeadDim>() {
+    if constexpr (kHeadDim == 64 || kHeadDim == 128) {
+      if (options_.attention != AttentionVariant::kAmpere) {
+        status = AttendAsHopper<Element, kHeadDim>(plan, run);
+        return;
+      }
+    }
     using Config = cuda::Sm80Config<Element, kHeadDim>;
     const LaunchShape shape = {.blocks = run.attention.num_tiles * Config::kParts,
                                .threads = Config::kThreads,
@@ -296,6 +324,32 @@ Status EmulatedDriver::Attend(const CudaAttentionPlan& plan, const RunParams& ru
       return Launch(shape, [&] { cuda::AttendSm80<Config>(params, operands); });
     });
   });
+  return status;
+}
+
+template <class Element, int kHeadDim>
+Status EmulatedDriver::AttendAsHopper(const CudaAttentionPlan& plan,
+                                      const RunParams& run) {
+  const cuda::MappedOperands mapped = cuda::MapOperands(plan, run);
+  const cuda::Sm90Operands operands = {ToTensorMap(mapped.q), ToTensorMap(mapped.k),
+                                       ToTensorMap(mapped.v), ToTensorMap(mapped.o),
+                                       run.q.strides.packed,  run.k.strides.packed};
+  Status status = Internal("this variant of attention does not apply");
+  const auto enqueue = [&]<cuda::Sm90Options kOptions>() {
+    using Config = cuda::Sm90Config<Element, kHeadDim, kOptions>;
+    if (plan.tile_rows != kOptions.rows) return;
+    const int32_t blocks =
+        std::min(run.attention.num_tiles, info_.traits.num_multiprocessors);
+    const LaunchShape shape = {.blocks = blocks,
+                               .threads = Config::kThreads,
+                               .resident_blocks = blocks,
+                               .shared_bytes = sizeof(cuda::Sm90Shared<Config>),
+                               .seed = options_.seed};
+    status = Enqueue(StreamId::kCompute, [shape, params = run.attention, operands] {
+      return Launch(shape, [&] { cuda::AttendSm90<Config>(params, operands); });
+    });
+  };
+  cuda::ForSm90Variant<kHeadDim, /*kAll=*/true>(options_.attention, enqueue);
   return status;
 }
 

@@ -19,6 +19,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/attention/attention_variant.h"
 #include "cuda/backend/launched_driver.h"
 #include "tests/emulator/machine.h"
 
@@ -30,6 +31,8 @@ struct EmulatedOptions {
   // The so-many-th enqueued operation, or product, breaks the device; 0: none does.
   int64_t breaks_at = 0;
   int64_t breaks_at_product = 0;
+  // Head dims 64 and 128 run Hopper's kernels, others those of compute capability 8.0.
+  cuda::AttentionVariant attention = cuda::AttentionVariant::kChosen;
 };
 
 // Launches as operations of the compute stream.
@@ -115,6 +118,9 @@ class EmulatedDriver final : public cuda::LaunchedDriver<EmulatedLauncher> {
                  std::function<bool()> is_ready = nullptr, bool is_product = false);
   // One operation of a stream that can go on; false when none can.
   bool StepLocked();
+  template <class Element, int kHeadDim>
+  Status AttendAsHopper(const cuda::CudaAttentionPlan& plan,
+                        const cuda::RunParams& run);
 
   const EmulatedOptions options_;
   cuda::DeviceInfo info_;

@@ -2,62 +2,65 @@
 text, what becomes of it)."""
 
 SM80 = "cuda/attention/attention_sm80.h"
-SM90 = "cuda/attention/attention_sm90.h"
+CONFIG = "cuda/attention/sm90_config.h"
+PRODUCER = "cuda/attention/sm90_producer.h"
+CONSUMER = "cuda/attention/sm90_consumer.h"
 ROWS = "cuda/attention/attention_rows.h"
 SHARED_ROWS = "cuda/tiles/shared_rows.h"
 SCORE_TILE = "cuda/tiles/score_tile.h"
 SOFTMAX = "cuda/tiles/online_softmax.h"
 
 SM90_MUTANTS = [
-    ("stride_of_value_panels", SM90, "kTileRows * 128 >> 4} << 16", "64 * 128 >> 4} << 16"),
+    ("stride_of_value_panels", CONSUMER, "kBlockKeys * 128 >> 4} << 16", "64 * 128 >> 4} << 16"),
     (
         "values_released_before_they_are_read",
-        SM90,
+        CONSUMER,
         """    WgmmaWait<0>();
     PinRegisters(out_);
-    if (thread_ == 0) MbarrierArrive(&s_.v_empty[before.stage]);
+    if (thread_ == 0) MbarrierArrive(&s_.v_empty[before.slot]);
 """,
-        """    if (thread_ == 0) MbarrierArrive(&s_.v_empty[before.stage]);
+        """    if (thread_ == 0) MbarrierArrive(&s_.v_empty[before.slot]);
     WgmmaWait<0>();
     PinRegisters(out_);
 """,
     ),
     (
         "values_never_released",
-        SM90,
-        """    if (thread_ == 0) MbarrierArrive(&s_.v_empty[before.stage]);
+        CONSUMER,
+        """    if (thread_ == 0) MbarrierArrive(&s_.v_empty[before.slot]);
 """,
         "",
     ),
     ("mask_off_by_one", ROWS, "key.x > position)", "key.x >= position)"),
+    ("mask_of_keys_in_order_off_by_one", ROWS, "if (i * 8 > last)", "if (i * 8 >= last)"),
     (
         "turn_given_to_oneself",
-        SM90,
-        "BarrierArrive(kTurnBarrier + 1 - half_, 256)",
-        "BarrierArrive(kTurnBarrier + half_, 256)",
+        CONSUMER,
+        "BarrierArrive(kTurnBarrier + NextConsumer(), 256)",
+        "BarrierArrive(kTurnBarrier + index_, 256)",
     ),
     ("last_row_lost", ROWS, "row < tile.end_row;", "row < tile.end_row - 1;"),
     ("rows_of_another_sequence", ROWS, "row >= tile.begin_row && ", ""),
     ("words_of_another_lane", ROWS, "(upper ? low : high) = came", "(upper ? high : low) = came"),
-    ("layout_of_another_swizzle", SM90, "1u << 30 | 1024 >> 4", "2u << 30 | 1024 >> 4"),
+    ("layout_of_another_swizzle", CONSUMER, "1u << 30 | 1024 >> 4", "2u << 30 | 1024 >> 4"),
     (
         "fence_forgotten",
-        SM90,
+        CONSUMER,
         """    PinRegisters(out_);
     WgmmaFence();
-    MultiplyKeys(ring_.stage);""",
+    MultiplyKeys(blocks_.slot);""",
         """    PinRegisters(out_);
-    MultiplyKeys(ring_.stage);""",
+    MultiplyKeys(blocks_.slot);""",
     ),
     (
         "half_the_bytes_announced",
-        SM90,
-        "MbarrierArriveExpect(&s_.v_full[stage], Config::kOperandBytes)",
-        "MbarrierArriveExpect(&s_.v_full[stage], Config::kOperandBytes / 2)",
+        PRODUCER,
+        "MbarrierArriveExpect(&s_.v_full[stage], Config::kBlockBytes)",
+        "MbarrierArriveExpect(&s_.v_full[stage], Config::kBlockBytes / 2)",
     ),
     (
         "sums_used_under_way",
-        SM90,
+        CONSUMER,
         """    PinBeforeWait(softmax_.sum[0], softmax_.sum[1]);
     WgmmaWait<0>();""",
         """    PinBeforeWait(softmax_.sum[0], softmax_.sum[1]);
@@ -65,7 +68,7 @@ SM90_MUTANTS = [
     ),
     (
         "output_not_rescaled",
-        SM90,
+        CONSUMER,
         """    Round();
     softmax_.Rescale(out_);""",
         """    Round();""",
@@ -73,57 +76,100 @@ SM90_MUTANTS = [
     ("sum_not_rescaled", SOFTMAX, "sum[r] * shrink[r] + added", "sum[r] + added"),
     (
         "parity_of_the_tile_slot",
-        SM90,
-        "MbarrierWait(&s_.tile_full[slot], (count >> 1) & 1)",
-        "MbarrierWait(&s_.tile_full[slot], count & 1)",
+        CONSUMER,
+        "MbarrierWait(&s_.tile_full[slot], tiles_.round)",
+        "MbarrierWait(&s_.tile_full[slot], tiles_.round ^ 1)",
     ),
     (
         "queries_overwritten",
-        SM90,
-        "    MbarrierWait(&s_.q_empty, (count & 1) ^ 1);\n",
+        PRODUCER,
+        "      MbarrierWait(&s_.q_empty[buffer][i], queries_.round ^ 1);\n",
         "",
     ),
     (
         "ring_stands_still_between_tiles",
-        SM90,
-        """    if (thread_ == 0) MbarrierArrive(&s_.v_empty[ring_.stage]);
-    ring_.template Advance<Config::kStages>();
+        CONSUMER,
+        """    if (thread_ == 0) MbarrierArrive(&s_.v_empty[blocks_.slot]);
+    blocks_.Advance();
 """,
-        """    if (thread_ == 0) MbarrierArrive(&s_.v_empty[ring_.stage]);
+        """    if (thread_ == 0) MbarrierArrive(&s_.v_empty[blocks_.slot]);
 """,
     ),
     ("lse_in_base_two", ROWS, "+ Log2(sum)) * kLn2", "+ Log2(sum))"),
-    ("list_from_its_begin", ROWS, "tile.list_count - 1 - step", "step"),
-    ("first_block_unmasked", SM90, "    if (masked) Mask();\n", ""),
-    (
-        "positions_of_the_block_before",
-        SM90,
-        "    if (next_step < tile.num_masked) block_ = ListBlock(params_, tile, next_step);\n",
-        "",
-    ),
-    (
-        "values_of_another_head",
-        SM90,
-        """      CopyBox(s_.v[stage][panel], operands_.v, &s_.v_full[stage], panel * 64, row,
-              tile.order_head, sequence);""",
-        """      CopyBox(s_.v[stage][panel], operands_.v, &s_.v_full[stage], panel * 64, row,
-              0, sequence);""",
-    ),
+    ("list_from_its_begin", PRODUCER, "ListEntry(params_, list, left - 1)", "ListEntry(params_, list, step)"),
+    ("first_block_unmasked", CONSUMER, "    if (masked) Mask(0);\n", ""),
     (
         "keys_not_awaited",
-        SM90,
-        """    ring_.template Advance<Config::kStages>();
-    MbarrierWait(&s_.k_full[ring_.stage], ring_.round);
+        CONSUMER,
+        """    blocks_.Advance();
+    MbarrierWait(&s_.k_full[blocks_.slot], blocks_.round);
 """,
-        """    ring_.template Advance<Config::kStages>();
+        """    blocks_.Advance();
 """,
     ),
     (
         "values_not_awaited",
-        SM90,
-        "    MbarrierWait(&s_.v_full[before.stage], before.round);\n",
+        CONSUMER,
+        "    MbarrierWait(&s_.v_full[before.slot], before.round);\n",
         "",
     ),
+    # The two rings, and the order in which they are filled.
+    ("values_in_the_stage_of_keys", PRODUCER, "const int stage = values_.slot;", "const int stage = keys_.slot;"),
+    ("ring_of_values_stands_still", PRODUCER, "    values_.Advance();\n", ""),
+    ("keys_of_the_block_before", PRODUCER, "LoadKeys(block, step", "LoadKeys(before, step"),
+    ("values_of_the_next_block", PRODUCER, "step > 0) LoadValues(before)", "step > 0) LoadValues(block)"),
+    ("last_values_forgotten", PRODUCER, "!kKeysFirst || left == 0", "!kKeysFirst"),
+    (
+        "values_overwritten",
+        PRODUCER,
+        "    MbarrierWait(&s_.v_empty[stage], values_.round ^ 1);\n",
+        "",
+    ),
+    # Positions that come with the keys.
+    ("positions_not_announced", PRODUCER, "Config::kBlockBytes + kBlockKeys * 4", "Config::kBlockBytes"),
+    ("positions_of_another_block", PRODUCER, "first_slot) + block * kBlockKeys", "first_slot)"),
+    (
+        "positions_released_before_they_are_read",
+        CONSUMER,
+        """      BarrierSync(kOwnBarrier + index_, 128);
+    } else {""",
+        """    } else {""",
+    ),
+    ("positions_of_other_lanes", CONSUMER, "i * 4 + lane_ % 4]", "i * 4 + lane_ / 8]"),
+    # Tiles that are fetched ahead.
+    ("record_in_a_slot_that_is_read", CONFIG, "constexpr int kTileSlots = 3;", "constexpr int kTileSlots = 2;"),
+    ("tile_behind_the_last", PRODUCER, "index < params_.num_tiles ? index : params_.num_tiles", "index"),
+    # Outputs that leave through shared memory.
+    ("outputs_without_a_fence", CONSUMER, """                    words);
+    }
+    ProxyFence();
+""", """                    words);
+    }
+"""),
+    ("outputs_not_swizzled", CONSUMER, "(i % 8 + lane_ / 16) ^ (row % 8)", "i % 8 + lane_ / 16"),
+    ("outputs_of_the_other_consumer", CONSUMER, " + index_ * 64, tile.head", ", tile.head"),
+    ("outputs_of_the_other_half_row", CONSUMER, "inverse[j % 2],", "inverse[1 - j % 2],"),
+    (
+        "queries_released_before_outputs_have_left",
+        CONSUMER,
+        """    StoreWaitRead();
+    MbarrierArrive(&s_.q_empty[queries_.slot ^ 1][index_]);
+""",
+        """    MbarrierArrive(&s_.q_empty[queries_.slot ^ 1][index_]);
+""",
+    ),
+    ("block_ends_before_outputs_have_left", CONSUMER, "    if (thread_ == 0) StoreWaitRead();\n", ""),
+    ("rows_of_nobody_leave", CONSUMER, "index_ * 64 + 64;", "0;"),
+    # Values of another sequence behind the end.
+    ("foreign_values_kept", CONSUMER, "    ClearForeignValues();\n", ""),
+    ("last_own_value_cleared", CONSUMER, "int i = own * kRowWords + thread_", "int i = (own - 1) * kRowWords + thread_"),
+    ("first_foreign_value_kept", CONSUMER, "int i = own * kRowWords + thread_", "int i = (own + 1) * kRowWords + thread_"),
+    ("cleared_without_a_fence", CONSUMER, """    ProxyFence();
+    BarrierSync(kOwnBarrier + index_, 128);
+  }""", """    BarrierSync(kOwnBarrier + index_, 128);
+  }"""),
+    ("cleared_before_it_came", CONSUMER, """    MbarrierWait(&s_.v_full[blocks_.slot], blocks_.round);
+    // A row""", """    // A row"""),
 ]
 
 SM80_MUTANTS = [

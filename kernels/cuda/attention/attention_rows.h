@@ -7,12 +7,9 @@
 
 namespace pbs::cuda {
 
-// Block at `step` of a tile's list, from its end.
-PBS_DEVICE int ListBlock(const AttentionParams& params, const AttentionTile& tile,
-                         int step) {
-  const int entry = tile.list_count - 1 - step;
-  if (tile.list_begin < 0) return entry;
-  return LoadGlobal(params.lists + tile.list_begin + entry);
+// Block at place `entry` of the list that begins at `list`; below 0: of every block.
+PBS_DEVICE int ListEntry(const AttentionParams& params, int64_t list, int entry) {
+  return list < 0 ? entry : LoadGlobal(params.lists + list + entry);
 }
 
 // Positions of the keys of a fragment's columns, which begin at `slot` of the sequence.
@@ -26,10 +23,12 @@ PBS_DEVICE void LoadPositions(const AttentionParams& params, int order_head,
     for (int i = 0; i < kPairs; ++i) keys[i] = {column + i * 8, column + i * 8 + 1};
     return;
   }
-  const auto* at = reinterpret_cast<const Int2*>(
-      params.positions + order_head * params.position_stride + first_slot + column);
+  const int32_t* at =
+      params.positions + order_head * params.position_stride + first_slot + column;
   PBS_UNROLL
-  for (int i = 0; i < kPairs; ++i) keys[i] = LoadGlobal(at + i * 4);
+  for (int i = 0; i < kPairs; ++i) {
+    keys[i] = LoadGlobal(reinterpret_cast<const Int2*>(at + i * 8));
+  }
 }
 
 // Keys behind a row's own position, and padding, have no score.
@@ -43,6 +42,19 @@ PBS_DEVICE void MaskRows(const Int2 (&keys)[kPairs], int position,
     if (key.y > position) scores[i * 4 + 1] = -kInfinity;
     if (key.x > position + 8) scores[i * 4 + 2] = -kInfinity;
     if (key.y > position + 8) scores[i * 4 + 3] = -kInfinity;
+  }
+}
+
+// The same where keys are in order: a row sees the keys up to `last`, counted from the
+// thread's first column.
+template <int kScores>
+PBS_DEVICE void MaskBehind(int last, float (&scores)[kScores]) {
+  PBS_UNROLL
+  for (int i = 0; i < kScores / 4; ++i) {
+    if (i * 8 > last) scores[i * 4] = -kInfinity;
+    if (i * 8 + 1 > last) scores[i * 4 + 1] = -kInfinity;
+    if (i * 8 > last + 8) scores[i * 4 + 2] = -kInfinity;
+    if (i * 8 + 1 > last + 8) scores[i * 4 + 3] = -kInfinity;
   }
 }
 
@@ -65,23 +77,26 @@ PBS_DEVICE Words4 TransposeOfQuad(Words4 groups, int lane) {
   return groups;
 }
 
-// Divides by the sums and writes the rows that are the sequence's, and their LSE.
+// Of a row's sum; a row that saw no key has outputs of 0.
+PBS_DEVICE float Inverse(float sum) { return sum > 0 ? 1.0f / sum : 0.0f; }
+
+PBS_DEVICE bool IsStored(const AttentionTile& tile, int row) {
+  return row >= tile.begin_row && row < tile.end_row;
+}
+
+// Divides by the sums and writes the rows that are the sequence's.
 template <class Element, int kSums>
 PBS_DEVICE void StoreRows(const AttentionParams& params, const AttentionTile& tile,
                           int first_row, int lane, const OnlineSoftmax& softmax,
                           const float (&out)[kSums]) {
   PBS_UNROLL
   for (int r = 0; r < 2; ++r) {
-    const float sum = softmax.RowSum(r);
-    const float inverse = sum > 0 ? 1.0f / sum : 0.0f;  // no key seen: 0
+    const float inverse = Inverse(softmax.RowSum(r));
     const int row = first_row + 8 * r;
-    const bool stored = row >= tile.begin_row && row < tile.end_row;
-    int target = tile.first_query + row;
-    if (stored && params.row_map != nullptr) {
-      target = LoadGlobal(params.row_map + tile.q_begin + target);
-    }
+    const bool stored = IsStored(tile, row);
     auto* o = static_cast<uint16_t*>(params.o) +
-              params.o_strides.Offset(tile.sequence, tile.q_begin, tile.head, target);
+              params.o_strides.Offset(tile.sequence, tile.q_begin, tile.head,
+                                      tile.first_query + row);
     PBS_UNROLL
     for (int i = 0; i < kSums / 4; i += 4) {
       Words4 groups;
@@ -95,11 +110,21 @@ PBS_DEVICE void StoreRows(const AttentionParams& params, const AttentionTile& ti
         StoreGlobal(reinterpret_cast<Words4*>(o + (i + lane % 4) * 8), groups);
       }
     }
-    if (stored && params.lse != nullptr && lane % 4 == 0) {
-      StoreGlobal(params.lse + params.lse_strides.Offset(tile.sequence, tile.q_begin,
-                                                         tile.head, target),
-                  (softmax.max[r] * params.scale_log2 + Log2(sum)) * kLn2);
-    }
+  }
+}
+
+// The LSE of the rows that are the sequence's, where it is wanted.
+PBS_DEVICE void StoreLse(const AttentionParams& params, const AttentionTile& tile,
+                         int first_row, int lane, const OnlineSoftmax& softmax) {
+  PBS_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const float sum = softmax.RowSum(r);
+    const int row = first_row + 8 * r;
+    if (params.lse == nullptr || lane % 4 != 0 || !IsStored(tile, row)) continue;
+    StoreGlobal(
+        params.lse + params.lse_strides.Offset(tile.sequence, tile.q_begin, tile.head,
+                                               tile.first_query + row),
+        (softmax.max[r] * params.scale_log2 + Log2(sum)) * kLn2);
   }
 }
 

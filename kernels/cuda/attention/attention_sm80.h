@@ -72,15 +72,16 @@ class Sm80Block {
     for (int step = 0; step < steps; ++step) Step(step, steps, step < masked);
     PBS_UNROLL
     for (int t = 0; t < Config::kRowTiles; ++t) {
-      StoreRows<Element>(params_, LoadShared(&s_.tile), Row(t), lane_, softmax_[t],
-                         out_[t]);
+      const AttentionTile tile = LoadShared(&s_.tile);
+      StoreRows<Element>(params_, tile, Row(t), lane_, softmax_[t], out_[t]);
+      StoreLse(params_, tile, Row(t), lane_, softmax_[t]);
     }
   }
 
  private:
   using Element = typename Config::Element;
   using Keys = SharedRows<Config::kKeys, Config::kHeadDim>;
-  static constexpr int kHalves = kTileRows / Config::kKeys;  // steps of a block
+  static constexpr int kHalves = kBlockKeys / Config::kKeys;  // steps of a block
   // Left alone the compiler adds probabilities up behind the products of values, which
   // they then outlive; 128 columns leave no registers for both.
   static constexpr bool kSumsFirst = kDelaysSums && Config::kHeadDim == 128;
@@ -96,8 +97,10 @@ class Sm80Block {
 
   // Slot of the sequence where the keys of a step begin.
   PBS_DEVICE int FirstSlot(const AttentionTile& tile, int step) const {
-    const int block = ListBlock(params_, tile, step / kHalves);
-    return block * kTileRows + (kHalves - 1 - step % kHalves) * Config::kKeys;
+    // Lists are walked from their end.
+    const int block =
+        ListEntry(params_, tile.list_begin, tile.list_count - 1 - step / kHalves);
+    return block * kBlockKeys + (kHalves - 1 - step % kHalves) * Config::kKeys;
   }
 
   PBS_DEVICE void LoadKeys(const RowOperand& operand, Keys& target, int step) {

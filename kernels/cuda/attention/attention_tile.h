@@ -7,14 +7,18 @@
 
 namespace pbs::cuda {
 
-constexpr int kTileRows = 128;  // query rows of a tile; keys of a block
+constexpr int kTileRows = 128;      // query rows of a tile with a list of its own
+constexpr int kWideTileRows = 192;  // of a tile that reads every block (Sm90Options)
+constexpr int kBlockKeys = 128;     // keys of a block
 
-// One tile of query rows of one head, and the key blocks that it reads.
-struct AttentionTile {
+// One tile of query rows of one head, and the key blocks that it reads. Copied in one
+// piece: its size is a multiple of 16.
+struct alignas(16) AttentionTile {
   int64_t list_begin;   // first entry in AttentionParams::lists; below 0: none,
                         // every block below list_count
-  int32_t list_count;   // blocks to read, at least 1
+  int32_t list_count;   // blocks to read, at least 1; 0 behind the last tile
   int32_t num_masked;   // the last of them, where positions are compared
+  int32_t last_block;   // the last of them, which is read first
   int32_t sequence;     // of the batch
   int32_t head;         // query head
   int32_t order_head;   // of the keys and values
@@ -26,23 +30,22 @@ struct AttentionTile {
   int32_t first_slot;      // keys (slots, if they are permuted) of earlier sequences
   int32_t num_keys;        // of the sequence
 };
+static_assert(sizeof(AttentionTile) == 64);
 
 // What both attention kernels take besides their operands.
 struct AttentionParams {
-  const AttentionTile* tiles;  // longest lists first
+  const AttentionTile* tiles;  // [num_tiles + 1], longest lists first
   int32_t num_tiles;
   int32_t* next_tile;        // zeroed before each run
   const uint16_t* lists;     // ascending
   const int32_t* positions;  // [order heads, position_stride], by slot, INT32_MAX in
                              // padding; null: keys are not permuted
-  int64_t position_stride;
-  float scale_log2;  // log2(e) / sqrt(head_dim)
-  void* o;           // 16-bit elements
+  int64_t position_stride;   // a multiple of kBlockKeys
+  float scale_log2;          // log2(e) / sqrt(head_dim)
+  void* o;                   // 16-bit elements
   RowStrides o_strides;
   float* lse;  // natural log; null when not wanted
   RowStrides lse_strides;
-  const int32_t* row_map;  // [queries] o and lse row, in its sequence, of each query;
-                           // null: its own
 };
 
 }  // namespace pbs::cuda

@@ -2,7 +2,6 @@
 #include "cuda/attention/attention_sm80.h"
 
 #include "cuda/backend/attention_launch.h"
-#include "cuda/backend/launcher.h"
 
 namespace pbs::cuda {
 namespace {
@@ -11,38 +10,40 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kHeadDim <= 128 ? 2 : 1)
     AttendSm80Kernel(const __grid_constant__ AttentionParams params,
                      const __grid_constant__ Sm80Operands operands) {
+  BeginGrid();
   AttendSm80<Config>(params, operands);
 }
 
 template <class Config>
-cudaError_t Launch(const AttentionLaunch& launch, cudaStream_t stream) {
-  return LaunchKernel(AttendSm80Kernel<Config>,
-                      int64_t{launch.params.num_tiles} * Config::kParts,
-                      Config::kThreads, sizeof(Sm80Shared<Config>), stream,
-                      launch.params, {launch.q, launch.k, launch.v});
+void Launch(const AttentionLaunch& launch, CudaLauncher& launcher) {
+  const RunParams& run = launch.run;
+  launcher.Launch(AttendSm80Kernel<Config>,
+                  int64_t{run.attention.num_tiles} * Config::kParts, Config::kThreads,
+                  sizeof(Sm80Shared<Config>), run.attention, {run.q, run.k, run.v});
 }
 
 template <class Element>
-cudaError_t LaunchOf(const AttentionLaunch& launch, cudaStream_t stream) {
-  switch (launch.head_dim) {
+void LaunchOf(const AttentionLaunch& launch, CudaLauncher& launcher) {
+  switch (launch.plan.geometry.head_dim) {
     case 64:
-      return Launch<Sm80Config<Element, 64>>(launch, stream);
+      return Launch<Sm80Config<Element, 64>>(launch, launcher);
     case 96:
-      return Launch<Sm80Config<Element, 96>>(launch, stream);
+      return Launch<Sm80Config<Element, 96>>(launch, launcher);
     case 128:
-      return Launch<Sm80Config<Element, 128>>(launch, stream);
+      return Launch<Sm80Config<Element, 128>>(launch, launcher);
     case 256:
-      return Launch<Sm80Config<Element, 256>>(launch, stream);
+      return Launch<Sm80Config<Element, 256>>(launch, launcher);
     default:
-      return cudaErrorInvalidValue;
+      return launcher.Fail(cudaErrorInvalidValue);
   }
 }
 
 }  // namespace
 
-cudaError_t LaunchAttentionSm80(const AttentionLaunch& launch, cudaStream_t stream) {
-  return launch.bf16 ? LaunchOf<Bf16Element>(launch, stream)
-                     : LaunchOf<F16Element>(launch, stream);
+void LaunchAttentionSm80(const AttentionLaunch& launch, CudaLauncher& launcher) {
+  if (launch.plan.problem.dtype == DType::kBF16)
+    return LaunchOf<Bf16Element>(launch, launcher);
+  LaunchOf<F16Element>(launch, launcher);
 }
 
 }  // namespace pbs::cuda

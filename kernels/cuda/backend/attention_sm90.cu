@@ -2,9 +2,12 @@
 #include "cuda/attention/attention_sm90.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <string>
 
+#include "cuda/attention/sm90_variants.h"
 #include "cuda/backend/attention_launch.h"
-#include "cuda/backend/launcher.h"
+#include "cuda/backend/hang_watch.h"
 
 namespace pbs::cuda {
 namespace {
@@ -16,113 +19,101 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   AttendSm90<Config>(params, operands);
 }
 
-// Of the driver, found at run time: nothing links to it.
-using EncodeFunction = decltype(&cuTensorMapEncodeTiled);
-EncodeFunction FindEncode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return nullptr;
-  return reinterpret_cast<EncodeFunction>(function);
+bool MakeOperands(const AttentionLaunch& launch, TensorMaps& maps,
+                  Sm90Operands* operands) {
+  const MappedOperands mapped = MapOperands(launch.plan, launch.run);
+  operands->q_packed = launch.run.q.strides.packed;
+  operands->kv_packed = launch.run.k.strides.packed;
+  return launch.run.k.strides.packed == launch.run.v.strides.packed &&
+         maps.Get(mapped.q, &operands->q) && maps.Get(mapped.k, &operands->k) &&
+         maps.Get(mapped.v, &operands->v) && maps.Get(mapped.o, &operands->o);
 }
 
-struct Extent {
-  int32_t heads;
-  int64_t rows;
-  int32_t sequences;
-};
-
-// False when the driver refuses the operand.
-bool MakeMap(const AttentionLaunch& launch, const RowOperand& operand,
-             const Extent& extent, uint32_t box_rows, TensorMap* map) {
-  static const EncodeFunction encode = FindEncode();
-  if (encode == nullptr) return false;
-  const bool packed = operand.strides.packed != 0;
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(launch.head_dim),
-                               static_cast<cuuint64_t>(extent.rows),
-                               static_cast<cuuint64_t>(extent.heads),
-                               static_cast<cuuint64_t>(packed ? 1 : extent.sequences)};
-  // A dimension of one still needs a stride that the driver accepts.
-  const auto bytes = [](int64_t elements, cuuint64_t size) {
-    return static_cast<cuuint64_t>(size > 1 ? elements * 2 : 16);
-  };
-  const cuuint64_t strides[3] = {bytes(operand.strides.row, sizes[1]),
-                                 bytes(operand.strides.head, sizes[2]),
-                                 bytes(operand.strides.sequence, sizes[3])};
-  const cuuint32_t box[4] = {64, box_rows, 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  return encode(map,
-                launch.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                4, const_cast<uint16_t*>(operand.data), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-template <class Config>
-cudaError_t Launch(const AttentionLaunch& launch, cudaStream_t stream) {
-  if (launch.params.num_tiles == 0) return cudaSuccess;
-  Sm90Operands operands{};
-  const Extent q = {launch.num_heads, launch.q_rows, launch.num_sequences};
-  const Extent kv = {launch.num_order_heads, launch.kv_rows, launch.num_sequences};
-  operands.q_packed = launch.q.strides.packed;
-  operands.kv_packed = launch.k.strides.packed;
-  if (launch.k.strides.packed != launch.v.strides.packed ||
-      !MakeMap(launch, launch.q, q, 64, &operands.q) ||
-      !MakeMap(launch, launch.k, kv, kTileRows, &operands.k) ||
-      !MakeMap(launch, launch.v, kv, kTileRows, &operands.v)) {
-    return cudaErrorInvalidValue;
-  }
-  return LaunchKernel(AttendSm90Kernel<Config>,
-                      std::min(launch.params.num_tiles, launch.num_multiprocessors),
-                      Config::kThreads, sizeof(Sm90Shared<Config>), stream,
-                      launch.params, operands);
-}
-
-// kStages: what is chosen for the head dim.
-template <class Element, int kHeadDim, int kStages>
-cudaError_t LaunchTuned(const AttentionLaunch& launch, cudaStream_t stream) {
-  switch (launch.variant) {
-    case AttentionVariant::kChosen:
-    case AttentionVariant::kOneSection:
-      return Launch<Sm90Config<Element, kHeadDim, kStages, true>>(launch, stream);
 #if defined(PBS_CUDA_VARIANTS)
-    case AttentionVariant::kWithoutTurns:
-      return Launch<Sm90Config<Element, kHeadDim, kStages, false>>(launch, stream);
-    case AttentionVariant::kMoreStages:
-      return Launch<Sm90Config<Element, kHeadDim, kStages + 1, true>>(launch, stream);
-    case AttentionVariant::kFewerStages:
-      if constexpr (kStages > 2) {
-        return Launch<Sm90Config<Element, kHeadDim, kStages - 1, true>>(launch, stream);
-      }
-      break;
+constexpr bool kHasVariants = true;
 #else
-    default:
-      break;
+constexpr bool kHasVariants = false;
 #endif
-  }
-  return cudaErrorNotSupported;
-}
 
-template <class Element>
-cudaError_t LaunchOf(const AttentionLaunch& launch, cudaStream_t stream) {
-  switch (launch.head_dim) {
-    case 64:
-      return LaunchTuned<Element, 64, 3>(launch, stream);
-    case 128:
-      return LaunchTuned<Element, 128, 2>(launch, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+template <class Element, int kHeadDim>
+void LaunchOf(const AttentionLaunch& launch, const Sm90Operands& operands,
+              CudaLauncher& launcher) {
+  const AttentionParams& params = launch.run.attention;
+  bool launched = false;
+  const auto run = [&]<Sm90Options kOptions>() {
+    using Config = Sm90Config<Element, kHeadDim, kOptions>;
+    if (launch.plan.tile_rows != kOptions.rows) return;
+    launcher.Launch(AttendSm90Kernel<Config>,
+                    std::min(params.num_tiles, launch.num_multiprocessors),
+                    Config::kThreads, sizeof(Sm90Shared<Config>), params, operands);
+    launched = true;
+  };
+  // What is compared is timed in bf16.
+  ForSm90Variant<kHeadDim, kHasVariants && Element::kIsBf16>(launch.variant, run);
+  if (!launched) launcher.Fail(cudaErrorNotSupported);
 }
 
 }  // namespace
 
-cudaError_t LaunchAttentionSm90(const AttentionLaunch& launch, cudaStream_t stream) {
-  return launch.bf16 ? LaunchOf<Bf16Element>(launch, stream)
-                     : LaunchOf<F16Element>(launch, stream);
+void LaunchAttentionSm90(const AttentionLaunch& launch, TensorMaps& maps,
+                         CudaLauncher& launcher) {
+  if (launch.run.attention.num_tiles == 0) return;
+  Sm90Operands operands{};
+  if (!MakeOperands(launch, maps, &operands)) {
+    return launcher.Fail(cudaErrorInvalidValue);
+  }
+  const auto run = [&]<class Element>() {
+    if (launch.plan.geometry.head_dim == 64) {
+      return LaunchOf<Element, 64>(launch, operands, launcher);
+    }
+    LaunchOf<Element, 128>(launch, operands, launcher);
+  };
+  if (launch.plan.problem.dtype == DType::kBF16) {
+    return run.template operator()<Bf16Element>();
+  }
+  run.template operator()<F16Element>();
+}
+
+StatusOr<const HangRecord*> WatchHangs() {
+#if defined(PBS_BOUNDED_WAITS)
+  HangRecord* record = nullptr;
+  cudaError_t error = cudaHostAlloc(&record, sizeof(*record), cudaHostAllocMapped);
+  if (error == cudaSuccess) {
+    *record = {};
+    error = cudaMemcpyToSymbol(hang_record, &record, sizeof(record));
+  }
+  if (error == cudaSuccess) return const_cast<const HangRecord*>(record);
+  return Internal(std::string("watching for hangs: ") + cudaGetErrorString(error));
+#else
+  return Unimplemented("this build waits without bounds");
+#endif
+}
+
+std::string NameBarrier(int32_t head_dim, int32_t barrier) {
+  const auto name_in = [&]<int kHeadDim>() {
+    using Shared =
+        Sm90Shared<Sm90Config<Bf16Element, kHeadDim,
+                              Sm90OptionsOf(kHeadDim, AttentionVariant::kChosen)>>;
+    const struct {
+      const char* name;
+      size_t begin;
+      size_t bytes;
+    } all[] = {{"q_full", offsetof(Shared, q_full), sizeof(Shared::q_full)},
+               {"q_empty", offsetof(Shared, q_empty), sizeof(Shared::q_empty)},
+               {"k_full", offsetof(Shared, k_full), sizeof(Shared::k_full)},
+               {"k_empty", offsetof(Shared, k_empty), sizeof(Shared::k_empty)},
+               {"v_full", offsetof(Shared, v_full), sizeof(Shared::v_full)},
+               {"v_empty", offsetof(Shared, v_empty), sizeof(Shared::v_empty)},
+               {"tile_full", offsetof(Shared, tile_full), sizeof(Shared::tile_full)}};
+    const auto at = static_cast<size_t>(barrier);
+    for (const auto& [name, begin, bytes] : all) {
+      if (at < begin || at >= begin + bytes) continue;
+      const size_t index = (at - begin) / sizeof(Mbarrier);
+      return std::string(name) + "[" + std::to_string(index) + "]";
+    }
+    return "offset " + std::to_string(barrier);
+  };
+  return head_dim == 64 ? name_in.operator()<64>() : name_in.operator()<128>();
 }
 
 }  // namespace pbs::cuda

@@ -50,8 +50,8 @@ bool IsOfCall(cudaError_t error) {
 class StreamLauncher : public CudaLauncher {
  public:
   using Finished = Status (*)(void* driver, cudaError_t error);
-  StreamLauncher(cudaStream_t stream, Finished finished, void* driver)
-      : CudaLauncher(stream), finished_(finished), driver_(driver) {}
+  StreamLauncher(const CudaLauncher& launcher, Finished finished, void* driver)
+      : CudaLauncher(launcher), finished_(finished), driver_(driver) {}
   Status Finish() { return finished_(driver_, error()); }
 
  private:
@@ -117,10 +117,14 @@ class CudaDriver final : public LaunchedDriver<StreamLauncher> {
     const auto finished = [](void* driver, cudaError_t error) {
       return static_cast<CudaDriver*>(driver)->Checked("launching a kernel", error);
     };
-    return StreamLauncher(At(StreamId::kCompute), finished, this);
+    return StreamLauncher(Launcher(), finished, this);
   }
 
  private:
+  CudaLauncher Launcher() {
+    return CudaLauncher(At(StreamId::kCompute), shared_memory_limits_,
+                        /*overlaps=*/capability_ >= kCapabilityHopper);
+  }
   // OK, or what `error` is; remembers one that ends the device.
   Status Checked(const char* what, cudaError_t error);
   // The error of the device, if it has one by now; waits for nothing.
@@ -154,7 +158,9 @@ class CudaDriver final : public LaunchedDriver<StreamLauncher> {
 
   const CudaDriverOptions options_;
   DeviceInfo info_;
-  bool hopper_ = false;
+  int32_t capability_ = 0;
+  SharedMemoryLimits shared_memory_limits_;
+  TensorMaps maps_;
   cudaStream_t streams_[kNumStreams] = {};
   bool owns_stream_[kNumStreams] = {};
   cudaMemPool_t pool_ = nullptr;
@@ -194,6 +200,16 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
     PBS_RETURN_IF_ERROR(make_stream(StreamId::kCompute));
   }
   // A pool of its own keeps what it has: nothing is asked of the driver once warm.
+  int has_pools = 0;
+  PBS_RETURN_IF_ERROR(Try("cudaDeviceGetAttribute", [&] {
+    return cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported,
+                                  options_.device);
+  }));
+  if (has_pools == 0) {
+    return FailedPrecondition(std::string(device.name) +
+                              " has no memory pools (cudaMemPoolCreate) under this "
+                              "driver, which the cuda backend needs");
+  }
   cudaMemPoolProps properties{};
   properties.allocType = cudaMemAllocationTypePinned;
   properties.location.type = cudaMemLocationTypeDevice;
@@ -209,17 +225,15 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
   size_t all_bytes = 0;
   PBS_RETURN_IF_ERROR(
       Try("cudaMemGetInfo", [&] { return cudaMemGetInfo(&free_bytes, &all_bytes); }));
-  const int32_t capability = device.major * 10 + device.minor;
+  capability_ = device.major * 10 + device.minor;
   info_ = {.name = device.name,
-           .architecture = "sm_" + std::to_string(capability),
+           .architecture = "sm_" + std::to_string(capability_),
            .memory_bytes = static_cast<int64_t>(all_bytes),
            .memory_bytes_free = static_cast<int64_t>(free_bytes),
            .traits = {
                .num_multiprocessors = device.multiProcessorCount,
                .shared_bytes_max = static_cast<int64_t>(device.sharedMemPerBlockOptin),
                .one_section = options_.attention == AttentionVariant::kOneSection}};
-  hopper_ = options_.attention != AttentionVariant::kAmpere &&
-            capability == kCapabilityHopper;
   if (options_.make_products == nullptr) return OkStatus();
   PBS_ASSIGN_OR_RETURN(products_, options_.make_products(At(StreamId::kCompute)));
   return OkStatus();
@@ -326,29 +340,20 @@ Status CudaDriver::Multiply(const Product& product) {
 }
 
 Status CudaDriver::Attend(const CudaAttentionPlan& plan, const RunParams& run) {
-  const AttentionGeometry& g = plan.geometry;
-  AttentionLaunch launch{.params = run.attention, .q = run.q, .k = run.k, .v = run.v};
-  launch.num_heads = g.num_heads;
-  launch.num_order_heads = plan.permutes ? g.num_order_heads : g.num_kv_heads;
-  for (const SequenceGeometry& s : g.sequences) {
-    launch.q_rows = std::max<int64_t>(launch.q_rows, s.q_len);
-    launch.kv_rows = std::max<int64_t>(launch.kv_rows, s.k_len);
-  }
-  if (run.q.strides.packed != 0) launch.q_rows = g.total_q;
-  if (plan.permutes) {
-    launch.kv_rows = g.total_slots;
-  } else if (run.k.strides.packed != 0) {
-    launch.kv_rows = g.total_k;
-  }
-  launch.num_sequences = static_cast<int32_t>(g.sequences.size());
-  launch.head_dim = g.head_dim;
-  launch.bf16 = plan.problem.dtype == DType::kBF16;
-  launch.num_multiprocessors = info_.traits.num_multiprocessors;
-  launch.variant = options_.attention;
-  const bool hopper = hopper_ && HopperKernelTakes(plan, run);
+  const int32_t head_dim = plan.geometry.head_dim;
+  const bool hopper = capability_ == kCapabilityHopper &&
+                      options_.attention != AttentionVariant::kAmpere &&
+                      (head_dim == 64 || head_dim == 128);
   return Try("attention", [&] {
-    return hopper ? LaunchAttentionSm90(launch, At(StreamId::kCompute))
-                  : LaunchAttentionSm80(launch, At(StreamId::kCompute));
+    const AttentionLaunch launch = {plan, run, info_.traits.num_multiprocessors,
+                                    options_.attention};
+    CudaLauncher launcher = Launcher();
+    if (hopper) {
+      LaunchAttentionSm90(launch, maps_, launcher);
+    } else {
+      LaunchAttentionSm80(launch, launcher);
+    }
+    return launcher.error();
   });
 }
 

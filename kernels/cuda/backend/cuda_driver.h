@@ -6,7 +6,7 @@
 #include <memory>
 #include <optional>
 
-#include "cuda/backend/attention_variants.h"
+#include "cuda/attention/attention_variant.h"
 #include "cuda/backend/driver.h"
 #include "cuda/backend/products.h"
 

@@ -142,7 +142,7 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   Regions regions;
   plan.sequences_at = regions.Add<SequenceRecord>(num_sequences);
   plan.flags_at = regions.Add<int32_t>(2);
-  plan.tiles_at = regions.Add<AttentionTile>(plan.num_tiles());
+  plan.tiles_at = regions.Add<AttentionTile>(plan.num_tiles() + 1);
   plan.fell_back_at = regions.Add<int32_t>(order_heads * num_sequences);
   plan.memory.scratch_bytes = regions.size();
 
@@ -410,19 +410,6 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   SetTileOrder(plan, tensors, at, run);
   SetAttention(plan, tensors, run);
   return run;
-}
-
-bool HopperKernelTakes(const CudaAttentionPlan& plan, const RunParams& run) {
-  const AttentionGeometry& g = plan.geometry;
-  if (g.head_dim != 64 && g.head_dim != 128) return false;
-  if (run.k.strides.packed != 0 && run.v.strides.packed != 0) return true;
-  int32_t longest = 0;
-  for (const SequenceGeometry& s : g.sequences) longest = std::max(longest, s.k_len);
-  for (const SequenceGeometry& s : g.sequences) {
-    const bool ends_inside_a_box = s.k_len % kBlockTokens != 0 && s.k_len < longest;
-    if (ends_inside_a_box && s.q_len > 0) return false;
-  }
-  return true;
 }
 
 }  // namespace pbs::cuda

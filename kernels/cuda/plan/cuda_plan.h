@@ -43,6 +43,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   int32_t total_groups = 0;
   int32_t longest_list = 0;
   bool one_section = false;  // of tiles (order_tiles.h)
+  int32_t tile_rows = kTileRows;
 
   // Workspace offsets in bytes.
   int64_t sequences_at = 0;
@@ -82,11 +83,5 @@ struct RunParams {
 };
 StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
                                   const AttentionTensors& tensors, Workspace workspace);
-
-// Whether the Hopper kernel is right for the run, besides the device. Its copies end
-// with the longest sequence alone: keys and values that lie in the caller's own batch
-// would come with the rows behind a shorter one, whose values count with weight 0 but
-// may be NaN.
-bool HopperKernelTakes(const CudaAttentionPlan& plan, const RunParams& run);
 
 }  // namespace pbs::cuda

@@ -31,7 +31,10 @@ class OrderTiles {
         sums_(counts_ + params.longest + 1) {}
 
   PBS_DEVICE void Run() {
-    if (BlockIndex() == 0 && ThreadIndex() == 0) StoreGlobal(params_.next_tile, 0);
+    if (BlockIndex() == 0 && ThreadIndex() == 0) {
+      StoreGlobal(params_.next_tile, 0);
+      StoreGlobal(params_.tiles + params_.total_tiles, AttentionTile{});
+    }
     FindSection();
     for (int i = ThreadIndex(); i <= params_.longest; i += kThreads) {
       StoreShared(counts_ + i, 0);
@@ -142,6 +145,7 @@ class OrderTiles {
         .list_begin = -1,
         .list_count = block + 1,
         .num_masked = 1,
+        .last_block = block,
         .sequence = index,
         .head = head,
         .order_head = head / (params_.num_heads / params_.num_read_heads),
@@ -159,12 +163,14 @@ class OrderTiles {
     if (falls_back_) {
       tile.list_count = own_end;
       tile.num_masked = own_end - own;
+      tile.last_block = own_end - 1;
       return tile;
     }
     tile.list_begin = EntryOffset(s, head, query_block, params_.blocks_per_segment);
     tile.list_count = LoadGlobal(params_.counts + row);
     tile.num_masked = 0;
     const uint16_t* end = Entries(row, tile) + tile.list_count;
+    tile.last_block = LoadGlobal(end - 1);
     while (tile.num_masked < tile.list_count &&
            LoadGlobal(end - tile.num_masked - 1) >= own) {
       ++tile.num_masked;

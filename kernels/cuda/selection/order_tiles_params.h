@@ -27,7 +27,7 @@ struct TileOrderParams {
   const int64_t* given_begin;  // [tiles]
   const uint16_t* given_entries;
   int32_t permuted;      // own blocks hold keys of the whole segment
-  AttentionTile* tiles;  // [total_tiles]
+  AttentionTile* tiles;  // [total_tiles], and one of no blocks
   int32_t* next_tile;
   int32_t* fell_back;  // [num_order_heads, num_sequences] 1: lists were not read
 };

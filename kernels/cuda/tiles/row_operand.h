@@ -23,12 +23,15 @@ struct RowStrides {
         packed != 0 ? int64_t{before} * row : sequence_index * sequence;
     return start + head_index * head + row_index * row;
   }
+  bool operator==(const RowStrides&) const = default;
 };
 
 // Rows of 16-bit elements; strides and the address are multiples of eight elements.
 struct RowOperand {
   const uint16_t* data;
   RowStrides strides;
+
+  bool operator==(const RowOperand&) const = default;
 };
 
 }  // namespace pbs::cuda

@@ -11,12 +11,8 @@
 // captured into a graph. Scores that overflow show in ReadReport(). A head that falls
 // back to dense keeps its order and reads every block of its own and earlier segments.
 // Masked scores may be -inf before they are summed: products of finite inputs that
-// overflow to +inf make NaN there. Behind the end of a packed sequence rows of the next
-// one are read, with weight 0: they must be finite, too. Of q that is not packed, rows
-// up to the longest q_len may be read in every sequence, and are not used. Keys and
-// values behind the end of a sequence that is not packed are not read: where lengths
-// differ and a shorter one ends inside a block, dense attention and mean pooling run
-// the kernels of compute capability 8.0 on Hopper too.
+// overflow to +inf make NaN there. Rows behind the end of a sequence may be read, up to
+// the longest one's or the next one's; whatever they hold does not reach a result.
 //
 // Built with PBS_CUDA=ON.
 #pragma once

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "cuda/plan/mapped_operand.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::cuda {
@@ -302,64 +303,63 @@ TEST(RunParamsSpec, NothingIsBroadcastWhereThereIsMoreThanOne) {
   EXPECT_EQ(message_of({32, 1, 128, {{1, 1}}}, {0, 0, 0}), "");
 }
 
-struct HopperCase {
+// Extents and strides of what Hopper's copy engine is told.
+struct MapCase {
   const char* name;
-  int32_t head_dim;
   Method method;
-  bool packed;
   std::vector<SequenceShape> sequences;
-  bool takes;
+  RowLayout layout;              // of q, k, v and o
+  std::array<int64_t, 3> sizes;  // of k: rows, heads, sequences
+  std::array<uint64_t, 3> strides;
 };
 
-void PrintTo(const HopperCase& c, std::ostream* out) { *out << c.name; }
+void PrintTo(const MapCase& c, std::ostream* out) { *out << c.name; }
 
-class HopperKernelSpec : public testing::TestWithParam<HopperCase> {};
+class MappedOperandSpec : public testing::TestWithParam<MapCase> {};
 
-TEST_P(HopperKernelSpec, TakesWhatItReadsNothingBehind) {
-  const HopperCase& c = GetParam();
+TEST_P(MappedOperandSpec, ReachesAsFarAsTheKeys) {
+  const MapCase& c = GetParam();
   const auto plan = MakeCudaPlan(
-      {{4, 2, c.head_dim, c.sequences}, DType::kBF16, {.method = c.method}}, kDevice);
+      {{4, 2, 64, c.sequences}, DType::kBF16, {.method = c.method}}, kDevice);
   ASSERT_TRUE(plan.ok()) << plan.status().ToString();
   alignas(256) static std::byte memory[256];
   AttentionTensors tensors;
-  tensors.q = tensors.k =
-      tensors.v = {memory, c.packed ? PackedLayout(4096, c.head_dim)
-                                    : DenseBatchLayout(4, 1024, c.head_dim)};
-  tensors.o = {memory, tensors.q.layout};
+  tensors.q = tensors.k = tensors.v = {memory, c.layout};
+  tensors.o = {memory, c.layout};
   const auto run = MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes});
   ASSERT_TRUE(run.ok()) << run.status().ToString();
-  EXPECT_EQ(HopperKernelTakes(**plan, *run), c.takes);
+  const MappedOperand k = MapOperands(**plan, *run).k;
+  EXPECT_EQ((std::array<int64_t, 3>{k.rows, k.heads, k.sequences}), c.sizes);
+  EXPECT_EQ(MapStrides(k), c.strides);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Cases, HopperKernelSpec,
-    testing::Values(
-        HopperCase{"one_sequence", 128, Method::kDense, false, {{700, 700}}, true},
-        HopperCase{"other_head_dim", 96, Method::kDense, true, {{700, 700}}, false},
-        HopperCase{
-            "same_lengths", 64, Method::kDense, false, {{700, 700}, {9, 700}}, true},
-        HopperCase{"shorter", 64, Method::kDense, false, {{700, 700}, {9, 600}}, false},
-        HopperCase{"shorter_pooled",
-                   64,
-                   Method::kMeanPooling,
-                   false,
-                   {{9, 600}, {700, 700}},
-                   false},
-        HopperCase{"shorter_by_whole_blocks",
-                   64,
-                   Method::kDense,
-                   false,
-                   {{700, 700}, {9, 640}},
-                   true},
-        HopperCase{"shorter_without_queries",
-                   64,
-                   Method::kDense,
-                   false,
-                   {{700, 700}, {0, 600}},
-                   true},
-        HopperCase{"packed", 64, Method::kDense, true, {{700, 700}, {9, 600}}, true},
-        HopperCase{"gathered", 64, Method::kPbs, false, {{700, 700}, {9, 600}}, true}),
-    testing_support::CaseName());
+INSTANTIATE_TEST_SUITE_P(Cases, MappedOperandSpec,
+                         testing::Values(MapCase{"packed",
+                                                 Method::kDense,
+                                                 {{700, 700}, {9, 600}},
+                                                 PackedLayout(1300, 64),
+                                                 {1300, 2, 1},
+                                                 {128, 1300 * 128, 2 * 1300 * 128}},
+                                         MapCase{"strided",
+                                                 Method::kDense,
+                                                 {{700, 700}, {9, 600}},
+                                                 DenseBatchLayout(4, 1024, 64),
+                                                 {700, 2, 2},
+                                                 {128, 1024 * 128, 4 * 1024 * 128}},
+                                         MapCase{
+                                             "gathered",
+                                             Method::kPbs,
+                                             {{700, 700}, {9, 600}},
+                                             PackedLayout(1300, 64),
+                                             {(6 + 5) * 128, 2, 1},
+                                             {128, 11 * 128 * 128, 2 * 11 * 128 * 128}},
+                                         MapCase{"dimensions_of_one_without_strides",
+                                                 Method::kDense,
+                                                 {{1, 1}},
+                                                 {0, 64, 0},
+                                                 {1, 2, 1},
+                                                 {128, 128, 256}}),
+                         testing_support::CaseName());
 
 }  // namespace
 }  // namespace pbs::cuda
