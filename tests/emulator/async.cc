@@ -281,7 +281,12 @@ void WgmmaCommit(const Location& where) {
   group.groups[thread].push_back(end);
   if (++group.commits[end] == kWarpgroupThreads) {
     group.commits.erase(end);
-    Later([&group, end] { ComputeUntil(group, end); });
+    group.committed.push_back(end);
+    // Whichever happens first is the end of the group that was committed first.
+    Later([&group] {
+      ComputeUntil(group, group.committed.front());
+      group.committed.pop_front();
+    });
   }
   Preempt();
 }

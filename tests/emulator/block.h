@@ -62,6 +62,7 @@ struct Warpgroup {
   int64_t computed = 0;                             // products that are done
   std::array<int64_t, kWarpgroupThreads> issued{};  // products, by thread
   std::map<int64_t, int> commits;  // of a group, by its end number: threads
+  std::deque<int64_t> committed;   // end numbers of groups under way
   std::array<std::vector<int64_t>, kWarpgroupThreads> groups;  // committed: end numbers
   std::array<bool, kWarpgroupThreads> fenced{};
   // Sums under way, by thread and register array; the registers themselves are NaN.

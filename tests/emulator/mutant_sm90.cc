@@ -24,6 +24,12 @@ int main() {
                 2) &&
       Right<128>({.heads = 2, .kv_heads = 2, .sequences = {{640, 640}}, .density = 0.9},
                  1) &&
+      // Tiles of masked blocks alone.
+      Right<64>({.head_dim = 64,
+                 .heads = 4,
+                 .kv_heads = 2,
+                 .sequences = {{256, 256}, {200, 200}, {130, 130}, {256, 256}}},
+                1) &&
       Right<64>({.head_dim = 64,
                  .sequences = {{70, 130}, {50, 50}, {200, 200}},
                  .arithmetic_lists = true,

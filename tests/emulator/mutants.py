@@ -140,12 +140,17 @@ SM90_MUTANTS = [
     ("record_in_a_slot_that_is_read", CONFIG, "constexpr int kTileSlots = 3;", "constexpr int kTileSlots = 2;"),
     ("tile_behind_the_last", PRODUCER, "index < params_.num_tiles ? index : params_.num_tiles", "index"),
     # Outputs that leave through shared memory.
-    ("outputs_without_a_fence", CONSUMER, """                    words);
-    }
-    ProxyFence();
-""", """                    words);
-    }
-"""),
+    (
+        "outputs_without_a_fence",
+        CONSUMER,
+        """    ProxyFence();
+  }
+
+  // By one thread.""",
+        """  }
+
+  // By one thread.""",
+    ),
     ("outputs_not_swizzled", CONSUMER, "(i % 8 + lane_ / 16) ^ (row % 8)", "i % 8 + lane_ / 16"),
     ("outputs_of_the_other_consumer", CONSUMER, " + index_ * 64, tile.head", ", tile.head"),
     ("outputs_of_the_other_half_row", CONSUMER, "inverse[j % 2],", "inverse[1 - j % 2],"),
