@@ -49,6 +49,7 @@ bool ForSm90Variant(AttentionVariant variant, Body&& body) {
   switch (variant) {
     case kChosen:
     case kOneSection:
+    case kWithoutOverlap:
       return run.template operator()<kChosen>();
     case kAmpere:
       return false;

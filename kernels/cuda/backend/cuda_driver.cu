@@ -122,8 +122,7 @@ class CudaDriver final : public LaunchedDriver<StreamLauncher> {
 
  private:
   CudaLauncher Launcher() {
-    return CudaLauncher(At(StreamId::kCompute), shared_memory_limits_,
-                        /*overlaps=*/capability_ >= kCapabilityHopper);
+    return CudaLauncher(At(StreamId::kCompute), launch_state_);
   }
   // OK, or what `error` is; remembers one that ends the device.
   Status Checked(const char* what, cudaError_t error);
@@ -159,7 +158,7 @@ class CudaDriver final : public LaunchedDriver<StreamLauncher> {
   const CudaDriverOptions options_;
   DeviceInfo info_;
   int32_t capability_ = 0;
-  SharedMemoryLimits shared_memory_limits_;
+  LaunchState launch_state_;
   TensorMaps maps_;
   cudaStream_t streams_[kNumStreams] = {};
   bool owns_stream_[kNumStreams] = {};
@@ -226,6 +225,8 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
   PBS_RETURN_IF_ERROR(
       Try("cudaMemGetInfo", [&] { return cudaMemGetInfo(&free_bytes, &all_bytes); }));
   capability_ = device.major * 10 + device.minor;
+  launch_state_.overlaps = capability_ >= kCapabilityHopper &&
+                           options_.attention != AttentionVariant::kWithoutOverlap;
   info_ = {.name = device.name,
            .architecture = "sm_" + std::to_string(capability_),
            .memory_bytes = static_cast<int64_t>(all_bytes),

@@ -27,13 +27,13 @@ __global__ void __launch_bounds__(Kernel::kThreads, ResidentBlocks<Kernel>())
   Kernel::Run(params);
 }
 
-// Dynamic shared memory above 48 KiB must be asked for, once for each kernel and
-// device.
+// What is known of launches on a device.
 //
 // Threading: one caller at a time.
-class SharedMemoryLimits {
+class LaunchState {
  public:
-  cudaError_t Raise(const void* kernel, int64_t bytes) {
+  // Dynamic shared memory above 48 KiB must be asked for, once for each kernel.
+  cudaError_t RaiseSharedMemory(const void* kernel, int64_t bytes) {
     constexpr int64_t kUnasked = 48 << 10;
     int64_t& raised = raised_[kernel];
     if (bytes <= kUnasked || bytes <= raised) return cudaSuccess;
@@ -43,17 +43,19 @@ class SharedMemoryLimits {
     return error;
   }
 
+  // Whether a kernel begins when the one before it leaves multiprocessors free, and
+  // waits for its end by itself (BeginGrid()). From compute capability 9.0 on.
+  bool overlaps = false;
+
  private:
   std::map<const void*, int64_t> raised_;
 };
 
-// Enqueues until something fails. With `overlaps`, on devices of compute capability 9.0
-// and later, kernels begin when the one before them leaves multiprocessors free: each
-// waits for its end by itself (BeginGrid()).
+// Enqueues until something fails.
 class CudaLauncher {
  public:
-  CudaLauncher(cudaStream_t stream, SharedMemoryLimits& limits, bool overlaps)
-      : stream_(stream), limits_(&limits), overlaps_(overlaps) {}
+  CudaLauncher(cudaStream_t stream, LaunchState& state)
+      : stream_(stream), state_(&state) {}
 
   template <class Kernel, class Params>
   void Run(int64_t blocks, int64_t shared_bytes, const Params& params) {
@@ -66,7 +68,8 @@ class CudaLauncher {
   void Launch(void (*kernel)(Params...), int64_t blocks, int threads,
               int64_t shared_bytes, const std::type_identity_t<Params>&... params) {
     if (blocks == 0 || error_ != cudaSuccess) return;
-    error_ = limits_->Raise(reinterpret_cast<const void*>(kernel), shared_bytes);
+    error_ =
+        state_->RaiseSharedMemory(reinterpret_cast<const void*>(kernel), shared_bytes);
     if (error_ != cudaSuccess) return;
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -77,8 +80,14 @@ class CudaLauncher {
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
     config.attrs = &overlap;
-    config.numAttrs = overlaps_ ? 1 : 0;
+    config.numAttrs = state_->overlaps ? 1 : 0;
     error_ = cudaLaunchKernelEx(&config, kernel, params...);
+    if (error_ == cudaSuccess || !state_->overlaps) return;
+    // A driver that refuses to overlap launches them one behind the other.
+    config.numAttrs = 0;
+    if (cudaLaunchKernelEx(&config, kernel, params...) != cudaSuccess) return;
+    state_->overlaps = false;
+    error_ = cudaSuccess;
   }
 
   void Fail(cudaError_t error) {
@@ -88,8 +97,7 @@ class CudaLauncher {
 
  private:
   cudaStream_t stream_;
-  SharedMemoryLimits* limits_;
-  bool overlaps_;
+  LaunchState* state_;
   cudaError_t error_ = cudaSuccess;
 };
 
