@@ -86,6 +86,7 @@ class CudaLauncher {
     // A driver that refuses to overlap launches them one behind the other.
     config.numAttrs = 0;
     if (cudaLaunchKernelEx(&config, kernel, params...) != cudaSuccess) return;
+    static_cast<void>(cudaGetLastError());  // the refusal is nobody else's
     state_->overlaps = false;
     error_ = cudaSuccess;
   }
