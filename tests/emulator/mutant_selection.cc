@@ -1,5 +1,5 @@
 // The kernels before attention in this build (mutant_check.h): whole runs whose lists
-// must be the reference's, whose outputs the exact answer over them.
+// must be the reference's, whose outputs the exact answer over them; orders of tiles.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,6 +9,7 @@
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
 #include "tests/emulator/pipeline_run.h"
+#include "tests/emulator/tile_order_case.h"
 
 namespace pbs::emulator {
 namespace {
@@ -51,6 +52,15 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   return true;
 }
 
+bool OrdersTilesRight(uint32_t seed) {
+  for (const TileOrderSetting& setting : TileOrderSettings()) {
+    TileOrderCase tiles(setting.problem, setting.density, seed);
+    const std::string wrong = tiles.Run(seed);
+    if (!wrong.empty()) return Says(setting.name + (": " + wrong));
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace pbs::emulator
 
@@ -73,6 +83,7 @@ int main() {
             {{1, 1, 256, {{20, 520}}}, pbs::DType::kBF16, {.threshold = 0.6f}}, seed)) {
       return 1;
     }
+    if (!pbs::emulator::OrdersTilesRight(seed)) return 1;
   }
   return 0;
 }

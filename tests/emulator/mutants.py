@@ -185,6 +185,7 @@ GATHER = "cuda/selection/gather_keys.h"
 SELECT = "cuda/selection/select_blocks.h"
 TILES = "cuda/selection/order_tiles.h"
 PARAMS = "cuda/selection/selection_params.h"
+WARP_SUMS = "cuda/tiles/warp_sums.h"
 
 SELECTION_MUTANTS = [
     ("sorted_upwards", SORT, "greater != rising", "greater == rising"),
@@ -226,6 +227,20 @@ SELECTION_MUTANTS = [
     ("mass_of_too_many", SELECT, "FloatBits(weight) >= bits", "FloatBits(weight) > 0"),
     ("mask_of_too_few", TILES, "- 1) >= own)", "- 1) > own)"),
     ("tiles_of_another_place", TILES, "params_.tiles + begin_ + place", "params_.tiles + place"),
+    ("blocks_above_the_diagonal_unmasked", TILES, "OwnEndOf(at) - OwnBegin(", "at.block + 1 - OwnBegin("),
+    ("places_of_the_shortest_first", TILES, "sum += LoadShared(counts_ + i);\n    auto", "sum += 1;\n    auto"),
+    ("own_warp_before_itself", TILES, "SumToldBy(ThreadIndex() / 32)", "SumToldBy(ThreadIndex() / 32 + 1)"),
+    (
+        "sums_of_warps_not_awaited",
+        TILES,
+        """    if (ThreadIndex() % 32 == 0) StoreShared(sums_ + ThreadIndex() / 32, sum);
+    SyncThreads();
+""",
+        """    if (ThreadIndex() % 32 == 0) StoreShared(sums_ + ThreadIndex() / 32, sum);
+""",
+    ),
+    ("causal_blocks_of_one_head", TILES, "(end_ - begin_) * twice_a_row", "s.num_query_blocks * twice_a_row"),
+    ("lane_without_the_one_before", WARP_SUMS, "if (lane >= distance)", "if (lane > distance)"),
     ("lists_overlap", PARAMS, "segments * (segments + 1) / 2", "segments * segments / 2"),
 ]
 

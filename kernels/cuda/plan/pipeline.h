@@ -42,6 +42,13 @@ void EnqueueSortSegments(const SelectionParams& params, Launcher& launch) {
   }
 }
 
+template <class Launcher>
+void EnqueueOrderTiles(const TileOrderParams& tiles, Launcher& launch) {
+  const int64_t sections = int64_t{tiles.num_order_heads} * tiles.num_sequences;
+  launch.template Run<OrderTiles>(tiles.one_section != 0 ? 1 : sections,
+                                  OrderTiles::SharedBytes(tiles.longest), tiles);
+}
+
 // Enqueues what orders and moves keys. `launch` has
 //   template <class Kernel, class Params>
 //   void Run(int64_t blocks, int64_t shared_bytes, const Params& params);
@@ -84,18 +91,14 @@ template <class Element, int kHeadDim, class Launcher>
 void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
                   Launcher& launch) {
   const SelectionParams& params = run.selection;
-  const int64_t heads = params.num_heads;
-  const int64_t order_heads = params.num_order_heads;
   if (plan.pools_queries) {
+    const int64_t heads = params.num_heads;
     launch.template Run<PoolQueries<Element, kHeadDim>>(
         heads * params.total_query_blocks, BlockRows<Element, kHeadDim>::kSharedBytes,
         params);
   }
   if (plan.selects) EnqueueSelectBlocks<Element>(plan, params, launch);
-  const TileOrderParams& tiles = run.tile_order;
-  launch.template Run<OrderTiles>(
-      tiles.one_section != 0 ? 1 : order_heads * tiles.num_sequences,
-      OrderTiles::SharedBytes(tiles.longest), tiles);
+  EnqueueOrderTiles(run.tile_order, launch);
 }
 
 }  // namespace pbs::cuda

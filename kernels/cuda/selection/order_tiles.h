@@ -7,17 +7,21 @@
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/order_tiles_params.h"
 #include "cuda/selection/sequences.h"
+#include "cuda/tiles/warp_sums.h"
 
 namespace pbs::cuda {
 
 // Grid [1] or [num_order_heads, num_sequences], 512 threads; dynamic shared memory:
 // SharedBytes(longest).
+//
+// A counting sort: how many tiles have lists of each length, where each length begins,
+// tiles to their places. Only the last pass makes tiles.
 class OrderTiles {
  public:
   static constexpr int kThreads = 512;
 
   PBS_HOST_DEVICE static constexpr int SharedBytes(int longest) {
-    return (longest + 1 + kThreads + 4) * 4;
+    return kWarps * 8 + (longest + 1) * 4;
   }
 
   PBS_DEVICE static void Run(const TileOrderParams& params) {
@@ -25,10 +29,21 @@ class OrderTiles {
   }
 
  private:
+  static constexpr int kWarps = kThreads / 32;
+
+  // The query block of a row of the lists.
+  struct Row {
+    int sequence;
+    SequenceRecord s;
+    int head;
+    int query_block;  // of the sequence
+    int block;        // absolute index
+  };
+
   PBS_DEVICE explicit OrderTiles(const TileOrderParams& params)
       : params_(params),
-        counts_(reinterpret_cast<int32_t*>(SharedMemory())),
-        sums_(counts_ + params.longest + 1) {}
+        sums_(reinterpret_cast<int64_t*>(SharedMemory())),
+        counts_(reinterpret_cast<int32_t*>(sums_ + kWarps)) {}
 
   PBS_DEVICE void Run() {
     if (BlockIndex() == 0 && ThreadIndex() == 0) StoreGlobal(params_.next_tile, 0);
@@ -38,14 +53,13 @@ class OrderTiles {
     }
     SyncThreads();
     for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
-      const AttentionTile tile = MakeTile(row);
-      if (tile.list_begin >= 0 && params_.given_begin != nullptr) CopyGiven(row, tile);
-      AtomicAddShared(counts_ + tile.list_count, 1);
+      AtomicAddShared(counts_ + Length(row, RowAt(row)), 1);
     }
     SyncThreads();
     CountsToPlaces();
     for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
-      const AttentionTile tile = MakeTile(row);
+      const AttentionTile tile = MakeTile(row, RowAt(row));
+      if (tile.list_begin >= 0 && params_.given_begin != nullptr) CopyGiven(row, tile);
       const int place = AtomicAddShared(counts_ + tile.list_count, 1);
       StoreGlobal(params_.tiles + begin_ + place, tile);
     }
@@ -59,6 +73,7 @@ class OrderTiles {
       return;
     }
     const GridPlace place = PlaceInGrid(params_.num_sequences);
+    section_sequence_ = place.item;
     const SequenceRecord s = LoadGlobal(params_.sequences + place.item);
     const int members = params_.num_heads / params_.num_order_heads;
     begin_ = ListRow(s, params_.num_heads, place.head * members, 0);
@@ -69,32 +84,20 @@ class OrderTiles {
   // Whether the lists of this order head would not pay.
   PBS_DEVICE void DecideFallback(const SequenceRecord& s, const GridPlace& place) {
     int64_t executed = 0;
-    int64_t causal = 0;
     for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
       executed += LoadGlobal(params_.counts + row);
-      causal += s.first_query_block + (row - begin_) % s.num_query_blocks + 1;
     }
-    // Whole numbers below 2^24 blocks a thread: sums of floats would round.
-    StoreShared(sums_ + ThreadIndex(), static_cast<int32_t>(executed));
-    SyncThreads();
-    const int64_t all_executed = SumOfSums();
-    SyncThreads();
-    StoreShared(sums_ + ThreadIndex(), static_cast<int32_t>(causal));
-    SyncThreads();
-    const int64_t all_causal = SumOfSums();
-    SyncThreads();
+    executed = SumOfAll(executed);
+    // Row i of a head sees first_query_block + i + 1 blocks.
+    const int64_t twice_a_row = 2 * s.first_query_block + s.num_query_blocks + 1;
+    const int64_t causal = (end_ - begin_) * twice_a_row / 2;
     falls_back_ =
-        static_cast<double>(all_executed) >=
-        static_cast<double>(params_.fallback_density) * static_cast<double>(all_causal);
+        static_cast<double>(executed) >=
+        static_cast<double>(params_.fallback_density) * static_cast<double>(causal);
     if (ThreadIndex() == 0) {
       StoreGlobal(params_.fell_back + place.head * params_.num_sequences + place.item,
                   falls_back_ ? 1 : 0);
     }
-  }
-  PBS_DEVICE int64_t SumOfSums() const {
-    int64_t sum = 0;
-    for (int i = 0; i < kThreads; ++i) sum += LoadShared(sums_ + i);
-    return sum;
   }
 
   // counts_[n] becomes the number of tiles with longer lists.
@@ -105,10 +108,7 @@ class OrderTiles {
     const int last = bins - 1 - ThreadIndex() * each;
     int sum = 0;
     for (int i = last; i > last - each && i >= 0; --i) sum += LoadShared(counts_ + i);
-    StoreShared(sums_ + ThreadIndex(), sum);
-    SyncThreads();
-    int place = 0;
-    for (int i = 0; i < ThreadIndex(); ++i) place += LoadShared(sums_ + i);
+    auto place = static_cast<int>(SumOfThreadsBefore(sum));
     for (int i = last; i > last - each && i >= 0; --i) {
       const int count = LoadShared(counts_ + i);
       StoreShared(counts_ + i, place);
@@ -117,70 +117,105 @@ class OrderTiles {
     SyncThreads();
   }
 
+  // All threads call; sums_ may be used again behind the next SyncThreads().
+  PBS_DEVICE int64_t SumOfAll(int64_t value) const {
+    TellSumOfWarp(SumOfWarp(value));
+    return SumOfWarp(SumToldBy(kWarps));
+  }
+  PBS_DEVICE int64_t SumOfThreadsBefore(int64_t value) const {
+    const int64_t with_own = SumOfLanesUpTo(value);
+    TellSumOfWarp(Shuffle(with_own, 31));
+    return SumOfWarp(SumToldBy(ThreadIndex() / 32)) + with_own - value;
+  }
+  PBS_DEVICE void TellSumOfWarp(int64_t sum) const {
+    if (ThreadIndex() % 32 == 0) StoreShared(sums_ + ThreadIndex() / 32, sum);
+    SyncThreads();
+  }
+  // What the lane's warp has told, of the first `warps`.
+  PBS_DEVICE int64_t SumToldBy(int warps) const {
+    const int lane = ThreadIndex() % 32;
+    return lane < warps ? LoadShared(sums_ + lane) : int64_t{0};
+  }
+
   PBS_DEVICE void CopyGiven(int64_t row, const AttentionTile& tile) const {
-    const uint16_t* given = Entries(row, tile);
+    const uint16_t* given = Given(row);
     for (int i = 0; i < tile.list_count; ++i) {
       StoreGlobal(params_.entries + tile.list_begin + i, LoadGlobal(given + i));
     }
   }
-
-  // Where the list of a row comes from.
-  PBS_DEVICE const uint16_t* Entries(int64_t row, const AttentionTile& tile) const {
-    if (params_.given_begin == nullptr) return params_.entries + tile.list_begin;
+  PBS_DEVICE const uint16_t* Given(int64_t row) const {
     return params_.given_entries + LoadGlobal(params_.given_begin + row);
   }
 
-  PBS_DEVICE AttentionTile MakeTile(int64_t row) const {
-    const int index = SequenceOfRow(row);
-    const SequenceRecord s = LoadGlobal(params_.sequences + index);
-    const int64_t local = row - ListRow(s, params_.num_heads, 0, 0);
-    const int head = static_cast<int>(local / s.num_query_blocks);
-    const int query_block = static_cast<int>(local % s.num_query_blocks);
-    const int block = s.first_query_block + query_block;
-    const int first = block * kTileRows - s.query_offset;  // row of the sequence
+  PBS_DEVICE Row RowAt(int64_t row) const {
+    Row found;
+    found.sequence = section_sequence_;
+    if (found.sequence < 0) {
+      found.sequence = FindSequence<&SequenceRecord::query_block_begin>(
+          params_.sequences, params_.num_sequences,
+          static_cast<int>(row / params_.num_heads));
+    }
+    found.s = LoadGlobal(params_.sequences + found.sequence);
+    const int64_t local = row - ListRow(found.s, params_.num_heads, 0, 0);
+    found.head = static_cast<int>(local / found.s.num_query_blocks);
+    found.query_block = static_cast<int>(local % found.s.num_query_blocks);
+    found.block = found.s.first_query_block + found.query_block;
+    return found;
+  }
+
+  PBS_DEVICE bool HasList(const Row& at) const {
+    return params_.counts != nullptr && at.s.sparse != 0;
+  }
+  PBS_DEVICE int OwnEndOf(const Row& at) const {
+    return OwnEnd(at.block, params_.blocks_per_segment, at.s.num_key_blocks);
+  }
+  // Blocks that the row reads.
+  PBS_DEVICE int Length(int64_t row, const Row& at) const {
+    if (!HasList(at)) return at.block + 1;
+    return falls_back_ ? OwnEndOf(at) : LoadGlobal(params_.counts + row);
+  }
+
+  PBS_DEVICE AttentionTile MakeTile(int64_t row, const Row& at) const {
+    const int first = at.block * kTileRows - at.s.query_offset;  // row of the sequence
     AttentionTile tile{
         .list_begin = -1,
-        .list_count = block + 1,
+        .list_count = Length(row, at),
         .num_masked = 1,
-        .sequence = index,
-        .head = head,
-        .order_head = head / (params_.num_heads / params_.num_read_heads),
-        .q_begin = s.q_begin,
+        .sequence = at.sequence,
+        .head = at.head,
+        .order_head = at.head / (params_.num_heads / params_.num_read_heads),
+        .q_begin = at.s.q_begin,
         .first_query = first,
         .begin_row = first < 0 ? -first : 0,
-        .end_row = s.q_len - first < kTileRows ? s.q_len - first : kTileRows,
-        .first_position = block * kTileRows,
+        .end_row = at.s.q_len - first < kTileRows ? at.s.q_len - first : kTileRows,
+        .first_position = at.block * kTileRows,
         .first_slot =
-            params_.permuted != 0 ? s.key_block_begin * kBlockTokens : s.k_begin,
-        .num_keys = s.k_len};
-    if (params_.counts == nullptr || s.sparse == 0) return tile;
-    const int own = OwnBegin(block, params_.blocks_per_segment);
-    const int own_end = OwnEnd(block, params_.blocks_per_segment, s.num_key_blocks);
-    if (falls_back_) {
-      tile.list_count = own_end;
-      tile.num_masked = own_end - own;
-      return tile;
-    }
-    tile.list_begin = EntryOffset(s, head, query_block, params_.blocks_per_segment);
-    tile.list_count = LoadGlobal(params_.counts + row);
-    tile.num_masked = 0;
-    const uint16_t* end = Entries(row, tile) + tile.list_count;
-    while (tile.num_masked < tile.list_count &&
-           LoadGlobal(end - tile.num_masked - 1) >= own) {
-      ++tile.num_masked;
-    }
+            params_.permuted != 0 ? at.s.key_block_begin * kBlockTokens : at.s.k_begin,
+        .num_keys = at.s.k_len};
+    if (!HasList(at)) return tile;
+    tile.num_masked = OwnEndOf(at) - OwnBegin(at.block, params_.blocks_per_segment);
+    if (falls_back_) return tile;
+    tile.list_begin =
+        EntryOffset(at.s, at.head, at.query_block, params_.blocks_per_segment);
+    // Our own lists hold all of the own segment.
+    if (params_.given_begin != nullptr) tile.num_masked = GivenMasked(row, at, tile);
     return tile;
   }
 
-  PBS_DEVICE int SequenceOfRow(int64_t row) const {
-    return FindSequence<&SequenceRecord::query_block_begin>(
-        params_.sequences, params_.num_sequences,
-        static_cast<int>(row / params_.num_heads));
+  // Entries of a given list that lie in the own segment.
+  PBS_DEVICE int GivenMasked(int64_t row, const Row& at,
+                             const AttentionTile& tile) const {
+    const int own = OwnBegin(at.block, params_.blocks_per_segment);
+    const uint16_t* end = Given(row) + tile.list_count;
+    int masked = 0;
+    while (masked < tile.list_count && LoadGlobal(end - masked - 1) >= own) ++masked;
+    return masked;
   }
 
   const TileOrderParams& params_;
-  int32_t* const counts_;  // by length of the list; then places
-  int32_t* const sums_;    // by thread
+  int64_t* const sums_;        // by warp
+  int32_t* const counts_;      // by length of the list; then places
+  int section_sequence_ = -1;  // of all rows; below 0: of several
   int64_t begin_ = 0;
   int64_t end_ = 0;
   bool falls_back_ = false;
