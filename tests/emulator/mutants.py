@@ -181,6 +181,7 @@ SM80_MUTANTS = [
 
 SCORE_KEYS = "cuda/selection/score_keys.h"
 SORT = "cuda/selection/sort_segments.h"
+BLOCK_ROWS = "cuda/selection/block_rows.h"
 GATHER = "cuda/selection/gather_keys.h"
 SELECT = "cuda/selection/select_blocks.h"
 TILES = "cuda/selection/order_tiles.h"
@@ -219,9 +220,13 @@ SELECTION_MUTANTS = [
 """,
     ),
     ("proxies_of_another_row", SCORE_KEYS, "ThreadIndex() % 32 / 4 + r * 8", "ThreadIndex() % 32 / 4 + r * 4"),
-    ("values_of_the_keys", GATHER, "Source(params_.v, row)", "Source(params_.k, row)"),
+    ("values_of_the_keys", GATHER, "HeadOf(params_.v)", "HeadOf(params_.k)"),
     ("padding_is_a_key", GATHER, "slot >= sequence_.k_len", "slot > sequence_.k_len"),
     ("queries_of_nobody_pooled", GATHER, "query < 0 || query >= s.q_len", "query >= s.q_len"),
+    ("rows_under_way_skipped", BLOCK_ROWS, "first += kRowsUnderWay * kRowsAtOnce", "first += 2 * kRowsUnderWay * kRowsAtOnce"),
+    ("one_row_for_all_under_way", BLOCK_ROWS, "source(first + r * kRowsAtOnce)", "source(first)"),
+    ("pieces_of_the_first_row_under_way", BLOCK_ROWS, "Piece(group), values[r][group]", "Piece(group), values[0][group]"),
+    ("keys_of_the_first_kv_head", GATHER, "KvHeadOfOrder(params_, head_)", "0"),
     ("first_block_not_forced", SELECT, "keep || (past && block == forced)", "keep"),
     ("candidates_of_the_first_row", SELECT, "NumCandidates(rows - 1)", "NumCandidates(0)"),
     ("mass_of_too_many", SELECT, "FloatBits(weight) >= bits", "FloatBits(weight) > 0"),
@@ -252,7 +257,6 @@ POOL = "cuda/model/pool_heads.h"
 GATE = "cuda/model/gate_rows.h"
 DOT = "cuda/model/dot_rows.h"
 QUADS = "cuda/model/quads.h"
-BLOCK_ROWS = "cuda/selection/block_rows.h"
 
 MODEL_MUTANTS = [
     ("index_of_rows_unread", MOVE, "from * params.quads + quad", "row * params.quads + quad"),

@@ -13,7 +13,6 @@
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
 #include "tests/emulator/pipeline_run.h"
-#include "tests/emulator/tile_order_case.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::emulator {
@@ -402,16 +401,6 @@ TEST(SharedMemorySpec, NoKernelTakesMoreThanASmallDeviceHas) {
     EXPECT_LE(LargestSharedBytes<96>(options, device), device.shared_bytes_max);
     EXPECT_LE(LargestSharedBytes<128>(options, device), device.shared_bytes_max);
     EXPECT_LE(LargestSharedBytes<256>(options, device), device.shared_bytes_max);
-  }
-}
-
-TEST(TileOrderSpec, LongestListsComeFirstInEverySectionAndEveryTileComesOnce) {
-  for (const TileOrderSetting& setting : TileOrderSettings()) {
-    SCOPED_TRACE(setting.name);
-    for (uint32_t seed : {1u, 2u}) {
-      TileOrderCase tiles(setting.problem, setting.density, seed);
-      EXPECT_EQ(tiles.Run(seed), "") << "seed " << seed;
-    }
   }
 }
 
