@@ -89,7 +89,7 @@ OTHERS = {
     "WeighProxies": 64,
     "SortSegments": 39,
     "SelectBlocks": 104,
-    "OrderTiles": 48,
+    "OrderTiles": 56,
     "MoveRows": 28,
     "NormalizeRows": 86,
     "MakeRotations": 20,

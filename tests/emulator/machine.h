@@ -58,6 +58,8 @@ int ThreadIndex();
 int BlockIndex();
 int NumBlocks();
 std::mt19937& Random();
+// Grows with every call, of any machine.
+int64_t GlobalTimer();
 
 // Ends the run.
 [[noreturn]] void Fail(const std::string& what, const Location& where);

@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <string>
 
-#include "cuda/plan/cuda_report.h"
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
 #include "tests/emulator/pipeline_run.h"
@@ -30,8 +29,7 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   const PipelineRun<cuda::Bf16Element, kHeadDim> run(**plan, tensors, seed);
   if (!run.fault().ok()) return Says(run.fault().ToString());
   AttentionReport report;
-  const Status status = cuda::FillCudaReport(**plan, run.workspace(),
-                                             {.order = true, .lists = true}, &report);
+  const Status status = run.Report({.order = true, .lists = true}, &report);
   if (!status.ok()) return Says(status.ToString());
   reference::Decision decision = reference::Decide(problem, tensors);
   size_t moved = 0;  // a near tie of f32 and f64 may change places

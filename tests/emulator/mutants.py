@@ -184,6 +184,7 @@ SORT = "cuda/selection/sort_segments.h"
 BLOCK_ROWS = "cuda/selection/block_rows.h"
 GATHER = "cuda/selection/gather_keys.h"
 SELECT = "cuda/selection/select_blocks.h"
+STORE = "cuda/selection/store_sequences.h"
 TILES = "cuda/selection/order_tiles.h"
 PARAMS = "cuda/selection/selection_params.h"
 WARP_SUMS = "cuda/tiles/warp_sums.h"
@@ -230,9 +231,9 @@ SELECTION_MUTANTS = [
     ("first_block_not_forced", SELECT, "keep || (past && block == forced)", "keep"),
     ("candidates_of_the_first_row", SELECT, "NumCandidates(rows - 1)", "NumCandidates(0)"),
     ("mass_of_too_many", SELECT, "FloatBits(weight) >= bits", "FloatBits(weight) > 0"),
-    ("mask_of_too_few", TILES, "- 1) >= own)", "- 1) > own)"),
+    ("mask_of_too_few", TILES, "- 1) >= block)", "- 1) > block)"),
     ("tiles_of_another_place", TILES, "params_.tiles + begin_ + place", "params_.tiles + place"),
-    ("blocks_above_the_diagonal_unmasked", TILES, "OwnEndOf(at) - OwnBegin(", "at.block + 1 - OwnBegin("),
+    ("blocks_above_the_diagonal_unmasked", TILES, "tile.num_masked = OwnEndOf(at) - own", "tile.num_masked = at.block + 1 - own"),
     ("places_of_the_shortest_first", TILES, "sum += LoadShared(counts_ + i);\n    auto", "sum += 1;\n    auto"),
     ("own_warp_before_itself", TILES, "SumToldBy(ThreadIndex() / 32)", "SumToldBy(ThreadIndex() / 32 + 1)"),
     (
@@ -245,6 +246,21 @@ SELECTION_MUTANTS = [
 """,
     ),
     ("causal_blocks_of_one_head", TILES, "(end_ - begin_) * twice_a_row", "s.num_query_blocks * twice_a_row"),
+    ("blocks_of_one_lane", TILES, "SumOfWarp(blocks.executed)", "blocks.executed"),
+    ("warps_of_one_head_each", TILES, "if (Ballot(same) == 0xFFFFFFFFu) {", "{"),
+    ("counts_of_another_section", TILES, "params_.heads + first_head_ + head", "params_.heads + head"),
+    ("blocks_above_the_diagonal_below", TILES, "blocks.executed - blocks.above", "blocks.executed"),
+    ("given_blocks_on_the_diagonal_above", TILES, "EntriesFrom(at.block + 1,", "EntriesFrom(at.block,"),
+    (
+        "counts_told_before_they_are_there",
+        TILES,
+        """    SyncThreads();
+    TellBlocks();
+""",
+        """    TellBlocks();
+""",
+    ),
+    ("counts_of_the_run_before", STORE, "StoreGlobal(stored.heads + head, BlockCounts{})", ""),
     ("lane_without_the_one_before", WARP_SUMS, "if (lane >= distance)", "if (lane > distance)"),
     ("lists_overlap", PARAMS, "segments * (segments + 1) / 2", "segments * segments / 2"),
 ]

@@ -4,7 +4,6 @@
 
 #include <vector>
 
-#include "cuda/plan/cuda_report.h"
 #include "tests/emulator/pipeline_run.h"
 #include "tests/emulator/tile_order_case.h"
 

@@ -30,7 +30,6 @@ class TileOrderCase {
     GlobalMemory::Clear();
     workspace_.Allow();
     MakeLists(density);
-    Put(plan_->sequences_at, plan_->sequences);
     if (plan_->selects) Put(plan_->counts_at, lists_.count);
     for (const auto& [at, bytes] :
          {std::pair<const void*, size_t>{lists_.begin.data(), 8 * lists_.begin.size()},
@@ -51,10 +50,14 @@ class TileOrderCase {
     if (!params.ok()) return params.status().ToString();
     EmulatorLauncher launch;
     launch.seed = seed;
+    cuda::EnqueueStoreSequences(*plan_, *params, launch);
     cuda::EnqueueOrderTiles(params->tile_order, launch);
     if (!launch.fault.ok()) return launch.fault.ToString();
-    if (*At<int32_t>(plan_->flags_at + 4) != 0) return "tiles are not counted from 0";
-    return CompareSections();
+    if (*At<int32_t>(plan_->next_tile_at) != 0) return "tiles are not counted from 0";
+    const auto& summary = *At<cuda::RunSummary>(plan_->summary_at);
+    if (!(summary.listed > summary.began)) return "the end has no time";
+    const std::string wrong = CompareSections();
+    return wrong.empty() ? CompareCounts() : wrong;
   }
 
  private:
@@ -204,6 +207,36 @@ class TileOrderCase {
              std::to_string(expected[i].num_masked) + " of them masked";
     }
     return CompareGiven();
+  }
+
+  std::string CompareCounts() const {
+    if (!plan_->has_lists) return "";
+    const auto* counts = At<BlockCounts>(plan_->head_blocks_at);
+    for (int32_t head = 0; head < g_.num_heads; ++head) {
+      BlockCounts expected;
+      for (int32_t n = 0; n < static_cast<int32_t>(g_.sequences.size()); ++n) {
+        for (int32_t i = 0; i < g_.sequences[n].num_query_blocks; ++i) {
+          const Tile tile = Expected(n, head, i);
+          const int32_t block = g_.sequences[n].first_query_block + i;
+          const auto list = lists_.View().Row(g_.ListRow(n, head, i));
+          expected.executed += tile.list_count;
+          expected.lower +=
+              tile.list_begin < 0
+                  ? std::min(tile.list_count, block + 1)
+                  : std::upper_bound(list.begin(), list.end(), block) - list.begin();
+        }
+      }
+      if (counts[head].executed == expected.executed &&
+          counts[head].lower == expected.lower) {
+        continue;
+      }
+      return "head " + std::to_string(head) + " reads " +
+             std::to_string(counts[head].executed) + " blocks, " +
+             std::to_string(counts[head].lower) + " of them below, not " +
+             std::to_string(expected.executed) + " and " +
+             std::to_string(expected.lower);
+    }
+    return "";
   }
 
   // Lists of the caller are copied to where those of a selection would lie.

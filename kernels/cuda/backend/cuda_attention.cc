@@ -11,9 +11,8 @@ namespace pbs::cuda {
 StatusOr<std::unique_ptr<CudaAttention>> CudaAttention::Create(Driver& driver,
                                                                StagedCopies& copies) {
   std::unique_ptr<CudaAttention> attention(new CudaAttention(driver, copies));
-  for (EventId& mark : attention->marks_) {
-    PBS_ASSIGN_OR_RETURN(mark, driver.CreateEvent());
-  }
+  PBS_ASSIGN_OR_RETURN(attention->began_, driver.CreateEvent());
+  PBS_ASSIGN_OR_RETURN(attention->attended_, driver.CreateEvent());
   return attention;
 }
 
@@ -32,39 +31,35 @@ Status CudaAttention::Run(const AttentionPlan& plan, const AttentionTensors& ten
   const auto& cuda_plan = static_cast<const CudaAttentionPlan&>(plan);
   PBS_ASSIGN_OR_RETURN(const RunParams run,
                        MakeRunParams(cuda_plan, tensors, workspace));
-  PBS_RETURN_IF_ERROR(MarkTime(kBegin));
+  PBS_RETURN_IF_ERROR(driver_.Record(began_, StreamId::kCompute));
   PBS_RETURN_IF_ERROR(driver_.OrderKeys(cuda_plan, run));
-  PBS_RETURN_IF_ERROR(MarkTime(kPermuted));
   PBS_RETURN_IF_ERROR(driver_.MakeLists(cuda_plan, run));
-  PBS_RETURN_IF_ERROR(MarkTime(kSelected));
   PBS_RETURN_IF_ERROR(driver_.Attend(cuda_plan, run));
-  return MarkTime(kAttended);
+  return driver_.Record(attended_, StreamId::kCompute);
 }
 
 Status CudaAttention::ReadReport(const AttentionPlan& plan, Workspace workspace,
                                  const ReportRequest& request,
                                  AttentionReport* report) {
   const auto& cuda_plan = static_cast<const CudaAttentionPlan&>(plan);
-  // Only the regions of a report are read: a copy of all would hold permuted keys too.
-  const auto regions = ReportRegions(cuda_plan, request);
+  const auto* device = static_cast<const std::byte*>(workspace.data);
+  std::vector<std::byte> summary(static_cast<size_t>(cuda_plan.summary_bytes));
+  PBS_RETURN_IF_ERROR(copies_.ToHost(device + cuda_plan.summary_at, summary.data(),
+                                     cuda_plan.summary_bytes));
+  PBS_ASSIGN_OR_RETURN(const double seconds, driver_.SecondsBetween(began_, attended_));
+  PBS_RETURN_IF_ERROR(TellSummary(cuda_plan, summary.data(), seconds, report));
+  // Only the regions that are asked for: a copy of all would hold permuted keys too.
+  const auto regions = RegionsOf(cuda_plan, request);
   int64_t end = 0;
   for (const ReportRegion& region : regions) {
     end = std::max(end, region.offset + region.bytes);
   }
   std::vector<std::byte> host(static_cast<size_t>(end));
   for (const ReportRegion& region : regions) {
-    PBS_RETURN_IF_ERROR(
-        copies_.ToHost(static_cast<const std::byte*>(workspace.data) + region.offset,
-                       host.data() + region.offset, region.bytes));
+    PBS_RETURN_IF_ERROR(copies_.ToHost(device + region.offset,
+                                       host.data() + region.offset, region.bytes));
   }
-  PBS_RETURN_IF_ERROR(FillCudaReport(cuda_plan, host.data(), request, report));
-  const auto seconds = [this](Mark from, Mark to) {
-    return driver_.SecondsBetween(marks_[from], marks_[to]);
-  };
-  AttentionStats& stats = report->stats;
-  PBS_ASSIGN_OR_RETURN(stats.permute_seconds, seconds(kBegin, kPermuted));
-  PBS_ASSIGN_OR_RETURN(stats.select_seconds, seconds(kPermuted, kSelected));
-  PBS_ASSIGN_OR_RETURN(stats.attend_seconds, seconds(kSelected, kAttended));
+  TellRequested(cuda_plan, host.data(), request, report);
   return OkStatus();
 }
 

@@ -1,7 +1,6 @@
 // Attention on a device: plans on the host, enqueues, reads reports.
 #pragma once
 
-#include <array>
 #include <memory>
 
 #include "cuda/backend/driver.h"
@@ -24,18 +23,14 @@ class CudaAttention final : public AttentionBackend {
                     const ReportRequest& request, AttentionReport* report) override;
 
  private:
-  // Points of a run whose times are told.
-  enum Mark { kBegin, kPermuted, kSelected, kAttended, kNumMarks };
-
   CudaAttention(Driver& driver, StagedCopies& copies)
       : driver_(driver), copies_(copies) {}
-  Status MarkTime(Mark mark) {
-    return driver_.Record(marks_[mark], StreamId::kCompute);
-  }
 
   Driver& driver_;
   StagedCopies& copies_;
-  std::array<EventId, kNumMarks> marks_{};
+  // Around the last run.
+  EventId began_ = 0;
+  EventId attended_ = 0;
 };
 
 }  // namespace pbs::cuda

@@ -4,6 +4,7 @@
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/block_rows.h"
 #include "cuda/selection/sequences.h"
+#include "cuda/selection/stamp_time.h"
 
 namespace pbs::cuda {
 
@@ -131,6 +132,7 @@ struct PoolQueries {
   using Rows = BlockRows<Element, kHeadDim>;
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
+    StampTime(params.ordered);
     const int item = BlockIndex() / params.num_heads;
     const int head = BlockIndex() % params.num_heads;
     const int index = FindSequence<&SequenceRecord::query_block_begin>(

@@ -7,21 +7,23 @@
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/order_tiles_params.h"
 #include "cuda/selection/sequences.h"
+#include "cuda/selection/stamp_time.h"
 #include "cuda/tiles/warp_sums.h"
 
 namespace pbs::cuda {
 
 // Grid [1] or [num_order_heads, num_sequences], 512 threads; dynamic shared memory:
-// SharedBytes(longest).
+// SharedBytes().
 //
 // A counting sort: how many tiles have lists of each length, where each length begins,
-// tiles to their places. Only the last pass makes tiles.
+// tiles to their places. Only the last pass makes tiles, and counts the blocks that
+// they read.
 class OrderTiles {
  public:
   static constexpr int kThreads = 512;
 
-  PBS_HOST_DEVICE static constexpr int SharedBytes(int longest) {
-    return kWarps * 8 + (longest + 1) * 4;
+  PBS_HOST_DEVICE static constexpr int SharedBytes(const TileOrderParams& params) {
+    return kWarps * 8 + 2 * HeadsOfSection(params) * 4 + (params.longest + 1) * 4;
   }
 
   PBS_DEVICE static void Run(const TileOrderParams& params) {
@@ -30,6 +32,12 @@ class OrderTiles {
 
  private:
   static constexpr int kWarps = kThreads / 32;
+
+  // Query heads whose tiles a thread block orders.
+  PBS_HOST_DEVICE static constexpr int HeadsOfSection(const TileOrderParams& params) {
+    return params.one_section != 0 ? params.num_heads
+                                   : params.num_heads / params.num_order_heads;
+  }
 
   // The query block of a row of the lists.
   struct Row {
@@ -43,13 +51,16 @@ class OrderTiles {
   PBS_DEVICE explicit OrderTiles(const TileOrderParams& params)
       : params_(params),
         sums_(reinterpret_cast<int64_t*>(SharedMemory())),
-        counts_(reinterpret_cast<int32_t*>(sums_ + kWarps)) {}
+        blocks_(reinterpret_cast<int32_t*>(sums_ + kWarps)),
+        counts_(blocks_ + 2 * HeadsOfSection(params)) {}
 
   PBS_DEVICE void Run() {
+    StampTime(params_.ordered);
     if (BlockIndex() == 0 && ThreadIndex() == 0) StoreGlobal(params_.next_tile, 0);
     FindSection();
-    for (int i = ThreadIndex(); i <= params_.longest; i += kThreads) {
-      StoreShared(counts_ + i, 0);
+    const int to_clear = 2 * HeadsOfSection(params_) + params_.longest + 1;
+    for (int i = ThreadIndex(); i < to_clear; i += kThreads) {
+      StoreShared(blocks_ + i, 0);
     }
     SyncThreads();
     for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
@@ -57,11 +68,53 @@ class OrderTiles {
     }
     SyncThreads();
     CountsToPlaces();
-    for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
-      const AttentionTile tile = MakeTile(row, RowAt(row));
-      if (tile.list_begin >= 0 && params_.given_begin != nullptr) CopyGiven(row, tile);
-      const int place = AtomicAddShared(counts_ + tile.list_count, 1);
-      StoreGlobal(params_.tiles + begin_ + place, tile);
+    const int lane = ThreadIndex() % 32;
+    // Warps stay whole.
+    for (int64_t first = begin_ + ThreadIndex() - lane; first < end_;
+         first += kThreads) {
+      const bool there = first + lane < end_;
+      CountBlocks(there ? PlaceTile(first + lane) : Blocks{});
+    }
+    SyncThreads();
+    TellBlocks();
+    if (ThreadIndex() == 0) AtomicMax(params_.listed, GlobalTimer());
+  }
+
+  // What a tile reads.
+  struct Blocks {
+    int head = -1;  // of the section; -1: there is no tile
+    int executed = 0;
+    int above = 0;  // the diagonal
+  };
+  PBS_DEVICE Blocks PlaceTile(int64_t row) {
+    const Row at = RowAt(row);
+    int above = 0;
+    const AttentionTile tile = MakeTile(row, at, &above);
+    if (tile.list_begin >= 0 && params_.given_begin != nullptr) CopyGiven(row, tile);
+    const int place = AtomicAddShared(counts_ + tile.list_count, 1);
+    StoreGlobal(params_.tiles + begin_ + place, tile);
+    return {at.head - first_head_, tile.list_count, above};
+  }
+
+  // Adds what the lanes' tiles read to blocks_; most warps have tiles of one head.
+  PBS_DEVICE void CountBlocks(Blocks blocks) {
+    if (params_.heads == nullptr) return;
+    const int head = Shuffle(blocks.head, 0);
+    const bool same = blocks.head == head || blocks.head < 0;
+    if (Ballot(same) == 0xFFFFFFFFu) {
+      blocks = {head, SumOfWarp(blocks.executed), SumOfWarp(blocks.above)};
+      if (ThreadIndex() % 32 != 0) return;
+    }
+    if (blocks.head < 0) return;
+    AtomicAddShared(blocks_ + 2 * blocks.head, blocks.executed);
+    AtomicAddShared(blocks_ + 2 * blocks.head + 1, blocks.executed - blocks.above);
+  }
+  PBS_DEVICE void TellBlocks() const {
+    if (params_.heads == nullptr) return;
+    for (int head = ThreadIndex(); head < HeadsOfSection(params_); head += kThreads) {
+      BlockCounts* target = params_.heads + first_head_ + head;
+      AtomicAdd(&target->executed, LoadShared(blocks_ + 2 * head));
+      AtomicAdd(&target->lower, LoadShared(blocks_ + 2 * head + 1));
     }
   }
 
@@ -75,8 +128,9 @@ class OrderTiles {
     const GridPlace place = PlaceInGrid(params_.num_sequences);
     section_sequence_ = place.item;
     const SequenceRecord s = LoadGlobal(params_.sequences + place.item);
-    const int members = params_.num_heads / params_.num_order_heads;
-    begin_ = ListRow(s, params_.num_heads, place.head * members, 0);
+    const int members = HeadsOfSection(params_);
+    first_head_ = place.head * members;
+    begin_ = ListRow(s, params_.num_heads, first_head_, 0);
     end_ = begin_ + int64_t{members} * s.num_query_blocks;
     if (params_.dense_fallback != 0 && s.sparse != 0) DecideFallback(s, place);
   }
@@ -175,7 +229,8 @@ class OrderTiles {
     return falls_back_ ? OwnEndOf(at) : LoadGlobal(params_.counts + row);
   }
 
-  PBS_DEVICE AttentionTile MakeTile(int64_t row, const Row& at) const {
+  // `above`: blocks of the tile above the diagonal.
+  PBS_DEVICE AttentionTile MakeTile(int64_t row, const Row& at, int* above) const {
     const int first = at.block * kTileRows - at.s.query_offset;  // row of the sequence
     AttentionTile tile{
         .list_begin = -1,
@@ -193,29 +248,33 @@ class OrderTiles {
             params_.permuted != 0 ? at.s.key_block_begin * kBlockTokens : at.s.k_begin,
         .num_keys = at.s.k_len};
     if (!HasList(at)) return tile;
-    tile.num_masked = OwnEndOf(at) - OwnBegin(at.block, params_.blocks_per_segment);
+    const int own = OwnBegin(at.block, params_.blocks_per_segment);
+    // Our own lists hold all of the own segment.
+    tile.num_masked = OwnEndOf(at) - own;
+    *above = OwnEndOf(at) - at.block - 1;
     if (falls_back_) return tile;
     tile.list_begin =
         EntryOffset(at.s, at.head, at.query_block, params_.blocks_per_segment);
-    // Our own lists hold all of the own segment.
-    if (params_.given_begin != nullptr) tile.num_masked = GivenMasked(row, at, tile);
+    if (params_.given_begin == nullptr) return tile;
+    const uint16_t* end = Given(row) + tile.list_count;
+    *above = EntriesFrom(at.block + 1, end, tile.list_count);
+    tile.num_masked = EntriesFrom(own, end, tile.list_count);
     return tile;
   }
 
-  // Entries of a given list that lie in the own segment.
-  PBS_DEVICE int GivenMasked(int64_t row, const Row& at,
-                             const AttentionTile& tile) const {
-    const int own = OwnBegin(at.block, params_.blocks_per_segment);
-    const uint16_t* end = Given(row) + tile.list_count;
-    int masked = 0;
-    while (masked < tile.list_count && LoadGlobal(end - masked - 1) >= own) ++masked;
-    return masked;
+  // Entries of a list, `count` before `end`, that are at least `block`.
+  PBS_DEVICE static int EntriesFrom(int block, const uint16_t* end, int count) {
+    int entries = 0;
+    while (entries < count && LoadGlobal(end - entries - 1) >= block) ++entries;
+    return entries;
   }
 
   const TileOrderParams& params_;
   int64_t* const sums_;        // by warp
+  int32_t* const blocks_;      // by head of the section: executed, lower
   int32_t* const counts_;      // by length of the list; then places
   int section_sequence_ = -1;  // of all rows; below 0: of several
+  int first_head_ = 0;         // of the section
   int64_t begin_ = 0;
   int64_t end_ = 0;
   bool falls_back_ = false;
