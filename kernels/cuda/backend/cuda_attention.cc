@@ -5,14 +5,14 @@
 
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/plan/cuda_report.h"
+#include "pbs/check.h"
 
 namespace pbs::cuda {
 
 StatusOr<std::unique_ptr<CudaAttention>> CudaAttention::Create(Driver& driver,
                                                                StagedCopies& copies) {
   std::unique_ptr<CudaAttention> attention(new CudaAttention(driver, copies));
-  PBS_ASSIGN_OR_RETURN(attention->began_, driver.CreateEvent());
-  PBS_ASSIGN_OR_RETURN(attention->attended_, driver.CreateEvent());
+  PBS_ASSIGN_OR_RETURN(attention->reports_, ReportSlots::Create(driver));
   return attention;
 }
 
@@ -31,24 +31,21 @@ Status CudaAttention::Run(const AttentionPlan& plan, const AttentionTensors& ten
   const auto& cuda_plan = static_cast<const CudaAttentionPlan&>(plan);
   PBS_ASSIGN_OR_RETURN(const RunParams run,
                        MakeRunParams(cuda_plan, tensors, workspace));
-  PBS_RETURN_IF_ERROR(driver_.Record(began_, StreamId::kCompute));
+  PBS_RETURN_IF_ERROR(reports_->MarkBegin());
   PBS_RETURN_IF_ERROR(driver_.OrderKeys(cuda_plan, run));
   PBS_RETURN_IF_ERROR(driver_.MakeLists(cuda_plan, run));
   PBS_RETURN_IF_ERROR(driver_.Attend(cuda_plan, run));
-  return driver_.Record(attended_, StreamId::kCompute);
+  return reports_->MarkEnd();
 }
 
 Status CudaAttention::ReadReport(const AttentionPlan& plan, Workspace workspace,
                                  const ReportRequest& request,
                                  AttentionReport* report) {
-  const auto& cuda_plan = static_cast<const CudaAttentionPlan&>(plan);
-  const auto* device = static_cast<const std::byte*>(workspace.data);
-  std::vector<std::byte> summary(static_cast<size_t>(cuda_plan.summary_bytes));
-  PBS_RETURN_IF_ERROR(copies_.ToHost(device + cuda_plan.summary_at, summary.data(),
-                                     cuda_plan.summary_bytes));
-  PBS_ASSIGN_OR_RETURN(const double seconds, driver_.SecondsBetween(began_, attended_));
-  PBS_RETURN_IF_ERROR(TellSummary(cuda_plan, summary.data(), seconds, report));
+  PBS_CHECK(reports_->under_way() == 0);
+  PBS_RETURN_IF_ERROR(StartReport(plan, workspace));
+  PBS_RETURN_IF_ERROR(FinishReport(plan, report));
   // Only the regions that are asked for: a copy of all would hold permuted keys too.
+  const auto& cuda_plan = static_cast<const CudaAttentionPlan&>(plan);
   const auto regions = RegionsOf(cuda_plan, request);
   int64_t end = 0;
   for (const ReportRegion& region : regions) {
@@ -56,11 +53,25 @@ Status CudaAttention::ReadReport(const AttentionPlan& plan, Workspace workspace,
   }
   std::vector<std::byte> host(static_cast<size_t>(end));
   for (const ReportRegion& region : regions) {
-    PBS_RETURN_IF_ERROR(copies_.ToHost(device + region.offset,
-                                       host.data() + region.offset, region.bytes));
+    PBS_RETURN_IF_ERROR(
+        copies_.ToHost(static_cast<const std::byte*>(workspace.data) + region.offset,
+                       host.data() + region.offset, region.bytes));
   }
   TellRequested(cuda_plan, host.data(), request, report);
   return OkStatus();
+}
+
+Status CudaAttention::StartReport(const AttentionPlan& plan, Workspace workspace) {
+  const auto& cuda_plan = static_cast<const CudaAttentionPlan&>(plan);
+  return reports_->Start(
+      static_cast<const std::byte*>(workspace.data) + cuda_plan.summary_at,
+      cuda_plan.summary_bytes);
+}
+
+Status CudaAttention::FinishReport(const AttentionPlan& plan, AttentionReport* report) {
+  PBS_ASSIGN_OR_RETURN(const ReportSlots::Arrived arrived, reports_->Finish());
+  return TellSummary(static_cast<const CudaAttentionPlan&>(plan), arrived.summary,
+                     arrived.seconds, report);
 }
 
 }  // namespace pbs::cuda

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "cuda/backend/driver.h"
+#include "cuda/backend/report_slots.h"
 #include "cuda/backend/staged_copies.h"
 #include "pbs/attention.h"
 
@@ -21,6 +22,8 @@ class CudaAttention final : public AttentionBackend {
              Workspace workspace, const RunControl& control) override;
   Status ReadReport(const AttentionPlan& plan, Workspace workspace,
                     const ReportRequest& request, AttentionReport* report) override;
+  Status StartReport(const AttentionPlan& plan, Workspace workspace) override;
+  Status FinishReport(const AttentionPlan& plan, AttentionReport* report) override;
 
  private:
   CudaAttention(Driver& driver, StagedCopies& copies)
@@ -28,9 +31,7 @@ class CudaAttention final : public AttentionBackend {
 
   Driver& driver_;
   StagedCopies& copies_;
-  // Around the last run.
-  EventId began_ = 0;
-  EventId attended_ = 0;
+  std::unique_ptr<ReportSlots> reports_;
 };
 
 }  // namespace pbs::cuda
