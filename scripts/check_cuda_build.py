@@ -7,10 +7,10 @@
 FILE is what a build from nothing said (scripts/build_cuda.sh). No spilled register and no
 stack in any kernel, no more registers than docs/KERNELS.md says, no warning about warpgroup products (C75xx: that they were serialised,
 that registers did not change hands); per counted kernel the registers at launch, the exact
-number of products, copies and 16-byte stores, and in each hot loop of the Hopper kernels the
-softmax between the two waits: lost overlap is silent otherwise (docs/KERNELS.md). Every
-kernel of compute capability 9.0 waits for the one before it, once. Needs cuobjdump (PyPI
-nvidia-cuda-cuobjdump).
+number of products, copies and 16-byte stores, the loads that are under way together, and in each
+hot loop of the Hopper kernels the softmax between the two waits: lost overlap is silent otherwise
+(docs/KERNELS.md). Every kernel of compute capability 9.0 waits for the one before it, once. Needs
+cuobjdump (PyPI nvidia-cuda-cuobjdump).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Expected:
     instructions: dict[str, int]
     registers: int
     overlaps: int = 0  # hot loops whose softmax stands between two waits
+    # Loads of 16 bytes that a thread has under way before it uses the first, loop by loop.
+    under_way: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +60,19 @@ def attention_sm80(registers: tuple[int, int, int, int]) -> dict[int, Expected]:
     }
 
 
-# Rows of keys and of values, each in as many pieces of 16 bytes as a thread has of a row.
+# Rows of keys, then of values: eight pieces of 16 bytes (six at head dim 96) are loaded before
+# the first is stored.
 GATHERED = {
-    64: Expected({"STG.E.128": 2}, registers=45),
-    96: Expected({"STG.E.128": 6}, registers=72),
-    128: Expected({"STG.E.128": 4}, registers=56),
-    256: Expected({"STG.E.128": 8}, registers=89),
+    64: Expected({"STG.E.128": 16}, registers=72, under_way=(8, 8)),
+    96: Expected({"STG.E.128": 12}, registers=76, under_way=(6, 6)),
+    128: Expected({"STG.E.128": 16}, registers=78, under_way=(8, 8)),
+    256: Expected({"STG.E.128": 16}, registers=91, under_way=(8, 8)),
+}
+POOLED = {
+    64: Expected({}, registers=86, under_way=(8,)),
+    96: Expected({}, registers=80, under_way=(6,)),
+    128: Expected({}, registers=90, under_way=(8,)),
+    256: Expected({}, registers=96, under_way=(8,)),
 }
 # Three thread blocks to a multiprocessor; two at head dim 256, by their shared memory.
 # Products: two fragments of rows x head_dim / 16 x 8.
@@ -78,9 +87,8 @@ OTHERS = {
     "StoreSequences": 30,
     "WeighProxies": 56,
     "SortSegments": 40,
-    "PoolQueries": 78,
     "SelectBlocks": 100,
-    "OrderTiles": 48,
+    "OrderTiles": 56,
     "MoveRows": 30,
     "NormalizeRows": 94,
     "MakeRotations": 20,
@@ -89,7 +97,12 @@ OTHERS = {
     "GateRows": 32,
     "DotRows": 79,
 }
-BEFORE_ATTENTION = {"GatherKeys": GATHERED, "ShareImportance": SCORED, "SumChunks": SCORED}
+BEFORE_ATTENTION = {
+    "GatherKeys": GATHERED,
+    "PoolQueries": POOLED,
+    "ShareImportance": SCORED,
+    "SumChunks": SCORED,
+}
 UNITS = [
     # A block has head_dim / 16 products for scores and 8 for values; first, masked and
     # plain blocks have code of their own. Copies, one per 64 columns: queries, keys, and
@@ -118,7 +131,7 @@ UNITS = [
         "80", {"AttendSm80Kernel": attention_sm80((213, 237, 255, 235)), **BEFORE_ATTENTION}
     ),
     Unit(
-        "90", {"AttendSm80Kernel": attention_sm80((220, 255, 255, 247)), **BEFORE_ATTENTION}
+        "90", {"AttendSm80Kernel": attention_sm80((218, 248, 255, 247)), **BEFORE_ATTENTION}
     ),
 ]
 
@@ -204,6 +217,18 @@ def overlaps(code: list[str]) -> list[int]:
     return found
 
 
+def under_way(code: list[str]) -> tuple[int, ...]:
+    """Runs of 16-byte loads, each up to the first sum or store behind it."""
+    found, count = [], 0
+    for line in code:
+        if re.search(r"\bLDG\.E\.128\b", line):
+            count += 1
+        elif count and re.search(r"\b(FADD|STG)\b", line):
+            found.append(count)
+            count = 0
+    return tuple(found)
+
+
 def check_kernel(name: str, code: list[str], registers: int, expected: Expected) -> list[str]:
     """Complaints about one kernel, after its figures."""
     found, figures = [], [f"{registers} registers"]
@@ -223,6 +248,11 @@ def check_kernel(name: str, code: list[str], registers: int, expected: Expected)
             f"{name}: exponentials between waits {between}, "
             f"expected {expected.overlaps} of >= {least}"
         )
+    if expected.under_way:
+        together = under_way(code)
+        figures.append(f"loads under way {together}")
+        if together != expected.under_way:
+            found.append(f"{name}: loads under way {together}, not {expected.under_way}")
     print(f"{name}: {', '.join(figures)}")
     return found
 

@@ -1,7 +1,6 @@
 #include "common/list_report.h"
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 namespace pbs {
@@ -23,36 +22,53 @@ void ForEachRow(const AttentionGeometry& g, Body&& body) {
   }
 }
 
+int64_t CausalBlocksOfAHead(const AttentionGeometry& g) {
+  int64_t blocks = 0;
+  for (const SequenceGeometry& s : g.sequences) {
+    for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+      blocks += s.first_query_block + i + 1;
+    }
+  }
+  return blocks;
+}
+
 }  // namespace
 
-void CountBlocks(const AttentionGeometry& g, const RanRowOf& row_of,
-                 AttentionReport* report) {
+std::vector<BlockCounts> CountBlocks(const AttentionGeometry& g,
+                                     const RanRowOf& row_of) {
+  std::vector<BlockCounts> heads(static_cast<size_t>(g.num_heads));
+  ForEachRow(g, [&](int32_t n, int32_t head, int32_t i) {
+    const RanRow row = row_of(n, head, i);
+    heads[head].executed += row.count;
+    heads[head].lower += CountBelow(row, g.sequences[n].first_query_block + i + 1);
+  });
+  return heads;
+}
+
+std::vector<BlockCounts> CausalBlocks(const AttentionGeometry& g) {
+  const int64_t blocks = CausalBlocksOfAHead(g);
+  return {static_cast<size_t>(g.num_heads), BlockCounts{blocks, blocks}};
+}
+
+void TellBlocks(const AttentionGeometry& g, std::span<const BlockCounts> heads,
+                AttentionReport* report) {
   AttentionStats& stats = report->stats;
-  std::vector<int64_t> executed(static_cast<size_t>(g.num_heads));
-  int64_t head_causal = 0;
   for (const SequenceGeometry& s : g.sequences) {
     stats.dense_flops += 4.0 * g.head_dim * g.num_heads * s.q_len *
                          (s.query_offset + (s.q_len + 1) / 2.0);
-    for (int32_t i = 0; i < s.num_query_blocks; ++i) {
-      head_causal += s.first_query_block + i + 1;
-    }
   }
-  ForEachRow(g, [&](int32_t n, int32_t head, int32_t i) {
-    const RanRow row = row_of(n, head, i);
-    executed[head] += row.count;
-    const int32_t diagonal = g.sequences[n].first_query_block + i;
-    stats.lower_blocks += row.lower >= 0 ? row.lower : CountBelow(row, diagonal + 1);
-  });
+  const int64_t head_causal = CausalBlocksOfAHead(g);
   stats.causal_blocks = head_causal * g.num_heads;
-  stats.executed_blocks = std::accumulate(executed.begin(), executed.end(), int64_t{0});
-  stats.executed_flops = 4.0 * g.block_size * g.block_size * g.head_dim *
-                         static_cast<double>(stats.executed_blocks);
-  for (int64_t blocks : executed) {
+  for (const BlockCounts& head : heads) {
+    stats.executed_blocks += head.executed;
+    stats.lower_blocks += head.lower;
     report->head_density.push_back(head_causal == 0
                                        ? 1.0
-                                       : static_cast<double>(blocks) /
+                                       : static_cast<double>(head.executed) /
                                              static_cast<double>(head_causal));
   }
+  stats.executed_flops = 4.0 * g.block_size * g.block_size * g.head_dim *
+                         static_cast<double>(stats.executed_blocks);
 }
 
 BlockLists RanLists(const AttentionGeometry& g, const RanRowOf& row_of) {

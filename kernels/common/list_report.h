@@ -4,7 +4,10 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
+#include <vector>
 
+#include "common/block_counts.h"
 #include "pbs/attention.h"
 
 namespace pbs {
@@ -13,15 +16,19 @@ namespace pbs {
 struct RanRow {
   const uint16_t* entries = nullptr;  // ascending; null: every block below `count`
   int32_t count = 0;
-  // Of them, on or below the diagonal, where that is known without looking.
-  int32_t lower = -1;
 };
 // Of (sequence, query head, query block of the sequence).
 using RanRowOf = std::function<RanRow(int32_t, int32_t, int32_t)>;
 
+// By query head.
+std::vector<BlockCounts> CountBlocks(const AttentionGeometry& geometry,
+                                     const RanRowOf& row_of);
+// Of rows that hold every causal block.
+std::vector<BlockCounts> CausalBlocks(const AttentionGeometry& geometry);
+
 // Fills the counts and flops of report->stats, and head_density.
-void CountBlocks(const AttentionGeometry& geometry, const RanRowOf& row_of,
-                 AttentionReport* report);
+void TellBlocks(const AttentionGeometry& geometry, std::span<const BlockCounts> heads,
+                AttentionReport* report);
 
 // Compact lists, `num_masked` set.
 BlockLists RanLists(const AttentionGeometry& geometry, const RanRowOf& row_of);

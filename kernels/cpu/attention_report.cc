@@ -157,7 +157,7 @@ void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,
   const auto row_of = [&](int32_t sequence, int32_t head, int32_t query_block) {
     return reader.Row(sequence, head, query_block);
   };
-  CountBlocks(plan.geometry, row_of, report);
+  TellBlocks(plan.geometry, CountBlocks(plan.geometry, row_of), report);
   reader.WhatRan(report->stats);
   reader.Coverage(report->stats);
   const double* times = reader.At<double>(plan.times_at);

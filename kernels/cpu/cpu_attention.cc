@@ -4,9 +4,11 @@
 #include <chrono>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "common/score_rounding.h"
 #include "cpu/attention_run.h"
+#include "pbs/check.h"
 
 namespace pbs::cpu {
 namespace {
@@ -122,8 +124,24 @@ Status CpuAttention::Run(const AttentionPlan& plan, const AttentionTensors& tens
 
 Status CpuAttention::ReadReport(const AttentionPlan& plan, Workspace workspace,
                                 const ReportRequest& request, AttentionReport* report) {
+  PBS_CHECK(under_way_.empty());
   FillReport(static_cast<const CpuAttentionPlan&>(plan),
              static_cast<const std::byte*>(workspace.data), request, report);
+  return OkStatus();
+}
+
+Status CpuAttention::StartReport(const AttentionPlan& plan, Workspace workspace) {
+  PBS_CHECK(under_way_.size() < kReportsUnderWayMax);
+  FillReport(static_cast<const CpuAttentionPlan&>(plan),
+             static_cast<const std::byte*>(workspace.data), {},
+             &under_way_.emplace_back());
+  return OkStatus();
+}
+
+Status CpuAttention::FinishReport(const AttentionPlan&, AttentionReport* report) {
+  PBS_CHECK(!under_way_.empty());
+  *report = std::move(under_way_.front());
+  under_way_.pop_front();
   return OkStatus();
 }
 

@@ -7,6 +7,7 @@
 // Threading: one Run() at a time. Memory: Run() uses the workspace only.
 #pragma once
 
+#include <deque>
 #include <memory>
 
 #include "cpu/isa.h"
@@ -31,11 +32,14 @@ class CpuAttention final : public AttentionBackend {
              Workspace workspace, const RunControl& control) override;
   Status ReadReport(const AttentionPlan& plan, Workspace workspace,
                     const ReportRequest& request, AttentionReport* report) override;
+  Status StartReport(const AttentionPlan& plan, Workspace workspace) override;
+  Status FinishReport(const AttentionPlan& plan, AttentionReport* report) override;
 
  private:
   ThreadPool& pool_;
   const TileKernels& kernels_;
   const bool use_pairs_;
+  std::deque<AttentionReport> under_way_;  // read when they were started
 };
 
 }  // namespace pbs::cpu

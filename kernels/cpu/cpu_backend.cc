@@ -149,6 +149,14 @@ Status CpuBackend::ReadReport(const AttentionPlan& plan, Workspace workspace,
   return attention_.ReadReport(plan, workspace, request, report);
 }
 
+Status CpuBackend::StartReport(const AttentionPlan& plan, Workspace workspace) {
+  return attention_.StartReport(plan, workspace);
+}
+
+Status CpuBackend::FinishReport(const AttentionPlan& plan, AttentionReport* report) {
+  return attention_.FinishReport(plan, report);
+}
+
 Status CpuBackend::MarkTime(int mark) {
   PBS_CHECK(mark >= 0 && mark < kTimeMarks);
   marks_[mark] = std::chrono::steady_clock::now();

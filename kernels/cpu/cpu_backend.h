@@ -60,6 +60,8 @@ class CpuBackend final : public Backend {
              Workspace workspace, const RunControl& control) override;
   Status ReadReport(const AttentionPlan& plan, Workspace workspace,
                     const ReportRequest& request, AttentionReport* report) override;
+  Status StartReport(const AttentionPlan& plan, Workspace workspace) override;
+  Status FinishReport(const AttentionPlan& plan, AttentionReport* report) override;
 
   Status MarkTime(int mark) override;
   StatusOr<double> SecondsBetween(int from, int to) override;

@@ -7,7 +7,6 @@
 
 #include <utility>
 
-#include "cuda/plan/cuda_report.h"
 #include "pbs/block_mask.h"
 #include "tests/emulator/pipeline_run.h"
 
@@ -37,8 +36,7 @@ void Run(GoldenCase& golden, const AttentionProblem& problem,
   });
   const PipelineRun<Element, 64> run(**plan, tensors, 1);
   ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
-  ASSERT_TRUE(
-      cuda::FillCudaReport(**plan, run.workspace(), {.lists = true}, report).ok());
+  ASSERT_TRUE(run.Report({.lists = true}, report).ok());
 }
 
 void RunAny(GoldenCase& golden, const AttentionProblem& problem,

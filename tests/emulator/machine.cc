@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -298,6 +299,10 @@ const ThreadState& Self() { return Machine::Current().actor(); }
 int ThreadIndex() { return Self().index; }
 int BlockIndex() { return Self().block->index; }
 int NumBlocks() { return Machine::Current().shape().blocks; }
+int64_t GlobalTimer() {
+  static std::atomic<int64_t> nanoseconds = 0;
+  return ++nanoseconds;
+}
 
 void Fail(const std::string& what, const Location& where) {
   Machine& machine = Machine::Current();

@@ -56,6 +56,8 @@ const ThreadState& Self();
 int ThreadIndex();
 int BlockIndex();
 int NumBlocks();
+// Grows with every call, of any machine.
+int64_t GlobalTimer();
 
 // Ends the run.
 [[noreturn]] void Fail(const std::string& what, const Location& where);

@@ -1,14 +1,14 @@
 // The kernels before attention in this build (mutant_check.h): whole runs whose lists
-// must be the reference's, whose outputs the exact answer over them.
+// must be the reference's, whose outputs the exact answer over them; orders of tiles.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <string>
 
-#include "cuda/plan/cuda_report.h"
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
 #include "tests/emulator/pipeline_run.h"
+#include "tests/emulator/tile_order_case.h"
 
 namespace pbs::emulator {
 namespace {
@@ -29,8 +29,7 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   const PipelineRun<cuda::Bf16Element, kHeadDim> run(**plan, tensors, seed);
   if (!run.fault().ok()) return Says(run.fault().ToString());
   AttentionReport report;
-  const Status status = cuda::FillCudaReport(**plan, run.workspace(),
-                                             {.order = true, .lists = true}, &report);
+  const Status status = run.Report({.order = true, .lists = true}, &report);
   if (!status.ok()) return Says(status.ToString());
   reference::Decision decision = reference::Decide(problem, tensors);
   size_t moved = 0;  // a near tie of f32 and f64 may change places
@@ -47,6 +46,15 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   for (size_t i = 0; i < exact.o.size(); ++i) {
     const double error = std::abs(ToFloat(bf16{inputs.o.data()[i]}) - exact.o[i]);
     if (!(error <= 3e-2)) return Says("o is wrong by " + std::to_string(error));
+  }
+  return true;
+}
+
+bool OrdersTilesRight(uint32_t seed) {
+  for (const TileOrderSetting& setting : TileOrderSettings()) {
+    TileOrderCase tiles(setting.problem, setting.density, seed);
+    const std::string wrong = tiles.Run(seed);
+    if (!wrong.empty()) return Says(setting.name + (": " + wrong));
   }
   return true;
 }
@@ -73,6 +81,7 @@ int main() {
             {{1, 1, 256, {{20, 520}}}, pbs::DType::kBF16, {.threshold = 0.6f}}, seed)) {
       return 1;
     }
+    if (!pbs::emulator::OrdersTilesRight(seed)) return 1;
   }
   return 0;
 }

@@ -232,10 +232,13 @@ SM80_MUTANTS = [
 
 SCORE_KEYS = "cuda/selection/score_keys.h"
 SORT = "cuda/selection/sort_segments.h"
+BLOCK_ROWS = "cuda/selection/block_rows.h"
 GATHER = "cuda/selection/gather_keys.h"
 SELECT = "cuda/selection/select_blocks.h"
+STORE = "cuda/selection/store_sequences.h"
 TILES = "cuda/selection/order_tiles.h"
 PARAMS = "cuda/selection/selection_params.h"
+WARP_SUMS = "cuda/tiles/warp_sums.h"
 
 SELECTION_MUTANTS = [
     ("sorted_upwards", SORT, "greater != rising", "greater == rising"),
@@ -269,14 +272,47 @@ SELECTION_MUTANTS = [
 """,
     ),
     ("proxies_of_another_row", SCORE_KEYS, "ThreadIndex() % 32 / 4 + r * 8", "ThreadIndex() % 32 / 4 + r * 4"),
-    ("values_of_the_keys", GATHER, "Source(params_.v, row)", "Source(params_.k, row)"),
+    ("values_of_the_keys", GATHER, "HeadOf(params_.v)", "HeadOf(params_.k)"),
     ("padding_is_a_key", GATHER, "slot >= sequence_.k_len", "slot > sequence_.k_len"),
     ("queries_of_nobody_pooled", GATHER, "query < 0 || query >= s.q_len", "query >= s.q_len"),
+    ("rows_under_way_skipped", BLOCK_ROWS, "first += kRowsUnderWay * kRowsAtOnce", "first += 2 * kRowsUnderWay * kRowsAtOnce"),
+    ("one_row_for_all_under_way", BLOCK_ROWS, "source(first + r * kRowsAtOnce)", "source(first)"),
+    ("pieces_of_the_first_row_under_way", BLOCK_ROWS, "Piece(group), values[r][group]", "Piece(group), values[0][group]"),
+    ("keys_of_the_first_kv_head", GATHER, "KvHeadOfOrder(params_, head_)", "0"),
     ("first_block_not_forced", SELECT, "keep || (past && block == forced)", "keep"),
     ("candidates_of_the_first_row", SELECT, "NumCandidates(rows - 1)", "NumCandidates(0)"),
     ("mass_of_too_many", SELECT, "FloatBits(weight) >= bits", "FloatBits(weight) > 0"),
-    ("mask_of_too_few", TILES, "- 1) >= own)", "- 1) > own)"),
+    ("mask_of_too_few", TILES, "- 1) >= block)", "- 1) > block)"),
     ("tiles_of_another_place", TILES, "params_.tiles + begin_ + place", "params_.tiles + place"),
+    ("blocks_above_the_diagonal_unmasked", TILES, "tile.num_masked = OwnEndOf(at) - own", "tile.num_masked = at.block + 1 - own"),
+    ("places_of_the_shortest_first", TILES, "sum += LoadShared(counts_ + i);\n    auto", "sum += 1;\n    auto"),
+    ("own_warp_before_itself", TILES, "SumToldBy(ThreadIndex() / 32)", "SumToldBy(ThreadIndex() / 32 + 1)"),
+    (
+        "sums_of_warps_not_awaited",
+        TILES,
+        """    if (ThreadIndex() % 32 == 0) StoreShared(sums_ + ThreadIndex() / 32, sum);
+    SyncThreads();
+""",
+        """    if (ThreadIndex() % 32 == 0) StoreShared(sums_ + ThreadIndex() / 32, sum);
+""",
+    ),
+    ("causal_blocks_of_one_head", TILES, "(end_ - begin_) * twice_a_row", "s.num_query_blocks * twice_a_row"),
+    ("blocks_of_one_lane", TILES, "SumOfWarp(blocks.executed)", "blocks.executed"),
+    ("warps_of_one_head_each", TILES, "if (Ballot(same) == 0xFFFFFFFFu) {", "{"),
+    ("counts_of_another_section", TILES, "params_.heads + first_head_ + head", "params_.heads + head"),
+    ("blocks_above_the_diagonal_below", TILES, "blocks.executed - blocks.above", "blocks.executed"),
+    ("given_blocks_on_the_diagonal_above", TILES, "EntriesFrom(at.block + 1,", "EntriesFrom(at.block,"),
+    (
+        "counts_told_before_they_are_there",
+        TILES,
+        """    SyncThreads();
+    TellBlocks();
+""",
+        """    TellBlocks();
+""",
+    ),
+    ("counts_of_the_run_before", STORE, "StoreGlobal(stored.heads + head, BlockCounts{})", ""),
+    ("lane_without_the_one_before", WARP_SUMS, "if (lane >= distance)", "if (lane > distance)"),
     ("lists_overlap", PARAMS, "segments * (segments + 1) / 2", "segments * segments / 2"),
 ]
 
@@ -288,7 +324,6 @@ POOL = "cuda/model/pool_heads.h"
 GATE = "cuda/model/gate_rows.h"
 DOT = "cuda/model/dot_rows.h"
 QUADS = "cuda/model/quads.h"
-BLOCK_ROWS = "cuda/selection/block_rows.h"
 
 MODEL_MUTANTS = [
     ("index_of_rows_unread", MOVE, "from * params.quads + quad", "row * params.quads + quad"),

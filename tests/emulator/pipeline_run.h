@@ -7,6 +7,7 @@
 
 #include "cuda/attention/attention_sm80.h"
 #include "cuda/plan/cuda_plan.h"
+#include "cuda/plan/cuda_report.h"
 #include "cuda/plan/pipeline.h"
 #include "tests/emulator/device_array.h"
 #include "tests/emulator/machine.h"
@@ -83,6 +84,13 @@ class PipelineRun {
   }
 
   const Fault& fault() const { return launcher_.fault; }
+  // As if all of it had taken a second.
+  Status Report(const ReportRequest& request, AttentionReport* report) const {
+    PBS_RETURN_IF_ERROR(cuda::TellSummary(plan_, workspace_.data() + plan_.summary_at,
+                                          /*total_seconds=*/1, report));
+    cuda::TellRequested(plan_, workspace_.data(), request, report);
+    return OkStatus();
+  }
   int launches() const { return launcher_.launches; }
   const std::byte* workspace() const { return workspace_.data(); }
 

@@ -9,7 +9,6 @@
 #include <cstring>
 
 #include "cuda/model/model_launches.h"
-#include "cuda/plan/cuda_report.h"
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
 #include "tests/emulator/pipeline_run.h"
@@ -86,6 +85,42 @@ void ExpectOutputs(const AttentionProblem& problem, const AttentionTensors& tens
   EXPECT_LE(lse_error, 2e-5);
 }
 
+// What was counted on the way is what the lists hold.
+void ExpectBlocksAreTheLists(const AttentionGeometry& g,
+                             const AttentionReport& report) {
+  std::vector<int64_t> executed(static_cast<size_t>(g.num_heads));
+  int64_t lower = 0;
+  double head_causal = 0;
+  for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
+    const SequenceGeometry& s = g.sequences[n];
+    for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+      const int32_t block = s.first_query_block + i;
+      head_causal += block + 1;
+      for (int32_t head = 0; head < g.num_heads; ++head) {
+        const auto list = report.lists.View().Row(g.ListRow(n, head, i));
+        executed[head] += static_cast<int64_t>(list.size());
+        lower += std::upper_bound(list.begin(), list.end(), block) - list.begin();
+      }
+    }
+  }
+  EXPECT_EQ(report.stats.lower_blocks, lower);
+  ASSERT_EQ(report.head_density.size(), executed.size());
+  for (size_t head = 0; head < executed.size(); ++head) {
+    EXPECT_EQ(report.head_density[head],
+              static_cast<double>(executed[head]) / head_causal)
+        << "head " << head;
+  }
+}
+
+void ExpectTimesAreOfEveryStage(const AttentionStats& stats) {
+  EXPECT_GT(stats.permute_seconds, 0);
+  EXPECT_GT(stats.select_seconds, 0);
+  EXPECT_GT(stats.attend_seconds, 0);
+  EXPECT_DOUBLE_EQ(stats.permute_seconds + stats.select_seconds + stats.attend_seconds,
+                   1)
+      << "the total of PipelineRun::Report()";
+}
+
 template <class Element, int kHeadDim>
 void CheckRun(const AttentionProblem& problem, uint32_t seed) {
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
@@ -97,13 +132,9 @@ void CheckRun(const AttentionProblem& problem, uint32_t seed) {
   const PipelineRun<Element, kHeadDim> run(**plan, tensors, seed);
   ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
   AttentionReport report;
-  ASSERT_TRUE(cuda::FillCudaReport(**plan, run.workspace(),
-                                   {.order = true, .lists = true}, &report)
-                  .ok());
-  AttentionReport brief;
-  ASSERT_TRUE(cuda::FillCudaReport(**plan, run.workspace(), {}, &brief).ok());
-  EXPECT_EQ(brief.stats.lower_blocks, report.stats.lower_blocks)
-      << "counted without looking at the lists";
+  ASSERT_TRUE(run.Report({.order = true, .lists = true}, &report).ok());
+  ExpectBlocksAreTheLists((*plan)->geometry, report);
+  ExpectTimesAreOfEveryStage(report.stats);
   if ((*plan)->orders) ExpectSorted(problem, tensors, report.order);
   if (problem.options.dense_fallback) {
     EXPECT_TRUE(report.stats.dense_fallback);
@@ -191,9 +222,7 @@ TEST(GivenSpec, AnOrderAndListsOfTheCallerGiveTheSameBits) {
   const PipelineRun<cuda::Bf16Element, 64> chosen(**plan, tensors, 1);
   ASSERT_TRUE(chosen.fault().ok()) << chosen.fault().ToString();
   AttentionReport report;
-  ASSERT_TRUE(cuda::FillCudaReport(**plan, chosen.workspace(),
-                                   {.order = true, .lists = true}, &report)
-                  .ok());
+  ASSERT_TRUE(chosen.Report({.order = true, .lists = true}, &report).ok());
   const std::vector<uint16_t> expected(inputs.o.data(),
                                        inputs.o.data() + inputs.o.bytes() / 2);
 
@@ -214,9 +243,7 @@ TEST(GivenSpec, AnOrderAndListsOfTheCallerGiveTheSameBits) {
   ASSERT_TRUE(given.fault().ok()) << given.fault().ToString();
   EXPECT_TRUE(std::equal(expected.begin(), expected.end(), inputs.o.data()));
   AttentionReport again;
-  ASSERT_TRUE(cuda::FillCudaReport(**given_plan, given.workspace(),
-                                   {.order = true, .lists = true}, &again)
-                  .ok());
+  ASSERT_TRUE(given.Report({.order = true, .lists = true}, &again).ok());
   EXPECT_EQ(again.order, report.order);
   EXPECT_EQ(again.lists.indices, report.lists.indices);
   EXPECT_EQ(again.lists.num_masked, report.lists.num_masked);
@@ -331,9 +358,7 @@ void CheckPooled(SequenceShape sequence, const AttentionOptions& options) {
     Ran ran;
     ran.launches = done.launches();
     ran.outputs = inputs.Outputs();
-    EXPECT_TRUE(cuda::FillCudaReport(**plan, done.workspace(),
-                                     {.order = true, .lists = true}, &ran.report)
-                    .ok());
+    EXPECT_TRUE(done.Report({.order = true, .lists = true}, &ran.report).ok());
     ran.means.resize(inputs.means().bytes() / 4);
     std::memcpy(ran.means.data(),
                 given ? static_cast<const void*>(inputs.means().data())
@@ -416,8 +441,7 @@ TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
   const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
   ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
   AttentionReport report;
-  EXPECT_EQ(cuda::FillCudaReport(**plan, run.workspace(), {}, &report).code(),
-            StatusCode::kInvalidArgument);
+  EXPECT_EQ(run.Report({}, &report).code(), StatusCode::kInvalidArgument);
 }
 
 }  // namespace

@@ -34,6 +34,7 @@ inline uint8_t* SharedMemory() { return emulator::SharedBase(); }
 inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(shared) - SharedMemory());
 }
+inline int64_t GlobalTimer() { return emulator::GlobalTimer(); }
 
 // ---- warps
 
@@ -171,6 +172,16 @@ inline int32_t AtomicAddShared(int32_t* at, int32_t value,
   *at += value;
   emulator::Preempt();
   return before;
+}
+inline void AtomicAdd(int64_t* at, int64_t value,
+                      Location where = Location::current()) {
+  emulator::GlobalMemory::CheckRead(at, 8, 8, where);
+  *at += value;
+}
+inline void AtomicMax(int64_t* at, int64_t value,
+                      Location where = Location::current()) {
+  emulator::GlobalMemory::CheckRead(at, 8, 8, where);
+  *at = std::max(*at, value);
 }
 template <class T>
 T LoadShared(const T* at, Location where = Location::current()) {

@@ -74,6 +74,7 @@ class LateThread {
 struct DevicePlan {
   int download_fails_at = 0;  // the so-many-th later download fails; 0: none does
   int upload_fails_at = 0;
+  int report_fails_at = 0;                 // of those that are started and finished
   std::function<void()> on_allocate = {};  // of Allocate()
   std::function<void()> on_run = {};
   std::function<void(const void* source)> on_upload = {};  // when it begins
@@ -166,6 +167,15 @@ class DeviceBackend final : public Backend {
                     const ReportRequest& request, AttentionReport* report) override {
     return cpu_->ReadReport(plan, workspace, request, report);
   }
+  Status StartReport(const AttentionPlan& plan, Workspace workspace) override {
+    return cpu_->StartReport(plan, workspace);
+  }
+  Status FinishReport(const AttentionPlan& plan, AttentionReport* report) override {
+    PBS_RETURN_IF_ERROR(cpu_->FinishReport(plan, report));
+    return ++num_reports_ == plan_.report_fails_at
+               ? InvalidArgument("a report failed, as it was told to")
+               : OkStatus();
+  }
   Status MarkTime(int mark) override { return cpu_->MarkTime(mark); }
   StatusOr<double> SecondsBetween(int from, int to) override {
     return cpu_->SecondsBetween(from, to);
@@ -175,6 +185,7 @@ class DeviceBackend final : public Backend {
   const std::unique_ptr<Backend> cpu_;
   BackendInfo info_;
   const DevicePlan plan_;
+  int num_reports_ = 0;
   int num_downloads_ = 0;           // of the thread
   int num_uploads_ = 0;             // of the other
   LateThread downloads_, uploads_;  // last: they end first

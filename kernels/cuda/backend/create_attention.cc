@@ -42,6 +42,12 @@ class OwningCudaAttention final : public AttentionBackend {
                     const ReportRequest& request, AttentionReport* report) override {
     return attention_->ReadReport(plan, workspace, request, report);
   }
+  Status StartReport(const AttentionPlan& plan, Workspace workspace) override {
+    return attention_->StartReport(plan, workspace);
+  }
+  Status FinishReport(const AttentionPlan& plan, AttentionReport* report) override {
+    return attention_->FinishReport(plan, report);
+  }
 
  private:
   std::unique_ptr<cuda::Driver> driver_;

@@ -5,15 +5,14 @@
 
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/plan/cuda_report.h"
+#include "pbs/check.h"
 
 namespace pbs::cuda {
 
 StatusOr<std::unique_ptr<CudaAttention>> CudaAttention::Create(Driver& driver,
                                                                StagedCopies& copies) {
   std::unique_ptr<CudaAttention> attention(new CudaAttention(driver, copies));
-  for (EventId& mark : attention->marks_) {
-    PBS_ASSIGN_OR_RETURN(mark, driver.CreateEvent());
-  }
+  PBS_ASSIGN_OR_RETURN(attention->reports_, ReportSlots::Create(driver));
   return attention;
 }
 
@@ -32,21 +31,22 @@ Status CudaAttention::Run(const AttentionPlan& plan, const AttentionTensors& ten
   const auto& cuda_plan = static_cast<const CudaAttentionPlan&>(plan);
   PBS_ASSIGN_OR_RETURN(const RunParams run,
                        MakeRunParams(cuda_plan, tensors, workspace));
-  PBS_RETURN_IF_ERROR(MarkTime(kBegin));
+  PBS_RETURN_IF_ERROR(reports_->MarkBegin());
   PBS_RETURN_IF_ERROR(driver_.OrderKeys(cuda_plan, run));
-  PBS_RETURN_IF_ERROR(MarkTime(kPermuted));
   PBS_RETURN_IF_ERROR(driver_.MakeLists(cuda_plan, run));
-  PBS_RETURN_IF_ERROR(MarkTime(kSelected));
   PBS_RETURN_IF_ERROR(driver_.Attend(cuda_plan, run));
-  return MarkTime(kAttended);
+  return reports_->MarkEnd();
 }
 
 Status CudaAttention::ReadReport(const AttentionPlan& plan, Workspace workspace,
                                  const ReportRequest& request,
                                  AttentionReport* report) {
+  PBS_CHECK(reports_->under_way() == 0);
+  PBS_RETURN_IF_ERROR(StartReport(plan, workspace));
+  PBS_RETURN_IF_ERROR(FinishReport(plan, report));
+  // Only the regions that are asked for: a copy of all would hold permuted keys too.
   const auto& cuda_plan = static_cast<const CudaAttentionPlan&>(plan);
-  // Only the regions of a report are read: a copy of all would hold permuted keys too.
-  const auto regions = ReportRegions(cuda_plan, request);
+  const auto regions = RegionsOf(cuda_plan, request);
   int64_t end = 0;
   for (const ReportRegion& region : regions) {
     end = std::max(end, region.offset + region.bytes);
@@ -57,15 +57,21 @@ Status CudaAttention::ReadReport(const AttentionPlan& plan, Workspace workspace,
         copies_.ToHost(static_cast<const std::byte*>(workspace.data) + region.offset,
                        host.data() + region.offset, region.bytes));
   }
-  PBS_RETURN_IF_ERROR(FillCudaReport(cuda_plan, host.data(), request, report));
-  const auto seconds = [this](Mark from, Mark to) {
-    return driver_.SecondsBetween(marks_[from], marks_[to]);
-  };
-  AttentionStats& stats = report->stats;
-  PBS_ASSIGN_OR_RETURN(stats.permute_seconds, seconds(kBegin, kPermuted));
-  PBS_ASSIGN_OR_RETURN(stats.select_seconds, seconds(kPermuted, kSelected));
-  PBS_ASSIGN_OR_RETURN(stats.attend_seconds, seconds(kSelected, kAttended));
+  TellRequested(cuda_plan, host.data(), request, report);
   return OkStatus();
+}
+
+Status CudaAttention::StartReport(const AttentionPlan& plan, Workspace workspace) {
+  const auto& cuda_plan = static_cast<const CudaAttentionPlan&>(plan);
+  return reports_->Start(
+      static_cast<const std::byte*>(workspace.data) + cuda_plan.summary_at,
+      cuda_plan.summary_bytes);
+}
+
+Status CudaAttention::FinishReport(const AttentionPlan& plan, AttentionReport* report) {
+  PBS_ASSIGN_OR_RETURN(const ReportSlots::Arrived arrived, reports_->Finish());
+  return TellSummary(static_cast<const CudaAttentionPlan&>(plan), arrived.summary,
+                     arrived.seconds, report);
 }
 
 }  // namespace pbs::cuda

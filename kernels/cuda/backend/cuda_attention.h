@@ -1,10 +1,10 @@
 // Attention on a device: plans on the host, enqueues, reads reports.
 #pragma once
 
-#include <array>
 #include <memory>
 
 #include "cuda/backend/driver.h"
+#include "cuda/backend/report_slots.h"
 #include "cuda/backend/staged_copies.h"
 #include "pbs/attention.h"
 
@@ -22,20 +22,16 @@ class CudaAttention final : public AttentionBackend {
              Workspace workspace, const RunControl& control) override;
   Status ReadReport(const AttentionPlan& plan, Workspace workspace,
                     const ReportRequest& request, AttentionReport* report) override;
+  Status StartReport(const AttentionPlan& plan, Workspace workspace) override;
+  Status FinishReport(const AttentionPlan& plan, AttentionReport* report) override;
 
  private:
-  // Points of a run whose times are told.
-  enum Mark { kBegin, kPermuted, kSelected, kAttended, kNumMarks };
-
   CudaAttention(Driver& driver, StagedCopies& copies)
       : driver_(driver), copies_(copies) {}
-  Status MarkTime(Mark mark) {
-    return driver_.Record(marks_[mark], StreamId::kCompute);
-  }
 
   Driver& driver_;
   StagedCopies& copies_;
-  std::array<EventId, kNumMarks> marks_{};
+  std::unique_ptr<ReportSlots> reports_;
 };
 
 }  // namespace pbs::cuda

@@ -69,6 +69,12 @@ class CudaBackend final : public Backend {
                     const ReportRequest& request, AttentionReport* report) override {
     return attention_->ReadReport(plan, workspace, request, report);
   }
+  Status StartReport(const AttentionPlan& plan, Workspace workspace) override {
+    return attention_->StartReport(plan, workspace);
+  }
+  Status FinishReport(const AttentionPlan& plan, AttentionReport* report) override {
+    return attention_->FinishReport(plan, report);
+  }
 
   Status MarkTime(int mark) override;
   StatusOr<double> SecondsBetween(int from, int to) override;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <string>
 
 #include "common/score_rounding.h"
@@ -141,9 +142,13 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   const int64_t selected = plan.selects ? 1 : 0;
   Regions regions;
   plan.sequences_at = regions.Add<SequenceRecord>(num_sequences);
-  plan.flags_at = regions.Add<int32_t>(2);
+  plan.next_tile_at = regions.Add<int32_t>(1);
   plan.tiles_at = regions.Add<AttentionTile>(plan.num_tiles() + 1);
-  plan.fell_back_at = regions.Add<int32_t>(order_heads * num_sequences);
+  plan.summary_at = regions.Add<RunSummary>(1);
+  plan.head_blocks_at = regions.Add<BlockCounts>(plan.has_lists ? g.num_heads : 0);
+  plan.fell_back_at =
+      regions.Add<int32_t>(plan.may_fall_back() ? order_heads * num_sequences : 0);
+  plan.summary_bytes = regions.size() - plan.summary_at;
   plan.memory.scratch_bytes = regions.size();
 
   int64_t before = regions.size();
@@ -286,7 +291,8 @@ void PlaceSelection(const CudaAttentionPlan& plan, const AttentionTensors& tenso
   }
   at(s.counts, plan.counts_at);
   at(s.entries, plan.entries_at);
-  at(s.non_finite, plan.flags_at);
+  at(s.ordered, plan.summary_at + offsetof(RunSummary, ordered));
+  at(s.non_finite, plan.summary_at + offsetof(RunSummary, non_finite));
 }
 
 void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
@@ -304,7 +310,7 @@ void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   t.total_tiles = static_cast<int32_t>(plan.num_tiles());
   t.one_section = plan.one_section ? 1 : 0;
   t.longest = plan.longest_list;
-  t.dense_fallback = options.dense_fallback && plan.selects ? 1 : 0;
+  t.dense_fallback = plan.may_fall_back() ? 1 : 0;
   t.fallback_density = static_cast<float>(kDenseFallbackDensity);
   t.permuted = s.permutes;
   if (options.use_given_lists && plan.has_lists) {
@@ -316,8 +322,11 @@ void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   }
   t.entries = run.selection.entries;
   at(t.tiles, plan.tiles_at);
-  at(t.next_tile, plan.flags_at + 4);
+  at(t.next_tile, plan.next_tile_at);
   at(t.fell_back, plan.fell_back_at);
+  if (plan.has_lists) at(t.heads, plan.head_blocks_at);
+  if (!plan.selects) t.ordered = s.ordered;
+  at(t.listed, plan.summary_at + offsetof(RunSummary, listed));
 }
 
 // After the others.
@@ -405,6 +414,7 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   run.selection.k = *k;
   run.selection.v = *v;
   const Placer at(workspace);
+  at(run.summary, plan.summary_at);
   SetSelection(plan, tensors, run.selection);
   PlaceSelection(plan, tensors, at, run.selection);
   SetTileOrder(plan, tensors, at, run);

@@ -9,6 +9,7 @@
 
 #include "cuda/attention/attention_tile.h"
 #include "cuda/selection/order_tiles_params.h"
+#include "cuda/selection/run_summary.h"
 #include "cuda/selection/selection_params.h"
 #include "pbs/attention.h"
 
@@ -47,7 +48,12 @@ struct CudaAttentionPlan final : AttentionPlan {
 
   // Workspace offsets in bytes.
   int64_t sequences_at = 0;
-  int64_t flags_at = 0;  // int32: non_finite, next_tile
+  int64_t next_tile_at = 0;
+  // RunSummary and what belongs to it: all that a report without order and lists reads.
+  int64_t summary_at = 0;
+  int64_t summary_bytes = 0;
+  int64_t head_blocks_at = 0;  // with has_lists
+  int64_t fell_back_at = 0;    // with may_fall_back()
   int64_t chunk_max_at = 0;
   int64_t chunk_sum_at = 0;
   int64_t proxy_shift_at = 0;
@@ -62,8 +68,8 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t counts_at = 0;
   int64_t entries_at = 0;
   int64_t tiles_at = 0;
-  int64_t fell_back_at = 0;
 
+  bool may_fall_back() const { return problem.options.dense_fallback && selects; }
   int64_t num_tiles() const { return geometry.total_query_blocks * geometry.num_heads; }
 };
 
@@ -80,6 +86,7 @@ struct RunParams {
   TileOrderParams tile_order;
   AttentionParams attention;
   RowOperand q, k, v;  // of attention
+  RunSummary* summary;
 };
 StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
                                   const AttentionTensors& tensors, Workspace workspace);

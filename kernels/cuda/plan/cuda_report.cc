@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <vector>
 
 #include "common/list_report.h"
 #include "common/score_rounding.h"
@@ -10,51 +9,41 @@
 namespace pbs::cuda {
 namespace {
 
-template <class T>
-const T* At(const std::byte* workspace, int64_t offset) {
-  return reinterpret_cast<const T*>(workspace + offset);
-}
+// Parts of the summary, by their offsets in the workspace.
+class Summary {
+ public:
+  Summary(const CudaAttentionPlan& plan, const std::byte* data)
+      : plan_(plan), data_(data) {}
 
-// Our own lists hold all of the own segment, so that what they hold is known from their
-// lengths: megabytes of entries stay on the device.
-bool ReadsEntries(const CudaAttentionPlan& plan, const ReportRequest& request) {
-  return plan.has_lists && (request.lists || plan.problem.options.use_given_lists);
-}
-
-// Rows of the lists by ListRow(), from the tiles that ran.
-std::vector<RanRow> RowsOf(const CudaAttentionPlan& plan, const std::byte* workspace,
-                           bool reads_entries) {
-  const AttentionGeometry& g = plan.geometry;
-  const auto* tiles = At<AttentionTile>(workspace, plan.tiles_at);
-  const auto* entries = At<uint16_t>(workspace, plan.entries_at);
-  std::vector<RanRow> rows(static_cast<size_t>(plan.num_tiles()));
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const AttentionTile& tile = tiles[i];
-    const SequenceGeometry& s = g.sequences[tile.sequence];
-    const int32_t block = tile.first_position / kTileRows;
-    RanRow& row =
-        rows[g.ListRow(tile.sequence, tile.head, block - s.first_query_block)];
-    row.count = tile.list_count;
-    if (tile.list_begin < 0) continue;
-    if (reads_entries) {
-      row.entries = entries + tile.list_begin;
-    } else {
-      row.lower = row.count - (g.RowCapacity(s, block) - block - 1);
-    }
+  const RunSummary& head() const { return *At<RunSummary>(plan_.summary_at); }
+  std::vector<BlockCounts> Blocks() const {
+    if (!plan_.has_lists) return CausalBlocks(plan_.geometry);
+    const auto* heads = At<BlockCounts>(plan_.head_blocks_at);
+    return {heads, heads + plan_.geometry.num_heads};
   }
-  return rows;
-}
+  bool FellBack(int32_t order_head, int32_t sequence) const {
+    if (!plan_.may_fall_back()) return false;
+    const auto num_sequences = static_cast<int64_t>(plan_.sequences.size());
+    return At<int32_t>(plan_.fell_back_at)[order_head * num_sequences + sequence] != 0;
+  }
 
-void WhatRan(const CudaAttentionPlan& plan, const std::byte* workspace,
+ private:
+  template <class T>
+  const T* At(int64_t offset) const {
+    return reinterpret_cast<const T*>(data_ + offset - plan_.summary_at);
+  }
+
+  const CudaAttentionPlan& plan_;
+  const std::byte* data_;
+};
+
+void WhatRan(const CudaAttentionPlan& plan, const Summary& summary,
              AttentionStats& stats) {
-  const bool may_fall_back = plan.problem.options.dense_fallback && plan.selects;
-  const auto* fell_back = At<int32_t>(workspace, plan.fell_back_at);
-  const auto num_sequences = static_cast<int32_t>(plan.sequences.size());
   bool all_dense = true;
   for (int32_t head = 0; head < plan.geometry.num_order_heads; ++head) {
-    for (int32_t n = 0; n < num_sequences; ++n) {
+    for (int32_t n = 0; n < static_cast<int32_t>(plan.sequences.size()); ++n) {
       if (plan.sequences[n].sparse == 0) continue;
-      const bool fell = may_fall_back && fell_back[head * num_sequences + n] != 0;
+      const bool fell = summary.FellBack(head, n);
       stats.dense_fallback |= fell;
       all_dense &= fell;
     }
@@ -62,10 +51,40 @@ void WhatRan(const CudaAttentionPlan& plan, const std::byte* workspace,
   stats.method_run = all_dense ? Method::kDense : plan.problem.options.method;
 }
 
+// The device's clock and the events that the total is from tick apart: nothing is
+// below 0 for it.
+void TellTimes(const RunSummary& run, double total_seconds, AttentionStats& stats) {
+  const auto seconds = [](int64_t from, int64_t to) {
+    return static_cast<double>(std::max<int64_t>(to - from, 0)) * 1e-9;
+  };
+  stats.permute_seconds = seconds(run.began, run.ordered);
+  stats.select_seconds = seconds(run.ordered, run.listed);
+  stats.attend_seconds =
+      std::max(total_seconds - stats.permute_seconds - stats.select_seconds, 0.0);
+}
+
+// Rows of the lists by ListRow(), from the tiles that ran.
+std::vector<RanRow> RowsOf(const CudaAttentionPlan& plan, const std::byte* workspace) {
+  const AttentionGeometry& g = plan.geometry;
+  const auto* tiles = reinterpret_cast<const AttentionTile*>(workspace + plan.tiles_at);
+  const auto* entries = reinterpret_cast<const uint16_t*>(workspace + plan.entries_at);
+  std::vector<RanRow> rows(static_cast<size_t>(plan.num_tiles()));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const AttentionTile& tile = tiles[i];
+    const SequenceGeometry& s = g.sequences[tile.sequence];
+    const int32_t block = tile.first_position / kTileRows;
+    rows[g.ListRow(tile.sequence, tile.head, block - s.first_query_block)] = {
+        .entries = tile.list_begin < 0 ? nullptr : entries + tile.list_begin,
+        .count = tile.list_count};
+  }
+  return rows;
+}
+
 std::vector<int32_t> OrderOf(const CudaAttentionPlan& plan,
                              const std::byte* workspace) {
   const AttentionGeometry& g = plan.geometry;
-  const auto* positions = At<int32_t>(workspace, plan.positions_at);
+  const auto* positions =
+      reinterpret_cast<const int32_t*>(workspace + plan.positions_at);
   std::vector<int32_t> order(static_cast<size_t>(g.num_order_heads * g.total_k));
   for (int32_t head = 0; head < g.num_order_heads; ++head) {
     for (const SequenceGeometry& s : g.sequences) {
@@ -82,16 +101,26 @@ std::vector<int32_t> OrderOf(const CudaAttentionPlan& plan,
 
 }  // namespace
 
-std::vector<ReportRegion> ReportRegions(const CudaAttentionPlan& plan,
-                                        const ReportRequest& request) {
-  const AttentionGeometry& g = plan.geometry;
-  std::vector<ReportRegion> regions = {
-      {plan.flags_at, static_cast<int64_t>(sizeof(int32_t))},
-      {plan.tiles_at, plan.num_tiles() * static_cast<int64_t>(sizeof(AttentionTile))},
-      {plan.fell_back_at, static_cast<int64_t>(sizeof(int32_t)) * g.num_order_heads *
-                              static_cast<int64_t>(plan.sequences.size())}};
-  if (ReadsEntries(plan, request)) {
-    regions.push_back({plan.entries_at, 2 * g.total_entries});
+Status TellSummary(const CudaAttentionPlan& plan, const std::byte* summary,
+                   double total_seconds, AttentionReport* report) {
+  *report = {};
+  const Summary ran(plan, summary);
+  if (ran.head().non_finite != 0) return ScoreOverflow(plan.problem);
+  TellBlocks(plan.geometry, ran.Blocks(), report);
+  WhatRan(plan, ran, report->stats);
+  TellTimes(ran.head(), total_seconds, report->stats);
+  return Status();
+}
+
+std::vector<ReportRegion> RegionsOf(const CudaAttentionPlan& plan,
+                                    const ReportRequest& request) {
+  std::vector<ReportRegion> regions;
+  if (request.lists) {
+    regions.push_back({plan.tiles_at,
+                       plan.num_tiles() * static_cast<int64_t>(sizeof(AttentionTile))});
+    if (plan.has_lists) {
+      regions.push_back({plan.entries_at, 2 * plan.geometry.total_entries});
+    }
   }
   if (request.order && plan.permutes) {
     regions.push_back({plan.positions_at, plan.memory.order_bytes});
@@ -99,21 +128,15 @@ std::vector<ReportRegion> ReportRegions(const CudaAttentionPlan& plan,
   return regions;
 }
 
-Status FillCudaReport(const CudaAttentionPlan& plan, const std::byte* workspace,
-                      const ReportRequest& request, AttentionReport* report) {
-  *report = {};
-  if (*At<int32_t>(workspace, plan.flags_at) != 0) {
-    return ScoreOverflow(plan.problem);
-  }
-  const std::vector<RanRow> rows = RowsOf(plan, workspace, ReadsEntries(plan, request));
-  const auto row_of = [&](int32_t sequence, int32_t head, int32_t query_block) {
-    return rows[plan.geometry.ListRow(sequence, head, query_block)];
-  };
-  CountBlocks(plan.geometry, row_of, report);
-  WhatRan(plan, workspace, report->stats);
+void TellRequested(const CudaAttentionPlan& plan, const std::byte* workspace,
+                   const ReportRequest& request, AttentionReport* report) {
   if (request.order) report->order = OrderOf(plan, workspace);
-  if (request.lists) report->lists = RanLists(plan.geometry, row_of);
-  return Status();
+  if (!request.lists) return;
+  const std::vector<RanRow> rows = RowsOf(plan, workspace);
+  report->lists =
+      RanLists(plan.geometry, [&](int32_t sequence, int32_t head, int32_t query_block) {
+        return rows[plan.geometry.ListRow(sequence, head, query_block)];
+      });
 }
 
 }  // namespace pbs::cuda

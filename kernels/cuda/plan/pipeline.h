@@ -42,6 +42,31 @@ void EnqueueSortSegments(const SelectionParams& params, Launcher& launch) {
   }
 }
 
+template <class Launcher>
+void EnqueueStoreSequences(const CudaAttentionPlan& plan, const RunParams& run,
+                           Launcher& launch) {
+  const SelectionParams& params = run.selection;
+  StoredSequences stored{};
+  stored.target = const_cast<SequenceRecord*>(params.sequences);
+  stored.summary = run.summary;
+  stored.heads = run.tile_order.heads;
+  stored.num_heads = stored.heads == nullptr ? 0 : params.num_heads;
+  for (int32_t first = 0; first < params.num_sequences; first += kSequencesPerStore) {
+    stored.first = first;
+    stored.count = std::min(kSequencesPerStore, params.num_sequences - first);
+    std::copy_n(plan.sequences.begin() + first, stored.count, stored.records);
+    launch.template Run<StoreSequences>(1, 0, stored);
+    stored.summary = nullptr;
+  }
+}
+
+template <class Launcher>
+void EnqueueOrderTiles(const TileOrderParams& tiles, Launcher& launch) {
+  const int64_t sections = int64_t{tiles.num_order_heads} * tiles.num_sequences;
+  launch.template Run<OrderTiles>(tiles.one_section != 0 ? 1 : sections,
+                                  OrderTiles::SharedBytes(tiles), tiles);
+}
+
 // Enqueues what orders and moves keys. `launch` has
 //   template <class Kernel, class Params>
 //   void Run(int64_t blocks, int64_t shared_bytes, const Params& params);
@@ -52,15 +77,7 @@ void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
   const SelectionParams& params = run.selection;
   const int64_t heads = params.num_heads;
   const int64_t order_heads = params.num_order_heads;
-  StoredSequences stored{};
-  stored.target = const_cast<SequenceRecord*>(params.sequences);
-  stored.non_finite = params.non_finite;
-  for (int32_t first = 0; first < params.num_sequences; first += kSequencesPerStore) {
-    stored.first = first;
-    stored.count = std::min(kSequencesPerStore, params.num_sequences - first);
-    std::copy_n(plan.sequences.begin() + first, stored.count, stored.records);
-    launch.template Run<StoreSequences>(1, 0, stored);
-  }
+  EnqueueStoreSequences(plan, run, launch);
   if (plan.orders) {
     launch.template Run<SumChunks<Element, kHeadDim>>(
         heads * params.total_chunks, ScoreSharedBytes(kHeadDim, 0), params);
@@ -83,19 +100,16 @@ void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
 template <class Element, int kHeadDim, class Launcher>
 void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
                   Launcher& launch) {
-  const SelectionParams& params = run.selection;
-  const int64_t heads = params.num_heads;
-  const int64_t order_heads = params.num_order_heads;
+  SelectionParams params = run.selection;
   if (plan.pools_queries) {
+    const int64_t heads = params.num_heads;
     launch.template Run<PoolQueries<Element, kHeadDim>>(
         heads * params.total_query_blocks, BlockRows<Element, kHeadDim>::kSharedBytes,
         params);
+    params.ordered = nullptr;  // stamped
   }
   if (plan.selects) EnqueueSelectBlocks<Element>(plan, params, launch);
-  const TileOrderParams& tiles = run.tile_order;
-  launch.template Run<OrderTiles>(
-      tiles.one_section != 0 ? 1 : order_heads * tiles.num_sequences,
-      OrderTiles::SharedBytes(tiles.longest), tiles);
+  EnqueueOrderTiles(run.tile_order, launch);
 }
 
 }  // namespace pbs::cuda

@@ -33,6 +33,13 @@ PBS_DEVICE uint8_t* SharedMemory() {
 PBS_DEVICE uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+// Nanoseconds of a clock that all multiprocessors share, in steps that the device
+// chooses.
+PBS_DEVICE int64_t GlobalTimer() {
+  int64_t nanoseconds;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds)::"memory");
+  return nanoseconds;
+}
 
 // ---- warps; all 32 lanes call
 
@@ -106,6 +113,13 @@ PBS_DEVICE int32_t AtomicAdd(int32_t* at, int32_t value) {
 }
 PBS_DEVICE int32_t AtomicAddShared(int32_t* at, int32_t value) {
   return atomicAdd(at, value);
+}
+PBS_DEVICE void AtomicAdd(int64_t* at, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(at),
+            static_cast<unsigned long long>(value));
+}
+PBS_DEVICE void AtomicMax(int64_t* at, int64_t value) {
+  atomicMax(reinterpret_cast<long long*>(at), static_cast<long long>(value));
 }
 // Each call reads, or writes.
 template <class T>

@@ -27,26 +27,39 @@ class BlockRows {
   static constexpr int kThreads = 128;
   static constexpr int kPieces = kHeadDim / 8;        // 16 bytes each
   static constexpr int kLanes = PieceGroup(kPieces);  // threads of a row
+  static constexpr int kGroups = kPieces / kLanes;    // pieces of a row for a thread
   static constexpr int kRowsAtOnce = kThreads / kLanes;
+  // Of a thread, each with its kGroups pieces: 128 bytes (96 at head dim 96).
+  static constexpr int kRowsUnderWay = kGroups == 3 ? 2 : 8 / kGroups;
+  static_assert(kBlockTokens % (kRowsUnderWay * kRowsAtOnce) == 0);
   static_assert(kRowsAtOnce == PartialSums(kHeadDim));
   static constexpr int kSharedBytes = kRowsAtOnce * kHeadDim * 4;
 
   // For each row of the block: source(row) is where it begins, null where there is
   // none (zeros); visit(row, group, piece, values) gets every piece, piece / kLanes
-  // being the group, which the compiler knows.
+  // being the group, which the compiler knows. A thread's rows come in rising order.
   template <class Source, class Visit>
   PBS_DEVICE static void ForEachPiece(Source&& source, Visit&& visit) {
     PBS_NO_UNROLL
-    for (int row = ThreadIndex() / kLanes; row < kBlockTokens; row += kRowsAtOnce) {
-      const uint16_t* at = source(row);
+    for (int first = ThreadIndex() / kLanes; first < kBlockTokens;
+         first += kRowsUnderWay * kRowsAtOnce) {
+      Words4 values[kRowsUnderWay][kGroups] = {};
       PBS_UNROLL
-      for (int group = 0; group < kPieces / kLanes; ++group) {
-        const int piece = group * kLanes + ThreadIndex() % kLanes;
-        Words4 values{};
-        if (at != nullptr) {
-          values = LoadGlobal(reinterpret_cast<const Words4*>(at + piece * 8));
+      for (int r = 0; r < kRowsUnderWay; ++r) {
+        const uint16_t* at = source(first + r * kRowsAtOnce);
+        if (at == nullptr) continue;
+        PBS_UNROLL
+        for (int group = 0; group < kGroups; ++group) {
+          values[r][group] =
+              LoadGlobal(reinterpret_cast<const Words4*>(at + Piece(group) * 8));
         }
-        visit(row, group, piece, values);
+      }
+      PBS_UNROLL
+      for (int r = 0; r < kRowsUnderWay; ++r) {
+        PBS_UNROLL
+        for (int group = 0; group < kGroups; ++group) {
+          visit(first + r * kRowsAtOnce, group, Piece(group), values[r][group]);
+        }
       }
     }
   }
@@ -66,11 +79,10 @@ class BlockRows {
   PBS_DEVICE void Mean(ScoreRounding rounding, Store&& store) const {
     auto* shared = reinterpret_cast<float*>(SharedMemory());
     PBS_UNROLL
-    for (int group = 0; group < kPieces / kLanes; ++group) {
-      const int piece = group * kLanes + ThreadIndex() % kLanes;
+    for (int group = 0; group < kGroups; ++group) {
       PBS_UNROLL
       for (int i = 0; i < 8; ++i) {
-        StoreShared(shared + ThreadIndex() / kLanes * kHeadDim + piece * 8 + i,
+        StoreShared(shared + ThreadIndex() / kLanes * kHeadDim + Piece(group) * 8 + i,
                     sums_[group][i]);
       }
     }
@@ -82,7 +94,12 @@ class BlockRows {
   }
 
  private:
-  float sums_[kPieces / kLanes][8] = {};
+  // Of the calling thread.
+  PBS_DEVICE static int Piece(int group) {
+    return group * kLanes + ThreadIndex() % kLanes;
+  }
+
+  float sums_[kGroups][8] = {};
 };
 
 }  // namespace pbs::cuda

@@ -4,6 +4,7 @@
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/block_rows.h"
 #include "cuda/selection/sequences.h"
+#include "cuda/selection/stamp_time.h"
 
 namespace pbs::cuda {
 
@@ -45,14 +46,14 @@ class GatherKeys {
   }
 
   PBS_DEVICE void Keys() {
+    const uint16_t* keys = HeadOf(params_.k);
     Rows rows;
-    Rows::ForEachPiece([&](int row) { return Source(params_.k, row); },
-                       [&](int row, int group, int piece, const Words4& values) {
-                         rows.Add(group, values);
-                         if (params_.permutes != 0) {
-                           Store(params_.permuted_k, row, piece, values);
-                         }
-                       });
+    Rows::ForEachPiece(
+        [&](int row) { return Source(keys, params_.k.strides.row, row); },
+        [&](int row, int group, int piece, const Words4& values) {
+          rows.Add(group, values);
+          if (params_.permutes != 0) Store(params_.permuted_k, row, piece, values);
+        });
     if (params_.pools == 0) return;
     rows.Mean(params_.rounding, [&](int column, float mean) {
       StoreGlobal(params_.pooled_keys +
@@ -63,10 +64,12 @@ class GatherKeys {
   }
 
   PBS_DEVICE void Values() {
-    Rows::ForEachPiece([&](int row) { return Source(params_.v, row); },
-                       [&](int row, int, int piece, const Words4& values) {
-                         Store(params_.permuted_v, row, piece, values);
-                       });
+    const uint16_t* values_of_head = HeadOf(params_.v);
+    Rows::ForEachPiece(
+        [&](int row) { return Source(values_of_head, params_.v.strides.row, row); },
+        [&](int row, int, int piece, const Words4& values) {
+          Store(params_.permuted_v, row, piece, values);
+        });
   }
 
   // Whether the positions of the block's slots are there already.
@@ -89,12 +92,15 @@ class GatherKeys {
     return slot;
   }
 
-  PBS_DEVICE const uint16_t* Source(const RowOperand& operand, int row) const {
-    const int32_t position = LoadShared(&positions()[row]);
-    if (position == INT32_MAX) return nullptr;
+  // Position 0 of the sequence in the head that is read.
+  PBS_DEVICE const uint16_t* HeadOf(const RowOperand& operand) const {
     return operand.data + operand.strides.Offset(sequence_index_, sequence_.k_begin,
-                                                 KvHeadOfOrder(params_, head_),
-                                                 position);
+                                                 KvHeadOfOrder(params_, head_), 0);
+  }
+  PBS_DEVICE static const uint16_t* Source(const uint16_t* head, int64_t stride,
+                                           int row) {
+    const int32_t position = LoadShared(&positions()[row]);
+    return position == INT32_MAX ? nullptr : head + position * stride;
   }
 
   PBS_DEVICE void Store(uint16_t* target, int row, int piece,
@@ -126,6 +132,7 @@ struct PoolQueries {
   using Rows = BlockRows<Element, kHeadDim>;
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
+    StampTime(params.ordered);
     const int item = BlockIndex() / params.num_heads;
     const int head = BlockIndex() % params.num_heads;
     const int index = FindSequence<&SequenceRecord::query_block_begin>(
@@ -134,12 +141,14 @@ struct PoolQueries {
     if (s.sparse == 0) return;
     const int block = s.first_query_block + item - s.query_block_begin;
     const int first = block * kBlockTokens - s.query_offset;  // may be below 0
+    const uint16_t* queries =
+        params.q.data + params.q.strides.Offset(index, s.q_begin, head, 0);
     Rows rows;
     Rows::ForEachPiece(
         [&](int row) -> const uint16_t* {
           const int query = first + row;
           if (query < 0 || query >= s.q_len) return nullptr;
-          return params.q.data + params.q.strides.Offset(index, s.q_begin, head, query);
+          return queries + query * params.q.strides.row;
         },
         [&](int, int group, int, const Words4& values) { rows.Add(group, values); });
     rows.Mean(ScoreRounding::kNone, [&](int column, float mean) {

@@ -7,17 +7,23 @@
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/order_tiles_params.h"
 #include "cuda/selection/sequences.h"
+#include "cuda/selection/stamp_time.h"
+#include "cuda/tiles/warp_sums.h"
 
 namespace pbs::cuda {
 
 // Grid [1] or [num_order_heads, num_sequences], 512 threads; dynamic shared memory:
-// SharedBytes(longest).
+// SharedBytes().
+//
+// A counting sort: how many tiles have lists of each length, where each length begins,
+// tiles to their places. Only the last pass makes tiles, and counts the blocks that
+// they read.
 class OrderTiles {
  public:
   static constexpr int kThreads = 512;
 
-  PBS_HOST_DEVICE static constexpr int SharedBytes(int longest) {
-    return (longest + 1 + kThreads + 4) * 4;
+  PBS_HOST_DEVICE static constexpr int SharedBytes(const TileOrderParams& params) {
+    return kWarps * 8 + 2 * HeadsOfSection(params) * 4 + (params.longest + 1) * 4;
   }
 
   PBS_DEVICE static void Run(const TileOrderParams& params) {
@@ -25,32 +31,93 @@ class OrderTiles {
   }
 
  private:
+  static constexpr int kWarps = kThreads / 32;
+
+  // Query heads whose tiles a thread block orders.
+  PBS_HOST_DEVICE static constexpr int HeadsOfSection(const TileOrderParams& params) {
+    return params.one_section != 0 ? params.num_heads
+                                   : params.num_heads / params.num_order_heads;
+  }
+
+  // The query block of a row of the lists.
+  struct Row {
+    int sequence;
+    SequenceRecord s;
+    int head;
+    int query_block;  // of the sequence
+    int block;        // absolute index
+  };
+
   PBS_DEVICE explicit OrderTiles(const TileOrderParams& params)
       : params_(params),
-        counts_(reinterpret_cast<int32_t*>(SharedMemory())),
-        sums_(counts_ + params.longest + 1) {}
+        sums_(reinterpret_cast<int64_t*>(SharedMemory())),
+        blocks_(reinterpret_cast<int32_t*>(sums_ + kWarps)),
+        counts_(blocks_ + 2 * HeadsOfSection(params)) {}
 
   PBS_DEVICE void Run() {
+    StampTime(params_.ordered);
     if (BlockIndex() == 0 && ThreadIndex() == 0) {
       StoreGlobal(params_.next_tile, 0);
       StoreGlobal(params_.tiles + params_.total_tiles, AttentionTile{});
     }
     FindSection();
-    for (int i = ThreadIndex(); i <= params_.longest; i += kThreads) {
-      StoreShared(counts_ + i, 0);
+    const int to_clear = 2 * HeadsOfSection(params_) + params_.longest + 1;
+    for (int i = ThreadIndex(); i < to_clear; i += kThreads) {
+      StoreShared(blocks_ + i, 0);
     }
     SyncThreads();
     for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
-      const AttentionTile tile = MakeTile(row);
-      if (tile.list_begin >= 0 && params_.given_begin != nullptr) CopyGiven(row, tile);
-      AtomicAddShared(counts_ + tile.list_count, 1);
+      AtomicAddShared(counts_ + Length(row, RowAt(row)), 1);
     }
     SyncThreads();
     CountsToPlaces();
-    for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
-      const AttentionTile tile = MakeTile(row);
-      const int place = AtomicAddShared(counts_ + tile.list_count, 1);
-      StoreGlobal(params_.tiles + begin_ + place, tile);
+    const int lane = ThreadIndex() % 32;
+    // Warps stay whole.
+    for (int64_t first = begin_ + ThreadIndex() - lane; first < end_;
+         first += kThreads) {
+      const bool there = first + lane < end_;
+      CountBlocks(there ? PlaceTile(first + lane) : Blocks{});
+    }
+    SyncThreads();
+    TellBlocks();
+    if (ThreadIndex() == 0) AtomicMax(params_.listed, GlobalTimer());
+  }
+
+  // What a tile reads.
+  struct Blocks {
+    int head = -1;  // of the section; -1: there is no tile
+    int executed = 0;
+    int above = 0;  // the diagonal
+  };
+  PBS_DEVICE Blocks PlaceTile(int64_t row) {
+    const Row at = RowAt(row);
+    int above = 0;
+    const AttentionTile tile = MakeTile(row, at, &above);
+    if (tile.list_begin >= 0 && params_.given_begin != nullptr) CopyGiven(row, tile);
+    const int place = AtomicAddShared(counts_ + tile.list_count, 1);
+    StoreGlobal(params_.tiles + begin_ + place, tile);
+    return {at.head - first_head_, tile.list_count, above};
+  }
+
+  // Adds what the lanes' tiles read to blocks_; most warps have tiles of one head.
+  PBS_DEVICE void CountBlocks(Blocks blocks) {
+    if (params_.heads == nullptr) return;
+    const int head = Shuffle(blocks.head, 0);
+    const bool same = blocks.head == head || blocks.head < 0;
+    if (Ballot(same) == 0xFFFFFFFFu) {
+      blocks = {head, SumOfWarp(blocks.executed), SumOfWarp(blocks.above)};
+      if (ThreadIndex() % 32 != 0) return;
+    }
+    if (blocks.head < 0) return;
+    AtomicAddShared(blocks_ + 2 * blocks.head, blocks.executed);
+    AtomicAddShared(blocks_ + 2 * blocks.head + 1, blocks.executed - blocks.above);
+  }
+  PBS_DEVICE void TellBlocks() const {
+    if (params_.heads == nullptr) return;
+    for (int head = ThreadIndex(); head < HeadsOfSection(params_); head += kThreads) {
+      BlockCounts* target = params_.heads + first_head_ + head;
+      AtomicAdd(&target->executed, LoadShared(blocks_ + 2 * head));
+      AtomicAdd(&target->lower, LoadShared(blocks_ + 2 * head + 1));
     }
   }
 
@@ -62,9 +129,11 @@ class OrderTiles {
       return;
     }
     const GridPlace place = PlaceInGrid(params_.num_sequences);
+    section_sequence_ = place.item;
     const SequenceRecord s = LoadGlobal(params_.sequences + place.item);
-    const int members = params_.num_heads / params_.num_order_heads;
-    begin_ = ListRow(s, params_.num_heads, place.head * members, 0);
+    const int members = HeadsOfSection(params_);
+    first_head_ = place.head * members;
+    begin_ = ListRow(s, params_.num_heads, first_head_, 0);
     end_ = begin_ + int64_t{members} * s.num_query_blocks;
     if (params_.dense_fallback != 0 && s.sparse != 0) DecideFallback(s, place);
   }
@@ -72,32 +141,20 @@ class OrderTiles {
   // Whether the lists of this order head would not pay.
   PBS_DEVICE void DecideFallback(const SequenceRecord& s, const GridPlace& place) {
     int64_t executed = 0;
-    int64_t causal = 0;
     for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
       executed += LoadGlobal(params_.counts + row);
-      causal += s.first_query_block + (row - begin_) % s.num_query_blocks + 1;
     }
-    // Whole numbers below 2^24 blocks a thread: sums of floats would round.
-    StoreShared(sums_ + ThreadIndex(), static_cast<int32_t>(executed));
-    SyncThreads();
-    const int64_t all_executed = SumOfSums();
-    SyncThreads();
-    StoreShared(sums_ + ThreadIndex(), static_cast<int32_t>(causal));
-    SyncThreads();
-    const int64_t all_causal = SumOfSums();
-    SyncThreads();
+    executed = SumOfAll(executed);
+    // Row i of a head sees first_query_block + i + 1 blocks.
+    const int64_t twice_a_row = 2 * s.first_query_block + s.num_query_blocks + 1;
+    const int64_t causal = (end_ - begin_) * twice_a_row / 2;
     falls_back_ =
-        static_cast<double>(all_executed) >=
-        static_cast<double>(params_.fallback_density) * static_cast<double>(all_causal);
+        static_cast<double>(executed) >=
+        static_cast<double>(params_.fallback_density) * static_cast<double>(causal);
     if (ThreadIndex() == 0) {
       StoreGlobal(params_.fell_back + place.head * params_.num_sequences + place.item,
                   falls_back_ ? 1 : 0);
     }
-  }
-  PBS_DEVICE int64_t SumOfSums() const {
-    int64_t sum = 0;
-    for (int i = 0; i < kThreads; ++i) sum += LoadShared(sums_ + i);
-    return sum;
   }
 
   // counts_[n] becomes the number of tiles with longer lists.
@@ -108,10 +165,7 @@ class OrderTiles {
     const int last = bins - 1 - ThreadIndex() * each;
     int sum = 0;
     for (int i = last; i > last - each && i >= 0; --i) sum += LoadShared(counts_ + i);
-    StoreShared(sums_ + ThreadIndex(), sum);
-    SyncThreads();
-    int place = 0;
-    for (int i = 0; i < ThreadIndex(); ++i) place += LoadShared(sums_ + i);
+    auto place = static_cast<int>(SumOfThreadsBefore(sum));
     for (int i = last; i > last - each && i >= 0; --i) {
       const int count = LoadShared(counts_ + i);
       StoreShared(counts_ + i, place);
@@ -120,73 +174,113 @@ class OrderTiles {
     SyncThreads();
   }
 
+  // All threads call; sums_ may be used again behind the next SyncThreads().
+  PBS_DEVICE int64_t SumOfAll(int64_t value) const {
+    TellSumOfWarp(SumOfWarp(value));
+    return SumOfWarp(SumToldBy(kWarps));
+  }
+  PBS_DEVICE int64_t SumOfThreadsBefore(int64_t value) const {
+    const int64_t with_own = SumOfLanesUpTo(value);
+    TellSumOfWarp(Shuffle(with_own, 31));
+    return SumOfWarp(SumToldBy(ThreadIndex() / 32)) + with_own - value;
+  }
+  PBS_DEVICE void TellSumOfWarp(int64_t sum) const {
+    if (ThreadIndex() % 32 == 0) StoreShared(sums_ + ThreadIndex() / 32, sum);
+    SyncThreads();
+  }
+  // What the lane's warp has told, of the first `warps`.
+  PBS_DEVICE int64_t SumToldBy(int warps) const {
+    const int lane = ThreadIndex() % 32;
+    return lane < warps ? LoadShared(sums_ + lane) : int64_t{0};
+  }
+
   PBS_DEVICE void CopyGiven(int64_t row, const AttentionTile& tile) const {
-    const uint16_t* given = Entries(row, tile);
+    const uint16_t* given = Given(row);
     for (int i = 0; i < tile.list_count; ++i) {
       StoreGlobal(params_.entries + tile.list_begin + i, LoadGlobal(given + i));
     }
   }
-
-  // Where the list of a row comes from.
-  PBS_DEVICE const uint16_t* Entries(int64_t row, const AttentionTile& tile) const {
-    if (params_.given_begin == nullptr) return params_.entries + tile.list_begin;
+  PBS_DEVICE const uint16_t* Given(int64_t row) const {
     return params_.given_entries + LoadGlobal(params_.given_begin + row);
   }
 
-  PBS_DEVICE AttentionTile MakeTile(int64_t row) const {
-    const int index = SequenceOfRow(row);
-    const SequenceRecord s = LoadGlobal(params_.sequences + index);
-    const int64_t local = row - ListRow(s, params_.num_heads, 0, 0);
-    const int head = static_cast<int>(local / s.num_query_blocks);
-    const int query_block = static_cast<int>(local % s.num_query_blocks);
-    const int block = s.first_query_block + query_block;
-    const int first = block * kTileRows - s.query_offset;  // row of the sequence
+  PBS_DEVICE Row RowAt(int64_t row) const {
+    Row found;
+    found.sequence = section_sequence_;
+    if (found.sequence < 0) {
+      found.sequence = FindSequence<&SequenceRecord::query_block_begin>(
+          params_.sequences, params_.num_sequences,
+          static_cast<int>(row / params_.num_heads));
+    }
+    found.s = LoadGlobal(params_.sequences + found.sequence);
+    const int64_t local = row - ListRow(found.s, params_.num_heads, 0, 0);
+    found.head = static_cast<int>(local / found.s.num_query_blocks);
+    found.query_block = static_cast<int>(local % found.s.num_query_blocks);
+    found.block = found.s.first_query_block + found.query_block;
+    return found;
+  }
+
+  PBS_DEVICE bool HasList(const Row& at) const {
+    return params_.counts != nullptr && at.s.sparse != 0;
+  }
+  PBS_DEVICE int OwnEndOf(const Row& at) const {
+    return OwnEnd(at.block, params_.blocks_per_segment, at.s.num_key_blocks);
+  }
+  // Blocks that the row reads.
+  PBS_DEVICE int Length(int64_t row, const Row& at) const {
+    if (!HasList(at)) return at.block + 1;
+    return falls_back_ ? OwnEndOf(at) : LoadGlobal(params_.counts + row);
+  }
+
+  // `above`: blocks of the tile above the diagonal.
+  PBS_DEVICE AttentionTile MakeTile(int64_t row, const Row& at, int* above) const {
+    const int first = at.block * kTileRows - at.s.query_offset;  // row of the sequence
     AttentionTile tile{
         .list_begin = -1,
-        .list_count = block + 1,
+        .list_count = Length(row, at),
         .num_masked = 1,
-        .last_block = block,
-        .sequence = index,
-        .head = head,
-        .order_head = head / (params_.num_heads / params_.num_read_heads),
-        .q_begin = s.q_begin,
+        .last_block = at.block,
+        .sequence = at.sequence,
+        .head = at.head,
+        .order_head = at.head / (params_.num_heads / params_.num_read_heads),
+        .q_begin = at.s.q_begin,
         .first_query = first,
         .begin_row = first < 0 ? -first : 0,
-        .end_row = s.q_len - first < kTileRows ? s.q_len - first : kTileRows,
-        .first_position = block * kTileRows,
+        .end_row = at.s.q_len - first < kTileRows ? at.s.q_len - first : kTileRows,
+        .first_position = at.block * kTileRows,
         .first_slot =
-            params_.permuted != 0 ? s.key_block_begin * kBlockTokens : s.k_begin,
-        .num_keys = s.k_len};
-    if (params_.counts == nullptr || s.sparse == 0) return tile;
-    const int own = OwnBegin(block, params_.blocks_per_segment);
-    const int own_end = OwnEnd(block, params_.blocks_per_segment, s.num_key_blocks);
-    if (falls_back_) {
-      tile.list_count = own_end;
-      tile.num_masked = own_end - own;
-      tile.last_block = own_end - 1;
-      return tile;
-    }
-    tile.list_begin = EntryOffset(s, head, query_block, params_.blocks_per_segment);
-    tile.list_count = LoadGlobal(params_.counts + row);
-    tile.num_masked = 0;
-    const uint16_t* end = Entries(row, tile) + tile.list_count;
+            params_.permuted != 0 ? at.s.key_block_begin * kBlockTokens : at.s.k_begin,
+        .num_keys = at.s.k_len};
+    if (!HasList(at)) return tile;
+    const int own = OwnBegin(at.block, params_.blocks_per_segment);
+    // Our own lists hold all of the own segment.
+    tile.num_masked = OwnEndOf(at) - own;
+    tile.last_block = OwnEndOf(at) - 1;
+    *above = OwnEndOf(at) - at.block - 1;
+    if (falls_back_) return tile;
+    tile.list_begin =
+        EntryOffset(at.s, at.head, at.query_block, params_.blocks_per_segment);
+    if (params_.given_begin == nullptr) return tile;
+    const uint16_t* end = Given(row) + tile.list_count;
     tile.last_block = LoadGlobal(end - 1);
-    while (tile.num_masked < tile.list_count &&
-           LoadGlobal(end - tile.num_masked - 1) >= own) {
-      ++tile.num_masked;
-    }
+    *above = EntriesFrom(at.block + 1, end, tile.list_count);
+    tile.num_masked = EntriesFrom(own, end, tile.list_count);
     return tile;
   }
 
-  PBS_DEVICE int SequenceOfRow(int64_t row) const {
-    return FindSequence<&SequenceRecord::query_block_begin>(
-        params_.sequences, params_.num_sequences,
-        static_cast<int>(row / params_.num_heads));
+  // Entries of a list, `count` before `end`, that are at least `block`.
+  PBS_DEVICE static int EntriesFrom(int block, const uint16_t* end, int count) {
+    int entries = 0;
+    while (entries < count && LoadGlobal(end - entries - 1) >= block) ++entries;
+    return entries;
   }
 
   const TileOrderParams& params_;
-  int32_t* const counts_;  // by length of the list; then places
-  int32_t* const sums_;    // by thread
+  int64_t* const sums_;        // by warp
+  int32_t* const blocks_;      // by head of the section: executed, lower
+  int32_t* const counts_;      // by length of the list; then places
+  int section_sequence_ = -1;  // of all rows; below 0: of several
+  int first_head_ = 0;         // of the section
   int64_t begin_ = 0;
   int64_t end_ = 0;
   bool falls_back_ = false;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/block_counts.h"
 #include "cuda/attention/attention_tile.h"
 #include "cuda/selection/selection_params.h"
 
@@ -30,6 +31,9 @@ struct TileOrderParams {
   AttentionTile* tiles;  // [total_tiles], and one of no blocks
   int32_t* next_tile;
   int32_t* fell_back;  // [num_order_heads, num_sequences] 1: lists were not read
+  BlockCounts* heads;  // [num_heads] added to; null: nothing is counted
+  int64_t* ordered;    // RunSummary::ordered; null: an earlier kernel stamped it
+  int64_t* listed;     // RunSummary::listed
 };
 
 }  // namespace pbs::cuda

@@ -5,6 +5,7 @@
 
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/sequences.h"
+#include "cuda/selection/stamp_time.h"
 
 namespace pbs::cuda {
 
@@ -20,6 +21,7 @@ class SelectBlocks {
   static constexpr int kThreads = 128;
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
+    StampTime(params.ordered);
     SelectBlocks(params, PlaceInGrid(params.total_groups)).Run();
   }
 

@@ -92,6 +92,7 @@ struct SelectionParams {
   uint16_t* counts;
   uint16_t* entries;
   int32_t* non_finite;  // set to 1 when a score is not
+  int64_t* ordered;     // RunSummary::ordered, in the first kernel that selects
 };
 
 // Tiles of keys that scoring holds: the next ones arrive beside products as long as

@@ -1,8 +1,9 @@
 // Brings the plan's sequences to the device inside kernel parameters: no copy from host
-// memory that a run would have to wait for.
+// memory that a run would have to wait for. Begins the run's summary.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
+#include "cuda/selection/run_summary.h"
 #include "cuda/selection/selection_params.h"
 
 namespace pbs::cuda {
@@ -14,7 +15,9 @@ struct StoredSequences {
   SequenceRecord* target;
   int32_t first;
   int32_t count;
-  int32_t* non_finite;  // cleared
+  RunSummary* summary;  // null: begun by an earlier launch
+  BlockCounts* heads;
+  int32_t num_heads;  // 0: blocks are not counted
 };
 
 // One thread block.
@@ -22,7 +25,18 @@ struct StoreSequences {
   static constexpr int kThreads = kSequencesPerStore;
 
   PBS_DEVICE static void Run(const StoredSequences& stored) {
-    if (ThreadIndex() == 0) StoreGlobal(stored.non_finite, 0);
+    if (stored.summary != nullptr) {
+      if (ThreadIndex() == 0) {
+        StoreGlobal(stored.summary, RunSummary{.began = GlobalTimer(),
+                                               .ordered = 0,
+                                               .listed = 0,
+                                               .non_finite = 0,
+                                               .padding = 0});
+      }
+      for (int head = ThreadIndex(); head < stored.num_heads; head += kThreads) {
+        StoreGlobal(stored.heads + head, BlockCounts{});
+      }
+    }
     if (ThreadIndex() >= stored.count) return;
     StoreGlobal(stored.target + stored.first + ThreadIndex(),
                 stored.records[ThreadIndex()]);

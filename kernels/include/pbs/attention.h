@@ -17,8 +17,9 @@
 // 1/sqrt(head_dim). q, k, v and o share one dtype; softmax and sums are f32.
 //
 // Use: Plan() once per problem, then Run() any number of times with a workspace of
-// plan.workspace_bytes, then ReadReport(). Plan() is host-only and pure. Run()
-// allocates nothing and, on a device, only enqueues.
+// plan.workspace_bytes, then ReadReport(); or StartReport(), other work, and
+// FinishReport(), so that a device need not wait for its host. Plan() is host-only and
+// pure. Run() allocates nothing and, on a device, only enqueues.
 //
 // Inputs that are not finite are the caller's to refuse. Method dense passes them on:
 // NaN in a query or key reaches the rows that see it; in a value, also other rows that
@@ -310,6 +311,9 @@ constexpr int32_t CoverageRow(int32_t i, int32_t num_rows, int32_t q_len) {
                               (2 * static_cast<int64_t>(num_rows)));
 }
 
+// Reports that may have been started and not finished.
+inline constexpr int kReportsUnderWayMax = 2;
+
 struct ReportRequest {
   bool order = false;
   bool lists = false;
@@ -332,9 +336,23 @@ class AttentionBackend {
                      Workspace workspace, const RunControl& control) = 0;
 
   // Waits for the last Run() on `workspace` and reads what it left there. Requires
-  // that this Run() returned OK.
+  // that this Run() was the backend's last and returned OK, and that no report is under
+  // way. InvalidArgument when finite inputs overflowed and Run() could not tell.
   virtual Status ReadReport(const AttentionPlan& plan, Workspace workspace,
                             const ReportRequest& request, AttentionReport* report) = 0;
+
+  // The same in two calls, without order and lists. Reports finish in the order in
+  // which they were started, and at most kReportsUnderWayMax are under way: while there
+  // are so many, neither Run() nor StartReport() may be called.
+  //
+  // Keeps what the last Run() left in `workspace`, which may be used for something else
+  // from then on; on a device it only enqueues. Requires that this Run() was the
+  // backend's last and returned OK. After an error this report is not under way.
+  virtual Status StartReport(const AttentionPlan& plan, Workspace workspace) = 0;
+  // Waits for the run of the report that was started first, whose plan is `plan`, and
+  // fills `report->stats` and `report->head_density`. Errors as ReadReport(); the
+  // report is under way no more whatever the answer.
+  virtual Status FinishReport(const AttentionPlan& plan, AttentionReport* report) = 0;
 };
 
 }  // namespace pbs

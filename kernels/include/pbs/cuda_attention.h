@@ -8,11 +8,16 @@
 // lists, orders and the workspace (256-byte aligned) lie in device memory.
 //
 // Run() only enqueues kernels on the stream: no allocation, no copy, no wait; it can be
-// captured into a graph. Scores that overflow show in ReadReport(). A head that falls
+// captured into a graph. Scores that overflow show in its report. A head that falls
 // back to dense keeps its order and reads every block of its own and earlier segments.
 // Masked scores may be -inf before they are summed: products of finite inputs that
 // overflow to +inf make NaN there. Rows behind the end of a sequence may be read, up to
 // the longest one's or the next one's; whatever they hold does not reach a result.
+//
+// A report is of the last run, or of the last launch of a graph with one. Times:
+// permute and select are differences of the device's own clock, in its steps; attend
+// has what they leave of the time between two events around the run. Pinned memory is
+// allocated when a plan needs more of it than any before; 4 KiB are there.
 //
 // Built with PBS_CUDA=ON.
 #pragma once

@@ -1,7 +1,9 @@
 // Spec: docs/KERNELS.md, "CPU". Every table of the CPU backend against the f64
 // reference, on the same seeds. The first lines of a run say which tables executed.
+#include <algorithm>
 #include <cstdio>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -336,6 +338,37 @@ TEST(CpuTables, AgreeWithEachOther) {
       }
     }
     EXPECT_LE(worst, 2 * Tolerance(DType::kF32, false, 96)) << engines[i].name;
+  }
+}
+
+TEST_P(CpuAttentionSpec, ReportsUnderWayOutliveTheirWorkspaceAndFinishInOrder) {
+  std::vector<AttentionReport> expected;
+  std::vector<std::unique_ptr<AttentionPlan>> plans;
+  std::vector<AttentionCase> inputs;
+  for (const Shape& shape : {kShapes[3], kShapes[4]}) {
+    const AttentionProblem problem = MakeProblem(shape, DType::kF32, {});
+    inputs.emplace_back(problem, 1);
+    expected.push_back(RunOn(attention_, problem, inputs.back().Tensors()).report);
+    plans.push_back(*attention_.Plan(problem));
+  }
+  ASSERT_NE(expected[0].stats.executed_blocks, expected[1].stats.executed_blocks);
+  const int64_t bytes = std::max(plans[0]->workspace_bytes, plans[1]->workspace_bytes);
+  std::vector<uint64_t> memory(static_cast<size_t>(bytes / 8 + 16));
+  const auto aligned = (reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64;
+  const Workspace workspace = {reinterpret_cast<void*>(aligned), bytes};
+  for (size_t i : {0, 1}) {
+    ASSERT_TRUE(attention_.Run(*plans[i], inputs[i].Tensors(), workspace, {}).ok());
+    ASSERT_TRUE(attention_.StartReport(*plans[i], workspace).ok());
+    std::fill(memory.begin(), memory.end(), UINT64_MAX);
+  }
+  for (size_t i : {0, 1}) {
+    AttentionReport report;
+    ASSERT_TRUE(attention_.FinishReport(*plans[i], &report).ok());
+    EXPECT_EQ(report.stats.executed_blocks, expected[i].stats.executed_blocks);
+    EXPECT_EQ(report.stats.method_run, expected[i].stats.method_run);
+    EXPECT_EQ(report.head_density, expected[i].head_density);
+    EXPECT_GT(report.stats.attend_seconds, 0);
+    EXPECT_TRUE(report.order.empty());
   }
 }
 

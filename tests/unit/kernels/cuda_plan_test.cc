@@ -124,6 +124,18 @@ TEST(CudaPlanSpec, MemoryAt128KAnd512KIsWhatTheTablesSay) {
   }
 }
 
+// What a report copies, however long the prompt is: pieces of 256 bytes.
+TEST(CudaPlanSpec, ASummaryIsAKibibyteAtMostForOnePrompt) {
+  const auto bytes = [](const AttentionOptions& options) {
+    const auto plan = MakeCudaPlan(Problem(128 << 10, options), kDevice);
+    EXPECT_TRUE(plan.ok()) << plan.status().ToString();
+    return (*plan)->summary_bytes;
+  };
+  EXPECT_EQ(bytes({.method = Method::kDense}), 256);
+  EXPECT_EQ(bytes({}), 256 + 32 * 16);
+  EXPECT_EQ(bytes({.dense_fallback = true}), 256 + 32 * 16 + 256);
+}
+
 TEST(CudaPlanSpec, QueryHeadScopeTakesAsManyCopiesAsQueryHeads) {
   const auto kv = MakeCudaPlan(Problem(8192), kDevice);
   const auto q = MakeCudaPlan(Problem(8192, {.scope = Scope::kQueryHead}), kDevice);

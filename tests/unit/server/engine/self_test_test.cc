@@ -38,6 +38,12 @@ class SpoiledBackend : public AttentionBackend {
     SpoilReport(plan, *report);
     return status;
   }
+  Status StartReport(const AttentionPlan& plan, Workspace workspace) override {
+    return backend_.StartReport(plan, workspace);
+  }
+  Status FinishReport(const AttentionPlan& plan, AttentionReport* report) override {
+    return backend_.FinishReport(plan, report);
+  }
 
   virtual void SpoilOutput(const AttentionPlan&, const AttentionTensors&) {}
   virtual void SpoilReport(const AttentionPlan&, AttentionReport&) {}
