@@ -254,6 +254,28 @@ INSTANTIATE_TEST_SUITE_P(
                   kF16CacheMax}),
     testing_support::CaseName());
 
+// Two prompts of one run, neither of whole tiles.
+TEST(CudaModelVariantSpec, WideTilesGiveWhatTheChosenOnesGive) {
+  const TinyModel tiny(OnDevice({.layers = 1, .dtype = DType::kBF16}));
+  const auto tokens = RandomTokens(270, 8);
+  const auto run = [&](cuda::AttentionVariant variant) {
+    EmulatedDevice device({.attention = variant});
+    const auto model = LoadTiny(tiny, *device.backend);
+    KvCache cache = MakeCache(*model, 270);
+    Prefilled result = Prefill(*model,
+                               {.num_tokens = 270,
+                                .attention = kDenseOptions,
+                                .logit_rows = {0, 191, 192, 199, 200, 269},
+                                .prompt_tokens = {200, 70}},
+                               tokens, cache);
+    EXPECT_TRUE(result.status.ok()) << result.status.ToString();
+    return result.logits;
+  };
+  EXPECT_LE(Difference(run(cuda::AttentionVariant::kWideTiles),
+                       run(cuda::AttentionVariant::kChosen)),
+            1e-3);
+}
+
 // Long enough for PBS-Attn: two segments of one block, and a tail.
 TEST(CudaPrefillSpec, SparsePrefillEqualsTheCpus) {
   constexpr int32_t kTokens = 300;

@@ -94,13 +94,14 @@ void EmulatedDriver::FreeMemory::operator()(void* data) const {
 
 EmulatedDriver::EmulatedDriver(const EmulatedOptions& options)
     : options_(options),
-      info_{.name = "emulated device",
-            .architecture = "emulated",
-            .memory_bytes = options.memory_bytes,
-            .memory_bytes_free = options.memory_bytes,
-            .traits = {.num_multiprocessors = 2,
-                       .one_section =
-                           options.attention == AttentionVariant::kOneSection}},
+      info_{
+          .name = "emulated device",
+          .architecture = "emulated",
+          .memory_bytes = options.memory_bytes,
+          .memory_bytes_free = options.memory_bytes,
+          .traits = {.num_multiprocessors = 2,
+                     .one_section = options.attention == AttentionVariant::kOneSection,
+                     .wide_tiles = options.attention == AttentionVariant::kWideTiles}},
       random_(options.seed) {}
 
 EmulatedDriver::~EmulatedDriver() {

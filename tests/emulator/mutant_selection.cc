@@ -52,7 +52,7 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
 
 bool OrdersTilesRight(uint32_t seed) {
   for (const TileOrderSetting& setting : TileOrderSettings()) {
-    TileOrderCase tiles(setting.problem, setting.density, seed);
+    TileOrderCase tiles(setting.problem, setting.density, seed, setting.wide_tiles);
     const std::string wrong = tiles.Run(seed);
     if (!wrong.empty()) return Says(setting.name + (": " + wrong));
   }

@@ -88,7 +88,7 @@ TEST(TileOrderSpec, LongestListsComeFirstInEverySectionAndEveryTileComesOnce) {
   for (const TileOrderSetting& setting : TileOrderSettings()) {
     SCOPED_TRACE(setting.name);
     for (uint32_t seed : {1u, 2u}) {
-      TileOrderCase tiles(setting.problem, setting.density, seed);
+      TileOrderCase tiles(setting.problem, setting.density, seed, setting.wide_tiles);
       EXPECT_EQ(tiles.Run(seed), "") << "seed " << seed;
     }
   }

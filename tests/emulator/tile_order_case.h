@@ -22,9 +22,11 @@ class TileOrderCase {
  public:
   // `density`: of the blocks of earlier segments. Lists are those of a selection or,
   // with use_given_lists, of the caller, who may leave blocks of the own segment out.
-  TileOrderCase(const AttentionProblem& problem, double density, uint32_t seed)
+  TileOrderCase(const AttentionProblem& problem, double density, uint32_t seed,
+                bool wide_tiles = false)
       : random_(seed),
-        plan_(*cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1})),
+        plan_(*cuda::MakeCudaPlan(
+            problem, {.num_multiprocessors = 1, .wide_tiles = wide_tiles})),
         g_(plan_->geometry),
         workspace_(plan_->workspace_bytes) {
     GlobalMemory::Clear();
@@ -54,6 +56,9 @@ class TileOrderCase {
     cuda::EnqueueOrderTiles(params->tile_order, launch);
     if (!launch.fault.ok()) return launch.fault.ToString();
     if (*At<int32_t>(plan_->next_tile_at) != 0) return "tiles are not counted from 0";
+    if (At<Tile>(plan_->tiles_at)[plan_->num_tiles()].list_count != 0) {
+      return "behind the last tile is another one";
+    }
     const auto& summary = *At<cuda::RunSummary>(plan_->summary_at);
     if (!(summary.listed > summary.began)) return "the end has no time";
     const std::string wrong = CompareSections();
@@ -118,8 +123,36 @@ class TileOrderCase {
     return executed >= static_cast<double>(0.95f) * causal;
   }
 
-  Tile Expected(int32_t sequence, int32_t head, int32_t query_block) const {
+  int32_t NumTiles(const SequenceGeometry& s) const {
+    return IsWide() ? (s.q_len + plan_->tile_rows - 1) / plan_->tile_rows
+                    : s.num_query_blocks;
+  }
+  bool IsWide() const { return plan_->tile_rows != cuda::kTileRows; }
+
+  // Where every block is read: rows from `first` of the sequence on.
+  Tile ExpectedWide(int32_t sequence, int32_t head, int32_t first) const {
     const SequenceGeometry& s = g_.sequences[sequence];
+    Tile tile{};
+    tile.list_begin = -1;
+    tile.sequence = sequence;
+    tile.head = head;
+    tile.order_head = g_.KvHead(head);
+    tile.q_begin = static_cast<int32_t>(s.q_begin);
+    tile.first_query = first;
+    tile.end_row = std::min(s.q_len - first, plan_->tile_rows);
+    tile.first_position = s.query_offset + first;
+    tile.last_block = (tile.first_position + tile.end_row - 1) / g_.block_size;
+    tile.list_count = tile.last_block + 1;
+    tile.num_masked = tile.list_count - tile.first_position / g_.block_size;
+    tile.first_slot = static_cast<int32_t>(s.k_begin);
+    tile.num_keys = s.k_len;
+    return tile;
+  }
+
+  Tile Expected(int32_t sequence, int32_t head, int32_t index) const {
+    if (IsWide()) return ExpectedWide(sequence, head, index * plan_->tile_rows);
+    const SequenceGeometry& s = g_.sequences[sequence];
+    const int32_t query_block = index;
     const int32_t block = s.first_query_block + query_block;
     const int32_t own = block / g_.blocks_per_segment * g_.blocks_per_segment;
     const int32_t end = g_.RowCapacity(s, block);
@@ -128,9 +161,11 @@ class TileOrderCase {
     tile.list_begin = -1;
     tile.list_count = block + 1;
     tile.num_masked = 1;
+    tile.last_block = block;
     if (HasLists(sequence) && FallsBack(sequence, g_.OrderHead(head))) {
       tile.list_count = end;
       tile.num_masked = end - own;
+      tile.last_block = end - 1;
     } else if (HasLists(sequence)) {
       tile.list_begin = s.entries_begin + head * s.entries_per_head;
       for (int32_t i = 0; i < query_block; ++i) {
@@ -140,6 +175,7 @@ class TileOrderCase {
       tile.list_count = static_cast<int32_t>(list.size());
       tile.num_masked = static_cast<int32_t>(std::count_if(
           list.begin(), list.end(), [own](uint16_t j) { return j >= own; }));
+      tile.last_block = list.back();
     }
     tile.sequence = sequence;
     tile.head = head;
@@ -160,7 +196,7 @@ class TileOrderCase {
     const auto num_sequences = static_cast<int32_t>(g_.sequences.size());
     for (int32_t n = 0; n < num_sequences; ++n) {
       for (int32_t head = 0; head < g_.num_heads; ++head) {
-        for (int32_t i = 0; i < g_.sequences[n].num_query_blocks; ++i) {
+        for (int32_t i = 0; i < NumTiles(g_.sequences[n]); ++i) {
           expected.push_back(Expected(n, head, i));
         }
         const bool last_of_order =
@@ -180,9 +216,9 @@ class TileOrderCase {
   }
 
   static auto Fields(const Tile& t) {
-    return std::tie(t.list_begin, t.list_count, t.num_masked, t.sequence, t.head,
-                    t.order_head, t.q_begin, t.first_query, t.begin_row, t.end_row,
-                    t.first_position, t.first_slot, t.num_keys);
+    return std::tie(t.list_begin, t.list_count, t.num_masked, t.last_block, t.sequence,
+                    t.head, t.order_head, t.q_begin, t.first_query, t.begin_row,
+                    t.end_row, t.first_position, t.first_slot, t.num_keys);
   }
 
   // `expected`: by sequence, head and query block.
@@ -269,6 +305,7 @@ struct TileOrderSetting {
   const char* name;
   AttentionProblem problem;
   double density;
+  bool wide_tiles = false;
 };
 inline std::vector<TileOrderSetting> TileOrderSettings() {
   const std::vector<SequenceShape> batch = {
@@ -291,6 +328,13 @@ inline std::vector<TileOrderSetting> TileOrderSettings() {
        {{4, 2, 64, batch}, DType::kBF16, {.method = Method::kMeanPooling}},
        0.4},
       {"dense", {{4, 2, 64, batch}, DType::kBF16, {.method = Method::kDense}}, 1},
+      {"wide", {{4, 2, 64, batch}, DType::kBF16, {.method = Method::kDense}}, 1, true},
+      {"wide_sections",
+       {{4, 2, 64, {{150000, 150000}, {300, 700}}},
+        DType::kBF16,
+        {.method = Method::kDense}},
+       1,
+       true},
       {"given",
        {{4, 2, 64, batch},
         DType::kBF16,

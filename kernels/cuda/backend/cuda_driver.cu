@@ -234,7 +234,8 @@ Status CudaDriver::Open(const cudaDeviceProp& device) {
            .traits = {
                .num_multiprocessors = device.multiProcessorCount,
                .shared_bytes_max = static_cast<int64_t>(device.sharedMemPerBlockOptin),
-               .one_section = options_.attention == AttentionVariant::kOneSection}};
+               .one_section = options_.attention == AttentionVariant::kOneSection,
+               .wide_tiles = options_.attention == AttentionVariant::kWideTiles}};
   if (options_.make_products == nullptr) return OkStatus();
   PBS_ASSIGN_OR_RETURN(products_, options_.make_products(At(StreamId::kCompute)));
   return OkStatus();

@@ -45,6 +45,12 @@ int32_t CeilDiv(int32_t value, int32_t divisor) {
   return (value + divisor - 1) / divisor;
 }
 
+// Of one head.
+int32_t TilesOf(const CudaAttentionPlan& plan, const SequenceGeometry& s) {
+  return plan.tile_rows == kTileRows ? s.num_query_blocks
+                                     : CeilDiv(s.q_len, plan.tile_rows);
+}
+
 // Stages, and key blocks and query blocks that are worked on together.
 void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   const AttentionGeometry& g = plan.geometry;
@@ -80,12 +86,15 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
                           ? kGroupBlocksMax
                           : kGroupBlocksMin;
   plan.longest_list = longest;
+  if (device.wide_tiles && g.head_dim == 64 && !sparse) plan.tile_rows = kWideTileRows;
+  for (const SequenceGeometry& s : g.sequences) plan.tiles_per_head += TilesOf(plan, s);
   plan.one_section = (device.one_section || plan.num_tiles() <= kOneSectionTilesMax) &&
                      !options.dense_fallback;
 }
 
 void MakeRecords(CudaAttentionPlan& plan) {
   const AttentionGeometry& g = plan.geometry;
+  int32_t tiles = 0;  // of one head
   for (const SequenceGeometry& s : g.sequences) {
     const bool sparse = !s.dense && s.q_len > 0;
     const bool scored = plan.orders && sparse;
@@ -108,6 +117,8 @@ void MakeRecords(CudaAttentionPlan& plan) {
     const int32_t segments = scored ? s.k_len / g.segment_size : 0;
     record.scored_blocks = segments * g.blocks_per_segment;
     record.sparse = sparse ? 1 : 0;
+    record.tile_begin = tiles;
+    tiles += TilesOf(plan, s);
     plan.sequences.push_back(record);
     plan.total_key_blocks += s.num_key_blocks;
     plan.total_query_blocks += s.num_query_blocks;
@@ -308,6 +319,7 @@ void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   t.num_read_heads = plan.permutes ? g.num_order_heads : g.num_kv_heads;
   t.blocks_per_segment = g.blocks_per_segment;
   t.total_tiles = static_cast<int32_t>(plan.num_tiles());
+  t.tile_rows = plan.tile_rows;
   t.one_section = plan.one_section ? 1 : 0;
   t.longest = plan.longest_list;
   t.dense_fallback = plan.may_fall_back() ? 1 : 0;

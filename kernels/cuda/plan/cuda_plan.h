@@ -22,6 +22,7 @@ struct DeviceTraits {
   int32_t num_multiprocessors = 132;
   int64_t shared_bytes_max = 227 << 10;  // of a thread block
   bool one_section = false;              // of tiles, however many there are
+  bool wide_tiles = false;  // where every block is read, head dim 64 (sm90_config.h)
 };
 
 struct CudaAttentionPlan final : AttentionPlan {
@@ -45,6 +46,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   int32_t longest_list = 0;
   bool one_section = false;  // of tiles (order_tiles.h)
   int32_t tile_rows = kTileRows;
+  int32_t tiles_per_head = 0;
 
   // Workspace offsets in bytes.
   int64_t sequences_at = 0;
@@ -70,7 +72,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t tiles_at = 0;
 
   bool may_fall_back() const { return problem.options.dense_fallback && selects; }
-  int64_t num_tiles() const { return geometry.total_query_blocks * geometry.num_heads; }
+  int64_t num_tiles() const { return int64_t{tiles_per_head} * geometry.num_heads; }
 };
 
 // InvalidArgument as ValidateProblem(); Unimplemented names field, value and what the

@@ -63,9 +63,23 @@ void TellTimes(const RunSummary& run, double total_seconds, AttentionStats& stat
       std::max(total_seconds - stats.permute_seconds - stats.select_seconds, 0.0);
 }
 
+// Rows of the lists by ListRow(), where every block is read.
+std::vector<RanRow> CausalRows(const AttentionGeometry& g) {
+  std::vector<RanRow> rows;
+  for (const SequenceGeometry& s : g.sequences) {
+    for (int32_t head = 0; head < g.num_heads; ++head) {
+      for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+        rows.push_back({.entries = nullptr, .count = s.first_query_block + i + 1});
+      }
+    }
+  }
+  return rows;
+}
+
 // Rows of the lists by ListRow(), from the tiles that ran.
 std::vector<RanRow> RowsOf(const CudaAttentionPlan& plan, const std::byte* workspace) {
   const AttentionGeometry& g = plan.geometry;
+  if (!plan.has_lists) return CausalRows(g);
   const auto* tiles = reinterpret_cast<const AttentionTile*>(workspace + plan.tiles_at);
   const auto* entries = reinterpret_cast<const uint16_t*>(workspace + plan.entries_at);
   std::vector<RanRow> rows(static_cast<size_t>(plan.num_tiles()));
@@ -115,12 +129,10 @@ Status TellSummary(const CudaAttentionPlan& plan, const std::byte* summary,
 std::vector<ReportRegion> RegionsOf(const CudaAttentionPlan& plan,
                                     const ReportRequest& request) {
   std::vector<ReportRegion> regions;
-  if (request.lists) {
+  if (request.lists && plan.has_lists) {
     regions.push_back({plan.tiles_at,
                        plan.num_tiles() * static_cast<int64_t>(sizeof(AttentionTile))});
-    if (plan.has_lists) {
-      regions.push_back({plan.entries_at, 2 * plan.geometry.total_entries});
-    }
+    regions.push_back({plan.entries_at, 2 * plan.geometry.total_entries});
   }
   if (request.order && plan.permutes) {
     regions.push_back({plan.positions_at, plan.memory.order_bytes});

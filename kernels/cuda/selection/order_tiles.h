@@ -39,13 +39,16 @@ class OrderTiles {
                                    : params.num_heads / params.num_order_heads;
   }
 
-  // The query block of a row of the lists.
+  // A tile's queries: the query block of a row of the lists, where there are lists.
   struct Row {
     int sequence;
     SequenceRecord s;
     int head;
-    int query_block;  // of the sequence
-    int block;        // absolute index
+    int index;       // of the sequence's tiles
+    int first;       // row of the sequence at the tile's row 0; may be below 0
+    int end_row;     // of the tile
+    int block;       // of row 0's position, absolute index
+    int last_block;  // of the last row's
   };
 
   PBS_DEVICE explicit OrderTiles(const TileOrderParams& params)
@@ -133,8 +136,8 @@ class OrderTiles {
     const SequenceRecord s = LoadGlobal(params_.sequences + place.item);
     const int members = HeadsOfSection(params_);
     first_head_ = place.head * members;
-    begin_ = ListRow(s, params_.num_heads, first_head_, 0);
-    end_ = begin_ + int64_t{members} * s.num_query_blocks;
+    begin_ = FirstTile(s, first_head_);
+    end_ = FirstTile(s, first_head_ + members);
     if (params_.dense_fallback != 0 && s.sparse != 0) DecideFallback(s, place);
   }
 
@@ -208,16 +211,32 @@ class OrderTiles {
     Row found;
     found.sequence = section_sequence_;
     if (found.sequence < 0) {
-      found.sequence = FindSequence<&SequenceRecord::query_block_begin>(
+      found.sequence = FindSequence<&SequenceRecord::tile_begin>(
           params_.sequences, params_.num_sequences,
           static_cast<int>(row / params_.num_heads));
     }
     found.s = LoadGlobal(params_.sequences + found.sequence);
-    const int64_t local = row - ListRow(found.s, params_.num_heads, 0, 0);
-    found.head = static_cast<int>(local / found.s.num_query_blocks);
-    found.query_block = static_cast<int>(local % found.s.num_query_blocks);
-    found.block = found.s.first_query_block + found.query_block;
+    const int64_t local = row - FirstTile(found.s, 0);
+    found.head = static_cast<int>(local / NumTiles(found.s));
+    found.index = static_cast<int>(local % NumTiles(found.s));
+    found.first = found.index * params_.tile_rows;
+    if (OnGridOfBlocks()) found.first -= found.s.query_offset % kBlockTokens;
+    const int left = found.s.q_len - found.first;
+    found.end_row = left < params_.tile_rows ? left : params_.tile_rows;
+    const int position = found.s.query_offset + found.first;
+    found.block = position / kBlockTokens;
+    found.last_block = (position + found.end_row - 1) / kBlockTokens;
     return found;
+  }
+
+  // Tiles with lists begin where query blocks do; others with the sequence.
+  PBS_DEVICE bool OnGridOfBlocks() const { return params_.tile_rows == kTileRows; }
+  PBS_DEVICE int NumTiles(const SequenceRecord& s) const {
+    return OnGridOfBlocks() ? s.num_query_blocks
+                            : (s.q_len + params_.tile_rows - 1) / params_.tile_rows;
+  }
+  PBS_DEVICE int64_t FirstTile(const SequenceRecord& s, int head) const {
+    return int64_t{s.tile_begin} * params_.num_heads + int64_t{head} * NumTiles(s);
   }
 
   PBS_DEVICE bool HasList(const Row& at) const {
@@ -228,26 +247,25 @@ class OrderTiles {
   }
   // Blocks that the row reads.
   PBS_DEVICE int Length(int64_t row, const Row& at) const {
-    if (!HasList(at)) return at.block + 1;
+    if (!HasList(at)) return at.last_block + 1;
     return falls_back_ ? OwnEndOf(at) : LoadGlobal(params_.counts + row);
   }
 
   // `above`: blocks of the tile above the diagonal.
   PBS_DEVICE AttentionTile MakeTile(int64_t row, const Row& at, int* above) const {
-    const int first = at.block * kTileRows - at.s.query_offset;  // row of the sequence
     AttentionTile tile{
         .list_begin = -1,
         .list_count = Length(row, at),
-        .num_masked = 1,
-        .last_block = at.block,
+        .num_masked = at.last_block + 1 - at.block,
+        .last_block = at.last_block,
         .sequence = at.sequence,
         .head = at.head,
         .order_head = at.head / (params_.num_heads / params_.num_read_heads),
         .q_begin = at.s.q_begin,
-        .first_query = first,
-        .begin_row = first < 0 ? -first : 0,
-        .end_row = at.s.q_len - first < kTileRows ? at.s.q_len - first : kTileRows,
-        .first_position = at.block * kTileRows,
+        .first_query = at.first,
+        .begin_row = at.first < 0 ? -at.first : 0,
+        .end_row = at.end_row,
+        .first_position = at.s.query_offset + at.first,
         .first_slot =
             params_.permuted != 0 ? at.s.key_block_begin * kBlockTokens : at.s.k_begin,
         .num_keys = at.s.k_len};
@@ -258,8 +276,7 @@ class OrderTiles {
     tile.last_block = OwnEndOf(at) - 1;
     *above = OwnEndOf(at) - at.block - 1;
     if (falls_back_) return tile;
-    tile.list_begin =
-        EntryOffset(at.s, at.head, at.query_block, params_.blocks_per_segment);
+    tile.list_begin = EntryOffset(at.s, at.head, at.index, params_.blocks_per_segment);
     if (params_.given_begin == nullptr) return tile;
     const uint16_t* end = Given(row) + tile.list_count;
     tile.last_block = LoadGlobal(end - 1);

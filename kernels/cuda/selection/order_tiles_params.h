@@ -17,7 +17,8 @@ struct TileOrderParams {
   int32_t num_read_heads;  // of the keys and values that attention reads: those with an
                            // order if they are permuted, else the KV heads
   int32_t blocks_per_segment;
-  int32_t total_tiles;     // rows of the lists
+  int32_t total_tiles;     // rows of the lists, where there are lists
+  int32_t tile_rows;       // queries of a tile; kTileRows where there are lists
   int32_t one_section;     // all tiles in one; else one per sequence and order head
   int32_t longest;         // most blocks that a list can have
   int32_t dense_fallback;  // lists of little use are not read
