@@ -7,16 +7,20 @@
 #include <utility>
 
 #include "cuda/attention/attention_sm80.h"
+#include "cuda/attention/attention_sm90.h"
 #include "pbs/check.h"
 
 namespace pbs::emulator {
 namespace {
 
+using cuda::AttentionVariant;
 using cuda::CudaAttentionPlan;
 using cuda::EventId;
 using cuda::Product;
 using cuda::RunParams;
 using cuda::StreamId;
+
+constexpr int kMultiprocessors = 2;
 
 float LoadElement(const void* data, DType dtype, int64_t at) {
   float value = 0;
@@ -79,7 +83,9 @@ EmulatedDriver::EmulatedDriver(const EmulatedOptions& options)
             .architecture = "emulated",
             .memory_bytes = options.memory_bytes,
             .memory_bytes_free = options.memory_bytes,
-            .traits = {.num_multiprocessors = 2}},
+            .traits = {.num_multiprocessors = kMultiprocessors,
+                       .one_section =
+                           options.attention == cuda::AttentionVariant::kOneSection}},
       random_(options.seed) {}
 
 EmulatedDriver::~EmulatedDriver() {
@@ -282,9 +288,65 @@ Status EmulatedDriver::Multiply(const Product& product) {
       /*is_product=*/true);
 }
 
+template <class Element, int kHeadDim>
+Status EmulatedDriver::AttendOnHopper(const CudaAttentionPlan& plan,
+                                      const RunParams& run) {
+  if (options_.attention != AttentionVariant::kChosen &&
+      options_.attention != AttentionVariant::kOneSection) {
+    return Internal("this variant is not emulated");
+  }
+  const AttentionGeometry& g = plan.geometry;
+  int64_t q_rows = 0;
+  int64_t k_rows = 0;
+  for (const SequenceGeometry& s : g.sequences) {
+    q_rows = std::max<int64_t>(q_rows, s.q_len);
+    k_rows = std::max<int64_t>(k_rows, s.k_len);
+  }
+  const int64_t k_total = plan.permutes ? g.total_slots : g.total_k;
+  const int32_t k_heads = plan.permutes ? g.num_order_heads : g.num_kv_heads;
+  const auto map = [&](const cuda::RowOperand& operand, int64_t heads, int64_t rows,
+                       int64_t total, int32_t box_rows) -> TensorMap {
+    const bool packed = operand.strides.packed != 0;
+    return {.data = operand.data,
+            .width = kHeadDim,
+            .rows = packed ? total : rows,
+            .heads = heads,
+            .batch = packed ? 1 : static_cast<int64_t>(g.sequences.size()),
+            .row_stride = operand.strides.row,
+            .head_stride = operand.strides.head,
+            .batch_stride = operand.strides.sequence,
+            .box_rows = box_rows};
+  };
+  constexpr int kStages = kHeadDim == 64 ? 3 : 2;
+  using Config = cuda::Sm90Config<Element, kHeadDim, kStages, true>;
+  const cuda::Sm90Operands operands = {
+      map(run.q, g.num_heads, q_rows, g.total_q, 64),
+      map(run.k, k_heads, k_rows, k_total, cuda::kTileRows),
+      map(run.v, k_heads, k_rows, k_total, cuda::kTileRows), run.q.strides.packed,
+      run.k.strides.packed};
+  const int blocks = std::min(run.attention.num_tiles, kMultiprocessors);
+  const LaunchShape shape = {.blocks = blocks,
+                             .threads = Config::kThreads,
+                             .resident_blocks = blocks,
+                             .shared_bytes = sizeof(cuda::Sm90Shared<Config>),
+                             .seed = options_.seed};
+  return Enqueue(StreamId::kCompute, [shape, params = run.attention, operands] {
+    return Launch(shape, [&] { cuda::AttendSm90<Config>(params, operands); });
+  });
+}
+
 Status EmulatedDriver::Attend(const CudaAttentionPlan& plan, const RunParams& run) {
+  if (run.attention.num_tiles == 0) return OkStatus();
+  const bool hopper =
+      options_.attention != AttentionVariant::kAmpere && HopperKernelTakes(plan, run);
   Status status;
   ForKernelsOf(plan, [&]<class Element, int kHeadDim>() {
+    if constexpr (kHeadDim == 64 || kHeadDim == 128) {
+      if (hopper) {
+        status = AttendOnHopper<Element, kHeadDim>(plan, run);
+        return;
+      }
+    }
     using Config = cuda::Sm80Config<Element, kHeadDim>;
     const LaunchShape shape = {.blocks = run.attention.num_tiles * Config::kParts,
                                .threads = Config::kThreads,

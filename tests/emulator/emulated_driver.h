@@ -19,6 +19,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/backend/attention_variants.h"
 #include "cuda/backend/launched_driver.h"
 #include "tests/emulator/machine.h"
 
@@ -30,6 +31,9 @@ struct EmulatedOptions {
   // The so-many-th enqueued operation, or product, breaks the device; 0: none does.
   int64_t breaks_at = 0;
   int64_t breaks_at_product = 0;
+  // kAmpere: its kernels. Others: Hopper's where they take the run; Attend() answers
+  // Internal to those that are not emulated.
+  cuda::AttentionVariant attention = cuda::AttentionVariant::kAmpere;
 };
 
 // Launches as operations of the compute stream.
@@ -111,6 +115,9 @@ class EmulatedDriver final : public cuda::LaunchedDriver<EmulatedLauncher> {
 
   StatusOr<void*> TakeLocked(Memory& memory, int64_t bytes, int64_t held,
                              int64_t limit);
+  template <class Element, int kHeadDim>
+  Status AttendOnHopper(const cuda::CudaAttentionPlan& plan,
+                        const cuda::RunParams& run);
   Status Enqueue(cuda::StreamId stream, std::function<Fault()> run,
                  std::function<bool()> is_ready = nullptr, bool is_product = false);
   // One operation of a stream that can go on; false when none can.
