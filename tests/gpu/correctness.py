@@ -5,13 +5,16 @@
 
 families: all kinds of kernels in processes side by side; one that a case ends is followed
 by one that begins behind that case. diagnose, with --out STEP.diagnosis.json: of what
-STEP.json has of cases that hung, where their kernels wait.
+STEP.json has of cases that hung, where their kernels wait; then where one tile reads its
+keys and values (probe.py).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
+import pathlib
 import signal
 import subprocess
 import sys
@@ -91,8 +94,9 @@ def families(progress: Progress, seconds: float) -> None:
                 progress.say(f"  {case['case']}: " + said.replace("'", ""))
 
 
-def diagnose(progress: Progress, _: float) -> None:
+def diagnose(progress: Progress, seconds: float) -> None:
     """Of what a step found wrong."""
+    end, folder = time.monotonic() + seconds, pathlib.Path(__file__).parent
     of = progress.path.with_name(progress.path.name.replace(".diagnosis", ""))
     rows = Progress(of).rows  # with the call that was running when its time was over
     hung = [row for row in rows if row.get("hung") or (row.get("ended") and not row.get("peer"))]
@@ -106,6 +110,15 @@ def diagnose(progress: Progress, _: float) -> None:
         told = next((line["hang"] for line in lines if "hang" in line), f"nothing, status {status}")
         progress.end({"kind": "hang", "case": case, "says": told})
         progress.say(f"{case} with bounded waits: {told}")
+    for variant in ("chosen", "ampere"):  # processes of their own: they may hang, too
+        out, left = progress.path.with_name(f"probe.{variant}.json"), max(1.0, end - time.monotonic())
+        command = [sys.executable, folder / "probe.py", variant, "--out", out, "--seconds", str(left)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, stdout=subprocess.DEVNULL, timeout=left)
+        found = Progress(out)
+        hung = [row["head_dim"] for row in found.rows if "ended" in row]
+        for line in found.found["said"] + [f"one tile, head dim {d}, {variant}: it hung" for d in hung]:
+            progress.say(line)
 
 
 if __name__ == "__main__":
