@@ -42,7 +42,7 @@ exported=$(nm -D --defined-only "$module" | awk '$2 == "T" { print $3 }' | sort 
 [ "$exported" = "pbs_cuda_create pbs_cuda_device_count pbs_cuda_interface_id" ] ||
   fail "libpbs_cuda.so exports $exported"
 if nvidia-smi >/dev/null 2>&1; then
-  say "there is a GPU: its part is scripts/gpu_suite.sh"
+  say "there is a GPU: its part is tests/gpu/run.py"
   exit
 fi
 refused=$("$build_dir/bin/pbs-prefilld" --backend cuda --metrics-listen off 2>&1) &&

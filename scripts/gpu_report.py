@@ -1,174 +1,251 @@
 #!/usr/bin/env python3
-"""Writes the GPU tables and plots of docs/BENCHMARKS.md from docs/results.
+"""Writes the GPU tables and plots of docs/BENCHMARKS.md from docs/results/gpu_*.json.
 
+    .venv/bin/python scripts/gpu_report.py --take gpu_run.tar.gz   first takes these in
     .venv/bin/python scripts/gpu_report.py
 
-Needs matplotlib (scripts/bench_report.sh makes the environment). The results come from
-a machine with a GPU: gpu_attention.json of scripts/gpu_suite.sh, gpu_server.json of
-scripts/gpu_server_suite.sh. Results of anything else are refused.
+Needs matplotlib (scripts/bench_report.sh makes the environment). A results file is one
+call of tests/gpu/run.py; of several the later one counts, row by row. Results that are
+not of a GPU are refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 import re
 import sys
+import tarfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/bench"))
 
 import matplotlib.pyplot as plt  # noqa: E402
-from gpu_server_tables import cell, not_of_a_gpu, plot_server, server_tables  # noqa: E402
-from report import PAGE, RESULTS, fill, save, table  # noqa: E402
+from report import PAGE, RESULTS, fill, goal, save, table  # noqa: E402
 
 PEERS = ("cudnn", "flash")
 # Attention against the fastest dense peer, overhead included (docs/KERNELS.md).
 GOALS = {("pbs", 32768): 2.0, ("pbs", 131072): 2.1, ("pbs_s512", 131072): 3.6,
          ("pbs_replay", 32768): 2.1, ("pbs_replay", 131072): 4.0, ("pbs_dense", 0): 0.95}
-NOT_SLOWER = 0.97
+NOT_SLOWER, LINEAR_GOAL, DENSE_GOAL, HIDDEN_GOAL = 0.97, 0.95, 1.05, 0.95
+REPLAY_GOALS = {32768: 1.26, 131072: 2.2}
+STAGES = ("queue", "embed", "qkv", "permute", "select", "attend", "mlp", "copy")
+NAMED_BY = ("kind", "family", "case", "head_dim", "inputs", "tokens", "layers", "name", "variant")
+LABELS = {"torch": "plain torch model", "dense": "ours, dense", "pbs": "pbs, real selection"}
 
 
-def groups(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """Measured rows of each (head dim, inputs, tokens), by name."""
-    found: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        key = (row["head_dim"], row["inputs"], row["tokens"])
-        found.setdefault(key, {})[row["name"]] = row
-    return found
+def cell(text: object) -> str:
+    """On one line, without what ends a cell."""
+    return " ".join(str(text).split()).replace("|", "\\|")
 
 
-def fastest_peer(group: dict[str, dict]) -> float | None:
-    """Milliseconds of the fastest dense peer."""
-    times = [group[name]["ms"] for name in PEERS if group.get(name, {}).get("ms")]
-    return min(times, default=None)
+def length(tokens: int) -> str:
+    """Such as 32K."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
-def goal_of(name: str, kind: str, tokens: int) -> float:
-    """What its ratio to the fastest dense peer should reach."""
-    if kind == "white_noise" and name != "pbs_dense":
-        return NOT_SLOWER
-    return GOALS.get((name, tokens)) or GOALS.get((name, 0)) or NOT_SLOWER
+def refuse(name: object, run: dict) -> None:
+    """Ends the program where results may not stand for a GPU's."""
+    gpu, model = (run.get("gpu") or {}).get("name"), run["facts"].get("model")
+    if run["rehearsal"]:
+        raise SystemExit(f"{name} is refused: it is of a rehearsal")
+    if not gpu:
+        raise SystemExit(f"{name} is refused: no driver named a GPU")
+    if model and (model["backend"] != "cuda" or not model["device"].startswith(gpu)):
+        raise SystemExit(f"{name} is refused: the server ran on {model['device']}, not on {gpu}")
 
 
-def figures(row: dict, peer: float | None, goal: float) -> list[str]:
+class Results:
+    """Runs by file name, and the rows of all of them: the latest of each, but an error
+    does not stand for a figure."""
+
+    def __init__(self, runs: dict[str, dict]):
+        self.runs = dict(sorted(runs.items(), key=lambda item: item[1]["written"]))
+        rows: dict[tuple, dict] = {}
+        for row in (row for run in self.runs.values() for row in run["rows"]):
+            key = tuple(row.get(name) for name in NAMED_BY)
+            if "error" not in row or "error" in rows.get(key, row):
+                rows[key] = row
+        self.rows = list(rows.values())
+
+    def of(self, kind: str) -> list[dict]:
+        """Rows of a kind, by length."""
+        rows = [row for row in self.rows if row["kind"] == kind]
+        return sorted(rows, key=lambda row: (row.get("head_dim", 0), row.get("tokens") or 0))
+
+    def close(self, tables: list[str], said: list[str], *kinds: str) -> str:
+        """A section: its tables, what they are from, and what is wrong or missing."""
+        for row in (row for row in self.rows if row["kind"] in kinds):
+            where = [row.get(n) for n in ("name", "case", "inputs", "tokens", "head_dim")]
+            where = cell(", ".join(str(n) for n in where if n))
+            if row.get("right") is False:
+                why = row.get("error") or f"differs from {row.get('from', 'what it must be')}"
+                said.append(f"**wrong**: {where}: {cell(why)}")
+            elif "error" in row:
+                said.append(f"not measured: {where}: {cell(row['error'])}")
+        sources = []
+        for name, run in self.runs.items():
+            gpu, after, modules = run["gpu"], run["gpu_after"] or {}, run["facts"].get("modules", {})
+            sources.append(
+                f"[`docs/results/{name}`](results/{name}): {gpu['name']}, driver "
+                f"{gpu.get('driver_version')}, SM clock {gpu.get('clocks.sm')} before, "
+                f"{after.get('clocks.sm')} after, torch {modules.get('torch')}, commit "
+                f"`{run['commit']}`, `{run['command']}`."
+            )
+            bad = [f"{step['name']} {step['status']}" for step in run["steps"]
+                   if step["status"] not in ("right", "skipped", "left out")]  # fmt: skip
+            bad += [] if run["done"] else ["it was cut short"]
+            said += [f"{name}: {', '.join(bad)}"] if bad else []
+        return "\n\n".join([*tables, "\n".join(sources), "\n".join(f"* {line}" for line in said)])
+
+
+def attention_row(row: dict, peer: float | None) -> list[str]:
     """Density, time, speed, overhead and ratio; what is not known is a question mark."""
     ms, attend = row.get("ms"), row.get("attend_ms")
     if not ms:
         return [cell(row.get("error", "?")), *[""] * 4]
-    density, executed, overhead, ratio = "?", "?", "?", "?"
+    density = executed = overhead = ratio = "?"
     if attend:
         density = f"{row['density']:.3f}"
         executed = f"{row['dense_tflops'] * row['density'] * ms / attend:.0f}"
         overhead = f"{(row['permute_ms'] + row['select_ms']) / attend:.1%}"
     if peer is not None:
-        ratio = f"{peer / ms:.2f}x {'>=' if peer / ms >= goal else '**<**'} {goal}"
+        limit = GOALS.get((row["name"], row["tokens"])) or GOALS.get((row["name"], 0)) or NOT_SLOWER
+        is_noise = row["inputs"] == "white_noise" and row["name"] != "pbs_dense"
+        ratio = goal(peer / ms, NOT_SLOWER if is_noise else limit)
     return [density, f"{ms:.2f}", executed, overhead, ratio]
 
 
-def not_right(results: dict) -> list[str]:
-    """What a reader of the table must know: checks, wrong outputs, what is missing."""
-    golden = results.get("golden", [])
-    wrong = [case["case"] for case in golden if not case["right"]]
-    right = f"{len(golden) - len(wrong)} of {len(golden)} cases right"
-    said = [f"authors' outputs: {right}" + (f", not {', '.join(wrong)}" if wrong else "")]
-    said += results.get("checks", [])
-    for row in results["timings"]:
-        where = f"{row['name'] or 'inputs'}, {row['inputs']}, {row['tokens']}, {row['head_dim']}"
-        if row.get("right") is False:
-            said.append(f"**wrong**: {where} differs from {row['from']}")
-        if "error" in row and not (row["name"] or "").startswith("pbs"):
-            said.append(f"not measured: {where}: {cell(row['error'])}")
-    if not results.get("done", True):
-        said.append("the run was cut short")
-    return said
+def attention(results: Results) -> str:
+    """Ours beside the fastest dense peer, with the goals; then variants of the kernels."""
+    rows, variants = [], []
+    measured = results.of("attention")
+    keys = ("head_dim", "inputs", "tokens")
+    times = {(*(row[n] for n in keys), row.get("name")): row.get("ms") for row in measured}
+    for row in measured:
+        group = tuple(row[n] for n in keys)
+        plain, _, variant = (row.get("name") or "").partition(":")
+        where = [row["inputs"], length(row["tokens"]), str(row["head_dim"])]
+        if variant:
+            chosen, ms = times.get((*group, f"{plain}:chosen")), row.get("ms")
+            known = [f"{ms:.2f}", f"{chosen / ms:.3f}x"] if chosen and ms else [cell(row.get("error")), ""]
+            variants.append([f"{plain}, {variant}", *where, *known])
+        elif plain.startswith("pbs"):
+            peer = min(filter(None, (times.get((*group, name)) for name in PEERS)), default=None)
+            rows.append([plain, *where, *attention_row(row, peer)])
+    head = ["run", "inputs", "tokens", "head dim"]
+    tables = [table([*head, "density", "ms", "executed TFLOP/s", "order + lists / attention",
+                     "fastest dense peer / ours"], rows)]  # fmt: skip
+    tables += [table([*head, "ms", "chosen / this"], variants)] if variants else []
+    golden = results.of("golden")
+    counts = [("authors' outputs", sum(row.get("right", False) for row in golden), len(golden))]
+    counts += [(row["family"], row["right_cases"], row["cases"]) for row in results.of("family")]
+    said = [f"{name}: {right} of {count} cases right" for name, right, count in counts]
+    tables.append("![speed by length](results/gpu_attention.svg)")
+    return results.close(tables, said, "golden", "case", "attention")
 
 
-def attention_table(results: dict) -> str:
-    """Ours beside the fastest dense peer, with the goals."""
-    rows = []
-    for (head_dim, kind, tokens), group in sorted(groups(results["timings"]).items()):
-        peer = fastest_peer(group)
-        for name, row in group.items():
-            if name is None or not name.startswith("pbs"):
-                continue
-            label = f"{name} ({row['kernels']})" if "kernels" in row else name
-            rows.append([label, kind, f"{tokens // 1024}K", str(head_dim),
-                         *figures(row, peer, goal_of(name, kind, tokens))])
-    head = ["run", "inputs", "tokens", "head dim", "density", "ms", "executed TFLOP/s",
-            "order + lists / attention", "fastest dense peer / ours"]
-    gpu = results["gpu"]
-    said = (
-        f"[`docs/results/gpu_attention.json`](results/gpu_attention.json): {gpu.get('name', '?')}, "
-        f"driver {gpu.get('driver_version', '?')}, torch {results['torch']}, commit "
-        f"`{results['commit']}`, `{results['command']}`."
-    )
-    checks = "\n".join(f"* {line}" for line in not_right(results))
-    return f"{table(head, rows)}\n\n![speed by length](results/gpu_attention.svg)\n\n{said}\n\n{checks}"
+def prefill_row(row: dict) -> list[str]:
+    """Time to first token and to the cache, with the goals."""
+    begin = [length(row["tokens"]), LABELS.get(row.get("name"), row.get("name") or "nothing")]
+    if "ttft_seconds" not in row:
+        return [*begin, cell(row.get("error", "?")), *[""] * 6]
+    stats, over, torch = row.get("stats"), row.get("dense_over_this"), row.get("torch_over_this")
+    over_dense = over_torch = hidden = ""
+    if over and row["name"] != "torch":
+        limit = NOT_SLOWER if row["name"] == "pbs" else REPLAY_GOALS.get(row["tokens"])
+        over_dense = goal(over, limit) if limit else f"{over:.2f}x"
+    if torch:
+        over_torch = f"{1 / torch:.2f}x"
+        if row["name"] == "dense":
+            over_torch += f" {'<=' if 1 / torch <= DENSE_GOAL else '**>**'} {DENSE_GOAL}"
+    if stats and stats["kv_copy_seconds"] > 0:
+        share = 1 - stats["stages"]["copy"] / stats["kv_copy_seconds"]
+        hidden = f"{share:.1%} {'>=' if share >= HIDDEN_GOAL else '**<**'} {HIDDEN_GOAL:.0%}"
+    served = [f"{stats['total_seconds']:.3f} s", f"{stats['density']:.3f}"] if stats else ["", ""]
+    figures = [f"{row['ttft_seconds']:.3f} s", *served, over_dense, over_torch, hidden]
+    return [*begin, *figures, str(row["rounds"])]
 
 
-def plot(results: dict) -> None:
-    """Dense-equivalent speed by length, one line per run."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for axis, head_dim in zip(axes, (128, 64)):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for row in results["timings"]:
-            if row["head_dim"] == head_dim and row["inputs"] == "structured" and row.get("ms"):
-                lines.setdefault(row["name"], []).append((row["tokens"], row["dense_tflops"]))
-        for name, points in sorted(lines.items()):
-            points.sort()
-            style = "-" if name.startswith("pbs") else "--"
-            axis.plot(*zip(*points), style, marker="o", markersize=3, label=name)
-        axis.set_xscale("log", base=2)
-        axis.set_title(f"head dim {head_dim}")
-        axis.set_xlabel("tokens")
-        if lines:
-            axis.legend(fontsize=7)
-    axes[0].set_ylabel("TFLOP/s of the dense work")
-    save(figure, "gpu_attention")
+def server(results: Results) -> str:
+    """Linear layers, prefills and their stages, prompts at once."""
+    prefills = results.of("prefill")
+    linear = [[row["name"], f"{row['rows']} x {row['in']} x {row['out']}", f"{row['torch_tflops']:.0f}",
+               f"{row['tflops']:.0f}", goal(row["ratio"], LINEAR_GOAL)]
+              for row in results.of("linear")]  # fmt: skip
+    stages = [[*prefill_row(row)[:2], *(f"{1e3 * row['stats']['stages'][stage]:.1f}" for stage in STAGES),
+               f"{1e3 * row['stats']['kv_copy_seconds']:.1f}"]
+              for row in prefills if row.get("stats")]  # fmt: skip
+    tables = [table(head, rows) for head, rows in (
+        (["linear layer, bf16", "rows x in x out", "torch, TFLOP/s", "ours", "ratio, goal"], linear),
+        (["L", "run", "TTFT", "KV ready", "density", "our dense / this", "this / torch", "KV copies hidden",
+          "rounds"], [prefill_row(row) for row in prefills]),
+        (["L", "ms of each stage", *STAGES, "(all of the copies)"], stages),
+    ) if rows]  # fmt: skip
+    said = [f"random model, {layers} layers of the shape of Llama-3.1-8B"
+            for layers in sorted({row["layers"] for row in prefills})]  # fmt: skip
+    said += [f"{row['prompts']} prompts of {row['tokens']} tokens at once: "
+             f"{row['alone_over_together']:.2f}x the speed of one after another"
+             for row in results.of("concurrent")]  # fmt: skip
+    tables.append("![time to first token](results/gpu_server.svg)")
+    return results.close(tables, said, "prefill", "concurrent")
 
 
-# Results file: the section of the page, its tables, its plot, and what makes the results.
-SECTIONS = {
-    "gpu_attention": ("Attention on a GPU", attention_table, plot, "scripts/gpu_suite.sh"),
-    "gpu_server": ("A served model on a GPU", server_tables, plot_server,
-                   "scripts/gpu_server_suite.sh"),
-}
+def plot(name: str, title: str, rows: list[dict], figure: str) -> None:
+    """A figure of the rows that have it, by length; a line for each name."""
+    drawing, axis = plt.subplots(figsize=(6, 3.4))
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.get(figure) and ":" not in row["name"]:
+            label = LABELS.get(row["name"], row["name"])
+            label += f", head dim {row['head_dim']}" if row.get("head_dim", 128) != 128 else ""
+            lines.setdefault(label, []).append((row["tokens"], row[figure]))
+    for label, points in sorted(lines.items()):
+        style = "-" if label.startswith(("pbs", "ours", "density")) else "--"
+        axis.plot(*zip(*sorted(points)), style, marker="o", markersize=3, label=label)
+    axis.set(xscale="log", xlabel="tokens", ylabel=title)
+    ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
+    axis.set_xticks(ticks, [length(t) for t in ticks], minor=False)
+    axis.minorticks_off()
+    if lines:
+        axis.legend(fontsize=6)
+    save(drawing, name)
 
 
-def make_place(page: pathlib.Path, name: str, title: str) -> None:
-    """Puts the marks of a table at the end of its section, where they are not there."""
-    text = page.read_text()
-    if f"<!-- table: {name} -->" in text:
-        return
-    section = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.M | re.S)
-    if section is None:
-        raise SystemExit(f"{page}: there is no section {title}")
-    behind = text[section.end() :]
-    marks = f"{section[0].rstrip()}\n\n<!-- table: {name} -->\n<!-- end -->\n"
-    page.write_text(text[: section.start()] + marks + (f"\n{behind}" if behind else ""))
+def write(name: str, title: str, body: str) -> None:
+    """Puts a table where its marks are, or, without them, at the end of its section."""
+    text = PAGE.read_text()
+    if f"<!-- table: {name} -->" not in text:
+        section = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.M | re.S)
+        marks = f"{section[0].rstrip()}\n\n<!-- table: {name} -->\n<!-- end -->\n"
+        behind = text[section.end() :]
+        PAGE.write_text(text[: section.start()] + marks + (f"\n{behind}" if behind else ""))
+    fill(PAGE, name, body)
 
 
-def main() -> int:
+def main() -> None:
     """Rewrites the page."""
-    written = 0
-    for name, (title, make, draw, script) in SECTIONS.items():
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            print(f"there is no {path.name}: run {script} on a machine with a GPU",
-                  file=sys.stderr)
-            continue
-        results = json.loads(path.read_text())
-        if name == "gpu_server" and (reason := not_of_a_gpu(results)):
-            print(f"{path.name} is refused: {reason}", file=sys.stderr)
-            return 1
-        make_place(PAGE, name, title)
-        fill(PAGE, name, make(results))
-        draw(results)
-        written += 1
-        print(f"wrote {title} of {PAGE.name}", file=sys.stderr)
-    return 0 if written else 1
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--take", type=pathlib.Path, action="append", default=[], metavar="TAR")
+    for tar in parser.parse_args().take:
+        with tarfile.open(tar) as opened:
+            run = json.load(opened.extractfile("gpu_run/results.json"))
+        refuse(tar, run)
+        path = RESULTS / f"gpu_{re.sub('[^0-9]', '', run['written'])}.json"
+        path.write_text(json.dumps(run, indent=1) + "\n")
+    runs = {path.name: json.loads(path.read_text()) for path in RESULTS.glob("gpu_*.json")}
+    for name, run in runs.items():
+        refuse(name, run)
+    if not runs:
+        raise SystemExit("there are no results: tests/gpu/run.py makes them on a machine with a GPU")
+    results = Results(runs)
+    write("gpu_attention", "Attention on a GPU", attention(results))
+    structured = [row for row in results.of("attention") if row["inputs"] == "structured"]
+    plot("gpu_attention", "TFLOP/s of the dense work", structured, "dense_tflops")
+    write("gpu_server", "A served model on a GPU", server(results))
+    plot("gpu_server", "TTFT of ours, dense / this", results.of("prefill"), "dense_over_this")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

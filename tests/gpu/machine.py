@@ -1,45 +1,113 @@
-"""The GPU, as its driver tells it, and the host's memory. No torch."""
+#!/usr/bin/env python3
+"""The machine: its GPU, what is installed, and what scripts/pack_gpu.sh brought.
+
+    python3 tests/gpu/machine.py check|unpack --out FILE.json --seconds N
+
+What tests/gpu/run.py sets: PBS_GPU_PACK, the folder of pack_gpu.sh; PBS_GPU_WORK, a
+folder of this run; PBS_REHEARSAL=1, without a GPU: programs over an emulated device, of
+the build in PBS_BUILD_DIR.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import itertools
+import os
 import pathlib
-import re
+import platform
+import shutil
 import subprocess
+import sys
+import tarfile
+import zipfile
 
-DRIVER = pathlib.Path("/proc/driver/nvidia")
-MEMORY = pathlib.Path("/proc/meminfo")
+from progress import Progress, first_line, run_part_of
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BUILD = pathlib.Path(os.environ.get("PBS_BUILD_DIR", ROOT / "build"))
+PACK = pathlib.Path(os.environ.get("PBS_GPU_PACK", BUILD / "gpu"))
+WORK = pathlib.Path(os.environ.get("PBS_GPU_WORK", BUILD / "gpu-work"))
+REHEARSAL = os.environ.get("PBS_REHEARSAL") == "1"
+MODULES = ["torch", "triton", "numpy", "safetensors", "pytest", "grpc", "google.protobuf",
+           "google_crc32c", "ml_dtypes"]  # fmt: skip
 
 
 def query_gpu() -> dict[str, str] | None:
-    """Name, driver and clocks, if nvidia-smi is there; None where there is no driver."""
+    """Name, driver and clocks; None where there is no driver."""
     fields = "name,driver_version,clocks.sm,clocks.max.sm,power.draw,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        said = done.stdout.strip().splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return read_driver(DRIVER)
-    return dict(zip(fields.split(","), [value.strip() for value in said.split(",")]))
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(fields.split(","), map(str.strip, said.splitlines()[0].split(","))))
 
 
-def host_memory_bytes() -> int | None:
-    """MemTotal; it may grow while a machine runs."""
+def program(name: str) -> pathlib.Path:
+    """check_attention, check_attention_bounded or libpbs_gpu_python.so."""
+    if not REHEARSAL:
+        return WORK / "programs" / name
+    is_library = name.endswith(".so")
+    return BUILD / (f"tests/gpu/{name[:-3]}_emulated.so" if is_library else "bin/check_attention_emulated")
+
+
+def find_cublaslt() -> str:
+    """Of torch's packages, or "": the machine may have one of its own."""
+    folders = (pathlib.Path(folder).glob("nvidia/**/libcublasLt.so.13") for folder in sys.path)
+    return str(next(itertools.chain.from_iterable(folders), ""))
+
+
+def start_programs() -> str:
+    """Why the programs do not start, or ""."""
+    command = [program("check_attention"), "--device", "1"]
     try:
-        total = re.search(r"^MemTotal:\s*(\d+) kB$", MEMORY.read_text(), re.M)
-    except OSError:
-        return None
-    return int(total[1]) * 1024 if total else None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        ctypes.CDLL(str(program("libpbs_gpu_python.so")))
+    except (OSError, subprocess.SubprocessError) as error:
+        return first_line(error)
+    return "" if done.returncode == 0 else done.stderr.strip()[:200] or f"status {done.returncode}"
 
 
-def read_driver(folder: pathlib.Path) -> dict[str, str] | None:
-    """Name and driver, as the driver's files say; None without these."""
-    try:
-        versions = (folder / "version").read_text()
-        models = [path.read_text() for path in sorted(folder.glob("gpus/*/information"))]
-        name = re.search(r"^Model:\s*(.+)$", models[0], re.M)
-        version = re.search(r"Module(?: for \S+)?\s+([\d.]+)", versions)
-    except (OSError, IndexError):
-        return None
-    if name is None:
-        return None
-    return {"name": name[1].strip(), "driver_version": version[1] if version else "unknown"}
+def extract(archive: pathlib.Path, folder: pathlib.Path) -> None:
+    """There may be no tar and no xz."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+
+
+def check(progress: Progress, _: float) -> None:
+    """Driver, programs, libraries."""
+    extract(PACK / "programs.tar.xz", WORK / "programs")
+    gpu, why = query_gpu(), start_programs()
+    progress.facts |= {"programs": "" if why else str(program("check_attention").parent),
+                       "system": platform.platform(), "cublaslt": find_cublaslt()}  # fmt: skip
+    progress.say(f"{gpu['name'] if gpu else 'no GPU'}; programs: {why or 'they start'}")
+    modules = progress.facts["modules"] = {}
+    for name in MODULES:
+        try:
+            module = importlib.import_module(name)
+            modules[name] = str(getattr(module, "__version__", "there"))
+        except Exception as error:  # whatever a broken package may raise
+            modules[name] = None
+            progress.say(f"{name} is missing: {first_line(error)}")
+    if not REHEARSAL:
+        import torch
+
+        torch.zeros(1, device="cuda")  # fails here and not in what is measured
+        progress.facts["cudnn"] = torch.backends.cudnn.version()
+
+
+def unpack(_: Progress, __: float) -> None:
+    """The package and the wheels, into the run's folder."""
+    tags = ("-none-any", "-abi3-", f"-cp{''.join(map(str, sys.version_info[:2]))}-")
+    for wheel in PACK.glob("wheels/*.whl"):
+        if any(tag in wheel.name for tag in tags):
+            zipfile.ZipFile(wheel).extractall(WORK / "python")
+    (package,) = PACK.glob("pbs-prefill-*")
+    extract(package, WORK)
+    next(WORK.glob("pbs-prefill-*")).rename(WORK / "package")
+    shutil.copy2(PACK / "bench_worker", WORK / "package/bin")
+
+
+if __name__ == "__main__":
+    sys.exit(run_part_of(__doc__, {"check": check, "unpack": unpack}))

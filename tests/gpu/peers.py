@@ -1,24 +1,29 @@
-"""What others run on the same tensors: torch SDPA, FlexAttention, and a block-sparse
-Triton kernel of our own that stands in for the published one."""
+"""What others run on the same tensors: torch SDPA, and a block-sparse kernel of our own in
+Triton that stands in for the published one. In a rehearsal both are plain torch."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
-import triton
-import triton.language as tl
-from inputs import flex_blocks
+from machine import REHEARSAL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+with contextlib.suppress(ImportError):  # the calls of it fail, others run
+    import triton
+    import triton.language as tl
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend):
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str):
     """A call of dense causal attention on one backend of torch; q [H, L, D]. Where the
     backend takes no grouped heads it has keys and values of every head."""
     keys, values = k, v
 
     def run() -> torch.Tensor:
-        with sdpa_kernel(backend):
+        with contextlib.nullcontext() if REHEARSAL else sdpa_kernel(BACKENDS[backend]):
             return torch.nn.functional.scaled_dot_product_attention(
                 q[None], keys[None], values[None], is_causal=True, enable_gqa=True
             )[0]
@@ -30,20 +35,6 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend)
     return run
 
 
-def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor):
-    """A call of FlexAttention that visits the blocks of `mask`, causal inside."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    block_mask = flex_blocks(mask)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def run() -> torch.Tensor:
-        return compiled(q[None], k[None], v[None], block_mask=block_mask, enable_gqa=True)[0]
-
-    return run
-
-
-@triton.jit
 def block_sparse_kernel(
     q, k, v, positions, begin, count, indices, o,
     tokens, scale_log2,
@@ -83,16 +74,24 @@ def block_sparse_kernel(
     tl.store(o_at, (out / total[:, None]).to(o.dtype.element_ty))
 
 
-def triton_sparse(q, k, v, positions, lists):
-    """A call over permuted k, v [G, L, D] with positions int32 [G, L]; L a multiple of 128."""
+def block_sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists):
+    """A call over unpermuted keys that visits the blocks of lists, causal inside."""
     heads, tokens, head_dim = q.shape
-    o = torch.full_like(q, torch.nan)
-    count = lists.count.to(torch.int32)
+    group = heads // k.shape[0]
+    if REHEARSAL:
+        allowed = lists.mask.repeat_interleave(128, 1).repeat_interleave(128, 2).tril()
+        keys, values = (x.repeat_interleave(group, 0) for x in (k, v))
+        return lambda: torch.nn.functional.scaled_dot_product_attention(
+            q[None], keys[None], values[None], attn_mask=allowed[None]
+        )[0]
+    positions = torch.arange(tokens, device=k.device, dtype=torch.int32).repeat(k.shape[0], 1)
+    o, count = torch.full_like(q, torch.nan), lists.count.to(torch.int32)
+    kernel = triton.jit(block_sparse_kernel)
 
     def run() -> torch.Tensor:
-        block_sparse_kernel[(tokens // 128, heads)](
+        kernel[(tokens // 128, heads)](
             q, k, v, positions, lists.begin, count, lists.indices, o, tokens,
-            math.log2(math.e) / math.sqrt(head_dim), heads // k.shape[0], head_dim, 128, 2,
+            math.log2(math.e) / math.sqrt(head_dim), group, head_dim, 128, 2,
             num_warps=8, num_stages=2,
         )  # fmt: skip
         return o

@@ -1,105 +1,100 @@
-"""What a run of the suite has found so far, in its results file. A kernel that hangs or
-faults takes the process with it: the next process, on the same file, carries on behind the
-call that did, without that call."""
+"""What a step has found so far, in its results file. A kernel that hangs or faults takes
+the process with it: the next process, on the same file, carries on behind the call that
+did, without that call."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import pathlib
+from collections.abc import Callable
 
-ENDED = "the process ended in this call"
-PART = ("inputs", "tokens", "head_dim")
+# Exit statuses of a step beside 0. LOST: another process can carry on.
+WRONG, LOST = 3, 4
+
+
+def ended(call: dict) -> dict:
+    """The row of a call that ended its process."""
+    return {"error": "the process ended in this call", "ended": True} | call
 
 
 def plain(value):
     """`value` without what JSON cannot hold: NaN and infinities are null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
-    return value
-
-
-class Progress:
-    """`result` is the file's content: `golden` and `timings` are rows; `parts` are done;
-    `running` is the call that has begun, of a golden case or of a part. `part_keys` name
-    a part."""
-
-    def __init__(self, path: pathlib.Path, facts: dict, part_keys: tuple[str, ...] = PART):
-        self.path = path
-        self.part_keys = part_keys
-        self.result = {"golden": [], "timings": [], "parts": [], "running": None, "done": False}
-        if path.exists():
-            before = json.loads(path.read_text())
-            if not before.get("done", True):
-                self.result = before
-        self.result |= facts
-        if self.result["running"] is not None:
-            self._lose(self.result["running"])
-
-    def _lose(self, call: dict) -> None:
-        why = call.get("error", ENDED)
-        if "case" in call:
-            self.result["golden"].append({"case": call["case"], "right": False, "failed": why})
-        else:
-            self.result["timings"].append(call | {"error": why, "ended": True})
-            if call["name"] is None:
-                self.result["parts"].append({key: call[key] for key in self.part_keys})
-        self.end()
-
-    def begin(self, call: dict) -> None:
-        """Before a call: {"case"}, or a part with the name of a call in it. Name None is
-        everything of a part that is no call by itself: when that is lost, so is the part."""
-        self.result["running"] = call
-        self.save()
-
-    def end(self) -> None:
-        """After what could end the process."""
-        self.result["running"] = None
-        self.save()
-
-    def stop(self, error: Exception) -> None:
-        """Ends the process, where nothing runs any more: the CUDA context is lost."""
-        self.result["running"]["error"] = first_line(error)
-        self.save()
-        os._exit(4)
-
-    def is_barred(self, head_dim: int, name: str) -> bool:
-        """Whether this call ended a process before."""
-        return any(
-            row.get("ended") and row["head_dim"] == head_dim and row["name"] == name
-            for row in self.result["timings"]
-        )
-
-    def is_right(self) -> bool:
-        """Whether no figure is of wrong results, and no call of ours ended a process."""
-        ended = [row["name"] or "pbs" for row in self.result["timings"] if row.get("ended")]
-        rows = self.result["golden"] + self.result["timings"]
-        return all(row.get("right", True) for row in rows) and not any(
-            name.startswith("pbs") for name in ended
-        )
-
-    def has_case(self, name: str) -> bool:
-        """Of the golden ones."""
-        return any(case["case"] == name for case in self.result["golden"])
-
-    def finish(self, part: dict, rows: list[dict]) -> None:
-        """A part is done."""
-        self.result["timings"] += [part | row for row in rows]
-        self.result["parts"].append(part)
-        self.end()
-
-    def save(self) -> None:
-        """At once or not at all: the process may be killed while it writes."""
-        draft = self.path.with_suffix(".part")
-        draft.write_text(json.dumps(plain(self.result), indent=1) + "\n")
-        os.replace(draft, self.path)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def first_line(error: Exception) -> str:
     """Of what it says; some say nothing."""
     return ((str(error) or repr(error)).splitlines() or [""])[0][:160]
+
+
+class Progress:
+    """`rows`: what was found. A row has what its call was named by; one of a peer is
+    nothing of ours. `facts`: of the machine. Lines said are for who watches."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.found = {"rows": [], "facts": {}, "said": [], "running": None}
+        if path.exists():
+            self.found = json.loads(path.read_text())
+        self.rows, self.facts = self.found["rows"], self.found["facts"]
+        if self.found["running"] is not None:
+            self.end(ended(self.found["running"]))
+
+    def begin(self, **call) -> None:
+        """Before what could end the process."""
+        self.found["running"] = call
+        self.save()
+
+    def end(self, *rows: dict) -> None:
+        """After it."""
+        self.found["running"] = None
+        self.rows.extend(rows)
+        self.save()
+
+    def stop(self, error: Exception) -> None:
+        """Ends the process, where nothing runs any more: device or server are lost."""
+        if self.found["running"] is not None:
+            self.found["running"]["error"] = first_line(error)
+        self.save()
+        os._exit(LOST)
+
+    def say(self, text: str) -> None:
+        """A line for who watches."""
+        self.found["said"].append(text)
+        self.save()
+        print(text, flush=True)
+
+    def has(self, **call) -> bool:
+        """Whether there is a row of a call."""
+        return any(all(row.get(k) == v for k, v in call.items()) for row in self.rows)
+
+    def status(self) -> int:
+        """WRONG when a figure is of wrong results, or a call of ours ended a process."""
+        bad = (row.get("right") is False or (row.get("ended") and not row.get("peer")) for row in self.rows)
+        return WRONG if any(bad) else 0
+
+    def save(self) -> None:
+        """At once or not at all: the process may be killed while it writes."""
+        draft = self.path.with_suffix(".part")
+        draft.write_text(json.dumps(plain(self.found), indent=1) + "\n")
+        os.replace(draft, self.path)
+
+
+def run_part_of(manual: str, parts: dict[str, Callable[[Progress, float], None]]) -> int:
+    """The command line of a script of steps: what to run, into which file, for how long."""
+    parser = argparse.ArgumentParser(description=manual.splitlines()[0])
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    arguments = parser.parse_args()
+    progress = Progress(arguments.out)
+    parts[arguments.part](progress, arguments.seconds)
+    progress.save()
+    return progress.status()

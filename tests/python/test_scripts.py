@@ -57,6 +57,18 @@ def test_a_figure_table_names_the_file_it_is_from(tmp_path, body, found):
     assert all(part in message for part, message in zip(found, messages))
 
 
+def test_a_table_of_a_gpu_names_the_files_of_its_runs(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/gpu_1.json").write_text("{}")
+    page = tmp_path / "PAGE.md"
+    page.write_text(
+        "<!-- table: gpu_server -->\n[1](results/gpu_1.json) [2](results/gpu_2.json)\n<!-- end -->\n"
+    )
+    assert check_docs.tables_without_results(page) == [
+        "docs/PAGE.md: table gpu_server is from results/gpu_2.json, which is missing"
+    ]
+
+
 def test_the_file_of_a_figure_table_exists(tmp_path):
     page = tmp_path / "PAGE.md"
     page.write_text("<!-- table: gone -->\n[x](results/gone.json)\n<!-- end -->\n")

@@ -1,0 +1,149 @@
+#include "tests/gpu/check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "pbs/dtype.h"
+#include "reference/reference_attention.h"
+#include "tests/support/largest_error.h"
+
+namespace pbs::gpu {
+namespace {
+
+// Two roundings of P and of o, and sums in f32 of at most 1,300 terms.
+constexpr double kBf16ErrorMax = 3e-2;
+constexpr double kF16ErrorMax = 4e-3;
+constexpr double kLseErrorMax = 2e-4;
+// Rows of the lists that may differ by a near tie of block masses, in f32.
+constexpr double kOtherRowsMax = 0.01;
+
+// Rows of lists that are not the same.
+int64_t OtherRows(const BlockLists& a, const BlockLists& b) {
+  int64_t other = 0;
+  for (size_t row = 0; row < a.count.size(); ++row) {
+    const auto at = static_cast<int64_t>(row);
+    other += std::ranges::equal(a.View().Row(at), b.View().Row(at)) ? 0 : 1;
+  }
+  return other;
+}
+
+// Compares the row of `place`.
+void CompareRow(const Inputs& inputs, const Outputs& outputs,
+                const reference::Output& exact, Place place, Verdict& verdict) {
+  const bool bf16_values = inputs.dtype == DType::kBF16;
+  const double allowed = bf16_values ? kBf16ErrorMax : kF16ErrorMax;
+  const AttentionGeometry& g = inputs.geometry;
+  const auto& s = g.sequences[static_cast<size_t>(place.sequence)];
+  const auto row = static_cast<size_t>(place.head * g.total_q + s.q_begin + place.row);
+  const auto dim = static_cast<size_t>(g.head_dim);
+  const auto tile_row = static_cast<size_t>((s.query_offset + place.row) % 128);
+  Mismatches& found = verdict.mismatches;
+  for (size_t column = 0; column < dim; ++column) {
+    const size_t i = row * dim + column;
+    const uint16_t bits = outputs.o[i];
+    const double got = bf16_values ? ToFloat(bf16{bits}) : ToFloat(f16{bits});
+    const double error = std::abs(got - exact.o[i]);
+    verdict.o_error = testing_support::LargerError(verdict.o_error, error);
+    ++found.outputs;
+    if (error <= allowed) continue;
+    if (found.wrong++ == 0) {
+      place.column = static_cast<int32_t>(column);
+      found.first = place;
+      found.got = got;
+      found.want = exact.o[i];
+    }
+    ++found.by_half[tile_row / 64];
+    ++found.by_row_mod_8[tile_row % 8];
+    ++found.by_panel[column / 64];
+  }
+  const double lse_error = std::abs(outputs.lse[row] - exact.lse[row]);
+  verdict.lse_error = testing_support::LargerError(verdict.lse_error, lse_error);
+  found.wrong_lse += lse_error <= kLseErrorMax ? 0 : 1;
+}
+
+}  // namespace
+
+StatusOr<Outputs> RunCase(Session& session, const Case& c, const Inputs& inputs) {
+  AttentionBackend& attention = session.attention();
+  PBS_ASSIGN_OR_RETURN(const auto plan, attention.Plan(c.problem));
+  const AttentionGeometry& g = plan->geometry;
+  const Inputs given = inputs.Poisoned(c.poisoned);
+  PBS_ASSIGN_OR_RETURN(const auto q, DeviceArray<uint16_t>::Create(session, given.q));
+  PBS_ASSIGN_OR_RETURN(const auto k, DeviceArray<uint16_t>::Create(session, given.k));
+  PBS_ASSIGN_OR_RETURN(const auto v, DeviceArray<uint16_t>::Create(session, given.v));
+  PBS_ASSIGN_OR_RETURN(auto o, DeviceArray<uint16_t>::Create(
+                                   session, static_cast<int64_t>(given.q.size())));
+  PBS_ASSIGN_OR_RETURN(auto lse,
+                       DeviceArray<float>::Create(session, g.num_heads * g.total_q));
+  PBS_ASSIGN_OR_RETURN(const auto workspace,
+                       DeviceArray<std::byte>::Create(session, plan->workspace_bytes));
+  const AttentionTensors tensors =
+      inputs.Tensors(q.data(), k.data(), v.data(), o.data(), lse.data());
+  const Workspace lent{workspace.data(), workspace.bytes()};
+  const auto run = [&] { return attention.Run(*plan, tensors, lent, {}); };
+  Outputs outputs;
+  for (int i = 0; i < 3; ++i) {
+    PBS_RETURN_IF_ERROR(o.Poison());
+    PBS_RETURN_IF_ERROR(lse.Poison());
+    PBS_RETURN_IF_ERROR(session.Wait());
+    PBS_RETURN_IF_ERROR(i < 2 ? run() : RunCaptured(session.device(), run));
+    PBS_RETURN_IF_ERROR(attention.ReadReport(
+        *plan, lent, {.order = true, .lists = true}, &outputs.report));
+    PBS_ASSIGN_OR_RETURN(std::vector<uint16_t> now, o.Download());
+    outputs.equal_bits = outputs.equal_bits && (i == 0 || now == outputs.o);
+    outputs.o = std::move(now);
+  }
+  PBS_ASSIGN_OR_RETURN(outputs.lse, lse.Download());
+  return outputs;
+}
+
+Verdict Judge(const Case& c, const Inputs& inputs, const Outputs& outputs) {
+  const AttentionTensors tensors = inputs.HostTensors();
+  reference::Decision decision;
+  decision.order = outputs.report.order;
+  decision.lists = outputs.report.lists;
+  const reference::Output exact = reference::Attend(c.problem, tensors, decision);
+  const AttentionGeometry& g = inputs.geometry;
+  Verdict verdict;
+  verdict.mismatches.by_half.resize(2);
+  verdict.mismatches.by_row_mod_8.resize(8);
+  verdict.mismatches.by_panel.resize(static_cast<size_t>((g.head_dim + 63) / 64));
+  for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
+    if (n == c.poisoned) continue;
+    const SequenceGeometry& s = g.sequences[static_cast<size_t>(n)];
+    for (int32_t head = 0; head < g.num_heads; ++head) {
+      for (int32_t row = 0; row < s.q_len; ++row) {
+        CompareRow(inputs, outputs, exact, {n, head, row}, verdict);
+      }
+    }
+  }
+  verdict.rows = static_cast<int64_t>(decision.lists.count.size());
+  if (!c.problem.options.dense_fallback) {
+    verdict.other_rows =
+        OtherRows(decision.lists, reference::Decide(c.problem, tensors).lists);
+  }
+  verdict.equal_bits = outputs.equal_bits;
+  verdict.density = outputs.report.stats.Density();
+  verdict.right = verdict.mismatches.wrong == 0 && verdict.mismatches.wrong_lse == 0 &&
+                  verdict.equal_bits &&
+                  static_cast<double>(verdict.other_rows) <=
+                      kOtherRowsMax * static_cast<double>(verdict.rows);
+  return verdict;
+}
+
+JsonLine Mismatches::ToJson() const {
+  JsonLine where;
+  where.Integer("sequence", first.sequence).Integer("head", first.head);
+  where.Integer("row", first.row).Integer("column", first.column);
+  where.Text("got", std::to_string(got)).Number("want", want);
+  JsonLine line;
+  line.Integer("wrong", wrong).Integer("outputs", outputs);
+  line.Integer("wrong_lse", wrong_lse);
+  if (wrong > 0) line.Object("first", where);
+  return line.Integers("by_half", by_half)
+      .Integers("by_row_mod_8", by_row_mod_8)
+      .Integers("by_panel", by_panel);
+}
+
+}  // namespace pbs::gpu
