@@ -35,10 +35,11 @@ GOLDEN_MAX = {"f16": 2e-3, "bf16": 4e-2}
 # What computes the same, and what two roundings to bf16 may differ by, of a row's norm.
 SAME = {"flash": ["cudnn"], "pbs_dense": ["cudnn", "flash"], "pbs_replay_in_order": ["triton_replay"]}
 DIFFERENCE_MAX = 2e-2
-ROUNDS_MIN, STAGE_RUNS, PART_SECONDS_MAX = 1 if REHEARSAL else 5, 1 if REHEARSAL else 5, 5.0
+FIRST_RUNS, ROUNDS_MIN, STAGE_RUNS = (1, 1, 1) if REHEARSAL else (2, 5, 5)
+PART_SECONDS_MAX = 5.0
 # No call of ours takes longer, unless it hangs; a peer may have to be compiled.
 CALL_SECONDS_MAX, PEER_SECONDS_MAX = 10, 40
-REHEARSED_SHRINK, REHEARSED_TOKENS_MIN, REHEARSED_GOLDEN = 256, 256, 2
+REHEARSED_SHRINK, REHEARSED_TOKENS_MIN, REHEARSED_GOLDEN = 512, 256, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +163,8 @@ def compare(outputs: dict[str, torch.Tensor], found: dict[str, dict]) -> None:
 
 
 def prepare(progress: Progress, part: dict, makers: dict[str, Callable]) -> tuple[dict, dict]:
-    """What the makers make, each run twice, and a row for each. One that cannot be made or
-    run is told as an error, not fatal, unless nothing runs after it."""
+    """What the makers make, each run once or twice, and a row for each. One that cannot be
+    made or run is told as an error, not fatal, unless nothing runs after it."""
     made: dict[str, Callable] = {}
     found: dict[str, dict] = {}
     outputs: dict[str, torch.Tensor] = {}
@@ -175,7 +176,7 @@ def prepare(progress: Progress, part: dict, makers: dict[str, Callable]) -> tupl
         watch(PEER_SECONDS_MAX if is_peer(name) else CALL_SECONDS_MAX)
         try:
             made[name], found[name] = make(), call
-            for _ in range(2):
+            for _ in range(FIRST_RUNS):
                 outputs[name] = made[name]()
                 synchronize()
             if isinstance(made[name], Attention):
