@@ -125,7 +125,8 @@ class PrefillListener {
   virtual ~PrefillListener() = default;
   // Layer's K and V are published in the job's HeldKv.
   virtual void OnKvReady(int32_t layer) = 0;
-  // Layer's attention and MLP have run.
+  // Layer's attention and MLP have run; on a device perhaps after the next layer's
+  // OnKvReady().
   virtual void OnLayerDone(int32_t layer, double density, double seconds) = 0;
   virtual void OnDone(absl::StatusOr<PrefillResult> result) = 0;
 };

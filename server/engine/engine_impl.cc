@@ -9,6 +9,7 @@
 #include "server/engine/attend_task.h"
 #include "server/engine/kv_window.h"
 #include "server/engine/prefill_task.h"
+#include "server/model/prefill.h"
 #include "server/model/prefill_plan.h"
 
 namespace pbs::server {
@@ -176,6 +177,7 @@ absl::StatusOr<Admission> EngineImpl::SubmitPrefill(PrefillJob job,
   size.prediction = parts_.costs.Predict(PrefillCostKey(*job.model, job.attention),
                                          PrefillWork(num_tokens), parts_.clock.Now());
   size.num_steps = model.config().num_layers;
+  size.steps_under_way = PrefillRun::LayersUnderWayMax(parts_.backend);
   const PrefillTask::Parts task_parts = {model, parts_.costs, parts_.metrics.engine,
                                          parts_.clock, batch_};
   const std::shared_ptr<HeldKv> kv = job.kv;

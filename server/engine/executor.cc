@@ -37,7 +37,8 @@ double Executor::Record::SecondsLeft() const {
 
 double Executor::Record::StepSecondsLeft() const {
   if (!size.prediction.has_value()) return 0;
-  return std::min(SecondsLeft(), size.prediction->seconds / size.num_steps);
+  const double step = size.prediction->seconds / size.num_steps;
+  return std::min(SecondsLeft(), size.steps_under_way * step);
 }
 
 Executor::Executor(const ExecutorOptions& options, const Clock& clock,
@@ -198,7 +199,7 @@ bool Executor::RunOneStep() {
     if (decision.next.has_value()) {
       is_first = !records_.at(*decision.next)->started;
       if (is_first) JoinWaiting(*decision.next);
-      batch = BatchOf(*decision.next);
+      batch = BatchOf(RunOf(*decision.next, *records_.at(*decision.next)));
       stepping_ = *decision.next;
     }
     UpdateGauges();
@@ -207,6 +208,7 @@ bool Executor::RunOneStep() {
   for (auto& record : ended) {
     Finish(std::move(record), absl::OkStatus());
   }
+  if (!batch.empty()) SetAsideOther(batch);
   if (is_first) Start(batch);
   if (!batch.empty()) Step(batch);
   return did_something;
@@ -258,13 +260,10 @@ void Executor::AddToBatch(const Record& record, std::vector<Candidate>& candidat
   first.patience_seconds = std::min(first.patience_seconds, candidate.patience_seconds);
 }
 
-Executor::Batch Executor::BatchOf(JobId id) const {
+Executor::Batch Executor::BatchOf(JobId run) const {
   Batch batch;
-  const JobId of = records_.at(id)->batch;
-  for (const auto& [other, record] : records_) {
-    if (other == id || (of != 0 && record->batch == of)) {
-      batch.emplace_back(other, record.get());
-    }
+  for (const auto& [id, record] : records_) {
+    if (RunOf(id, *record) == run) batch.emplace_back(id, record.get());
   }
   return batch;
 }
@@ -296,6 +295,21 @@ void Executor::JoinWaiting(JobId id) {
 
 // Records of jobs that have started are taken out by this thread alone, so those of a
 // batch stay valid.
+void Executor::SetAsideOther(const Batch& next) {
+  Batch last;
+  {
+    MutexLock lock(mutex_);
+    const JobId run = RunOf(next.front().first, *next.front().second);
+    if (run != stepped_run_) last = BatchOf(stepped_run_);
+    stepped_run_ = run;
+  }
+  if (last.empty()) return;
+  const absl::Time begin = clock_.Now();
+  last.front().second->job->SetAside();
+  MutexLock lock(mutex_);
+  ChargeDelay(last, absl::ToDoubleSeconds(clock_.Now() - begin));
+}
+
 void Executor::Start(Batch& batch) {
   if (batch.size() > 1) {
     std::vector<Job*> others;

@@ -46,6 +46,8 @@ struct JobSize {
   int64_t prompt_tokens = 0;             // 0 for raw attention
   std::optional<Prediction> prediction;  // none while nothing like it was measured
   int32_t num_steps = 1;                 // of about the same length
+  // Steps whose work may be under way at the end of one's call, that one included.
+  int32_t steps_under_way = 1;
 };
 
 // All that was accepted and is not finished.
@@ -121,7 +123,7 @@ class Executor {
     TimerId timer = 0;
 
     double SecondsLeft() const;
-    // What is left of a step that is under way, at most.
+    // What is left of the steps that are under way, at most.
     double StepSecondsLeft() const;
   };
   using Records = std::map<JobId, std::unique_ptr<Record>>;  // in order of arrival
@@ -146,7 +148,11 @@ class Executor {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   static void AddToBatch(const Record& record, std::vector<Candidate>& candidates,
                          Candidate& candidate, std::map<JobId, size_t>& first_of);
-  Batch BatchOf(JobId id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The run of a job: of those that run as one the first, else the job itself.
+  static JobId RunOf(JobId id, const Record& record) {
+    return record.batch != 0 ? record.batch : id;
+  }
+  Batch BatchOf(JobId run) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Marks `id` as started, and with it the waiting jobs that run with it.
   void JoinWaiting(JobId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   std::unique_ptr<Record> Take(JobId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -155,6 +161,8 @@ class Executor {
 
   // True when the job ends because of this call.
   bool Stop(JobId id, StopReason reason);
+  // Another run than that of `next` must leave nothing under way.
+  void SetAsideOther(const Batch& next);
   // Those that cannot run with the first one leave `batch`.
   void Start(Batch& batch);
   // All but the first go back to wait, or end if they were stopped meanwhile.
@@ -179,7 +187,8 @@ class Executor {
   CondVar work_arrived_;
   JobId last_id_ ABSL_GUARDED_BY(mutex_) = 0;
   Records records_ ABSL_GUARDED_BY(mutex_);
-  JobId stepping_ ABSL_GUARDED_BY(mutex_) = 0;  // its step is under way; 0: none
+  JobId stepping_ ABSL_GUARDED_BY(mutex_) = 0;     // its step is under way; 0: none
+  JobId stepped_run_ ABSL_GUARDED_BY(mutex_) = 0;  // the last one; 0: none
   int32_t num_unfinished_ ABSL_GUARDED_BY(mutex_) = 0;  // Finish() has not returned
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;

@@ -52,6 +52,11 @@ class Job {
   // status. An error ends the job with that status.
   virtual absl::StatusOr<StepResult> Step(const RunControl& control) = 0;
 
+  // Another job is about to use the backend: nothing of this one may be under way there
+  // from then on. May come between any two steps of a job that has not ended; an error
+  // is that of the next step.
+  virtual void SetAside() {}
+
   // Once, last: gives back everything the job holds and then completes its listener,
   // with the result when `status` is OK. The job is destroyed afterwards. What jobs
   // that run as one share goes back with the last of them.

@@ -56,7 +56,8 @@ class KvWindow {
   // Seconds that copying took so far, layers that failed apart: twice that of the
   // values, which begins when the keys are there and is of as many bytes.
   double copy_seconds() const;
-  // Seconds of it that MakeRoomFor() and Wait() waited: nothing ran beside these.
+  // Seconds of it that MakeRoomFor() and Wait() waited. Beside these nothing ran but
+  // layers that had been called before.
   double wait_seconds() const { return wait_seconds_; }
 
   // Of several: nothing is written to this one any more. Waits for a copy under way.

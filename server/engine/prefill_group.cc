@@ -54,12 +54,17 @@ absl::Status PrefillGroup::Begin() {
 }
 
 absl::Status PrefillGroup::RunLayer(const RunControl& control) {
+  PBS_ABSL_RETURN_IF_ERROR(set_aside_);
   if (run_ == nullptr) PBS_ABSL_RETURN_IF_ERROR(Begin());
   if (window_ != nullptr) {
     PBS_ABSL_RETURN_IF_ERROR(window_->MakeRoomFor(run_->next_layer()));
   }
   PBS_ABSL_RETURN_IF_ERROR(ToAbsl(run_->RunLayer(this, control)));
   return done() ? Conclude() : absl::OkStatus();
+}
+
+void PrefillGroup::SetAside() {
+  if (run_ != nullptr && set_aside_.ok()) set_aside_ = ToAbsl(run_->CatchUp(this));
 }
 
 absl::Status PrefillGroup::Conclude() {

@@ -53,16 +53,19 @@ class PrefillGroup final : private PrefillObserver {
                std::vector<JobReservation> charged, const Clock& clock);
 
   size_t size() const { return num_prompts_; }
-  int32_t layers_done() const { return run_ == nullptr ? 0 : run_->next_layer(); }
+  int32_t layers_done() const { return run_ == nullptr ? 0 : run_->layers_finished(); }
   bool done() const { return run_ != nullptr && run_->layers_done(); }
   double embed_seconds() const { return run_->embed_seconds(); }
   // Of KvWindow; 0 without one.
   double copy_seconds() const { return window_ ? window_->copy_seconds() : 0; }
   double copy_wait_seconds() const { return window_ ? window_->wait_seconds() : 0; }
 
-  // The next layer, and after the last one the logits. After an error the group is
-  // over.
+  // The next layer, and after the last one the logits. On a device the layer before may
+  // be what ends with it (PrefillRun). After an error the group is over.
   absl::Status RunLayer(const RunControl& control);
+  // Waits for what was called, so that another run may use the backend. An error is
+  // that of the next RunLayer().
+  void SetAside();
   // Of the plan's logit row; waits.
   absl::Status ReadLogits(int32_t row, std::span<float> logits);
 
@@ -87,6 +90,7 @@ class PrefillGroup final : private PrefillObserver {
   Buffer workspace_;
   std::unique_ptr<KvWindow> window_;
   std::unique_ptr<PrefillRun> run_;
+  absl::Status set_aside_;
 };
 
 // What a run takes beside the prompts' caches; `shared`: by several.

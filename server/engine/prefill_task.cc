@@ -130,6 +130,8 @@ absl::StatusOr<StepResult> PrefillTask::Step(const RunControl& control) {
   return StepResult{group_->done(), group_->layers_done() / layers};
 }
 
+void PrefillTask::SetAside() { group_->SetAside(); }
+
 void PrefillTask::OnHeld(int32_t layer) {
   if (layer == 0) result_.time_to_first_layer_seconds = SecondsSinceAdmission();
   job_.kv->Publish(layer + 1);

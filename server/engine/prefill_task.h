@@ -1,4 +1,5 @@
-// One prefill as a job: every layer is a step.
+// One prefill as a job: every layer is a step. On a device with memory of its own a
+// step calls one layer and waits for the one before.
 //
 // The job's HeldKv is published layer by layer and finished before the listener hears
 // of the end, whatever the end is. Short prompts may share a run (prefill_group.h):
@@ -61,6 +62,7 @@ class PrefillTask final : public Job, private PrefillGroup::Prompt {
   bool RunWith(std::span<Job* const> others) override;
   void Start(const JobTiming& timing) override;
   absl::StatusOr<StepResult> Step(const RunControl& control) override;
+  void SetAside() override;
   void Finish(const absl::Status& status) override;
 
  private:

@@ -10,6 +10,15 @@ namespace {
 
 constexpr int64_t kWord = 4;  // bytes of a float or a token id
 
+// Moments of a layer whose times are told. Layers take turns in two sets of marks: one
+// is read while the other is set.
+enum LayerMark { kBegin, kKvReady, kAttended, kEnd, kLayerMarks };
+static_assert(kTimeMarks >= 2 * kLayerMarks);
+int MarkOf(int32_t layer, LayerMark mark) { return layer % 2 * kLayerMarks + mark; }
+// Of the embedding, which are read before layer 1 sets its own.
+constexpr int kEmbedBegin = kLayerMarks;
+constexpr int kEmbedEnd = kLayerMarks + 1;
+
 // Hands out aligned pieces of the workspace in the order of the plan.
 class Carver {
  public:
@@ -134,10 +143,18 @@ StatusOr<std::unique_ptr<PrefillRun>> PrefillRun::Start(const Model& model,
   return run;
 }
 
+PrefillRun::~PrefillRun() {
+  // The next run must find none of ours. Errors are the device's, or nobody's any more.
+  AttentionReport report;
+  for (; reports_under_way_ > 0; --reports_under_way_) {
+    static_cast<void>(backend_.FinishReport(*plan_.attention, &report));
+  }
+}
+
 Status PrefillRun::Embed(std::span<const int32_t> tokens) {
   const ModelConfig& config = model_.config();
   const auto rows = static_cast<int64_t>(tokens.size());
-  PBS_RETURN_IF_ERROR(backend_.MarkTime(0));
+  PBS_RETURN_IF_ERROR(backend_.MarkTime(kEmbedBegin));
   PBS_RETURN_IF_ERROR(
       backend_.Upload(plan_.problem.logit_rows.data(), at_.logit_rows,
                       static_cast<int64_t>(plan_.problem.logit_rows.size()) * kWord));
@@ -160,13 +177,15 @@ Status PrefillRun::Embed(std::span<const int32_t> tokens) {
                                             .sines = at_.sines + first_row * pairs}));
     first_row += prompt_rows;
   }
-  PBS_RETURN_IF_ERROR(backend_.MarkTime(1));
-  PBS_ASSIGN_OR_RETURN(embed_seconds_, backend_.SecondsBetween(0, 1));
-  return OkStatus();
+  return backend_.MarkTime(kEmbedEnd);
+}
+
+int32_t PrefillRun::LayersUnderWayMax(const Backend& backend) {
+  return backend.info().host_memory ? 1 : kReportsUnderWayMax;
 }
 
 bool PrefillRun::layers_done() const {
-  return next_layer_ == model_.config().num_layers;
+  return layers_finished_ == model_.config().num_layers;
 }
 
 Status PrefillRun::CheckStop(const RunControl& control) const {
@@ -178,23 +197,60 @@ Status PrefillRun::CheckStop(const RunControl& control) const {
 }
 
 Status PrefillRun::RunLayer(PrefillObserver* observer, const RunControl& control) {
-  PBS_CHECK(!layers_done() && !failed_);
+  const int32_t num_layers = model_.config().num_layers;
+  PBS_CHECK(next_layer_ < num_layers && !failed_);
   failed_ = true;  // until the end is reached
-  LayerReport report;
-  report.layer = next_layer_;
-  PBS_RETURN_IF_ERROR(backend_.MarkTime(0));
-  PBS_RETURN_IF_ERROR(RunQkv(next_layer_, control));
-  PBS_RETURN_IF_ERROR(backend_.MarkTime(1));
-  if (observer != nullptr) observer->OnKvReady(next_layer_);
-  PBS_RETURN_IF_ERROR(RunAttention(next_layer_, control, report.attention));
-  PBS_RETURN_IF_ERROR(backend_.MarkTime(2));
-  PBS_RETURN_IF_ERROR(RunMlp(next_layer_, control));
-  PBS_RETURN_IF_ERROR(backend_.MarkTime(3));
-  PBS_ASSIGN_OR_RETURN(report.qkv_seconds, backend_.SecondsBetween(0, 1));
-  PBS_ASSIGN_OR_RETURN(report.mlp_seconds, backend_.SecondsBetween(2, 3));
-  PBS_ASSIGN_OR_RETURN(report.seconds, backend_.SecondsBetween(0, 3));
+  PBS_RETURN_IF_ERROR(CallLayer(observer, control));
   ++next_layer_;
+  if (next_layer_ == 1) {
+    PBS_ASSIGN_OR_RETURN(embed_seconds_,
+                         backend_.SecondsBetween(kEmbedBegin, kEmbedEnd));
+  }
+  const int32_t ahead = next_layer_ == num_layers ? 0 : LayersUnderWayMax(backend_) - 1;
+  while (layers_finished_ < next_layer_ - ahead) {
+    PBS_RETURN_IF_ERROR(FinishLayer(observer));
+  }
   failed_ = false;
+  return OkStatus();
+}
+
+Status PrefillRun::CatchUp(PrefillObserver* observer) {
+  PBS_CHECK(!failed_);
+  failed_ = true;
+  while (layers_finished_ < next_layer_) PBS_RETURN_IF_ERROR(FinishLayer(observer));
+  failed_ = false;
+  return OkStatus();
+}
+
+Status PrefillRun::CallLayer(PrefillObserver* observer, const RunControl& control) {
+  const auto mark = [this](LayerMark moment) {
+    return backend_.MarkTime(MarkOf(next_layer_, moment));
+  };
+  PBS_RETURN_IF_ERROR(mark(kBegin));
+  PBS_RETURN_IF_ERROR(RunQkv(next_layer_, control));
+  PBS_RETURN_IF_ERROR(mark(kKvReady));
+  if (observer != nullptr) observer->OnKvReady(next_layer_);
+  PBS_RETURN_IF_ERROR(RunAttention(next_layer_, control));
+  PBS_RETURN_IF_ERROR(mark(kAttended));
+  PBS_RETURN_IF_ERROR(RunMlp(next_layer_, control));
+  return mark(kEnd);
+}
+
+Status PrefillRun::FinishLayer(PrefillObserver* observer) {
+  LayerReport report;
+  report.layer = layers_finished_;
+  AttentionReport attention;
+  --reports_under_way_;
+  PBS_RETURN_IF_ERROR(backend_.FinishReport(*plan_.attention, &attention));
+  report.attention = attention.stats;
+  const auto seconds = [&](LayerMark from, LayerMark to) {
+    return backend_.SecondsBetween(MarkOf(report.layer, from),
+                                   MarkOf(report.layer, to));
+  };
+  PBS_ASSIGN_OR_RETURN(report.qkv_seconds, seconds(kBegin, kKvReady));
+  PBS_ASSIGN_OR_RETURN(report.mlp_seconds, seconds(kAttended, kEnd));
+  PBS_ASSIGN_OR_RETURN(report.seconds, seconds(kBegin, kEnd));
+  ++layers_finished_;
   if (layers_done()) {
     cache_.set_num_tokens(plan_.problem.past_len + plan_.problem.num_tokens);
   }
@@ -260,8 +316,7 @@ Status PrefillRun::RunQkv(int32_t layer_index, const RunControl& control) {
   return OkStatus();
 }
 
-Status PrefillRun::RunAttention(int32_t layer, const RunControl& control,
-                                AttentionStats& stats) {
+Status PrefillRun::RunAttention(int32_t layer, const RunControl& control) {
   const ModelConfig& config = model_.config();
   const RowLayout token_major =
       TokenMajorLayout(config.attention_features(), config.head_dim);
@@ -274,10 +329,8 @@ Status PrefillRun::RunAttention(int32_t layer, const RunControl& control,
   tensors.lists = lists_;
   tensors.pooled_queries = at_.pooled_queries;
   PBS_RETURN_IF_ERROR(backend_.Run(*plan_.attention, tensors, at_.attention, control));
-  AttentionReport report;
-  PBS_RETURN_IF_ERROR(
-      backend_.ReadReport(*plan_.attention, at_.attention, {}, &report));
-  stats = report.stats;
+  PBS_RETURN_IF_ERROR(backend_.StartReport(*plan_.attention, at_.attention));
+  ++reports_under_way_;
   return OkStatus();
 }
 

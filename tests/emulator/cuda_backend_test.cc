@@ -8,6 +8,7 @@
 #include <future>
 #include <numeric>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "reference/reference_attention.h"
@@ -349,6 +350,35 @@ TEST(CudaPrefillSpec, QueriesPooledOnTheWayChangeNothing) {
   };
   EXPECT_EQ(run(0, kTokens, true), run(0, kTokens, false));
   EXPECT_EQ(run(40, 150, true), run(40, 150, false));
+}
+
+// Scores overflow in layer 1; the host is one layer ahead.
+TEST(CudaPrefillSpec, AnOverflowIsToldWithTheNextLayerAndTheBackendGoesOn) {
+  constexpr int32_t kTokens = 140;
+  const PrefillProblem problem = {
+      .num_tokens = kTokens, .attention = {.segment_size = 128, .threshold = 0.5f}};
+  TinyModel tiny(OnDevice({.model_type = "qwen3", .layers = 3, .dtype = DType::kBF16}));
+  EmulatedDevice device;
+  const auto good = LoadTiny(tiny, *device.backend);
+  for (const char* norm : {"q_norm", "k_norm"}) {
+    for (float& weight :
+         tiny.tensors["model.layers.1.self_attn." + std::string(norm) + ".weight"]
+             .values) {
+      weight = 1e20f;
+    }
+  }
+  const auto bad = LoadTiny(tiny, *device.backend);
+  const auto tokens = RandomTokens(kTokens, 3);
+  KvCache cache = MakeCache(*bad, kTokens);
+  EventLog log;
+  const Status status = Prefill(*bad, problem, tokens, cache, &log).status;
+  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("attention scores pass the largest f32"));
+  EXPECT_THAT(log.events, testing::ElementsAre("kv 0", "kv 1", "done 0", "kv 2"));
+  EventLog after;
+  ASSERT_TRUE(Prefill(*good, problem, tokens, cache, &after).status.ok());
+  EXPECT_THAT(after.events, testing::ElementsAre("kv 0", "kv 1", "done 0", "kv 2",
+                                                 "done 1", "done 2"));
 }
 
 TEST(CudaPrefillSpec, ContinuesACache) {

@@ -291,7 +291,7 @@ class PrefillStats:
         total_seconds: admission to last layer.
         planned_bytes: what the server charged for it: cache, workspace, result.
         kv_copy_seconds: keys and values on their way from a device, most of it beside
-            other stages; `stages.copy` is the part that nothing ran beside.
+            other stages; `stages.copy` is the part that the prefill waited for.
     """
 
     prompt_tokens: int

@@ -20,11 +20,10 @@ using testing_support::DeviceBackend;
 // An engine on a device, and one on the CPU to compare with (EngineFixture's).
 class DeviceMemorySpec : public EngineFixture {
  protected:
-  void Open(int download_fails_at = 0) {
+  void Open(const testing_support::DevicePlan& plan = {}) {
     on_device_.reset();
     model_.replicas.clear();
-    device_ = std::make_unique<DeviceBackend>(
-        testing_support::DevicePlan{.download_fails_at = download_fails_at});
+    device_ = std::make_unique<DeviceBackend>(plan);
     model_.name = "tiny";
     model_.replicas.push_back(*Model::Load(folder_.path(), {}, *device_));
     model_.tokens_max = model_.model().config().max_tokens;
@@ -35,13 +34,13 @@ class DeviceMemorySpec : public EngineFixture {
   }
   ~DeviceMemorySpec() override { EXPECT_EQ(device_ledger_.bytes_held(), 0); }
 
-  PrefillJob MakeJob(int32_t num_tokens) {
+  PrefillJob MakeJob(int32_t num_tokens, AttentionOptions attention = Dense()) {
     PrefillJob job;
     job.model = &model_;
     job.tokens = Tokens(num_tokens);
-    job.attention = Dense();
+    job.attention = attention;
     job.all_logits_last_token = true;
-    auto reserved = on_device_->ReservePrefill(model_, num_tokens, Dense(), 1, 0);
+    auto reserved = on_device_->ReservePrefill(model_, num_tokens, attention, 1, 0);
     EXPECT_TRUE(reserved.ok()) << reserved.status();
     job.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);
@@ -103,7 +102,7 @@ TEST_F(DeviceMemorySpec,
   for (int fails_at = 1; fails_at <= 6; ++fails_at) {
     SCOPED_TRACE(fails_at);
     PrefillRecorder listener;
-    Open(fails_at);
+    Open({.download_fails_at = fails_at});
     PrefillJob job = MakeJob(30);
     const std::shared_ptr<HeldKv> kv = job.kv;
     ASSERT_TRUE(on_device_->SubmitPrefill(std::move(job), listener).ok());
@@ -114,6 +113,92 @@ TEST_F(DeviceMemorySpec,
     EXPECT_TRUE(kv->finished());
     EXPECT_EQ(kv->status().code(), absl::StatusCode::kUnavailable);
     EXPECT_EQ(device_ledger_.bytes_held(), 0);
+  }
+}
+
+// What the engine's own thread tells, in order; keys and values come from another one.
+struct LayerRecorder final : PrefillListener {
+  void OnKvReady(int32_t) override {}
+  void OnLayerDone(int32_t layer, double, double) override {
+    events.push_back("layer " + std::to_string(layer));
+  }
+  void OnDone(absl::StatusOr<PrefillResult> done) override {
+    events.push_back("done " + absl::StatusCodeToString(done.status().code()));
+    result = std::move(done);
+  }
+
+  std::vector<std::string> events;
+  absl::StatusOr<PrefillResult> result = absl::UnknownError("not done");
+};
+
+// The host is a layer ahead: a step tells of the layer before.
+TEST_F(DeviceMemorySpec, LayersAreDoneInOrderOneStepLater) {
+  Open();
+  LayerRecorder layers;
+  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(30), layers).ok());
+  ASSERT_TRUE(on_device_->executor().RunOneStep());
+  EXPECT_THAT(layers.events, ElementsAre());
+  ASSERT_TRUE(on_device_->executor().RunOneStep());
+  EXPECT_THAT(layers.events, ElementsAre("layer 0"));
+  RunDevice();
+  EXPECT_THAT(layers.events, ElementsAre("layer 0", "layer 1", "layer 2", "done OK"));
+  ASSERT_EQ(layers.result->layers.size(), 3u);
+}
+
+// Whoever comes between two of its layers uses the same marks and reports.
+TEST_F(DeviceMemorySpec, AnOvertakenPrefillIsSetAsideAndGivesTheSameBits) {
+  Open();
+  LayerRecorder layers, alone, urgent;
+  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(150, SmallPbs()), alone).ok());
+  RunDevice();
+  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(150, SmallPbs()), layers).ok());
+  for (int layer = 0; layer < 2; ++layer) {
+    ASSERT_TRUE(on_device_->executor().RunOneStep());
+    PrefillJob job = MakeJob(80, SmallPbs());
+    job.terms.priority = 1;
+    urgent.events.clear();
+    ASSERT_TRUE(on_device_->SubmitPrefill(std::move(job), urgent).ok());
+    ASSERT_TRUE(on_device_->executor().RunOneStep());
+    EXPECT_EQ(layers.events.back(), "layer " + std::to_string(layer));
+    while (urgent.events.size() < 4) {
+      ASSERT_TRUE(on_device_->executor().RunOneStep());
+    }
+    EXPECT_THAT(urgent.events, ElementsAre("layer 0", "layer 1", "layer 2", "done OK"));
+  }
+  RunDevice();
+  EXPECT_THAT(layers.events, ElementsAre("layer 0", "layer 1", "layer 2", "done OK"));
+  EXPECT_EQ(layers.result->last_token_logits, alone.result->last_token_logits);
+  for (size_t layer = 0; layer < 3; ++layer) {
+    EXPECT_EQ(layers.result->layers[layer].executed_blocks,
+              alone.result->layers[layer].executed_blocks);
+  }
+}
+
+TEST_F(DeviceMemorySpec, WhatGoesWrongInALayerEndsThePrefillAndNobodyElse) {
+  for (int layer = 0; layer < 3; ++layer) {
+    for (const bool overtaken : {false, true}) {
+      SCOPED_TRACE(testing::Message()
+                   << "layer " << layer << ", overtaken " << overtaken);
+      LayerRecorder wrong, urgent;
+      Open({.report_fails_at = layer + 1});
+      PrefillJob job = MakeJob(30);
+      const std::shared_ptr<HeldKv> kv = job.kv;
+      ASSERT_TRUE(on_device_->SubmitPrefill(std::move(job), wrong).ok());
+      for (int step = 0; overtaken && step <= layer; ++step) {
+        ASSERT_TRUE(on_device_->executor().RunOneStep());
+      }
+      PrefillJob other = MakeJob(20);
+      other.terms.priority = overtaken ? 1 : 0;
+      ASSERT_TRUE(on_device_->SubmitPrefill(std::move(other), urgent).ok());
+      RunDevice();
+      EXPECT_EQ(wrong.result.status(),
+                absl::InvalidArgumentError("a report failed, as it was told to"));
+      EXPECT_EQ(wrong.events.size(), static_cast<size_t>(layer) + 1);
+      EXPECT_EQ(kv->status().code(), absl::StatusCode::kInvalidArgument);
+      EXPECT_LE(kv->layers_ready(), std::min(layer + 2, 3));
+      EXPECT_TRUE(urgent.result.ok()) << urgent.result.status();
+      EXPECT_EQ(device_ledger_.bytes_held(), 0);
+    }
   }
 }
 
@@ -129,6 +214,11 @@ TEST_F(DeviceMemorySpec, CancellingGivesBackBothKindsOfMemory) {
   EXPECT_EQ(listener_.result.status().code(), absl::StatusCode::kCancelled);
   EXPECT_EQ(device_ledger_.bytes_held(), 0);
   EXPECT_EQ(ledger_.bytes_held(), 0);
+  // Nothing of it is in the way of the next one.
+  PrefillRecorder next;
+  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(20), next).ok());
+  RunDevice();
+  EXPECT_TRUE(next.result.ok()) << next.result.status();
 }
 
 TEST_F(DeviceMemorySpec, WhatCannotFitTheDeviceIsRefusedByItsLedger) {

@@ -58,6 +58,29 @@ TEST_F(BatchSpec, WaitingJobsRunWithTheOneThatStarts) {
   EXPECT_EQ(metrics_.running.Value(), 0);
 }
 
+// Jobs of a run are one where another one steps, whoever of them has left.
+TEST_F(BatchSpec, ARunIsSetAsideOnceByWhoeverIsLeftOfIt) {
+  std::vector<JobId> ids;
+  for (const char* name : {"a", "b", "c"}) {
+    auto job = std::make_unique<ScriptedJob>(name, 4, events_);
+    job->tokens = 30;
+    job->on_set_aside = [this, name] {
+      events_.push_back(std::string(name) + " is set aside");
+    };
+    ids.push_back(
+        executor_.Submit({}, {.prediction = {}, .num_steps = 4}, std::move(job))->id);
+  }
+  executor_.RunOneStep();
+  executor_.Cancel(ids[0]);
+  executor_.RunOneStep();
+  events_.clear();
+  Submit("urgent", 30, {.terms = {.priority = 1}});
+  RunAll();
+  EXPECT_THAT(events_, ElementsAre("b is set aside", "urgent starts after 0",
+                                   "urgent steps", "urgent OK", "b steps", "b steps",
+                                   "b steps", "b OK", "c OK"));
+}
+
 TEST_F(BatchSpec, WhoComesLaterWaitsForTheNextRun) {
   Submit("a", 30, {.steps = 2});
   executor_.RunOneStep();

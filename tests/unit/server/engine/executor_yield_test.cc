@@ -5,7 +5,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <memory>
+#include <optional>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "tests/unit/server/engine/scripted_job.h"
@@ -113,6 +116,102 @@ TEST_F(YieldSpec, AdmissionKnowsWhoWillBeOvertaken) {
   EXPECT_EQ(other->predicted_seconds, 3);
   const auto longer = Submit("longer", 90, 8);
   EXPECT_EQ(longer->predicted_seconds, 70 + 3 + 90);
+}
+
+// Jobs whose host is a step ahead of their device, for which they are set aside.
+class AheadSpec : public YieldSpec {
+ protected:
+  // A step takes a second; the last one called is under way until the next, or until
+  // the job is set aside, waits for it.
+  absl::StatusOr<Admission> SubmitAhead(const char* name, int steps,
+                                        JobTerms terms = {}) {
+    auto job = std::make_unique<ScriptedJob>(name, steps, events_);
+    struct Steps {
+      int called = 0;
+      bool under_way = false;
+    };
+    const auto of = std::make_shared<Steps>();
+    const auto wait = [this, of] {
+      if (of->under_way) clock_.Advance(absl::Seconds(1));
+      of->under_way = false;
+    };
+    job->during_step = [of, wait, steps](const RunControl&) {
+      wait();
+      of->under_way = true;
+      if (++of->called == steps) wait();
+      return absl::OkStatus();
+    };
+    job->on_set_aside = [this, wait, name] {
+      wait();
+      events_.push_back(std::string(name) + " is set aside");
+    };
+    const JobSize size = {.prompt_tokens = 100,
+                          .prediction = Prediction{static_cast<double>(steps), true},
+                          .num_steps = steps,
+                          .steps_under_way = 2};
+    return executor_.Submit(terms, size, std::move(job));
+  }
+};
+
+TEST_F(AheadSpec, AJobIsSetAsideBeforeAnotherOneStepsAndOnlyThen) {
+  ASSERT_TRUE(SubmitAhead("long", 8).ok());
+  executor_.RunOneStep();
+  executor_.RunOneStep();
+  ASSERT_TRUE(SubmitAhead("short", 1).ok());
+  executor_.RunOneStep();
+  ASSERT_TRUE(SubmitAhead("urgent", 2, {.priority = 1}).ok());
+  executor_.RunOneStep();
+  executor_.RunOneStep();
+  executor_.RunOneStep();
+  executor_.RunOneStep();
+  EXPECT_THAT(events_,
+              ElementsAre("long starts after 0", "long steps", "long steps",
+                          "long is set aside", "short starts after 1s", "short steps",
+                          "short OK", "urgent starts after 0", "urgent steps",
+                          "urgent steps", "urgent OK", "long steps", "long steps"));
+}
+
+TEST_F(AheadSpec, AJobThatEndsWhileItIsAheadIsNotSetAside) {
+  const auto id = SubmitAhead("long", 8)->id;
+  executor_.RunOneStep();
+  executor_.Cancel(id);
+  ASSERT_TRUE(SubmitAhead("short", 1).ok());
+  RunAll();
+  EXPECT_THAT(events_,
+              ElementsAre("long starts after 0", "long steps", "long CANCELLED",
+                          "short starts after 0", "short steps", "short OK"));
+}
+
+// What is under way when it is set aside is the job's own, which delays others.
+TEST_F(AheadSpec, TheTimeInWhichAJobIsSetAsideIsCharged) {
+  ASSERT_TRUE(SubmitAhead("first", 8).ok());  // patience 2 s
+  executor_.RunOneStep();
+  // Overtakes for all of a second, set aside included, and then no more.
+  ASSERT_TRUE(SubmitAhead("second", 2).ok());
+  executor_.RunOneStep();
+  ASSERT_TRUE(SubmitAhead("urgent", 1, {.priority = 1}).ok());
+  executor_.RunOneStep();
+  executor_.RunOneStep();
+  ASSERT_TRUE(SubmitAhead("third", 1).ok());
+  RunAll();
+  EXPECT_THAT(Ends(), ElementsAre("urgent", "second", "first", "third"));
+}
+
+TEST_F(AheadSpec, AdmissionKnowsThatTwoStepsMayBeUnderWay) {
+  std::optional<Admission> urgent;
+  auto job = std::make_unique<ScriptedJob>("long", 8, events_);
+  job->during_step = [&](const RunControl&) {
+    if (!urgent.has_value()) urgent = *Submit("urgent", 1, 1, {.priority = 1});
+    return absl::OkStatus();
+  };
+  JobSize size = {.prompt_tokens = 100,
+                  .prediction = Prediction{80.0, true},
+                  .num_steps = 8,
+                  .steps_under_way = 2};
+  ASSERT_TRUE(executor_.Submit({}, size, std::move(job)).ok());
+  executor_.RunOneStep();
+  ASSERT_TRUE(urgent.has_value());
+  EXPECT_EQ(urgent->predicted_seconds, 2 * 10 + 1);
 }
 
 // A long job a hundred times over, among short ones that come at random: nobody is

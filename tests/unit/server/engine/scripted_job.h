@@ -27,6 +27,8 @@ class ScriptedJob final : public Job {
   // Called inside every step.
   std::function<absl::Status(const RunControl&)> during_step;
 
+  std::function<void()> on_set_aside;
+
   int32_t tokens = 0;  // of a run that it shares
   BatchKey key;
   bool runs_with_others = true;
@@ -52,6 +54,9 @@ class ScriptedJob final : public Job {
     }
     ++steps_run_;
     return StepResult{steps_run_ == steps_, static_cast<double>(steps_run_) / steps_};
+  }
+  void SetAside() override {
+    if (on_set_aside) on_set_aside();
   }
   void Finish(const absl::Status& status) override {
     events_.push_back(name_ + " " + absl::StatusCodeToString(status.code()));
