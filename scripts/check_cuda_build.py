@@ -90,6 +90,7 @@ OTHERS = {
     "SortSegments": 39,
     "SelectBlocks": 104,
     "OrderTiles": 56,
+    "MeasureCoverage": 128,
     "MoveRows": 28,
     "NormalizeRows": 86,
     "MakeRotations": 20,

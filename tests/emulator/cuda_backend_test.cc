@@ -258,7 +258,8 @@ INSTANTIATE_TEST_SUITE_P(
 TEST(CudaPrefillSpec, SparsePrefillEqualsTheCpus) {
   constexpr int32_t kTokens = 300;
   const PrefillProblem problem = {
-      .num_tokens = kTokens, .attention = {.segment_size = 128, .threshold = 0.5f}};
+      .num_tokens = kTokens,
+      .attention = {.segment_size = 128, .threshold = 0.5f, .coverage_rows = 4}};
   const TinyModel tiny(OnDevice({.dtype = DType::kF16}));
   const auto tokens = RandomTokens(kTokens, 3);
   const auto run = [&](Backend& backend) {
@@ -267,13 +268,16 @@ TEST(CudaPrefillSpec, SparsePrefillEqualsTheCpus) {
     EventLog log;
     Prefilled result = Prefill(*model, problem, tokens, cache, &log);
     EXPECT_TRUE(result.status.ok()) << result.status.ToString();
-    EXPECT_EQ(log.reports.front().attention.method_run, Method::kPbs);
-    return std::pair(result.logits, log.reports.front().attention.executed_blocks);
+    return std::pair(result.logits, log.reports.front().attention);
   };
   EmulatedDevice device;
-  const auto [actual, blocks] = run(*device.backend);
-  const auto [expected, expected_blocks] = run(*MakeBackend());
-  EXPECT_EQ(blocks, expected_blocks);
+  const auto [actual, stats] = run(*device.backend);
+  const auto [expected, expected_stats] = run(*MakeBackend());
+  EXPECT_EQ(stats.method_run, Method::kPbs);
+  EXPECT_EQ(stats.executed_blocks, expected_stats.executed_blocks);
+  EXPECT_EQ(stats.coverage_rows, expected_stats.coverage_rows);
+  EXPECT_NEAR(stats.coverage, expected_stats.coverage, kF16CacheMax);
+  EXPECT_LT(stats.coverage, 1);
   EXPECT_LE(Difference(actual, expected), kF16CacheMax);
 }
 

@@ -34,7 +34,7 @@ void CheckMeans(const AttentionProblem& problem) {
   SCOPED_TRACE(testing::Message() << "head dim " << kHeadDim);
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   ASSERT_TRUE(plan.ok()) << plan.status().ToString();
-  PackedInputs inputs(problem, 5);
+  PipelineInputs inputs(problem, 5);
   GlobalMemory::Clear();
   inputs.Allow();
   const PipelineRun<cuda::Bf16Element, kHeadDim> run(**plan, inputs.Tensors(), 1);
