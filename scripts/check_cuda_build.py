@@ -89,6 +89,7 @@ OTHERS = {
     "SortSegments": 40,
     "SelectBlocks": 100,
     "OrderTiles": 56,
+    "MeasureCoverage": 128,
     "MoveRows": 30,
     "NormalizeRows": 94,
     "MakeRotations": 20,

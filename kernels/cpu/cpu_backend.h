@@ -38,7 +38,6 @@ class CpuBackend final : public Backend {
                      std::function<void(const Status&)> done) override {
     done(Download(source, target, bytes));
   }
-  Status Synchronize() override { return OkStatus(); }
 
   StatusOr<std::unique_ptr<PackedLinear>> PackLinear(
       const LinearSpec& spec, const RowReader& read,

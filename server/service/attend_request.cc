@@ -357,13 +357,6 @@ absl::Status DecodeScalars(const v1::AttendHeader& header, AttendSpec& spec) {
 
 }  // namespace
 
-int64_t AttendSpec::UploadBytes(v1::TensorName tensor) const {
-  for (const UploadSpec& upload : uploads) {
-    if (upload.tensor == tensor) return upload.bytes;
-  }
-  return 0;
-}
-
 absl::StatusOr<AttendSpec> DecodeAttendHeader(const v1::AttendHeader& header,
                                               const AttendLimits& limits) {
   AttendSpec spec;

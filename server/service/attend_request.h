@@ -48,10 +48,6 @@ struct AttendSpec {
   bool allow_non_finite = false;
   int32_t warmup = 0;
   int32_t repetitions = 1;
-
-  // Bytes of a tensor of the problem; 0 for one that it does not have. LIST_INDICES:
-  // of the upload.
-  int64_t UploadBytes(v1::TensorName tensor) const;
 };
 
 // Every rule of attention.proto that can be told from the header. Errors:

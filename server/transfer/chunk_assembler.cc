@@ -37,7 +37,6 @@ absl::Status ChunkAssembler::Add(const wire::TensorChunk& chunk) {
   if (chunk.data.size() == 0 && size > 0) return refuse("is empty");
   chunk.data.CopyTo(part->target.data() + part->received);
   part->received += chunk.data.size();
-  total_received_ += static_cast<int64_t>(chunk.data.size());
   return absl::OkStatus();
 }
 

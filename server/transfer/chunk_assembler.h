@@ -37,8 +37,6 @@ class ChunkAssembler {
 
   // The bytes of an expected `tensor` that are there.
   std::span<const std::byte> Received(v1::TensorName tensor) const;
-  // Bytes of all tensors that are there.
-  int64_t total_received() const { return total_received_; }
 
  private:
   struct Part {
@@ -49,7 +47,6 @@ class ChunkAssembler {
   const Part* Find(v1::TensorName tensor) const;
 
   std::vector<Part> parts_;
-  int64_t total_received_ = 0;
 };
 
 }  // namespace pbs::server

@@ -280,7 +280,8 @@ TEST(CudaModelVariantSpec, WideTilesGiveWhatTheChosenOnesGive) {
 TEST(CudaPrefillSpec, SparsePrefillEqualsTheCpus) {
   constexpr int32_t kTokens = 300;
   const PrefillProblem problem = {
-      .num_tokens = kTokens, .attention = {.segment_size = 128, .threshold = 0.5f}};
+      .num_tokens = kTokens,
+      .attention = {.segment_size = 128, .threshold = 0.5f, .coverage_rows = 4}};
   const TinyModel tiny(OnDevice({.dtype = DType::kF16}));
   const auto tokens = RandomTokens(kTokens, 3);
   const auto run = [&](Backend& backend) {
@@ -289,13 +290,16 @@ TEST(CudaPrefillSpec, SparsePrefillEqualsTheCpus) {
     EventLog log;
     Prefilled result = Prefill(*model, problem, tokens, cache, &log);
     EXPECT_TRUE(result.status.ok()) << result.status.ToString();
-    EXPECT_EQ(log.reports.front().attention.method_run, Method::kPbs);
-    return std::pair(result.logits, log.reports.front().attention.executed_blocks);
+    return std::pair(result.logits, log.reports.front().attention);
   };
   EmulatedDevice device;
-  const auto [actual, blocks] = run(*device.backend);
-  const auto [expected, expected_blocks] = run(*MakeBackend());
-  EXPECT_EQ(blocks, expected_blocks);
+  const auto [actual, stats] = run(*device.backend);
+  const auto [expected, expected_stats] = run(*MakeBackend());
+  EXPECT_EQ(stats.method_run, Method::kPbs);
+  EXPECT_EQ(stats.executed_blocks, expected_stats.executed_blocks);
+  EXPECT_EQ(stats.coverage_rows, expected_stats.coverage_rows);
+  EXPECT_NEAR(stats.coverage, expected_stats.coverage, kF16CacheMax);
+  EXPECT_LT(stats.coverage, 1);
   EXPECT_LE(Difference(actual, expected), kF16CacheMax);
 }
 
@@ -433,6 +437,11 @@ Status LoadAndPrefill(const TinyModel& tiny, std::span<const int32_t> tokens,
       .status;
 }
 
+Status WaitForAll(Backend& backend) {
+  PBS_RETURN_IF_ERROR(backend.MarkTime(0));
+  return backend.SecondsBetween(0, 0).status();
+}
+
 // Wherever the device breaks: an error, soon; no hang, no result, no memory kept.
 TEST(CudaFaultSpec, ABrokenDeviceEndsEveryCallWithItsReason) {
   const TinyModel tiny(OnDevice({.layers = 1, .dtype = DType::kF16}));
@@ -444,10 +453,10 @@ TEST(CudaFaultSpec, ABrokenDeviceEndsEveryCallWithItsReason) {
     const int64_t before = device.driver->bytes_held();
     const Status status = LoadAndPrefill(tiny, tokens, *device.backend);
     EXPECT_EQ(device.driver->bytes_held(), before);
-    if (status.ok() && device.backend->Synchronize().ok()) break;
+    if (status.ok() && WaitForAll(*device.backend).ok()) break;
     ++broken_runs;
     EXPECT_THAT(device.backend->Health().message(), HasSubstr("the device broke"));
-    EXPECT_THAT(device.backend->Synchronize().message(), HasSubstr("the device broke"));
+    EXPECT_THAT(WaitForAll(*device.backend).message(), HasSubstr("the device broke"));
     EXPECT_FALSE(device.backend->Allocate(8).ok());
   }
   EXPECT_GT(broken_runs, 5);

@@ -22,7 +22,7 @@ template <int kHeadDim>
 bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   if (!plan.ok()) return Says(plan.status().ToString());
-  PackedInputs inputs(problem, seed);
+  PipelineInputs inputs(problem, seed);
   GlobalMemory::Clear();
   inputs.Allow();
   const AttentionTensors tensors = inputs.Tensors();
@@ -42,6 +42,9 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   if (ExpandMask(g, report.lists.View()) != ExpandMask(g, decision.lists.View())) {
     return Says("other lists");
   }
+  const double coverage = reference::Coverage(problem, tensors, decision);
+  const double missed = std::abs(report.stats.coverage - coverage);
+  if (!(missed <= 2e-5)) return Says("coverage is wrong by " + std::to_string(missed));
   const reference::Output exact = reference::Attend(problem, tensors, decision);
   for (size_t i = 0; i < exact.o.size(); ++i) {
     const double error = std::abs(ToFloat(bf16{inputs.o.data()[i]}) - exact.o[i]);
@@ -65,20 +68,25 @@ bool OrdersTilesRight(uint32_t seed) {
 int main() {
   using pbs::AttentionProblem;
   const AttentionProblem problems[] = {
-      {{2, 1, 64, {{200, 800}, {130, 130}}}, pbs::DType::kBF16, {.threshold = 0.6f}},
+      {{2, 1, 64, {{200, 800}, {130, 130}}},
+       pbs::DType::kBF16,
+       {.threshold = 0.6f, .coverage_rows = 10}},
       // Never falls back, but has a section of tiles for each head.
       {{2, 2, 64, {{600, 600}}},
        pbs::DType::kBF16,
        {.method = pbs::Method::kMeanPooling,
         .threshold = 0.3f,
-        .dense_fallback = true}}};
+        .dense_fallback = true,
+        .coverage_rows = 3}}};
   for (uint32_t seed : {1u, 2u}) {
     for (const AttentionProblem& problem : problems) {
       if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
     }
     // Keys of wide heads have one buffer.
-    if (!pbs::emulator::RunsRight<256>(
-            {{1, 1, 256, {{20, 520}}}, pbs::DType::kBF16, {.threshold = 0.6f}}, seed)) {
+    if (!pbs::emulator::RunsRight<256>({{1, 1, 256, {{20, 520}}},
+                                        pbs::DType::kBF16,
+                                        {.threshold = 0.6f, .coverage_rows = 2}},
+                                       seed)) {
       return 1;
     }
     if (!pbs::emulator::OrdersTilesRight(seed)) return 1;

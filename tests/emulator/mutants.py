@@ -239,6 +239,8 @@ STORE = "cuda/selection/store_sequences.h"
 TILES = "cuda/selection/order_tiles.h"
 PARAMS = "cuda/selection/selection_params.h"
 WARP_SUMS = "cuda/tiles/warp_sums.h"
+COVERAGE = "cuda/selection/measure_coverage.h"
+PARAMS_OF_COVERAGE = "cuda/selection/coverage_params.h"
 
 SELECTION_MUTANTS = [
     ("sorted_upwards", SORT, "greater != rising", "greater == rising"),
@@ -317,6 +319,22 @@ SELECTION_MUTANTS = [
 """,
     ),
     ("counts_of_the_run_before", STORE, "StoreGlobal(stored.heads + head, BlockCounts{})", ""),
+    ("row_without_its_own_key", COVERAGE, "position > seen_up_to[row]", "position >= seen_up_to[row]"),
+    ("mass_of_the_last_row_only", COVERAGE, "LoadShared(bits) | 1 << row", "1 << row"),
+    ("blocks_of_every_row_executed", COVERAGE, "(executed >> row & 1) != 0", "executed != 0"),
+    (
+        "marks_of_others_not_awaited",
+        COVERAGE,
+        """      SyncThreads();  // rows have blocks in common
+""",
+        "",
+    ),
+    ("masses_merged_as_they_are", COVERAGE, "    other.Shrink(Exp2(other.max - top));\n", ""),
+    ("mass_not_shrunk", COVERAGE, "      Shrink(Exp2(max - score));\n", ""),
+    ("warps_not_awaited", COVERAGE, "    SyncThreads();\n    if (ThreadIndex() >= rows_) return;", "    if (ThreadIndex() >= rows_) return;"),
+    ("keys_of_the_first_head", COVERAGE, "Offset(sequence_index_, first_slot, read_head, 0)", "Offset(sequence_index_, first_slot, 0, 0)"),
+    ("second_half_of_a_piece_twice", COVERAGE, "column + 4 * half", "column + 4"),
+    ("rows_from_the_first_on", PARAMS_OF_COVERAGE, "(2 * int64_t{i} + 1) * q_len", "2 * int64_t{i} * q_len"),
     ("lane_without_the_one_before", WARP_SUMS, "if (lane >= distance)", "if (lane > distance)"),
     ("lists_overlap", PARAMS, "segments * (segments + 1) / 2", "segments * segments / 2"),
 ]

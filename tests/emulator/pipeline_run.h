@@ -1,6 +1,7 @@
 // Whole runs of the CUDA pipeline on the emulator: inputs, launches, what they left.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <random>
 #include <vector>
@@ -14,33 +15,51 @@
 
 namespace pbs::emulator {
 
-// Packed inputs and outputs of a problem, normal values.
-struct PackedInputs {
-  PackedInputs(const AttentionProblem& problem, uint32_t seed)
+// Inputs and outputs of a problem, normal values: packed, or every sequence as long as
+// the longest, NaN behind its end.
+struct PipelineInputs {
+  enum class Layout { kPacked, kStrided };
+
+  PipelineInputs(const AttentionProblem& problem, uint32_t seed,
+                 Layout layout = Layout::kPacked)
       : geometry(MakeGeometry(problem)),
-        q(geometry.num_heads * geometry.total_q * geometry.head_dim, true),
-        k(geometry.num_kv_heads * geometry.total_k * geometry.head_dim, true),
-        v(geometry.num_kv_heads * geometry.total_k * geometry.head_dim, true),
-        o(geometry.num_heads * geometry.total_q * geometry.head_dim),
+        q_layout(LayoutOf(layout, geometry.num_heads, geometry.total_q, true)),
+        kv_layout(LayoutOf(layout, geometry.num_kv_heads, geometry.total_k, false)),
+        q(Elements(geometry.num_heads, true), true),
+        k(Elements(geometry.num_kv_heads, false), true),
+        v(Elements(geometry.num_kv_heads, false), true),
+        o(Elements(geometry.num_heads, true)),
         lse(geometry.num_heads * geometry.total_q) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
-    for (DeviceArray<uint16_t>* array : {&q, &k, &v}) {
-      for (int64_t i = 0; i < array->bytes() / 2; ++i) {
-        const float x = 1.5f * normal(random);
-        array->data()[i] =
-            problem.dtype == DType::kBF16 ? ToBf16(x).bits : ToF16(x).bits;
+    const auto fill = [&](DeviceArray<uint16_t>& array, const RowLayout& rows,
+                          int32_t heads, bool of_queries) {
+      for (int32_t head = 0; head < heads; ++head) {
+        for (size_t n = 0; n < geometry.sequences.size(); ++n) {
+          const SequenceGeometry& s = geometry.sequences[n];
+          for (int32_t row = 0; row < (of_queries ? s.q_len : s.k_len); ++row) {
+            const int64_t at = rows.Offset(
+                static_cast<int64_t>(n), of_queries ? s.q_begin : s.k_begin, head, row);
+            for (int32_t d = 0; d < geometry.head_dim; ++d) {
+              const float x = 1.5f * normal(random);
+              array.data()[at + d] =
+                  problem.dtype == DType::kBF16 ? ToBf16(x).bits : ToF16(x).bits;
+            }
+          }
+        }
       }
-    }
+    };
+    fill(q, q_layout, geometry.num_heads, true);
+    fill(k, kv_layout, geometry.num_kv_heads, false);
+    fill(v, kv_layout, geometry.num_kv_heads, false);
   }
 
   AttentionTensors Tensors() {
-    const int64_t dim = geometry.head_dim;
     AttentionTensors tensors;
-    tensors.q = {q.data(), PackedLayout(geometry.total_q, dim)};
-    tensors.k = {k.data(), PackedLayout(geometry.total_k, dim)};
-    tensors.v = {v.data(), PackedLayout(geometry.total_k, dim)};
-    tensors.o = {o.data(), PackedLayout(geometry.total_q, dim)};
+    tensors.q = {q.data(), q_layout};
+    tensors.k = {k.data(), kv_layout};
+    tensors.v = {v.data(), kv_layout};
+    tensors.o = {o.data(), q_layout};
     tensors.lse = {lse.data(), PackedLayout(geometry.total_q, 1)};
     return tensors;
   }
@@ -50,8 +69,29 @@ struct PackedInputs {
   }
 
   AttentionGeometry geometry;
-  DeviceArray<uint16_t> q, k, v, o;
+  RowLayout q_layout, kv_layout;
+  DeviceArray<uint16_t> q, k, v, o;  // NaN where there is no row
   DeviceArray<float> lse;
+
+ private:
+  int64_t Longest(bool of_queries) const {
+    int64_t longest = 0;
+    for (const SequenceGeometry& s : geometry.sequences) {
+      longest = std::max<int64_t>(longest, of_queries ? s.q_len : s.k_len);
+    }
+    return longest;
+  }
+  RowLayout LayoutOf(Layout layout, int64_t heads, int64_t total,
+                     bool of_queries) const {
+    return layout == Layout::kPacked
+               ? PackedLayout(total, geometry.head_dim)
+               : DenseBatchLayout(heads, Longest(of_queries), geometry.head_dim);
+  }
+  int64_t Elements(int64_t heads, bool of_queries) const {
+    const RowLayout& rows = of_queries ? q_layout : kv_layout;
+    if (rows.sequence_stride == RowLayout::kPacked) return heads * rows.head_stride;
+    return static_cast<int64_t>(geometry.sequences.size()) * rows.sequence_stride;
+  }
 };
 
 // One run: the workspace it left, and how it ended.
@@ -81,6 +121,7 @@ class PipelineRun {
                 .shared_bytes = sizeof(cuda::Sm80Shared<Config>),
                 .seed = seed},
                [&] { cuda::AttendSm80<Config>(params->attention, operands); });
+    cuda::EnqueueCoverage<Element, kHeadDim>(plan_, *params, launcher_);
   }
 
   const Fault& fault() const { return launcher_.fault; }

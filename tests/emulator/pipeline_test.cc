@@ -64,7 +64,7 @@ void ExpectSorted(const AttentionProblem& problem, const AttentionTensors& tenso
 
 // Largest differences from the exact answer over the order and lists that ran.
 void ExpectOutputs(const AttentionProblem& problem, const AttentionTensors& tensors,
-                   const AttentionReport& report, const PackedInputs& inputs) {
+                   const AttentionReport& report, const PipelineInputs& inputs) {
   reference::Decision decision;
   decision.order = report.order;
   decision.lists = report.lists;
@@ -125,7 +125,7 @@ template <class Element, int kHeadDim>
 void CheckRun(const AttentionProblem& problem, uint32_t seed) {
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   ASSERT_TRUE(plan.ok()) << plan.status().ToString();
-  PackedInputs inputs(problem, seed);
+  PipelineInputs inputs(problem, seed);
   GlobalMemory::Clear();
   inputs.Allow();
   const AttentionTensors tensors = inputs.Tensors();
@@ -211,11 +211,12 @@ INSTANTIATE_TEST_SUITE_P(
 
 // A run, its order and its lists; then the same with both given.
 TEST(GivenSpec, AnOrderAndListsOfTheCallerGiveTheSameBits) {
-  AttentionProblem problem{
-      Shape(2, 1, 64, {{700, 700}, {90, 600}}), DType::kBF16, {.threshold = 0.6f}};
+  AttentionProblem problem{Shape(2, 1, 64, {{700, 700}, {90, 600}}),
+                           DType::kBF16,
+                           {.threshold = 0.6f, .coverage_rows = 3}};
   const auto plan = cuda::MakeCudaPlan(problem, {});
   ASSERT_TRUE(plan.ok());
-  PackedInputs inputs(problem, 7);
+  PipelineInputs inputs(problem, 7);
   GlobalMemory::Clear();
   inputs.Allow();
   AttentionTensors tensors = inputs.Tensors();
@@ -244,6 +245,10 @@ TEST(GivenSpec, AnOrderAndListsOfTheCallerGiveTheSameBits) {
   EXPECT_TRUE(std::equal(expected.begin(), expected.end(), inputs.o.data()));
   AttentionReport again;
   ASSERT_TRUE(given.Report({.order = true, .lists = true}, &again).ok());
+  EXPECT_EQ(again.stats.executed_blocks, report.stats.executed_blocks);
+  EXPECT_EQ(again.stats.lower_blocks, report.stats.lower_blocks);
+  EXPECT_EQ(again.stats.coverage, report.stats.coverage);
+  EXPECT_LT(again.stats.coverage, 1);
   EXPECT_EQ(again.order, report.order);
   EXPECT_EQ(again.lists.indices, report.lists.indices);
   EXPECT_EQ(again.lists.num_masked, report.lists.num_masked);
@@ -432,7 +437,7 @@ TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
   const AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16, {}};
   const auto plan = cuda::MakeCudaPlan(problem, {});
   ASSERT_TRUE(plan.ok());
-  PackedInputs inputs(problem, 3);
+  PipelineInputs inputs(problem, 3);
   for (DeviceArray<uint16_t>* array : {&inputs.q, &inputs.k}) {
     std::fill_n(array->data(), array->bytes() / 2, ToBf16(3e19f).bits);
   }

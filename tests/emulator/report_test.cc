@@ -22,7 +22,7 @@ using testing::HasSubstr;
 AttentionProblem Pbs(std::vector<SequenceShape> sequences) {
   return {{1, 1, 64, std::move(sequences)},
           DType::kBF16,
-          {.segment_size = 128, .threshold = 0.5f}};
+          {.segment_size = 128, .threshold = 0.5f, .coverage_rows = 3}};
 }
 
 // Attention on a device of its own.
@@ -103,6 +103,8 @@ void ExpectEqual(const AttentionReport& actual, const AttentionReport& expected)
   EXPECT_EQ(actual.stats.dense_flops, expected.stats.dense_flops);
   EXPECT_EQ(actual.stats.method_run, expected.stats.method_run);
   EXPECT_EQ(actual.head_density, expected.head_density);
+  EXPECT_EQ(actual.stats.coverage, expected.stats.coverage);
+  EXPECT_EQ(actual.stats.coverage_rows, expected.stats.coverage_rows);
   EXPECT_GT(actual.stats.permute_seconds, 0);
   EXPECT_GT(actual.stats.select_seconds, 0);
   EXPECT_GT(actual.stats.attend_seconds, 0);
@@ -147,6 +149,24 @@ TEST_F(ReportSpec, ARunMayBeRepeatedWithoutAReport) {
   AttentionReport report;
   ASSERT_TRUE(backend_->FinishReport(*c.plan, &report).ok());
   ExpectEqual(report, expected);
+}
+
+// The emulated device counts operations for time.
+TEST_F(ReportSpec, CoverageTakesNothingOfTheStages) {
+  Open();
+  AttentionProblem problem = Pbs({{20, 400}});
+  const AttentionStats measured = Read(Make(problem)).stats;
+  problem.options.coverage_rows = 0;
+  const AttentionStats plain = Read(Make(problem)).stats;
+  EXPECT_EQ(measured.coverage_rows, 3);
+  EXPECT_GT(measured.coverage, 0.1);
+  EXPECT_LT(measured.coverage, 1);
+  EXPECT_EQ(plain.coverage_rows, 0);
+  EXPECT_EQ(plain.coverage, 0);
+  const auto total = [](const AttentionStats& stats) {
+    return stats.permute_seconds + stats.select_seconds + stats.attend_seconds;
+  };
+  EXPECT_DOUBLE_EQ(total(measured), total(plain));
 }
 
 TEST_F(ReportSpec, OverflowIsToldByTheReportAndTheNextOneIsNotHarmed) {

@@ -1,9 +1,11 @@
 // Spec: cuda/selection, what single kernels leave behind: the means of blocks, bit by
-// bit, and the order of attention's tiles.
+// bit, the order of attention's tiles, and nothing of a neighbour's bad rows.
 #include <gtest/gtest.h>
 
+#include <utility>
 #include <vector>
 
+#include "cuda/plan/cuda_report.h"
 #include "tests/emulator/pipeline_run.h"
 #include "tests/emulator/tile_order_case.h"
 
@@ -34,7 +36,7 @@ void CheckMeans(const AttentionProblem& problem) {
   SCOPED_TRACE(testing::Message() << "head dim " << kHeadDim);
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   ASSERT_TRUE(plan.ok()) << plan.status().ToString();
-  PackedInputs inputs(problem, 5);
+  PipelineInputs inputs(problem, 5);
   GlobalMemory::Clear();
   inputs.Allow();
   const PipelineRun<cuda::Bf16Element, kHeadDim> run(**plan, inputs.Tensors(), 1);
@@ -82,6 +84,121 @@ TEST(MeansSpec, AreSumsInAFixedOrder) {
   CheckMeans<128>(
       {{1, 1, 128, sequences}, DType::kBF16, {.method = Method::kMeanPooling}});
   CheckMeans<256>({{1, 1, 256, {{30, 300}}}, DType::kBF16, {}});
+}
+
+// What selection leaves of one sequence.
+struct Selected {
+  std::vector<float> importance, key_means, query_means;
+  std::vector<int32_t> order;
+  std::vector<std::vector<uint16_t>> lists;
+
+  bool operator==(const Selected&) const = default;
+};
+
+// NaN, Inf and -Inf in turn in the queries, keys and values of one sequence.
+void Spoil(PipelineInputs& inputs, int32_t sequence) {
+  constexpr uint16_t kBad[] = {0x7FC0, 0x7F80, 0xFF80};  // bf16
+  const AttentionGeometry& g = inputs.geometry;
+  const SequenceGeometry& s = g.sequences[sequence];
+  const auto spoil = [&](DeviceArray<uint16_t>& array, const RowLayout& rows,
+                         int32_t heads, int64_t before, int32_t num_rows) {
+    for (int32_t head = 0; head < heads; ++head) {
+      for (int32_t row = 0; row < num_rows; ++row) {
+        const int64_t at = rows.Offset(sequence, before, head, row);
+        for (int32_t d = 0; d < g.head_dim; ++d) {
+          array.data()[at + d] = kBad[(row + d) % 3];
+        }
+      }
+    }
+  };
+  spoil(inputs.q, inputs.q_layout, g.num_heads, s.q_begin, s.q_len);
+  spoil(inputs.k, inputs.kv_layout, g.num_kv_heads, s.k_begin, s.k_len);
+  spoil(inputs.v, inputs.kv_layout, g.num_kv_heads, s.k_begin, s.k_len);
+}
+
+// What a finished run left of a sequence.
+Selected WhatIsLeftOf(int32_t sequence, const cuda::CudaAttentionPlan& plan,
+                      const std::byte* workspace) {
+  AttentionReport report;
+  cuda::TellRequested(plan, workspace, {.order = true, .lists = true}, &report);
+  const AttentionGeometry& g = plan.geometry;
+  const SequenceGeometry& s = g.sequences[sequence];
+  const auto append = [](auto& to, const auto* from, int64_t count) {
+    to.insert(to.end(), from, from + count);
+  };
+  Selected selected;
+  for (int32_t head = 0; head < g.num_order_heads; ++head) {
+    append(selected.order, report.order.data() + head * g.total_k + s.k_begin, s.k_len);
+    if (plan.orders) {
+      append(selected.importance,
+             At<float>(workspace, plan.importance_at) + head * g.total_slots +
+                 s.slot_begin,
+             s.k_len / g.segment_size * g.segment_size);
+    }
+    for (int32_t d = 0; d < g.head_dim; ++d) {
+      append(selected.key_means,
+             At<float>(workspace, plan.pooled_keys_at) +
+                 (int64_t{head} * g.head_dim + d) * plan.total_key_blocks +
+                 s.slot_begin / 128,
+             s.num_key_blocks);
+    }
+  }
+  append(selected.query_means,
+         At<float>(workspace, plan.pooled_queries_at) +
+             s.query_block_begin * g.num_heads * g.head_dim,
+         int64_t{s.num_query_blocks} * g.num_heads * g.head_dim);
+  for (int32_t head = 0; head < g.num_heads; ++head) {
+    for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+      const auto list = report.lists.View().Row(g.ListRow(sequence, head, i));
+      selected.lists.emplace_back(list.begin(), list.end());
+    }
+  }
+  return selected;
+}
+
+// Runs the problem with these sequences spoiled; what is left of all.
+void SelectBeside(const AttentionProblem& problem, PipelineInputs::Layout layout,
+                  const std::vector<int32_t>& spoiled,
+                  std::vector<Selected>* sequences) {
+  const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
+  ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+  PipelineInputs inputs(problem, 5, layout);
+  for (int32_t sequence : spoiled) Spoil(inputs, sequence);
+  GlobalMemory::Clear();
+  inputs.Allow();
+  const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
+  ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
+  for (size_t n = 0; n < problem.shape.sequences.size(); ++n) {
+    sequences->push_back(
+        WhatIsLeftOf(static_cast<int32_t>(n), **plan, run.workspace()));
+  }
+}
+
+TEST(IsolationSpec, BadRowsOfANeighbourChangeNoBitOfWhatIsSelected) {
+  using Layout = PipelineInputs::Layout;
+  const std::vector<SequenceShape> sequences = {{20, 400}, {30, 330}, {10, 300}};
+  AttentionOptions pbs = {.segment_size = 128, .threshold = 0.4f};
+  AttentionOptions query_heads = pbs;
+  query_heads.scope = Scope::kQueryHead;
+  AttentionOptions pooling = pbs;
+  pooling.method = Method::kMeanPooling;
+  for (const AttentionOptions& options : {pbs, query_heads, pooling}) {
+    const AttentionProblem problem = {{2, 1, 64, sequences}, DType::kBF16, options};
+    for (const Layout layout : {Layout::kPacked, Layout::kStrided}) {
+      SCOPED_TRACE(testing::Message()
+                   << MethodName(options.method) << ", " << ScopeName(options.scope)
+                   << (layout == Layout::kPacked ? ", packed" : ", strided"));
+      std::vector<Selected> clean, beside_the_middle, beside_the_ends;
+      SelectBeside(problem, layout, {}, &clean);
+      SelectBeside(problem, layout, {1}, &beside_the_middle);
+      SelectBeside(problem, layout, {0, 2}, &beside_the_ends);
+      ASSERT_EQ(beside_the_ends.size(), 3u);
+      EXPECT_TRUE(beside_the_middle[0] == clean[0]);
+      EXPECT_TRUE(beside_the_middle[2] == clean[2]);
+      EXPECT_FALSE(beside_the_middle[1] == clean[1]);
+      EXPECT_TRUE(beside_the_ends[1] == clean[1]);
+    }
+  }
 }
 
 TEST(TileOrderSpec, LongestListsComeFirstInEverySectionAndEveryTileComesOnce) {

@@ -192,6 +192,7 @@ struct RawAttention final : client::TensorTarget {
     }
     header.mutable_options()->mutable_pbs()->set_segment_size(128);
     header.mutable_options()->mutable_pbs()->set_threshold(0.7f);
+    header.mutable_options()->set_coverage_rows(4);
     header.add_want(v1::O);
     header.add_want(v1::LSE);
   }
@@ -211,8 +212,12 @@ TEST_F(CudaBesideCpuSpec, AttendsWhatTheCpuServerDoes) {
   RawAttention actual, expected;
   const auto stats = device.client->Attend(actual.header, actual.inputs, actual);
   ASSERT_TRUE(stats.ok()) << stats.status();
-  ASSERT_TRUE(cpu.client->Attend(expected.header, expected.inputs, expected).ok());
+  const auto cpu_stats = cpu.client->Attend(expected.header, expected.inputs, expected);
+  ASSERT_TRUE(cpu_stats.ok()) << cpu_stats.status();
   EXPECT_EQ(stats->backend(), "cuda");
+  EXPECT_EQ(stats->executed_blocks(), cpu_stats->executed_blocks());
+  EXPECT_EQ(stats->coverage_rows(), 2 * 4);
+  EXPECT_NEAR(stats->coverage(), cpu_stats->coverage(), 1e-4);
   EXPECT_LE(Difference(actual.results[v1::LSE], expected.results[v1::LSE]), 1e-4);
   const auto floats = [](const std::vector<std::byte>& bytes) {
     std::vector<std::byte> wide(bytes.size() * 2);

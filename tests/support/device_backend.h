@@ -133,7 +133,6 @@ class DeviceBackend final : public Backend {
                  : cpu_->Download(source, target, bytes));
     });
   }
-  Status Synchronize() override { return cpu_->Synchronize(); }
 
   StatusOr<std::unique_ptr<PackedLinear>> PackLinear(
       const LinearSpec& spec, const RowReader& read,

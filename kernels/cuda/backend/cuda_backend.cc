@@ -98,7 +98,6 @@ StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
                        LaterCopies::Create(device, StreamId::kDownload));
   PBS_ASSIGN_OR_RETURN(backend->uploads_,
                        LaterCopies::Create(device, StreamId::kUpload));
-  PBS_ASSIGN_OR_RETURN(backend->called_so_far_, device.CreateEvent());
   for (EventId& mark : backend->marks_) {
     PBS_ASSIGN_OR_RETURN(mark, device.CreateEvent());
   }
@@ -136,11 +135,6 @@ Status CudaBackend::Download(const void* source, void* target, int64_t bytes) {
 
 StatusOr<Buffer> CudaBackend::AllocateHost(int64_t bytes) {
   return AllocatePages(bytes);
-}
-
-Status CudaBackend::Synchronize() {
-  PBS_RETURN_IF_ERROR(driver_->Record(called_so_far_, StreamId::kCompute));
-  return driver_->Synchronize(called_so_far_);
 }
 
 StatusOr<std::unique_ptr<PackedLinear>> CudaBackend::PackLinear(

@@ -41,7 +41,6 @@ class CudaBackend final : public Backend {
                      std::function<void(const Status&)> done) override {
     downloads_->Add(source, target, bytes, std::move(done));
   }
-  Status Synchronize() override;
 
   StatusOr<std::unique_ptr<PackedLinear>> PackLinear(
       const LinearSpec& spec, const RowReader& read,
@@ -89,7 +88,6 @@ class CudaBackend final : public Backend {
   std::unique_ptr<StagedCopies> copies_;
   std::unique_ptr<CudaAttention> attention_;
   std::array<EventId, kTimeMarks> marks_{};
-  EventId called_so_far_ = 0;
   // Last: their threads end first.
   std::unique_ptr<LaterCopies> downloads_;
   std::unique_ptr<LaterCopies> uploads_;

@@ -111,6 +111,9 @@ class Driver {
   virtual Status OrderKeys(const CudaAttentionPlan& plan, const RunParams& run) = 0;
   virtual Status MakeLists(const CudaAttentionPlan& plan, const RunParams& run) = 0;
   virtual Status Attend(const CudaAttentionPlan& plan, const RunParams& run) = 0;
+  // Of the sampled rows, after attention; nothing where none are.
+  virtual Status MeasureCoverage(const CudaAttentionPlan& plan,
+                                 const RunParams& run) = 0;
 };
 
 }  // namespace pbs::cuda

@@ -49,6 +49,13 @@ class LaunchedDriver : public Driver {
       });
     });
   }
+  Status MeasureCoverage(const CudaAttentionPlan& plan, const RunParams& run) final {
+    return With([&](Launcher& launch) {
+      ForKernelsOf(plan, [&]<class Element, int kHeadDim>() {
+        EnqueueCoverage<Element, kHeadDim>(plan, run, launch);
+      });
+    });
+  }
 
  protected:
   virtual Launcher MakeLauncher() = 0;

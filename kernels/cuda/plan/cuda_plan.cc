@@ -34,10 +34,6 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.block_size != kBlockTokens) {
     return Unsupported("block_size", std::to_string(problem.options.block_size), "128");
   }
-  if (problem.options.coverage_rows != 0) {
-    return Unsupported("coverage_rows", std::to_string(problem.options.coverage_rows),
-                       "0 (the cpu backend measures coverage)");
-  }
   return Status();
 }
 
@@ -119,12 +115,16 @@ void MakeRecords(CudaAttentionPlan& plan) {
     record.sparse = sparse ? 1 : 0;
     record.tile_begin = tiles;
     tiles += TilesOf(plan, s);
+    record.coverage_begin = plan.coverage_groups;
     plan.sequences.push_back(record);
     plan.total_key_blocks += s.num_key_blocks;
     plan.total_query_blocks += s.num_query_blocks;
     plan.total_chunks += CeilDiv(record.scored_blocks, plan.chunk_blocks);
     plan.total_segments += segments;
     plan.total_groups += sparse ? CeilDiv(s.num_query_blocks, plan.group_blocks) : 0;
+    const int32_t sampled =
+        SampledRows(plan.problem.options.coverage_rows, record.q_len);
+    plan.coverage_groups += sparse ? CeilDiv(sampled, kCoverageRowsTogether) : 0;
   }
 }
 
@@ -159,6 +159,8 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   plan.head_blocks_at = regions.Add<BlockCounts>(plan.has_lists ? g.num_heads : 0);
   plan.fell_back_at =
       regions.Add<int32_t>(plan.may_fall_back() ? order_heads * num_sequences : 0);
+  plan.coverage_at = regions.Add<float>(int64_t{plan.coverage_groups} * g.num_heads *
+                                        kCoverageRowsTogether);
   plan.summary_bytes = regions.size() - plan.summary_at;
   plan.memory.scratch_bytes = regions.size();
 
@@ -370,6 +372,29 @@ void SetAttention(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   }
 }
 
+// After attention's.
+void SetCoverage(const CudaAttentionPlan& plan, const Placer& at, RunParams& run) {
+  CoverageParams& c = run.coverage;
+  const TileOrderParams& t = run.tile_order;
+  c.sequences = t.sequences;
+  c.num_sequences = t.num_sequences;
+  c.num_heads = t.num_heads;
+  c.num_order_heads = t.num_order_heads;
+  c.num_read_heads = t.num_read_heads;
+  c.blocks_per_segment = t.blocks_per_segment;
+  c.rows = plan.problem.options.coverage_rows;
+  c.total_groups = plan.coverage_groups;
+  c.q = run.q;
+  c.k = run.k;
+  c.positions = run.attention.positions;
+  c.position_stride = run.attention.position_stride;
+  c.scale_log2 = run.attention.scale_log2;
+  c.counts = t.counts;
+  c.entries = t.entries;
+  if (plan.may_fall_back()) c.fell_back = t.fell_back;
+  at(c.coverage, plan.coverage_at);
+}
+
 }  // namespace
 
 StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
@@ -431,6 +456,7 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   PlaceSelection(plan, tensors, at, run.selection);
   SetTileOrder(plan, tensors, at, run);
   SetAttention(plan, tensors, run);
+  SetCoverage(plan, at, run);
   return run;
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/attention/attention_tile.h"
+#include "cuda/selection/coverage_params.h"
 #include "cuda/selection/order_tiles_params.h"
 #include "cuda/selection/run_summary.h"
 #include "cuda/selection/selection_params.h"
@@ -43,6 +44,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   int32_t total_chunks = 0;
   int32_t total_segments = 0;
   int32_t total_groups = 0;
+  int32_t coverage_groups = 0;  // of sampled rows; 0: there is nothing to measure
   int32_t longest_list = 0;
   bool one_section = false;  // of tiles (order_tiles.h)
   int32_t tile_rows = kTileRows;
@@ -56,6 +58,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t summary_bytes = 0;
   int64_t head_blocks_at = 0;  // with has_lists
   int64_t fell_back_at = 0;    // with may_fall_back()
+  int64_t coverage_at = 0;     // with coverage_groups
   int64_t chunk_max_at = 0;
   int64_t chunk_sum_at = 0;
   int64_t proxy_shift_at = 0;
@@ -86,6 +89,7 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
 struct RunParams {
   SelectionParams selection;
   TileOrderParams tile_order;
+  CoverageParams coverage;
   AttentionParams attention;
   RowOperand q, k, v;  // of attention
   RunSummary* summary;

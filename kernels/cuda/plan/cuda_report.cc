@@ -26,6 +26,11 @@ class Summary {
     const auto num_sequences = static_cast<int64_t>(plan_.sequences.size());
     return At<int32_t>(plan_.fell_back_at)[order_head * num_sequences + sequence] != 0;
   }
+  // Of the sequence's i-th sampled row.
+  double Coverage(int32_t head, const SequenceRecord& s, int32_t i) const {
+    const int64_t begin = int64_t{head} * plan_.coverage_groups + s.coverage_begin;
+    return At<float>(plan_.coverage_at)[begin * kCoverageRowsTogether + i];
+  }
 
  private:
   template <class T>
@@ -36,6 +41,25 @@ class Summary {
   const CudaAttentionPlan& plan_;
   const std::byte* data_;
 };
+
+// Rows of sequences that run dense see all of their mass.
+void TellCoverage(const CudaAttentionPlan& plan, const Summary& summary,
+                  AttentionStats& stats) {
+  double sum = 0;
+  for (size_t n = 0; n < plan.sequences.size(); ++n) {
+    const SequenceRecord& s = plan.sequences[n];
+    const int32_t rows = SampledRows(plan.problem.options.coverage_rows, s.q_len);
+    stats.coverage_rows += int64_t{plan.geometry.num_heads} * rows;
+    for (int32_t head = 0; head < plan.geometry.num_heads; ++head) {
+      for (int32_t i = 0; i < rows; ++i) {
+        sum += s.sparse != 0 ? summary.Coverage(head, s, i) : 1.0;
+      }
+    }
+  }
+  if (stats.coverage_rows > 0) {
+    stats.coverage = sum / static_cast<double>(stats.coverage_rows);
+  }
+}
 
 void WhatRan(const CudaAttentionPlan& plan, const Summary& summary,
              AttentionStats& stats) {
@@ -122,6 +146,7 @@ Status TellSummary(const CudaAttentionPlan& plan, const std::byte* summary,
   if (ran.head().non_finite != 0) return ScoreOverflow(plan.problem);
   TellBlocks(plan.geometry, ran.Blocks(), report);
   WhatRan(plan, ran, report->stats);
+  TellCoverage(plan, ran, report->stats);
   TellTimes(ran.head(), total_seconds, report->stats);
   return Status();
 }

@@ -6,6 +6,7 @@
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/gather_keys.h"
+#include "cuda/selection/measure_coverage.h"
 #include "cuda/selection/order_tiles.h"
 #include "cuda/selection/score_keys.h"
 #include "cuda/selection/select_blocks.h"
@@ -110,6 +111,16 @@ void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
   }
   if (plan.selects) EnqueueSelectBlocks<Element>(plan, params, launch);
   EnqueueOrderTiles(run.tile_order, launch);
+}
+
+// Enqueues what measures coverage, after attention.
+template <class Element, int kHeadDim, class Launcher>
+void EnqueueCoverage(const CudaAttentionPlan& plan, const RunParams& run,
+                     Launcher& launch) {
+  using Kernel = MeasureCoverage<Element, kHeadDim>;
+  launch.template Run<Kernel>(
+      int64_t{run.coverage.num_heads} * run.coverage.total_groups,
+      Kernel::SharedBytes(plan.longest_list), run.coverage);
 }
 
 }  // namespace pbs::cuda

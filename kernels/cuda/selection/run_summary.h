@@ -7,9 +7,9 @@
 
 namespace pbs::cuda {
 
-// The begin of the summary. Behind it lie, where the plan has them, BlockCounts
-// [num_heads] and int32 [num_order_heads, num_sequences], 1 where an order head fell
-// back to dense.
+// The begin of the summary. Behind it lie, where the plan has them: BlockCounts
+// [num_heads]; int32 [num_order_heads, num_sequences], 1 where an order head fell back
+// to dense; CoverageParams::coverage.
 struct RunSummary {
   // The device's clock in nanoseconds: when the first kernel began, when keys were in
   // place, when tiles were there.

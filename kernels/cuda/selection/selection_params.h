@@ -37,6 +37,7 @@ struct SequenceRecord {
   int32_t scored_blocks;      // key blocks of whole segments; 0: order not computed
   int32_t sparse;             // 0: runs dense, whatever the options say
   int32_t tile_begin;         // tiles of attention, one head
+  int32_t coverage_begin;     // groups of sampled rows (coverage_params.h)
 };
 
 // How scores are rounded on their way (pbs/attention.h, Scope::kQueryHead).

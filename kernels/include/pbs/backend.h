@@ -241,8 +241,6 @@ class Backend : public AttentionBackend {
   // the order of the calls, when the copy has ended; perhaps before this returns.
   virtual void DownloadLater(const void* source, void* target, int64_t bytes,
                              std::function<void(const Status&)> done) = 0;
-  // Waits for everything called so far, but for UploadLater() and DownloadLater().
-  virtual Status Synchronize() = 0;
 
   // Reads a weight through `read` and packs it; `bias` is empty or [out_features].
   // Host memory beyond the packed weight: a few hundred rows. Errors of `read` are

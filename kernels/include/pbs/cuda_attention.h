@@ -1,8 +1,8 @@
 // Attention on a CUDA device (compute capability 8.0 and later; Hopper has kernels of
 // its own).
 //
-// f16 and bf16; head dim 64, 96, 128 and 256; blocks of 128 tokens; no coverage. Plan()
-// answers Unimplemented, with what there is instead, to anything else. q, k, v and o
+// f16 and bf16; head dim 64, 96, 128 and 256; blocks of 128 tokens. Plan() answers
+// Unimplemented, with what there is instead, to anything else. q, k, v and o
 // must be 16-byte aligned, their strides multiples of eight elements, and positive
 // where there is more than one row, head or sequence (nothing is broadcast). Tensors,
 // lists, orders and the workspace (256-byte aligned) lie in device memory.
@@ -16,8 +16,9 @@
 //
 // A report is of the last run, or of the last launch of a graph with one. Times:
 // permute and select are differences of the device's own clock, in its steps; attend
-// has what they leave of the time between two events around the run. Pinned memory is
-// allocated when a plan needs more of it than any before; 4 KiB are there.
+// has what they leave of the time between two events around the run, behind which
+// coverage is measured. Pinned memory is allocated when a plan needs more of it than
+// any before; 4 KiB are there.
 //
 // Built with PBS_CUDA=ON.
 #pragma once

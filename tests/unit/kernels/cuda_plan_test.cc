@@ -4,6 +4,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "cuda/plan/mapped_operand.h"
 #include "tests/support/case_name.h"
 
@@ -47,9 +49,7 @@ INSTANTIATE_TEST_SUITE_P(
                     "96, 128 and 256"},
         RefusedCase{
             "small_blocks", [](auto& p) { p.options.block_size = 64; },
-            "block_size 64 is not supported by the cuda backend, which has 128"},
-        RefusedCase{"coverage", [](auto& p) { p.options.coverage_rows = 8; },
-                    "coverage_rows 8 is not supported by the cuda backend"}),
+            "block_size 64 is not supported by the cuda backend, which has 128"}),
     testing_support::CaseName());
 
 TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {
@@ -122,6 +122,32 @@ TEST(CudaPlanSpec, MemoryAt128KAnd512KIsWhatTheTablesSay) {
               2 * 32 * (blocks * (blocks + 2) / 2) + 2 * 32 * blocks);
     EXPECT_LT((*plan)->workspace_bytes, 2 * memory.packed_bytes + memory.lists_bytes);
   }
+}
+
+TEST(CudaPlanSpec, SamplesTheRowsThatEveryBackendSamples) {
+  for (const int32_t q_len : {1, 7, 1000, 1 << 20}) {
+    for (const int32_t rows : {1, 3, 1024}) {
+      const int32_t sampled = SampledRows(rows, q_len);
+      EXPECT_EQ(sampled, std::min(rows, q_len));
+      for (int32_t i = 0; i < sampled; ++i) {
+        ASSERT_EQ(SampledRow(i, sampled, q_len), CoverageRow(i, sampled, q_len));
+      }
+    }
+  }
+}
+
+TEST(CudaPlanSpec, CoverageTakesAFloatOfASampledRowInGroupsOfEight) {
+  AttentionProblem problem = Problem(0, {.coverage_rows = 10});
+  problem.shape.sequences = {{1000, 1000}, {5, 700}, {100, 100}, {0, 300}};
+  const auto measured = MakeCudaPlan(problem, kDevice);
+  problem.options.coverage_rows = 0;
+  const auto plain = MakeCudaPlan(problem, kDevice);
+  ASSERT_TRUE(measured.ok() && plain.ok());
+  // Two groups of the first, one of the second; the others run dense.
+  EXPECT_EQ((*measured)->coverage_groups, 3);
+  EXPECT_EQ((*measured)->summary_bytes - (*plain)->summary_bytes, 32 * 3 * 8 * 4);
+  EXPECT_EQ((*measured)->workspace_bytes - (*plain)->workspace_bytes, 32 * 3 * 8 * 4);
+  EXPECT_EQ((*plain)->coverage_groups, 0);
 }
 
 // What a report copies, however long the prompt is: pieces of 256 bytes.

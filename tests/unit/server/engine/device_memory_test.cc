@@ -116,37 +116,42 @@ TEST_F(DeviceMemorySpec,
   }
 }
 
-// What a listener hears of layers and the end, in order; layers' keys and values come
-// from another thread.
-std::vector<std::string> LayersOf(const PrefillRecorder& listener) {
-  std::vector<std::string> layers;
-  for (const std::string& event : listener.events) {
-    if (!event.starts_with("kv")) layers.push_back(event);
+// What the engine's own thread tells, in order; keys and values come from another one.
+struct LayerRecorder final : PrefillListener {
+  void OnKvReady(int32_t) override {}
+  void OnLayerDone(int32_t layer, double, double) override {
+    events.push_back("layer " + std::to_string(layer));
   }
-  return layers;
-}
+  void OnDone(absl::StatusOr<PrefillResult> done) override {
+    events.push_back("done " + absl::StatusCodeToString(done.status().code()));
+    result = std::move(done);
+  }
+
+  std::vector<std::string> events;
+  absl::StatusOr<PrefillResult> result = absl::UnknownError("not done");
+};
 
 // The host is a layer ahead: a step tells of the layer before.
 TEST_F(DeviceMemorySpec, LayersAreDoneInOrderOneStepLater) {
   Open();
-  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(30), listener_).ok());
+  LayerRecorder layers;
+  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(30), layers).ok());
   ASSERT_TRUE(on_device_->executor().RunOneStep());
-  EXPECT_THAT(LayersOf(listener_), ElementsAre());
+  EXPECT_THAT(layers.events, ElementsAre());
   ASSERT_TRUE(on_device_->executor().RunOneStep());
-  EXPECT_THAT(LayersOf(listener_), ElementsAre("layer 0"));
+  EXPECT_THAT(layers.events, ElementsAre("layer 0"));
   RunDevice();
-  EXPECT_THAT(LayersOf(listener_),
-              ElementsAre("layer 0", "layer 1", "layer 2", "done OK"));
-  ASSERT_EQ(listener_.result->layers.size(), 3u);
+  EXPECT_THAT(layers.events, ElementsAre("layer 0", "layer 1", "layer 2", "done OK"));
+  ASSERT_EQ(layers.result->layers.size(), 3u);
 }
 
 // Whoever comes between two of its layers uses the same marks and reports.
 TEST_F(DeviceMemorySpec, AnOvertakenPrefillIsSetAsideAndGivesTheSameBits) {
   Open();
-  PrefillRecorder alone, urgent;
+  LayerRecorder layers, alone, urgent;
   ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(150, SmallPbs()), alone).ok());
   RunDevice();
-  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(150, SmallPbs()), listener_).ok());
+  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(150, SmallPbs()), layers).ok());
   for (int layer = 0; layer < 2; ++layer) {
     ASSERT_TRUE(on_device_->executor().RunOneStep());
     PrefillJob job = MakeJob(80, SmallPbs());
@@ -154,19 +159,17 @@ TEST_F(DeviceMemorySpec, AnOvertakenPrefillIsSetAsideAndGivesTheSameBits) {
     urgent.events.clear();
     ASSERT_TRUE(on_device_->SubmitPrefill(std::move(job), urgent).ok());
     ASSERT_TRUE(on_device_->executor().RunOneStep());
-    EXPECT_EQ(LayersOf(listener_).back(), "layer " + std::to_string(layer));
-    while (LayersOf(urgent).size() < 4) {
+    EXPECT_EQ(layers.events.back(), "layer " + std::to_string(layer));
+    while (urgent.events.size() < 4) {
       ASSERT_TRUE(on_device_->executor().RunOneStep());
     }
-    EXPECT_THAT(LayersOf(urgent),
-                ElementsAre("layer 0", "layer 1", "layer 2", "done OK"));
+    EXPECT_THAT(urgent.events, ElementsAre("layer 0", "layer 1", "layer 2", "done OK"));
   }
   RunDevice();
-  EXPECT_THAT(LayersOf(listener_),
-              ElementsAre("layer 0", "layer 1", "layer 2", "done OK"));
-  EXPECT_EQ(listener_.result->last_token_logits, alone.result->last_token_logits);
+  EXPECT_THAT(layers.events, ElementsAre("layer 0", "layer 1", "layer 2", "done OK"));
+  EXPECT_EQ(layers.result->last_token_logits, alone.result->last_token_logits);
   for (size_t layer = 0; layer < 3; ++layer) {
-    EXPECT_EQ(listener_.result->layers[layer].executed_blocks,
+    EXPECT_EQ(layers.result->layers[layer].executed_blocks,
               alone.result->layers[layer].executed_blocks);
   }
 }
@@ -176,7 +179,7 @@ TEST_F(DeviceMemorySpec, WhatGoesWrongInALayerEndsThePrefillAndNobodyElse) {
     for (const bool overtaken : {false, true}) {
       SCOPED_TRACE(testing::Message()
                    << "layer " << layer << ", overtaken " << overtaken);
-      PrefillRecorder wrong, urgent;
+      LayerRecorder wrong, urgent;
       Open({.report_fails_at = layer + 1});
       PrefillJob job = MakeJob(30);
       const std::shared_ptr<HeldKv> kv = job.kv;
@@ -190,7 +193,7 @@ TEST_F(DeviceMemorySpec, WhatGoesWrongInALayerEndsThePrefillAndNobodyElse) {
       RunDevice();
       EXPECT_EQ(wrong.result.status(),
                 absl::InvalidArgumentError("a report failed, as it was told to"));
-      EXPECT_EQ(LayersOf(wrong).size(), static_cast<size_t>(layer) + 1);
+      EXPECT_EQ(wrong.events.size(), static_cast<size_t>(layer) + 1);
       EXPECT_EQ(kv->status().code(), absl::StatusCode::kInvalidArgument);
       EXPECT_LE(kv->layers_ready(), std::min(layer + 2, 3));
       EXPECT_TRUE(urgent.result.ok()) << urgent.result.status();

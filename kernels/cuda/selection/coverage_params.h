@@ -1,0 +1,43 @@
+// What the kernel that measures coverage reads and writes.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/primitives/host_device.h"
+#include "cuda/selection/selection_params.h"
+#include "cuda/tiles/row_operand.h"
+
+namespace pbs::cuda {
+
+constexpr int kCoverageRowsTogether = 8;  // sampled rows of a thread block
+
+struct CoverageParams {
+  const SequenceRecord* sequences;
+  int32_t num_sequences;
+  int32_t num_heads;
+  int32_t num_order_heads;
+  int32_t num_read_heads;  // of k
+  int32_t blocks_per_segment;
+  int32_t rows;          // sampled of a sequence and head, at most
+  int32_t total_groups;  // of kCoverageRowsTogether rows, one head
+  RowOperand q;
+  RowOperand k;              // as attention reads it
+  const int32_t* positions;  // as AttentionParams; null: keys are not permuted
+  int64_t position_stride;
+  float scale_log2;          // log2(e) / sqrt(head_dim)
+  const uint16_t* counts;    // lists: [rows] by ListRow()
+  const uint16_t* entries;   // by EntryOffset()
+  const int32_t* fell_back;  // [num_order_heads, num_sequences]; null: none can
+  float* coverage;           // [num_heads, total_groups, kCoverageRowsTogether]
+};
+
+// Rows that are sampled of a sequence, at most `rows`.
+PBS_HOST_DEVICE constexpr int SampledRows(int rows, int q_len) {
+  return rows < q_len ? rows : q_len;
+}
+// As CoverageRow() (pbs/attention.h).
+PBS_HOST_DEVICE constexpr int SampledRow(int i, int num_rows, int q_len) {
+  return static_cast<int>((2 * int64_t{i} + 1) * q_len / (2 * int64_t{num_rows}));
+}
+
+}  // namespace pbs::cuda
