@@ -35,7 +35,7 @@ class Summary {
  private:
   template <class T>
   const T* At(int64_t offset) const {
-    return reinterpret_cast<const T*>(data_ + offset - plan_.summary_at);
+    return reinterpret_cast<const T*>(data_ + (offset - plan_.summary_at));
   }
 
   const CudaAttentionPlan& plan_;
