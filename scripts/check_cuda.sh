@@ -30,9 +30,13 @@ environment=$build_dir/cuobjdump
 # The second is what the first calls, beside itself.
 "$environment/bin/pip" install -q "nvidia-cuda-cuobjdump>=13,<14" "nvidia-cuda-nvdisasm>=13,<14"
 cuobjdump=$(find "$environment" -name cuobjdump -type f | head -1)
+say "programs for a GPU, with every variant of the kernels"
+programs=$build_dir/gpu-check
+rm -rf "$programs" "$programs-build"
+"$repo/scripts/pack_gpu.sh" --programs "$programs"
 say "machine code of the kernels"
 python3 "$repo/scripts/check_cuda_build.py" --module "$module" \
-  --log "$build_dir/cuda/build.log" --cuobjdump "$cuobjdump"
+  --log "$build_dir/cuda/build.log" --variants "$programs-build.log" --cuobjdump "$cuobjdump"
 say "libpbs_cuda.so in a server"
 needed=$(readelf -d "$module" | sed -n 's/.*NEEDED.*\[\(.*\)\]/\1/p')
 if grep -E "cuda|cublas|nvidia" <<<"$needed"; then

@@ -2,15 +2,17 @@
 """Checks what the compiler made of the CUDA kernels.
 
     python3 scripts/check_cuda_build.py --module libpbs_cuda.so --log FILE
-        [--cuobjdump PROGRAM]
+        [--variants FILE] [--cuobjdump PROGRAM]
 
-FILE is what a build from nothing said (scripts/build_cuda.sh). No spilled register and no
-stack in any kernel, no more registers than docs/KERNELS.md says, no warning about warpgroup products (C75xx: that they were serialised,
-that registers did not change hands); per counted kernel the registers at launch, the exact
-number of products, copies and 16-byte stores, the loads that are under way together, and in each
-hot loop of the Hopper kernels the softmax between the two waits: lost overlap is silent otherwise
-(docs/KERNELS.md). Every kernel of compute capability 9.0 waits for the one before it, once. Needs
-cuobjdump (PyPI nvidia-cuda-cuobjdump).
+--log: what a build from nothing said (scripts/build_cuda.sh); --variants: what one of the
+programs for a GPU said (scripts/pack_gpu.sh --programs). Of every kernel, variants too: no
+spilled register, no stack, no warning about warpgroup products (C75xx: that they were
+serialised, that registers did not change hands). Of the module, per counted kernel: the
+registers at launch, at most those that docs/KERNELS.md says; the number of products, copies
+and 16-byte stores; the loads that are under way together; and in each hot loop of the
+Hopper kernels the softmax between the two waits: lost overlap is silent otherwise. Every
+kernel of compute capability 9.0 waits for the one before it, once. Needs cuobjdump (PyPI
+nvidia-cuda-cuobjdump).
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ SCORED = {
 }
 # Registers of the kernels that are not counted, at most, on either architecture.
 OTHERS = {
-    "StoreSequences": 30,
+    "StoreSequences": 36,
     "WeighProxies": 56,
     "SortSegments": 40,
     "SelectBlocks": 100,
@@ -148,6 +150,12 @@ def check_log(said: str) -> list[str]:
               if bytes_ != "0"]
     print(f"{len(spills)} kernels, spills and stack of {len(found)}")
     return found if spills else ["the log is not one of a build from nothing"]
+
+
+def without_bounded(said: str) -> str:
+    """What ninja's log says of kernels whose waits have no bounds: only these are timed."""
+    jobs = re.split(r"^\[\d+/\d+\] ", said, flags=re.MULTILINE)
+    return "".join(job for job in jobs if "_bounded" not in job.partition("\n")[0])
 
 
 def check_others(said: str) -> list[str]:
@@ -291,10 +299,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--module", type=pathlib.Path, required=True)
     parser.add_argument("--log", type=pathlib.Path, required=True)
+    parser.add_argument("--variants", type=pathlib.Path)
     parser.add_argument("--cuobjdump", default="cuobjdump")
     arguments = parser.parse_args()
     said = arguments.log.read_text()
     found = check_log(said) + check_others(said)
+    if arguments.variants:
+        found += check_log(without_bounded(arguments.variants.read_text()))
     found += check_ptx(arguments.module, arguments.cuobjdump)
     for unit in UNITS:
         found += check_unit(unit, arguments.module, said, arguments.cuobjdump)
