@@ -34,6 +34,9 @@ void ApplyDefaults(v1::ServerConfig& config) {
   for (v1::ModelSource& model : *config.mutable_models()) {
     if (!model.has_kv_dtype()) model.set_kv_dtype("auto");
     if (!model.has_tokens_max()) model.set_tokens_max(0);
+    if (!model.has_yarn_attn_factor()) {
+      model.set_yarn_attn_factor(AttnFactorName(AttnFactor::kApplied));
+    }
   }
   v1::CpuConfig& cpu = *config.mutable_cpu();
   if (!cpu.has_threads()) cpu.set_threads(0);

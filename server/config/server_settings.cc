@@ -32,8 +32,10 @@ std::optional<DType> ToDType(const std::string& name) {
 }
 
 ModelSettings ToModel(const v1::ModelSource& source) {
-  return {source.name(), source.path(), ToDType(source.kv_dtype()),
-          source.tokens_max()};
+  return {source.name(), source.path(), ToDType(source.kv_dtype()), source.tokens_max(),
+          source.yarn_attn_factor() == AttnFactorName(AttnFactor::kIgnored)
+              ? AttnFactor::kIgnored
+              : AttnFactor::kApplied};
 }
 
 ServiceLimits ToLimits(const v1::AdmissionConfig& admission,

@@ -14,6 +14,7 @@
 #include "pbs/dtype.h"
 #include "pbs/v1/server_config.pb.h"
 #include "server/base/log.h"
+#include "server/model/rope_config.h"
 #include "server/service/options.h"
 
 namespace pbs::server {
@@ -25,6 +26,7 @@ struct ModelSettings {
   std::string path;
   std::optional<DType> kv_dtype;  // unset: the dtype that the model computes in
   int32_t tokens_max = 0;         // 0: the model's own limit
+  AttnFactor yarn_attn_factor = AttnFactor::kApplied;
 };
 
 struct CpuSettings {

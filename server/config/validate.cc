@@ -51,6 +51,7 @@ constexpr std::array kBackends = {"auto", "cpu", "cuda"};
 constexpr std::array kIsas = {"auto", "scalar", "avx2", "avx512", "avx512_bf16"};
 constexpr std::array kComputeDTypes = {"auto", "f32", "bf16"};
 constexpr std::array kKvDTypes = {"auto", "f32", "f16", "bf16"};
+constexpr std::array kAttnFactors = {"applied", "ignored"};
 constexpr std::array kLogLevels = {"debug", "info", "warning", "error"};
 
 bool IsModelName(const std::string& name) {
@@ -100,6 +101,7 @@ void CheckModels(const v1::ServerConfig& config, Checker& check) {
       check.Add(absl::StrCat(field, "path \"\" is empty; it names a model folder"));
     }
     check.OneOf(field + "kv_dtype", model.kv_dtype(), kKvDTypes);
+    check.OneOf(field + "yarn_attn_factor", model.yarn_attn_factor(), kAttnFactors);
     check.Range(field + "tokens_max", model.tokens_max(), 0, kSeqLenMax);
   }
 }

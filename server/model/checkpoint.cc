@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 
+#include "server/model/folder_hint.h"
 #include "server/model/json.h"
 
 namespace pbs {
@@ -32,6 +33,21 @@ StatusOr<std::vector<TensorInfo>> ReadHeader(const File& file) {
   std::string header(static_cast<size_t>(length), '\0');
   PBS_RETURN_IF_ERROR(file.ReadAt(sizeof(first8), length, header.data()));
   return ParseSafetensorsHeader(header, file.size());
+}
+
+// The name that a tensor of a model with more parts has in the language model alone;
+// empty for one of another part. Writers put the language model under
+// "language_model." or, later, under "model.language_model.", or leave it as it is.
+std::string NameInTextPart(const std::string& name) {
+  constexpr std::string_view kOuter = "language_model.";
+  constexpr std::string_view kInner = "model.language_model.";
+  if (name.starts_with(kOuter)) return name.substr(kOuter.size());
+  if (name.starts_with(kInner)) return "model." + name.substr(kInner.size());
+  for (std::string_view part :
+       {"lm_head.", "model.layers.", "model.embed_tokens.", "model.norm."}) {
+    if (name.starts_with(part)) return name;
+  }
+  return "";
 }
 
 }  // namespace
@@ -100,34 +116,77 @@ StatusOr<Checkpoint> Checkpoint::Open(const std::string& folder) {
   const auto has_single = File::Open(folder + "/" + single);
   const auto index_text =
       ReadTextFile(folder + "/" + std::string(kIndexName), kIndexBytesMax);
-  if (has_single.ok() && index_text.ok()) {
-    return InvalidArgument(folder + " has both " + single + " and " +
-                           std::string(kIndexName) + ": which one is meant?");
-  }
   if (has_single.status().code() != StatusCode::kNotFound) {
     PBS_RETURN_IF_ERROR(checkpoint.AddShard(folder, single, nullptr));
+    if (index_text.status().code() != StatusCode::kNotFound) {
+      checkpoint.notes_.push_back(std::string(kIndexName) + " is not read: " + single +
+                                  " is");
+    }
     return checkpoint;
   }
   if (!index_text.ok()) {
     if (index_text.status().code() != StatusCode::kNotFound) return index_text.status();
     return NotFound(folder + " has neither " + single + " nor " +
-                    std::string(kIndexName));
+                    std::string(kIndexName) + FolderHint(folder));
   }
   PBS_ASSIGN_OR_RETURN(const auto index, ParseShardIndex(*index_text));
+  PBS_RETURN_IF_ERROR(checkpoint.AddShards(folder, index));
+  return checkpoint;
+}
+
+Status Checkpoint::AddShards(const std::string& folder,
+                             const std::map<std::string, std::string>& index) {
   std::set<std::string> shards;
   for (const auto& [tensor, shard] : index) shards.insert(shard);
   for (const std::string& shard : shards) {
-    PBS_RETURN_IF_ERROR(checkpoint.AddShard(folder, shard, &index));
+    PBS_RETURN_IF_ERROR(AddShard(folder, shard, &index));
   }
-  std::sort(checkpoint.tensors_.begin(), checkpoint.tensors_.end(),
-            [](const TensorInfo& a, const TensorInfo& b) { return a.name < b.name; });
+  SortTensors();
   for (const auto& [tensor, shard] : index) {
-    if (checkpoint.Find(tensor) == nullptr) {
-      return InvalidArgument(folder + "/" + shard + ": tensor " + Quoted(tensor) +
-                             " of the index is not in it");
-    }
+    if (Find(tensor) == nullptr) promised_.emplace(tensor, shard);
   }
-  return checkpoint;
+  if (!promised_.empty()) {
+    notes_.push_back(
+        std::string(kIndexName) + " names " + std::to_string(promised_.size()) +
+        " tensors that no shard has; the first is " + Quoted(promised_.begin()->first) +
+        " in " + Quoted(promised_.begin()->second));
+  }
+  return OkStatus();
+}
+
+Status Checkpoint::KeepTextPart() {
+  std::vector<TensorInfo> kept;
+  std::map<std::string, size_t, std::less<>> file_of;
+  size_t num_others = 0;
+  for (TensorInfo& tensor : tensors_) {
+    const std::string name = NameInTextPart(tensor.name);
+    if (name.empty()) {
+      ++num_others;
+      continue;
+    }
+    if (!file_of.emplace(name, file_of_.at(tensor.name)).second) {
+      return InvalidArgument("two tensors are " + Quoted(name) +
+                             " of the text part; one is " + Quoted(tensor.name));
+    }
+    tensor.name = name;
+    kept.push_back(std::move(tensor));
+  }
+  tensors_ = std::move(kept);
+  file_of_ = std::move(file_of);
+  SortTensors();
+  notes_.push_back("config.json: only its text_config is served; " +
+                   std::to_string(num_others) + " tensors of other parts are not read");
+  return OkStatus();
+}
+
+void Checkpoint::SortTensors() {
+  std::sort(tensors_.begin(), tensors_.end(),
+            [](const TensorInfo& a, const TensorInfo& b) { return a.name < b.name; });
+}
+
+std::string Checkpoint::PromisedIn(const std::string& tensor) const {
+  const auto found = promised_.find(tensor);
+  return found == promised_.end() ? "" : found->second;
 }
 
 const TensorInfo* Checkpoint::Find(std::string_view name) const {

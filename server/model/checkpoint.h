@@ -1,10 +1,11 @@
 // The weight files of a model folder: one model.safetensors, or shards named by
 // model.safetensors.index.json.
 //
-// Shards may split a layer anywhere. The index and the shards must agree exactly: every
-// tensor of the index is in the shard it names, every tensor of a shard is in the
-// index, and none is in two. Shard names are plain file names inside the folder; a
-// folder of symbolic links (a hub cache) is fine, a name with '/' or '..' is not.
+// Where both are there, model.safetensors is read. Shards may split a layer anywhere.
+// Every tensor of a shard is in the index, under that shard, and none is in two;
+// entries of the index that no shard has are told of, because nobody may need them.
+// Shard names are plain file names inside the folder; a folder of symbolic links (a hub
+// cache) is fine, a name with '/' or '..' is not.
 //
 // Threading: Read() may be called from many threads. Memory: headers only; every file
 // stays open.
@@ -32,13 +33,24 @@ StatusOr<std::map<std::string, std::string>> ParseShardIndex(std::string_view te
 
 class Checkpoint {
  public:
-  // Opens and checks every file. NotFound when the folder has no weights.
+  // Opens and checks every file. NotFound, with what to do, when the folder has no
+  // weights that we read.
   static StatusOr<Checkpoint> Open(const std::string& folder);
+
+  // Of a model with more parts: keeps the language model's tensors, under the names
+  // that they would have alone ("model.layers...", "lm_head.weight"). InvalidArgument
+  // when two tensors would have one name.
+  Status KeepTextPart();
 
   // All tensors, sorted by name.
   const std::vector<TensorInfo>& tensors() const { return tensors_; }
   // Null when there is none of that name.
   const TensorInfo* Find(std::string_view name) const;
+
+  // What is odd about the files, in sentences.
+  const std::vector<std::string>& notes() const { return notes_; }
+  // Of the index, for a tensor that no shard has; empty otherwise.
+  std::string PromisedIn(const std::string& tensor) const;
 
   // Bytes [offset, offset + bytes) of a tensor of this checkpoint, as stored. DataLoss
   // when its file has shrunk.
@@ -50,10 +62,16 @@ class Checkpoint {
   // Adds a file's tensors; with an index, checks them against it.
   Status AddShard(const std::string& folder, const std::string& name,
                   const std::map<std::string, std::string>* index);
+  // Adds all shards of an index.
+  Status AddShards(const std::string& folder,
+                   const std::map<std::string, std::string>& index);
+  void SortTensors();
 
   std::vector<File> files_;
   std::vector<TensorInfo> tensors_;
   std::map<std::string, size_t, std::less<>> file_of_;  // by tensor name
+  std::map<std::string, std::string> promised_;         // tensor -> shard without it
+  std::vector<std::string> notes_;
 };
 
 }  // namespace pbs

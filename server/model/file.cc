@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cstring>
+#include <string_view>
 #include <utility>
 
 namespace pbs {
@@ -19,17 +21,47 @@ Status SystemError(const std::string& path, const char* verb) {
                                              : FailedPrecondition(message);
 }
 
+// Why `path`, which cannot be opened, is not simply missing.
+Status OpenError(const std::string& path) {
+  Status error = SystemError(path, "open");
+  if (error.code() != StatusCode::kNotFound) return error;
+  char target[PATH_MAX];
+  const ssize_t length = readlink(path.c_str(), target, sizeof(target));
+  if (length < 0) return error;
+  return InvalidArgument(path + " is a link to " +
+                         std::string(target, static_cast<size_t>(length)) +
+                         ", which does not exist: the download is incomplete; "
+                         "download the model again");
+}
+
+// Git LFS leaves a text of three lines where a file has not been downloaded.
+Status RefuseLfsPointer(const File& file) {
+  constexpr std::string_view kBegin = "version https://git-lfs.github.com/spec/";
+  constexpr int64_t kPointerBytesMax = 1024;  // by its specification
+  char begin[kBegin.size()];
+  if (file.size() > kPointerBytesMax ||
+      file.size() < static_cast<int64_t>(kBegin.size())) {
+    return OkStatus();
+  }
+  PBS_RETURN_IF_ERROR(file.ReadAt(0, static_cast<int64_t>(kBegin.size()), begin));
+  if (std::string_view(begin, kBegin.size()) != kBegin) return OkStatus();
+  return InvalidArgument(file.path() +
+                         " is a Git LFS pointer, not the file itself: run `git lfs "
+                         "pull` in its folder");
+}
+
 }  // namespace
 
 StatusOr<File> File::Open(const std::string& path) {
   // Without O_NONBLOCK, opening a FIFO would wait for its writer.
   const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (descriptor < 0) return SystemError(path, "open");
+  if (descriptor < 0) return OpenError(path);
   File file(descriptor, 0, path);
   struct stat info = {};
   if (fstat(descriptor, &info) != 0) return SystemError(path, "examine");
   if (!S_ISREG(info.st_mode)) return InvalidArgument(path + " is not a regular file");
   file.size_ = info.st_size;
+  PBS_RETURN_IF_ERROR(RefuseLfsPointer(file));
   return file;
 }
 

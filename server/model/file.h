@@ -3,6 +3,8 @@
 // Never mapped: a mapped file that shrinks is a SIGBUS, a short read is a Status.
 // Symbolic links are followed (hub caches are made of them); anything that is not a
 // regular file in the end - a FIFO, a device, a folder - is refused before it is read.
+// So is what an unfinished download leaves in a file's place: a link whose target is
+// missing, and a Git LFS pointer.
 //
 // Threading: a File may be read from many threads at once.
 #pragma once
@@ -16,8 +18,9 @@ namespace pbs {
 
 class File {
  public:
-  // NotFound when there is none; InvalidArgument for what is no regular file;
-  // FailedPrecondition names the system's reason otherwise.
+  // NotFound when there is none; InvalidArgument for what is no regular file, a link to
+  // nothing or a Git LFS pointer, with what to do; FailedPrecondition names the
+  // system's reason otherwise.
   static StatusOr<File> Open(const std::string& path);
 
   File(File&& other) noexcept;

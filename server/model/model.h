@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "pbs/backend.h"
 #include "pbs/status.h"
@@ -20,14 +21,16 @@ namespace pbs {
 struct ModelOptions {
   // Of the KV cache, and with it of attention. Default: the compute dtype.
   std::optional<DType> kv_dtype = {};
+  RopeOptions rope = {};
   LoadControl control = {};
 };
 
 class Model {
  public:
-  // Reads `folder` (config.json and safetensors). Errors name the file, and in it the
-  // key or tensor; see model_config.h, checkpoint.h and weights.h. A folder that is not
-  // right leaves nothing behind.
+  // Reads `folder` (config.json, safetensors and, where there is one,
+  // generation_config.json). Errors name the file, and in it the key or tensor; see
+  // model_config.h, checkpoint.h and weights.h. A folder that is not right leaves
+  // nothing behind.
   static StatusOr<std::unique_ptr<Model>> Load(const std::string& folder,
                                                const ModelOptions& options,
                                                Backend& backend);
@@ -36,6 +39,8 @@ class Model {
   const ModelWeights& weights() const { return weights_; }
   Backend& backend() const { return backend_; }
 
+  // What an operator should know of how the folder was read, in sentences.
+  std::vector<std::string> notes() const;
   const std::string& digest() const { return weights_.digest; }
   int64_t weight_bytes() const { return weights_.bytes; }
   DType compute_dtype() const { return weights_.compute_dtype; }

@@ -1,9 +1,11 @@
-// config.json of a Hugging Face model folder, checked.
+// config.json and generation_config.json of a Hugging Face model folder, checked.
 //
-// Served: llama, mistral, qwen2 (2.5), qwen3. What would change the result and is not
-// implemented - sliding windows, quantisation, partial or length-dependent rotation -
-// is refused with the reason, and so is a missing key whose default differs between
-// readers. Keys that do not touch inference are ignored.
+// Served: llama, mistral, qwen2 (2.5), qwen3, alone or as the text part of a model with
+// more parts (text_config). A key that is missing has the default of its architecture
+// (config_defaults.h). What would change the result and is not implemented - partial or
+// length-dependent rotation, most quantisations - is refused with the reason; a sliding
+// window or dual chunk attention limits how long a prompt may be. Keys that do not
+// touch inference are ignored.
 //
 // Threading: pure functions and values.
 #pragma once
@@ -15,6 +17,8 @@
 
 #include "pbs/limits.h"
 #include "pbs/status.h"
+#include "server/model/config_defaults.h"
+#include "server/model/fp8.h"
 #include "server/model/rope_config.h"
 
 namespace pbs {
@@ -25,12 +29,7 @@ inline constexpr int32_t kHiddenSizeMax = 65'536;
 inline constexpr int32_t kIntermediateSizeMax = 1 << 20;
 inline constexpr int32_t kVocabSizeMax = 1 << 21;
 inline constexpr int32_t kPositionsMax = 1 << 30;  // prompts stop at kSeqLenMax anyway
-inline constexpr int32_t kEosTokensMax = 64;
-
-enum class Architecture : uint8_t { kLlama, kMistral, kQwen2, kQwen3 };
-
-// "llama", "mistral", "qwen2", "qwen3".
-const char* ArchitectureName(Architecture architecture);
+inline constexpr int32_t kEosTokensMax = 64;       // of both files together
 
 struct ModelConfig {
   Architecture architecture = Architecture::kLlama;
@@ -49,12 +48,18 @@ struct ModelConfig {
   bool qk_norm = false;
   RopeConfig rope;
   // Longest sequence, prompt and answer together, that this model is served for: its
-  // positions, or less where dual chunk attention would set in.
+  // positions, or less where a sliding window or dual chunk attention would set in.
   int32_t max_tokens = 0;
   // Why max_tokens is less than the config's positions, to follow it in a refusal:
   // empty, or " (...)".
   std::string max_tokens_reason;
-  std::vector<int32_t> eos_token_ids;
+  std::vector<int32_t> eos_token_ids;  // of both files, each once
+  Fp8Format fp8;                       // of weights that are stored as E4M3
+  // The model is the text part of one with more parts; see Checkpoint::KeepTextPart.
+  bool is_text_part = false;
+  // What an operator should know of how the files were read: defaults that were used,
+  // settings without effect. Sentences that name the file.
+  std::vector<std::string> notes;
 
   int32_t qkv_features() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int32_t attention_features() const { return num_heads * head_dim; }
@@ -62,7 +67,13 @@ struct ModelConfig {
 
 // InvalidArgument names key, value and limit; Unimplemented gives the reason why a
 // feature is refused.
-StatusOr<ModelConfig> ParseModelConfig(std::string_view text);
+StatusOr<ModelConfig> ParseModelConfig(std::string_view text,
+                                       const RopeOptions& rope = {});
+
+// Adds the end tokens of generation_config.json, where a folder has one: whoever
+// generates ends at those of either file. InvalidArgument names key, value and limit;
+// `config` is as it was then.
+Status AddGenerationConfig(std::string_view text, ModelConfig& config);
 
 // Everything in the config that the result depends on, in one line with a fixed form:
 // the first part of the model digest.

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace pbs {
 namespace {
@@ -70,7 +71,21 @@ Status ParseLinear(const JsonObject& rope, RopeConfig& config) {
   return OkStatus();
 }
 
-Status ParseLlama3(const JsonObject& rope, RopeConfig& config) {
+// transformers takes max_position_embeddings where the key is missing.
+StatusOr<int64_t> OriginalPositions(const JsonObject& rope, const RopeContext& context,
+                                    std::vector<std::string>& notes) {
+  constexpr std::string_view kKey = "original_max_position_embeddings";
+  if (!rope.Has(kKey)) {
+    notes.push_back(rope.Error(std::string(kKey) + " is missing; " +
+                               std::to_string(context.max_position) +
+                               " is used, the max_position_embeddings")
+                        .message());
+  }
+  return rope.IntOr(kKey, context.max_position, 1, kOriginalPositionMax);
+}
+
+Status ParseLlama3(const JsonObject& rope, const RopeContext& context,
+                   RopeConfig& config, std::vector<std::string>& notes) {
   PBS_RETURN_IF_ERROR(CheckKeys(rope, config.type,
                                 {"factor", "low_freq_factor", "high_freq_factor",
                                  "original_max_position_embeddings"}));
@@ -84,9 +99,8 @@ Status ParseLlama3(const JsonObject& rope, RopeConfig& config) {
                       " is not below high_freq_factor " +
                       NumberText(config.high_freq_factor));
   }
-  PBS_ASSIGN_OR_RETURN(
-      config.original_max_position,
-      rope.Int("original_max_position_embeddings", 1, kOriginalPositionMax));
+  PBS_ASSIGN_OR_RETURN(config.original_max_position,
+                       OriginalPositions(rope, context, notes));
   return OkStatus();
 }
 
@@ -105,15 +119,39 @@ StatusOr<double> YarnAttentionFactor(const JsonObject& rope, double factor) {
   return rope.NumberOr("attention_factor", derived, 1e-3, 100);
 }
 
-Status ParseYarn(const JsonObject& rope, RopeConfig& config) {
-  PBS_RETURN_IF_ERROR(
-      CheckKeys(rope, config.type,
-                {"factor", "original_max_position_embeddings", "attention_factor",
-                 "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}));
+// Keys that one decode tier reads and the others do not.
+Status ParseYarnExtras(const JsonObject& rope, const RopeContext& context,
+                       RopeConfig& config, std::vector<std::string>& notes) {
+  PBS_ASSIGN_OR_RETURN(const double extrapolation,
+                       rope.NumberOr("extrapolation_factor", 1, 0, 100));
+  if (extrapolation != 1) {
+    return Unsupported(rope, "extrapolation_factor " + NumberText(extrapolation) +
+                                 " is not supported, only 1");
+  }
+  PBS_ASSIGN_OR_RETURN(const bool scaled, rope.BoolOr("apply_yarn_scaling", true));
+  if (!scaled) return Unsupported(rope, "apply_yarn_scaling false is not supported");
+  PBS_ASSIGN_OR_RETURN(const double attn_factor,
+                       rope.NumberOr("attn_factor", 1, 1e-3, 100));
+  if (attn_factor == 1) return OkStatus();
+  const bool applied = context.options.attn_factor == AttnFactor::kApplied;
+  if (applied) config.attention_factor *= attn_factor;
+  notes.push_back(rope.Error("attn_factor " + NumberText(attn_factor) + " is " +
+                             (applied ? "applied, as by vLLM; transformers ignores it"
+                                      : "ignored, as by transformers; vLLM applies it"))
+                      .message());
+  return OkStatus();
+}
+
+Status ParseYarn(const JsonObject& rope, const RopeContext& context, RopeConfig& config,
+                 std::vector<std::string>& notes) {
+  PBS_RETURN_IF_ERROR(CheckKeys(
+      rope, config.type,
+      {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+       "beta_slow", "mscale", "mscale_all_dim", "truncate", "attn_factor",
+       "extrapolation_factor", "apply_yarn_scaling", "finetuned"}));
   PBS_ASSIGN_OR_RETURN(config.factor, rope.Number("factor", 1, kFactorMax));
-  PBS_ASSIGN_OR_RETURN(
-      config.original_max_position,
-      rope.Int("original_max_position_embeddings", 1, kOriginalPositionMax));
+  PBS_ASSIGN_OR_RETURN(config.original_max_position,
+                       OriginalPositions(rope, context, notes));
   PBS_ASSIGN_OR_RETURN(config.beta_fast,
                        rope.NumberOr("beta_fast", kYarnBetaFast, 1e-3, 1e6));
   PBS_ASSIGN_OR_RETURN(config.beta_slow,
@@ -125,11 +163,12 @@ Status ParseYarn(const JsonObject& rope, RopeConfig& config) {
   PBS_ASSIGN_OR_RETURN(config.truncate, rope.BoolOr("truncate", true));
   PBS_ASSIGN_OR_RETURN(config.attention_factor,
                        YarnAttentionFactor(rope, config.factor));
-  return OkStatus();
+  return ParseYarnExtras(rope, context, config, notes);
 }
 
 // One object of settings, without theta.
-StatusOr<RopeConfig> ParseScaling(const JsonObject& rope) {
+StatusOr<RopeConfig> ParseScaling(const JsonObject& rope, const RopeContext& context,
+                                  std::vector<std::string>& notes) {
   RopeConfig config;
   PBS_ASSIGN_OR_RETURN(config.type, ParseType(rope));
   PBS_ASSIGN_OR_RETURN(const double partial,
@@ -147,10 +186,10 @@ StatusOr<RopeConfig> ParseScaling(const JsonObject& rope) {
       status = ParseLinear(rope, config);
       break;
     case RopeType::kLlama3:
-      status = ParseLlama3(rope, config);
+      status = ParseLlama3(rope, context, config, notes);
       break;
     case RopeType::kYarn:
-      status = ParseYarn(rope, config);
+      status = ParseYarn(rope, context, config, notes);
       break;
   }
   PBS_RETURN_IF_ERROR(status);
@@ -186,23 +225,39 @@ const char* RopeTypeName(RopeType type) {
   return "unknown";
 }
 
-StatusOr<RopeConfig> ParseRopeConfig(const JsonObject& config) {
+const char* AttnFactorName(AttnFactor attn_factor) {
+  return attn_factor == AttnFactor::kApplied ? "applied" : "ignored";
+}
+
+StatusOr<RopeConfig> ParseRopeConfig(const JsonObject& config,
+                                     const RopeContext& context,
+                                     std::vector<std::string>& notes) {
   RopeConfig rope;
   double theta = 0;
   PBS_RETURN_IF_ERROR(MergeTheta(config, theta));
   bool found = false;
+  std::vector<std::string> rope_notes;  // of one object: two say the same
   for (const char* key : {"rope_parameters", "rope_scaling"}) {
     if (!config.Has(key)) continue;
     PBS_ASSIGN_OR_RETURN(const JsonObject object, config.Object(key));
     PBS_RETURN_IF_ERROR(MergeTheta(object, theta));
-    PBS_ASSIGN_OR_RETURN(const RopeConfig parsed, ParseScaling(object));
+    rope_notes.clear();
+    PBS_ASSIGN_OR_RETURN(const RopeConfig parsed,
+                         ParseScaling(object, context, rope_notes));
     if (found && parsed != rope) {
       return config.Error("rope_parameters and rope_scaling contradict each other");
     }
     rope = parsed;
     found = true;
   }
-  if (theta == 0) return config.Error("rope_theta is missing");
+  notes.insert(notes.end(), rope_notes.begin(), rope_notes.end());
+  if (theta == 0) {
+    theta = context.theta_default;
+    notes.push_back(config
+                        .Error("rope_theta is missing; " + NumberText(theta) +
+                               " is used, the default of its class")
+                        .message());
+  }
   rope.theta = theta;
   return rope;
 }

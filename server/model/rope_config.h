@@ -8,6 +8,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "pbs/status.h"
 #include "server/model/json.h"
@@ -36,9 +38,31 @@ struct RopeConfig {
 // "default", "linear", "llama3", "yarn".
 const char* RopeTypeName(RopeType type);
 
+// What yarn's attn_factor does. Decode tiers disagree (ADR 18): vLLM multiplies cosines
+// and sines by it, transformers does not read it. Caches of the one are wrong for the
+// other, so the result is part of the model digest.
+enum class AttnFactor : uint8_t { kApplied, kIgnored };
+
+// "applied", "ignored".
+const char* AttnFactorName(AttnFactor attn_factor);
+
+struct RopeOptions {
+  AttnFactor attn_factor = AttnFactor::kApplied;
+};
+
+// What config.json says outside of the rope settings.
+struct RopeContext {
+  double theta_default = 0;
+  int64_t max_position = 0;  // max_position_embeddings
+  RopeOptions options = {};
+};
+
 // From the top level of config.json. InvalidArgument names key, value and limit;
 // Unimplemented gives the reason why a kind of scaling is refused. A scaling key that
-// we do not know is refused: it might change the result.
-StatusOr<RopeConfig> ParseRopeConfig(const JsonObject& config);
+// we do not know is refused: it might change the result. Appends to `notes` what was
+// assumed.
+StatusOr<RopeConfig> ParseRopeConfig(const JsonObject& config,
+                                     const RopeContext& context,
+                                     std::vector<std::string>& notes);
 
 }  // namespace pbs

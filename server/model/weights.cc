@@ -16,8 +16,6 @@ namespace {
 constexpr std::string_view kEmbedding = "model.embed_tokens.weight";
 constexpr std::string_view kHead = "lm_head.weight";
 constexpr std::string_view kFinalNorm = "model.norm.weight";
-// Old Llama folders store what is computed from the config.
-constexpr std::string_view kIgnoredSuffix = ".rotary_emb.inv_freq";
 constexpr int64_t kUploadBytes = 4 << 20;
 
 std::string LayerName(int32_t layer, std::string_view part) {
@@ -27,6 +25,7 @@ std::string LayerName(int32_t layer, std::string_view part) {
 struct Expected {
   std::string name;
   std::vector<int64_t> shape;
+  bool may_be_fp8 = false;
 };
 
 // Every tensor that a model of `config` reads.
@@ -42,12 +41,13 @@ std::vector<Expected> ExpectedTensors(const ModelConfig& config) {
     tensors.push_back({std::string(kHead), {config.vocab_size, hidden}});
   }
   for (int32_t layer = 0; layer < config.num_layers; ++layer) {
-    const auto add = [&](std::string_view part, std::vector<int64_t> shape) {
-      tensors.push_back({LayerName(layer, part), std::move(shape)});
+    const auto add = [&](std::string_view part, std::vector<int64_t> shape,
+                         bool may_be_fp8 = false) {
+      tensors.push_back({LayerName(layer, part), std::move(shape), may_be_fp8});
     };
     const auto add_linear = [&](const std::string& part, int64_t out, int64_t in,
                                 bool bias) {
-      add(part + ".weight", {out, in});
+      add(part + ".weight", {out, in}, true);
       if (bias) add(part + ".bias", {out});
     };
     add("input_layernorm.weight", {hidden});
@@ -67,13 +67,38 @@ std::vector<Expected> ExpectedTensors(const ModelConfig& config) {
   return tensors;
 }
 
-Status CheckTensor(const Checkpoint& checkpoint, const Expected& expected) {
+Status CheckScale(const Checkpoint& checkpoint, const TensorInfo& weight,
+                  const Fp8Format& format) {
+  const TensorInfo* scale = FindFp8Scale(checkpoint, weight);
+  if (scale == nullptr) {
+    const std::vector<std::string> names = Fp8ScaleNames(weight.name);
+    return InvalidArgument("tensor " + Quoted(weight.name) + " has dtype " +
+                           weight.dtype_name + " and no scales: neither " +
+                           Quoted(names[0]) + " nor " + Quoted(names[1]) + " is there");
+  }
+  if (!scale->dtype.has_value()) {
+    return InvalidArgument("tensor " + Quoted(scale->name) + " has dtype " +
+                           scale->dtype_name + ", which is not one of F32, F16, BF16");
+  }
+  return ScaleGridOf(weight, *scale, format).status();
+}
+
+Status CheckTensor(const Checkpoint& checkpoint, const Expected& expected,
+                   const Fp8Format& format) {
   const std::string where = "tensor " + Quoted(expected.name) + " ";
   const TensorInfo* tensor = checkpoint.Find(expected.name);
-  if (tensor == nullptr) return InvalidArgument(where + "is missing");
+  if (tensor == nullptr) {
+    const std::string shard = checkpoint.PromisedIn(expected.name);
+    return InvalidArgument(
+        where + "is missing" +
+        (shard.empty() ? "" : ": the index promises it in " + Quoted(shard)));
+  }
   if (tensor->shape != expected.shape) {
     return InvalidArgument(where + "has shape " + ShapeText(tensor->shape) +
                            "; the config asks for " + ShapeText(expected.shape));
+  }
+  if (expected.may_be_fp8 && IsFp8(*tensor)) {
+    return CheckScale(checkpoint, *tensor, format);
   }
   if (!tensor->dtype.has_value()) {
     return InvalidArgument(where + "has dtype " + tensor->dtype_name +
@@ -104,18 +129,29 @@ Status CheckRepeatedHead(const Checkpoint& checkpoint, const TensorInfo& head,
       "tie_word_embeddings true");
 }
 
+// Old Llama folders store what is computed from the config; quantised ones store what
+// quantises activations and caches.
+bool IsHarmless(std::string_view name) {
+  return name.ends_with(".rotary_emb.inv_freq") || IsActivationScale(name);
+}
+
 // Returns the bytes that will be read.
 StatusOr<int64_t> CheckTensors(const Checkpoint& checkpoint, const ModelConfig& config,
                                const LoadControl& control) {
   std::set<std::string, std::less<>> used;
   int64_t bytes = 0;
   for (const Expected& expected : ExpectedTensors(config)) {
-    PBS_RETURN_IF_ERROR(CheckTensor(checkpoint, expected));
-    bytes += checkpoint.Find(expected.name)->bytes;
+    PBS_RETURN_IF_ERROR(CheckTensor(checkpoint, expected, config.fp8));
+    const TensorInfo& tensor = *checkpoint.Find(expected.name);
+    bytes += tensor.bytes;
     used.insert(expected.name);
+    if (!IsFp8(tensor)) continue;
+    const TensorInfo& scale = *FindFp8Scale(checkpoint, tensor);
+    bytes += scale.bytes;
+    used.insert(scale.name);
   }
   for (const TensorInfo& tensor : checkpoint.tensors()) {
-    if (used.contains(tensor.name) || tensor.name.ends_with(kIgnoredSuffix)) continue;
+    if (used.contains(tensor.name) || IsHarmless(tensor.name)) continue;
     if (tensor.name == kHead) {  // the config says that it is tied
       PBS_RETURN_IF_ERROR(CheckRepeatedHead(checkpoint, tensor, control));
       continue;
@@ -146,6 +182,7 @@ class Loader {
     }
     PBS_RETURN_IF_ERROR(LoadNorms());
     weights_.digest = session_.digest.Finish();
+    weights_.notes = session_.checkpoint.notes();
     return std::move(weights_);
   }
 
@@ -159,8 +196,9 @@ class Loader {
   DType CommonComputeDType() const {
     std::optional<DType> common;
     for (const TensorInfo& tensor : session_.checkpoint.tensors()) {
-      if (!tensor.name.ends_with("_proj.weight") || !tensor.dtype.has_value()) continue;
-      const DType own = backend_.ComputeDType(*tensor.dtype);
+      if (!tensor.name.ends_with("_proj.weight")) continue;
+      const DType stored = WeightReader(session_, tensor).dtype();
+      const DType own = backend_.ComputeDType(stored);
       if (own != common.value_or(own)) return backend_.ComputeDType(DType::kF32);
       common = own;
     }
@@ -279,6 +317,7 @@ StatusOr<ModelWeights> LoadWeights(const Checkpoint& checkpoint,
   PBS_ASSIGN_OR_RETURN(const int64_t bytes, CheckTensors(checkpoint, config, control));
   ReadSession session = {.checkpoint = checkpoint,
                          .control = control,
+                         .fp8 = config.fp8,
                          .digest = ModelDigest(CanonicalArchitecture(config)),
                          .bytes_total = bytes};
   return Loader(session, config, backend).Load();

@@ -1,11 +1,13 @@
 // A model's weights on a backend, read from a checkpoint.
 //
 // Before a byte of tensor data is read, the checkpoint is compared with the config:
-// every tensor the model needs is there with its shape and a dtype we multiply, and
-// there is no other (two are known to be harmless, see weights.cc).
+// every tensor the model needs is there with its shape and a dtype that we multiply (of
+// linear layers also FP8 with scales, fp8.h), and there is no other but those that are
+// known to be harmless (weights.cc). Elements must be finite.
 //
 // Threading: immutable after Load(). Memory: linear layers and the embedding keep their
-// stored dtype; norms and biases become f32. Loading needs a few MiB beyond that.
+// stored dtype, FP8 becomes bf16; norms and biases become f32. Loading needs a few MiB
+// beyond that.
 #pragma once
 
 #include <atomic>
@@ -44,8 +46,9 @@ struct ModelWeights {
   Buffer norms;
   const float* final_norm = nullptr;  // [hidden]
   std::vector<LayerWeights> layers;
-  int64_t bytes = 0;   // device memory of all of it
-  std::string digest;  // digest.h
+  int64_t bytes = 0;               // device memory of all of it
+  std::string digest;              // digest.h
+  std::vector<std::string> notes;  // what is odd about the checkpoint, in sentences
 
   const void* head_data() const {
     return head.bytes() > 0 ? head.data() : embedding.data();

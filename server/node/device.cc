@@ -73,6 +73,7 @@ absl::StatusOr<std::unique_ptr<Model>> Device::LoadModel(
   absl::Time reported = begin;
   ModelOptions options;
   options.kv_dtype = source.kv_dtype;
+  options.rope.attn_factor = source.yarn_attn_factor;
   options.control.stop = &stop;
   options.control.progress = [&](int64_t done, int64_t total) {
     constexpr absl::Duration kReportInterval = absl::Seconds(2);
@@ -95,6 +96,9 @@ absl::StatusOr<std::unique_ptr<Model>> Device::LoadModel(
                     {"tokens_max", TokensMax(source, model, settings_.service.limits)},
                     {"model_digest", model.digest()},
                     {"seconds", absl::ToDoubleSeconds(clock.Now() - begin)}});
+  for (const std::string& note : model.notes()) {
+    shared_.log.Warning("model_note", {{"model", source.name}, {"note", note}});
+  }
   absl::Status status = WithholdWeights(model);
   if (status.ok()) status = CheckThatItRuns(model);
   if (!status.ok()) return AboutModel(source.name, status);

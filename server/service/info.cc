@@ -29,6 +29,7 @@ v1::ModelInfo DescribeModel(const ServedModel& served) {
   for (int32_t token : config.eos_token_ids) {
     info.add_eos_token_ids(static_cast<uint32_t>(token));
   }
+  info.set_rope_attention_factor(config.rope.attention_factor);
   return info;
 }
 

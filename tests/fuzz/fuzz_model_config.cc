@@ -1,5 +1,5 @@
 // Spec: server/model/model_config.h. Whatever config.json says, the answer is a model
-// that can be planned, or a refusal with a reason.
+// that can be planned, or a refusal with a reason; so it is for generation_config.json.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -32,19 +32,26 @@ void RequireUsable(const pbs::ModelConfig& config) {
   Require(!pbs::CanonicalArchitecture(config).empty(), "no canonical form");
 }
 
+void RequireReason(const pbs::Status& status) {
+  if (status.ok()) return;
+  Require(status.code() == pbs::StatusCode::kInvalidArgument ||
+              status.code() == pbs::StatusCode::kUnimplemented,
+          "refuses with this code");
+  Require(!status.message().empty(), "refuses without a reason");
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  const auto config =
-      pbs::ParseModelConfig({reinterpret_cast<const char*>(data), size});
-  if (config.ok()) {
-    RequireUsable(*config);
-    return 0;
+  const std::string_view text(reinterpret_cast<const char*>(data), size);
+  const auto config = pbs::ParseModelConfig(text);
+  RequireReason(config.status());
+  if (config.ok()) RequireUsable(*config);
+  pbs::ModelConfig generating;
+  generating.vocab_size = 1000;
+  RequireReason(pbs::AddGenerationConfig(text, generating));
+  for (int32_t token : generating.eos_token_ids) {
+    Require(token >= 0 && token < 1000, "an end token outside of the vocabulary");
   }
-  const pbs::StatusCode code = config.status().code();
-  Require(code == pbs::StatusCode::kInvalidArgument ||
-              code == pbs::StatusCode::kUnimplemented,
-          "refuses with this code");
-  Require(!config.status().message().empty(), "refuses without a reason");
   return 0;
 }

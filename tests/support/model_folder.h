@@ -60,6 +60,9 @@ struct TestTensor {
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
   std::vector<float> values;  // already rounded to dtype
+  // Where set, what the file says and holds instead: "F8_E4M3" and its bytes.
+  std::string stored_dtype = {};
+  std::string stored = {};
 };
 
 using TensorMap = std::map<std::string, TestTensor>;
@@ -70,12 +73,17 @@ inline std::string SafetensorsBytes(const TensorMap& tensors) {
   for (const auto& [name, tensor] : tensors) {
     const size_t begin = data.size();
     const auto count = static_cast<int64_t>(tensor.values.size());
-    data.resize(begin + static_cast<size_t>(count * DTypeBytes(tensor.dtype)));
-    ConvertElements(tensor.values.data(), DType::kF32, data.data() + begin,
-                    tensor.dtype, count);
-    const char* dtype = tensor.dtype == DType::kF32   ? "F32"
-                        : tensor.dtype == DType::kF16 ? "F16"
-                                                      : "BF16";
+    std::string dtype = tensor.stored_dtype;
+    if (dtype.empty()) {
+      data.resize(begin + static_cast<size_t>(count * DTypeBytes(tensor.dtype)));
+      ConvertElements(tensor.values.data(), DType::kF32, data.data() + begin,
+                      tensor.dtype, count);
+      dtype = tensor.dtype == DType::kF32   ? "F32"
+              : tensor.dtype == DType::kF16 ? "F16"
+                                            : "BF16";
+    } else {
+      data += tensor.stored;
+    }
     header[name] = {{"dtype", dtype},
                     {"shape", tensor.shape},
                     {"data_offsets", {begin, data.size()}}};

@@ -24,6 +24,7 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const Settings& settings,
                                                  Backend& backend, Progress& progress) {
   ModelOptions options;
   options.kv_dtype = settings.kv_dtype;
+  options.rope = settings.rope;
   options.control.progress = [&](int64_t done, int64_t total) {
     const auto megabytes = [](int64_t bytes) { return static_cast<int>(bytes >> 20); };
     progress.Show(absl::StrCat("loading ", settings.model_path, " ",

@@ -14,7 +14,8 @@ constexpr double kTimeoutSecondsMax = 1'000'000;
 // Flags that do not go into Settings as they are.
 struct Raw {
   double timeout_seconds = 3600;
-  std::string method, scope, checksums = "on", kv_dtype, compute = "auto";
+  std::string method, scope, checksums = "on", kv_dtype, compute = "auto",
+                             attn_factor = "applied";
   std::optional<int32_t> block_size, segment_size;
   std::optional<float> threshold;
   bool no_force_first_block = false;
@@ -69,6 +70,10 @@ void AddDecoding(CLI::App& app, Settings& settings, Raw& raw) {
                "leave the cache on the server; its lease runs out");
   app.add_option("--kv-dtype", raw.kv_dtype, "of the cache here [the compute dtype]")
       ->check(CLI::IsMember({"f32", "f16", "bf16"}));
+  app.add_option("--yarn-attn-factor", raw.attn_factor,
+                 "of a yarn model's config, as models[].yarn_attn_factor of the server")
+      ->check(CLI::IsMember({"applied", "ignored"}))
+      ->capture_default_str();
   app.add_option("--compute-dtype", raw.compute, "of the linear layers here")
       ->check(CLI::IsMember({"auto", "f32", "bf16"}))
       ->capture_default_str();
@@ -149,6 +154,9 @@ std::string Finish(const Raw& raw, Settings& settings) {
   settings.attention = AttentionOf(raw);
   settings.checksums = raw.checksums == "on";
   if (!raw.kv_dtype.empty()) settings.kv_dtype = *ParseDType(raw.kv_dtype);
+  if (raw.attn_factor == AttnFactorName(AttnFactor::kIgnored)) {
+    settings.rope.attn_factor = AttnFactor::kIgnored;
+  }
   settings.backend.compute = *ParseComputePreference(raw.compute);
   return "";
 }

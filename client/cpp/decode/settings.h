@@ -12,6 +12,7 @@
 #include "pbs/cpu_backend.h"
 #include "pbs/dtype.h"
 #include "pbs/v1/types.pb.h"
+#include "server/model/rope_config.h"
 
 namespace pbs::decode {
 
@@ -33,7 +34,8 @@ struct Settings {
   int32_t max_new_tokens = 16;
   bool ignore_eos = false;
   std::optional<DType>
-      kv_dtype;  // of the cache here; default: the model's compute dtype
+      kv_dtype;      // of the cache here; default: the model's compute dtype
+  RopeOptions rope;  // as the server reads the same folder
   CpuBackendOptions backend;
 
   std::string output_path;  // the decoded ids as a JSON list; "" for none

@@ -165,6 +165,7 @@ def check_first_layer(
                 f"{name} of the first layer and last token is not this model's: off by "
                 f"{error:.3g} (limit {_FIRST_LAYER_ERROR_MAX}): the server has other "
                 "weights or another config, or prefilled another prompt"
+                + _attn_factor_reason(getattr(model, "config", None))
             )
 
 
@@ -176,7 +177,8 @@ def check_same_model(model: Any, info: ModelInfo) -> None:
         info: from Client.models().
 
     Raises:
-        IncompatibleCacheError: architecture, vocabulary or a size differs.
+        IncompatibleCacheError: architecture, vocabulary, a size or the factor of yarn's
+            rotary positions differs.
     """
     config = getattr(model, "config", model)
     for name, here, there in (
@@ -189,6 +191,42 @@ def check_same_model(model: Any, info: ModelInfo) -> None:
             raise IncompatibleCacheError(
                 f"model {info.name} of the server has {name} {there}, the folder {here}"
             )
+    _check_attention_factor(config, info)
+
+
+def _check_attention_factor(config: Any, info: ModelInfo) -> None:
+    """Refuses keys that were rotated by another factor than transformers rotates by."""
+    there = info.rope_attention_factor
+    if there == 0:
+        return  # a server that does not tell
+    rope = _rope_settings(config)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    function = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS.get(rope_type)
+    here = 1.0 if function is None else function(config, "cpu")[1]
+    if abs(here - there) > 1e-6 * abs(there):
+        raise IncompatibleCacheError(
+            f"model {info.name} of the server multiplies rotary positions by "
+            f"{there:.6g}, transformers by {here:.6g}{_attn_factor_reason(config)}"
+        )
+
+
+def _rope_settings(config: Any) -> dict[str, Any]:
+    """Of transformers 5, or of 4; empty where there are none."""
+    return (
+        getattr(config, "rope_parameters", None)
+        or getattr(config, "rope_scaling", None)
+        or {}
+    )
+
+
+def _attn_factor_reason(config: Any) -> str:
+    """What to do about a key that the server reads and transformers does not."""
+    if "attn_factor" not in _rope_settings(config):
+        return ""
+    return (
+        "; transformers ignores the attn_factor of this model, so start the server with "
+        "models[].yarn_attn_factor ignored"
+    )
 
 
 def dynamic_cache(

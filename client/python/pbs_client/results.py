@@ -152,6 +152,8 @@ class ModelInfo:
         tokens_max: longest prompt.
         kv_dtype: of the caches as held; "f32", "f16" or "bf16".
         eos_token_ids: where decoding should stop.
+        rope_attention_factor: what cosines and sines of rotary positions are multiplied
+            by; 1 but for yarn, 0 from a server that does not tell.
     """
 
     name: str
@@ -169,6 +171,7 @@ class ModelInfo:
     weight_bytes: int
     kv_bytes_per_token: int
     eos_token_ids: tuple[int, ...]
+    rope_attention_factor: float
 
     @classmethod
     def from_message(cls, message: Any) -> ModelInfo:

@@ -146,10 +146,16 @@ TEST_F(ShardsSpec, MayBeSymbolicLinksAsInAHubCache) {
   EXPECT_EQ(Message(), "");
 }
 
-TEST_F(ShardsSpec, RefuseATensorThatIsMissingFromItsShard) {
+TEST_F(ShardsSpec, TellOfEntriesThatNoShardHas) {
   SetIndex({{"a", "x.safetensors"}, {"b", "y.safetensors"}, {"c", "y.safetensors"}});
-  EXPECT_EQ(Message(),
-            folder_.File("y.safetensors") + ": tensor \"c\" of the index is not in it");
+  const auto checkpoint = Checkpoint::Open(folder_.path());
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status().ToString();
+  EXPECT_EQ(checkpoint->notes(),
+            std::vector<std::string>{
+                "model.safetensors.index.json names 1 tensors that no shard has; the "
+                "first is \"c\" in \"y.safetensors\""});
+  EXPECT_EQ(checkpoint->PromisedIn("c"), "y.safetensors");
+  EXPECT_EQ(checkpoint->PromisedIn("a"), "");
 }
 
 TEST_F(ShardsSpec, RefuseATensorThatTheIndexDoesNotKnow) {
@@ -174,11 +180,15 @@ TEST_F(ShardsSpec, RefuseAMissingShard) {
                                   ": No such file or directory");
 }
 
-TEST_F(ShardsSpec, RefuseASingleFileBesideTheIndex) {
-  folder_.Write("model.safetensors", SafetensorsBytes(Tensors("a", 1)));
-  EXPECT_EQ(Message(), folder_.path() +
-                           " has both model.safetensors and "
-                           "model.safetensors.index.json: which one is meant?");
+TEST_F(ShardsSpec, AreNotReadBesideASingleFile) {
+  folder_.Write("model.safetensors", SafetensorsBytes(Tensors("single", 1)));
+  const auto checkpoint = Checkpoint::Open(folder_.path());
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status().ToString();
+  EXPECT_NE(checkpoint->Find("single"), nullptr);
+  EXPECT_EQ(checkpoint->Find("a"), nullptr);
+  EXPECT_EQ(checkpoint->notes(),
+            std::vector<std::string>{
+                "model.safetensors.index.json is not read: model.safetensors is"});
 }
 
 TEST_F(ShardsSpec, SayWhichFileIsBroken) {
@@ -195,6 +205,30 @@ TEST(CheckpointSpec, RefusesAFolderWithoutWeights) {
   EXPECT_EQ(status.message(), folder.path() +
                                   " has neither model.safetensors nor "
                                   "model.safetensors.index.json");
+}
+
+TEST(CheckpointSpec, ReadsAPointerOfGitLfsAsWhatItIs) {
+  const TempFolder folder;
+  folder.Write("model.safetensors",
+               "version https://git-lfs.github.com/spec/v1\n"
+               "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e"
+               "2393\nsize 12345\n");
+  const Status status = Checkpoint::Open(folder.path()).status();
+  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(status.message(), folder.File("model.safetensors") +
+                                  " is a Git LFS pointer, not the file itself: run "
+                                  "`git lfs pull` in its folder");
+}
+
+TEST(CheckpointSpec, SaysWhereALinkOfAHubCachePointsInVain) {
+  const TempFolder folder;
+  std::filesystem::create_symlink("../../blobs/abc", folder.File("model.safetensors"));
+  const Status status = Checkpoint::Open(folder.path()).status();
+  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(status.message(),
+            folder.File("model.safetensors") +
+                " is a link to ../../blobs/abc, which does not exist: the download is "
+                "incomplete; download the model again");
 }
 
 TEST(CheckpointSpec, RefusesAFifoWithoutWaitingForItsWriter) {

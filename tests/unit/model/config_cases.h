@@ -26,6 +26,7 @@ inline json Llama() {
           {"rms_norm_eps", 1e-5},
           {"max_position_embeddings", 4096},
           {"rope_theta", 10000.0},
+          {"tie_word_embeddings", false},
           {"eos_token_id", 2}};
 }
 
@@ -50,6 +51,16 @@ inline json Mistral() {
   config["model_type"] = "mistral";
   config["sliding_window"] = nullptr;
   return config;
+}
+
+// A folder of a vision-language model around a llama.
+inline json WithVision() {
+  json text = Llama();
+  text.erase("architectures");
+  return {{"architectures", {"LlavaForConditionalGeneration"}},
+          {"model_type", "llava"},
+          {"text_config", text},
+          {"vision_config", {{"hidden_size", 32}}}};
 }
 
 inline json Llama3Rope() {

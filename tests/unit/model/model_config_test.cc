@@ -21,8 +21,6 @@ TEST_P(RefusedConfigSpec, NamesKeyValueAndLimit) { ExpectRefused(GetParam()); }
 INSTANTIATE_TEST_SUITE_P(
     Sizes, RefusedConfigSpec,
     testing::Values(
-        RefusedCase{"vocab_missing", Llama, [](json& c) { c.erase("vocab_size"); },
-                    kInvalid, "vocab_size is missing"},
         RefusedCase{"vocab_zero", Llama, [](json& c) { c["vocab_size"] = 0; }, kInvalid,
                     "vocab_size 0 is outside [1, 2097152]"},
         RefusedCase{"layers_absurd", Llama,
@@ -41,16 +39,8 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"hidden_past_the_limit", Llama,
                     [](json& c) { c["hidden_size"] = 65537; }, kInvalid,
                     "hidden_size 65537 is outside [1, 65536]"},
-        RefusedCase{"inner_missing", Llama,
-                    [](json& c) { c.erase("intermediate_size"); }, kInvalid,
-                    "intermediate_size is missing"},
-        RefusedCase{"epsilon_missing", Llama, [](json& c) { c.erase("rms_norm_eps"); },
-                    kInvalid, "rms_norm_eps is missing"},
         RefusedCase{"epsilon_zero", Llama, [](json& c) { c["rms_norm_eps"] = 0; },
                     kInvalid, "rms_norm_eps 0 is outside [1e-12, 0.1]"},
-        RefusedCase{"heads_missing", Llama,
-                    [](json& c) { c.erase("num_attention_heads"); }, kInvalid,
-                    "num_attention_heads is missing"},
         RefusedCase{"heads_past_the_limit", Llama,
                     [](json& c) { c["num_attention_heads"] = 1025; }, kInvalid,
                     "num_attention_heads 1025 is outside [1, 1024]"},
@@ -60,12 +50,6 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"more_kv_heads_than_heads", Llama,
                     [](json& c) { c["num_key_value_heads"] = 16; }, kInvalid,
                     "num_key_value_heads 16 is outside [1, 8]"},
-        RefusedCase{"qwen2_kv_heads_missing", Qwen2,
-                    [](json& c) { c.erase("num_key_value_heads"); }, kInvalid,
-                    "num_key_value_heads is missing"},
-        RefusedCase{"qwen3_head_dim_missing", Qwen3,
-                    [](json& c) { c.erase("head_dim"); }, kInvalid,
-                    "head_dim is missing"},
         RefusedCase{"head_dim_zero", Llama, [](json& c) { c["head_dim"] = 0; },
                     kInvalid, "head_dim 0 is outside [1, 256]"},
         RefusedCase{"head_dim_without_a_kernel", Llama,
@@ -75,9 +59,6 @@ INSTANTIATE_TEST_SUITE_P(
                     [](json& c) { c["hidden_size"] = 250; }, kInvalid,
                     "hidden_size 250 is not a multiple of num_attention_heads 8, and "
                     "head_dim is missing"},
-        RefusedCase{"positions_missing", Llama,
-                    [](json& c) { c.erase("max_position_embeddings"); }, kInvalid,
-                    "max_position_embeddings is missing"},
         RefusedCase{"eos_outside_the_vocabulary", Llama,
                     [](json& c) {
                       c["eos_token_id"] = {2, 1000};
@@ -105,12 +86,6 @@ INSTANTIATE_TEST_SUITE_P(
             "model_type llama is served as LlamaForCausalLM"},
         RefusedCase{"activation", Llama, [](json& c) { c["hidden_act"] = "gelu"; },
                     kUnsupported, "hidden_act \"gelu\" is not supported, only silu"},
-        RefusedCase{"quantised", Llama,
-                    [](json& c) {
-                      c["quantization_config"] = {{"quant_method", "fp8"}};
-                    },
-                    kUnsupported,
-                    "quantization_config is set: quantised weights are not supported"},
         RefusedCase{"partial_rotation", Llama,
                     [](json& c) { c["partial_rotary_factor"] = 0.5; }, kUnsupported,
                     "partial_rotary_factor 0.5 is not supported, only 1"},
@@ -125,39 +100,25 @@ INSTANTIATE_TEST_SUITE_P(
                     [](json& c) { c["tie_word_embeddings"] = 1; }, kInvalid,
                     "tie_word_embeddings is of type number, not a boolean"},
         RefusedCase{
-            "layer_types_sliding", Qwen2,
+            "layer_types_of_another_kind", Qwen2,
             [](json& c) {
               c["layer_types"] = {"full_attention", "full_attention",
-                                  "sliding_attention", "full_attention"};
+                                  "linear_attention", "full_attention"};
             },
             kUnsupported,
-            "layer_types holds \"\"sliding_attention\"\"; only full_attention is "
-            "supported"},
+            "layer_types holds \"\"linear_attention\"\"; only full_attention is "
+            "supported, and sliding_attention up to its window"},
+        RefusedCase{"text_part_unknown", WithVision,
+                    [](json& c) { c["text_config"]["model_type"] = "gemma3_text"; },
+                    kUnsupported,
+                    "text_config: model_type \"gemma3_text\" is not one of llama, "
+                    "mistral, qwen2, qwen3"},
+        RefusedCase{"text_part_no_object", WithVision,
+                    [](json& c) { c["text_config"] = "llama"; }, kInvalid,
+                    "text_config is of type string, not an object"},
         RefusedCase{"layer_types_too_few", Qwen2,
                     [](json& c) { c["layer_types"] = {"full_attention"}; }, kInvalid,
                     "layer_types has 1 entries for 4 layers"},
-        RefusedCase{
-            "qwen_sliding_window", Qwen2,
-            [](json& c) {
-              c["use_sliding_window"] = true;
-              c["sliding_window"] = 2048;
-              c["max_window_layers"] = 2;
-            },
-            kUnsupported,
-            "sliding_window 2048 is shorter than the 4096 positions; windows are "
-            "not supported"},
-        RefusedCase{
-            "mistral_sliding_window", Mistral,
-            [](json& c) { c["sliding_window"] = 1024; }, kUnsupported,
-            "sliding_window 1024 is shorter than the 4096 positions; windows are "
-            "not supported"},
-        RefusedCase{"mistral_window_missing", Mistral,
-                    [](json& c) { c.erase("sliding_window"); }, kInvalid,
-                    "sliding_window is missing"},
-        RefusedCase{"llama_sliding_window", Llama,
-                    [](json& c) { c["sliding_window"] = 16; }, kUnsupported,
-                    "sliding_window 16 is shorter than the 4096 positions; windows are "
-                    "not supported"},
         RefusedCase{"dual_chunk_without_size", Qwen2,
                     [](json& c) {
                       c["dual_chunk_attention_config"] = {{"local_size", 8}};
@@ -287,6 +248,86 @@ INSTANTIATE_TEST_SUITE_P(
                        c["max_window_layers"] = 4;
                      },
                      [](const ModelConfig& m) { return m.max_tokens == 4096; }},
+        AcceptedCase{"mistral_window_limits_the_prompt", Mistral,
+                     [](json& c) { c["sliding_window"] = 1024; },
+                     [](const ModelConfig& m) {
+                       return m.max_tokens == 1024 &&
+                              m.max_tokens_reason ==
+                                  " (its sliding window, plain attention up to there, "
+                                  "is not supported)" &&
+                              m.notes == std::vector<std::string>{
+                                             "config.json: prompt and answer may have "
+                                             "1024 tokens together" +
+                                             m.max_tokens_reason};
+                     }},
+        AcceptedCase{"mistral_window_left_out_is_4096", Mistral,
+                     [](json& c) {
+                       c.erase("sliding_window");
+                       c["max_position_embeddings"] = 32'768;
+                     },
+                     [](const ModelConfig& m) { return m.max_tokens == 4096; }},
+        AcceptedCase{"llama_window_limits_the_prompt", Llama,
+                     [](json& c) { c["sliding_window"] = 16; },
+                     [](const ModelConfig& m) { return m.max_tokens == 16; }},
+        AcceptedCase{"qwen_window_of_the_upper_layers", Qwen2,
+                     [](json& c) {
+                       c["use_sliding_window"] = true;
+                       c["sliding_window"] = 2048;
+                       c["max_window_layers"] = 2;
+                     },
+                     [](const ModelConfig& m) { return m.max_tokens == 2048; }},
+        AcceptedCase{"sliding_layer_types", Qwen3,
+                     [](json& c) {
+                       c["layer_types"] = {"full_attention", "full_attention",
+                                           "sliding_attention", "full_attention"};
+                       c["sliding_window"] = 512;
+                     },
+                     [](const ModelConfig& m) { return m.max_tokens == 512; }},
+        AcceptedCase{"text_part_of_a_model_with_vision", WithVision, [](json&) {},
+                     [](const ModelConfig& m) {
+                       return m.is_text_part &&
+                              m.architecture == Architecture::kLlama &&
+                              m.num_layers == 4 && m.notes.empty();
+                     }},
+        AcceptedCase{"text_part_tied_at_the_root", WithVision,
+                     [](json& c) {
+                       c["text_config"].erase("tie_word_embeddings");
+                       c["tie_word_embeddings"] = true;
+                     },
+                     [](const ModelConfig& m) { return m.tied_embeddings; }},
+        AcceptedCase{"text_part_speaks_before_the_root", WithVision,
+                     [](json& c) {
+                       c["tie_word_embeddings"] = true;
+                       c["text_config"]["tie_word_embeddings"] = false;
+                     },
+                     [](const ModelConfig& m) { return !m.tied_embeddings; }},
+        AcceptedCase{
+            "llama_2", Llama,
+            [](json& c) {
+              c.erase("rope_theta");
+              c.erase("num_key_value_heads");
+              c.erase("rms_norm_eps");
+              c.erase("max_position_embeddings");
+            },
+            [](const ModelConfig& m) {
+              return m.rope.theta == 10000 && m.num_kv_heads == 8 &&
+                     m.rms_norm_epsilon == 1e-6f && m.max_tokens == 2048 &&
+                     m.notes == std::vector<std::string>{
+                                    "config.json: rms_norm_eps is missing; 1e-06 is "
+                                    "used, the default of llama",
+                                    "config.json: num_key_value_heads is missing; 8 "
+                                    "is used, the default of llama",
+                                    "config.json: max_position_embeddings is missing; "
+                                    "2048 is used, the default of llama",
+                                    "config.json: rope_theta is missing; 10000 is "
+                                    "used, the default of its class"};
+            }},
+        AcceptedCase{"mistral_kv_heads_left_out", Mistral,
+                     [](json& c) { c.erase("num_key_value_heads"); },
+                     [](const ModelConfig& m) { return m.num_kv_heads == 8; }},
+        AcceptedCase{"qwen3_head_dim_left_out", Qwen3,
+                     [](json& c) { c.erase("head_dim"); },
+                     [](const ModelConfig& m) { return m.head_dim == 128; }},
         AcceptedCase{"full_attention_layers", Qwen3,
                      [](json& c) {
                        c["layer_types"] = json::array();
@@ -304,12 +345,56 @@ INSTANTIATE_TEST_SUITE_P(
                      [](const ModelConfig& m) {
                        return m.max_tokens == 253'952 &&
                               m.max_tokens_reason ==
-                                  " (its dual chunk attention, plain up to there, is "
-                                  "not supported)";
+                                  " (its dual chunk attention, plain attention up to "
+                                  "there, is not supported)";
                      }},
         AcceptedCase{"positions_beyond_our_limit", Llama,
                      [](json& c) { c["max_position_embeddings"] = 10'485'760; },
                      [](const ModelConfig& m) { return m.max_tokens == kSeqLenMax; }}),
+    testing_support::CaseName());
+
+TEST(GenerationConfigSpec, AddsItsEndTokensToThoseOfTheConfig) {
+  ModelConfig config = *ParseModelConfig(Llama().dump());
+  ASSERT_EQ(config.eos_token_ids, std::vector<int32_t>{2});
+  EXPECT_TRUE(AddGenerationConfig(R"({"eos_token_id": [7, 2]})", config).ok());
+  EXPECT_EQ(config.eos_token_ids, (std::vector<int32_t>{2, 7}));
+  EXPECT_TRUE(AddGenerationConfig(R"({"temperature": 0.6})", config).ok());
+  EXPECT_EQ(config.eos_token_ids, (std::vector<int32_t>{2, 7}));
+}
+
+struct GenerationCase {
+  const char* name;
+  std::string text;
+  const char* message;
+};
+
+void PrintTo(const GenerationCase& c, std::ostream* out) { *out << c.name; }
+
+class RefusedGenerationSpec : public testing::TestWithParam<GenerationCase> {};
+
+TEST_P(RefusedGenerationSpec, LeavesTheConfigAsItWas) {
+  ModelConfig config = *ParseModelConfig(Llama().dump());
+  const Status status = AddGenerationConfig(GetParam().text, config);
+  EXPECT_EQ(status.code(), kInvalid);
+  EXPECT_EQ(status.message(),
+            std::string("generation_config.json: ") + GetParam().message);
+  EXPECT_EQ(config.eos_token_ids, std::vector<int32_t>{2});
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, RefusedGenerationSpec,
+    testing::Values(GenerationCase{"no_json", "{", "is not valid JSON near byte 2"},
+                    GenerationCase{"no_object", "[]", "is not an object"},
+                    GenerationCase{
+                        "outside_the_vocabulary", R"({"eos_token_id": [7, 1000]})",
+                        "eos_token_id \"1000\" is not a token below vocab_size 1000"},
+                    GenerationCase{"too_many",
+                                   [] {
+                                     json tokens = json::array();
+                                     for (int i = 0; i < 65; ++i) tokens.push_back(i);
+                                     return json{{"eos_token_id", tokens}}.dump();
+                                   }(),
+                                   "eos_token_id makes 65 end tokens, more than 64"}),
     testing_support::CaseName());
 
 TEST(CanonicalArchitectureSpec, ChangesWithEverythingThatChangesTheResult) {

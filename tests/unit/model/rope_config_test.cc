@@ -21,8 +21,6 @@ TEST_P(RefusedRopeSpec, NamesKeyValueAndLimit) { ExpectRefused(GetParam()); }
 INSTANTIATE_TEST_SUITE_P(
     Cases, RefusedRopeSpec,
     testing::Values(
-        RefusedCase{"theta_missing", Llama, [](json& c) { c.erase("rope_theta"); },
-                    kInvalid, "rope_theta is missing"},
         RefusedCase{"theta_one", Llama, [](json& c) { c["rope_theta"] = 1; }, kInvalid,
                     "rope_theta 1 is outside [1.5, 1e+12]"},
         RefusedCase{"theta_contradicts", Llama,
@@ -81,10 +79,10 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"unknown_key", Llama,
                     [](json& c) {
                       c["rope_scaling"] = YarnRope();
-                      c["rope_scaling"]["finetuned"] = true;
+                      c["rope_scaling"]["short_factor"] = true;
                     },
                     kInvalid,
-                    "rope_scaling: unknown key \"finetuned\" for rope_type yarn"},
+                    "rope_scaling: unknown key \"short_factor\" for rope_type yarn"},
         RefusedCase{"linear_without_factor", Llama,
                     [](json& c) {
                       c["rope_scaling"] = {{"type", "linear"}};
@@ -95,13 +93,6 @@ INSTANTIATE_TEST_SUITE_P(
                       c["rope_scaling"] = {{"type", "linear"}, {"factor", 0.5}};
                     },
                     kInvalid, "rope_scaling: factor 0.5 is outside [1, 10000]"},
-        RefusedCase{"llama3_without_original", Llama,
-                    [](json& c) {
-                      c["rope_scaling"] = Llama3Rope();
-                      c["rope_scaling"].erase("original_max_position_embeddings");
-                    },
-                    kInvalid,
-                    "rope_scaling: original_max_position_embeddings is missing"},
         RefusedCase{"llama3_band_upside_down", Llama,
                     [](json& c) {
                       c["rope_scaling"] = Llama3Rope();
@@ -109,12 +100,26 @@ INSTANTIATE_TEST_SUITE_P(
                     },
                     kInvalid,
                     "rope_scaling: low_freq_factor 4 is not below high_freq_factor 4"},
-        RefusedCase{"yarn_without_original", Llama,
+        RefusedCase{"yarn_extrapolation", Llama,
                     [](json& c) {
-                      c["rope_scaling"] = {{"type", "yarn"}, {"factor", 4}};
+                      c["rope_scaling"] = YarnRope();
+                      c["rope_scaling"]["extrapolation_factor"] = 0.5;
                     },
-                    kInvalid,
-                    "rope_scaling: original_max_position_embeddings is missing"},
+                    kUnsupported,
+                    "rope_scaling: extrapolation_factor 0.5 is not supported, only 1"},
+        RefusedCase{"yarn_without_its_scaling", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = YarnRope();
+                      c["rope_scaling"]["apply_yarn_scaling"] = false;
+                    },
+                    kUnsupported,
+                    "rope_scaling: apply_yarn_scaling false is not supported"},
+        RefusedCase{"yarn_attn_factor_zero", Llama,
+                    [](json& c) {
+                      c["rope_scaling"] = YarnRope();
+                      c["rope_scaling"]["attn_factor"] = 0;
+                    },
+                    kInvalid, "rope_scaling: attn_factor 0 is outside [0.001, 100]"},
         RefusedCase{"yarn_betas_upside_down", Llama,
                     [](json& c) {
                       c["rope_scaling"] = YarnRope();
@@ -132,6 +137,12 @@ INSTANTIATE_TEST_SUITE_P(
             "rope_parameters: partial_rotary_factor 0.25 is not supported, only "
             "1"}),
     testing_support::CaseName());
+
+RopeConfig ParsedRope(const std::function<void(json&)>& change) {
+  json config = Llama();
+  change(config);
+  return ParseModelConfig(config.dump())->rope;
+}
 
 class AcceptedRopeSpec : public testing::TestWithParam<AcceptedCase> {};
 
@@ -195,8 +206,63 @@ INSTANTIATE_TEST_SUITE_P(
                        const double log4 = std::log(4.0);
                        return std::abs(m.rope.attention_factor -
                                        (0.2 * log4 + 1) / (0.1 * log4 + 1)) < 1e-12;
+                     }},
+        AcceptedCase{"theta_left_out", Llama, [](json& c) { c.erase("rope_theta"); },
+                     [](const ModelConfig& m) { return m.rope.theta == 10000; }},
+        AcceptedCase{
+            "llama3_original_left_out", Llama,
+            [](json& c) {
+              c["rope_scaling"] = Llama3Rope();
+              c["rope_scaling"].erase("original_max_position_embeddings");
+            },
+            [](const ModelConfig& m) { return m.rope.original_max_position == 4096; }},
+        AcceptedCase{"yarn_original_left_out", Llama,
+                     [](json& c) {
+                       c["rope_scaling"] = {{"type", "yarn"}, {"factor", 4}};
+                     },
+                     [](const ModelConfig& m) {
+                       return m.rope.original_max_position == 4096 &&
+                              m.max_tokens == 4 * 4096 &&
+                              m.notes ==
+                                  std::vector<std::string>{
+                                      "config.json: rope_scaling: "
+                                      "original_max_position_embeddings is missing; "
+                                      "4096 is used, the max_position_embeddings"};
+                     }},
+        AcceptedCase{"yarn_keys_without_effect", Llama,
+                     [](json& c) {
+                       c["rope_scaling"] = YarnRope();
+                       c["rope_scaling"]["finetuned"] = true;
+                       c["rope_scaling"]["extrapolation_factor"] = 1.0;
+                       c["rope_scaling"]["apply_yarn_scaling"] = true;
+                       c["rope_scaling"]["attn_factor"] = 1.0;
+                     },
+                     [](const ModelConfig& m) {
+                       return m.notes.empty() && m.rope == ParsedRope([](json& c) {
+                                                   c["rope_scaling"] = YarnRope();
+                                                 });
                      }}),
     testing_support::CaseName());
+
+// A DeepSeek distillation of Qwen3 has it; the product is 1.
+TEST(AttnFactorSpec, IsAppliedOrIgnoredAsTheOptionSays) {
+  json config = Llama();
+  config["rope_scaling"] = YarnRope();
+  config["rope_scaling"]["attn_factor"] = 0.8782488562869419;
+  const auto applied =
+      *ParseModelConfig(config.dump(), {.attn_factor = AttnFactor::kApplied});
+  EXPECT_NEAR(applied.rope.attention_factor, 1.0, 1e-12);
+  EXPECT_EQ(applied.notes, std::vector<std::string>{
+                               "config.json: rope_scaling: attn_factor 0.878249 "
+                               "is applied, as by vLLM; transformers ignores it"});
+  const auto ignored =
+      *ParseModelConfig(config.dump(), {.attn_factor = AttnFactor::kIgnored});
+  EXPECT_NEAR(ignored.rope.attention_factor, 0.1 * std::log(4.0) + 1, 1e-12);
+  EXPECT_EQ(ignored.notes, std::vector<std::string>{
+                               "config.json: rope_scaling: attn_factor 0.878249 "
+                               "is ignored, as by transformers; vLLM applies it"});
+  EXPECT_NE(CanonicalArchitecture(applied), CanonicalArchitecture(ignored));
+}
 
 }  // namespace
 }  // namespace pbs

@@ -85,6 +85,7 @@ TEST(ServerSettingsSpec, DefaultsAreThoseOfTheModules) {
 TEST(ServerSettingsSpec, EveryFieldArrives) {
   v1::ServerConfig config = OneModel();
   config.mutable_models(0)->set_kv_dtype("f16");
+  config.mutable_models(0)->set_yarn_attn_factor("ignored");
   config.mutable_models(0)->set_tokens_max(4096);
   config.set_backend("cpu");
   config.mutable_cpu()->set_threads(3);
@@ -107,6 +108,7 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   ASSERT_EQ(settings->models.size(), 1u);
   EXPECT_EQ(settings->models[0].name, "tiny");
   EXPECT_EQ(settings->models[0].kv_dtype, DType::kF16);
+  EXPECT_EQ(settings->models[0].yarn_attn_factor, AttnFactor::kIgnored);
   EXPECT_EQ(settings->models[0].tokens_max, 4096);
   EXPECT_EQ(settings->backend, BackendChoice::kCpu);
   EXPECT_EQ(settings->cpu.threads, 3);
@@ -132,6 +134,7 @@ TEST(ServerSettingsSpec, AnAutomaticDTypeStaysOpen) {
   const auto settings = MakeSettings(OneModel());
   ASSERT_TRUE(settings.ok()) << settings.status();
   EXPECT_EQ(settings->models[0].kv_dtype, std::nullopt);
+  EXPECT_EQ(settings->models[0].yarn_attn_factor, AttnFactor::kApplied);
 }
 
 TEST(ServerSettingsSpec, EveryViolationIsListedAtOnce) {
@@ -190,6 +193,10 @@ INSTANTIATE_TEST_SUITE_P(
                       "unique"},
         ViolationCase{"no_path", [](auto& c) { c.mutable_models(0)->set_path(""); },
                       "models.0.path \"\" is empty; it names a model folder"},
+        ViolationCase{
+            "yarn_attn_factor",
+            [](auto& c) { c.mutable_models(0)->set_yarn_attn_factor("vllm"); },
+            "models.0.yarn_attn_factor \"vllm\" is not one of applied, ignored"},
         ViolationCase{"kv_dtype",
                       [](auto& c) { c.mutable_models(0)->set_kv_dtype("fp8"); },
                       "models.0.kv_dtype \"fp8\" is not one of auto, f32, f16, bf16"},
