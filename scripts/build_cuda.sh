@@ -12,7 +12,7 @@ set -euo pipefail
 
 command -v nvcc >/dev/null || fail "there is no nvcc: install the CUDA toolkit 13"
 install_packages g++ cmake ninja-build python3-venv
-options=(-DPBS_CPU=OFF -DPBS_CUDA=ON -DCMAKE_BUILD_TYPE=Release)
+options=(-DPBS_CPU=OFF -DPBS_CUDA=ON -DCMAKE_BUILD_TYPE=Release "-DPBS_WERROR=${PBS_WERROR:-OFF}")
 toolkit=$(dirname "$(dirname "$(nvcc --dryrun none.cu 2>&1 | sed -n 's/.*_HERE_=//p')")")
 if [ ! -e "$toolkit/include/cublasLt.h" ]; then
   environment=$build_dir/cublas

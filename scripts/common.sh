@@ -48,11 +48,13 @@ apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
 }
 
 # build_targets TARGET...: configures, which finds what was installed meanwhile, and builds.
+# PBS_WERROR=ON makes warnings errors.
 build_targets() {
-  local log=$build_dir/configure.log
+  local log=$build_dir/configure.log options=()
+  [ -z "${PBS_WERROR:-}" ] || options+=("-DPBS_WERROR=$PBS_WERROR")
   mkdir -p "$build_dir"
   say "configuring $build_dir"
-  (cd "$repo" && cmake --preset release -B "$build_dir" >"$log" 2>&1) || {
+  (cd "$repo" && cmake --preset release -B "$build_dir" "${options[@]}" >"$log" 2>&1) || {
     tail -20 "$log" >&2
     fail "configuring failed; the whole log is $log"
   }

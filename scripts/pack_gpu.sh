@@ -19,7 +19,7 @@ programs=(check_attention check_attention_bounded libpbs_gpu_python.so)
 
 build_programs() { # FOLDER
   cmake -S "$repo/kernels" -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPBS_CPU=OFF \
-    -DPBS_CUDA=ON -DPBS_CUDA_VARIANTS=ON -DPBS_WERROR=OFF >"$1.log" 2>&1 ||
+    -DPBS_CUDA=ON -DPBS_CUDA_VARIANTS=ON >"$1.log" 2>&1 ||
     fail "configuring failed: $(tail -20 "$1.log")"
   ninja -C "$1" check_attention check_attention_bounded pbs_gpu_python >>"$1.log" 2>&1 ||
     fail "building failed: $(grep -A5 FAILED "$1.log" | head -40)"

@@ -2,6 +2,7 @@
 
 #include <cpuid.h>
 
+#include <cstdint>
 #include <string>
 
 namespace pbs::cpu {
