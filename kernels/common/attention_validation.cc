@@ -7,6 +7,15 @@
 #include "pbs/attention.h"
 
 namespace pbs {
+
+std::string HeadDimsText() {
+  std::string text;
+  for (int32_t head_dim : kHeadDims) {
+    text += (text.empty() ? "" : ", ") + std::to_string(head_dim);
+  }
+  return text;
+}
+
 namespace {
 
 std::string Str(int64_t value) { return std::to_string(value); }
@@ -31,8 +40,8 @@ Status ValidateHeads(const AttentionShape& shape) {
   }
   if (std::find(kHeadDims.begin(), kHeadDims.end(), shape.head_dim) ==
       kHeadDims.end()) {
-    return InvalidArgument("head_dim " + Str(shape.head_dim) +
-                           " is not one of 32, 64, 96, 128, 256");
+    return InvalidArgument("head_dim " + Str(shape.head_dim) + " is not one of " +
+                           HeadDimsText());
   }
   return OkStatus();
 }

@@ -65,9 +65,16 @@ const GemmFunction& GemmOf(const AttentionRun& run) {
   return run.plan.format.pairs ? run.kernels.gemm_pairs : run.kernels.gemm;
 }
 
-// The code that the proxy kernel takes for a dtype to round to.
-int32_t RoundingCode(DType dtype) {
-  return dtype == DType::kF16 ? 1 : dtype == DType::kBF16 ? 2 : 0;
+ProxyRounding ProxyRoundingTo(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return ProxyRounding::kNone;
+    case DType::kF16:
+      return ProxyRounding::kF16;
+    case DType::kBF16:
+      return ProxyRounding::kBf16;
+  }
+  return ProxyRounding::kNone;
 }
 
 // Exponentiated scores of one tile of keys, relative to the tile's own maxima.
@@ -96,7 +103,7 @@ void ScoreKeyTile(AttentionRun& run, const Unit& unit, int64_t tile, int worker)
   run.kernels.proxy_softmax({.keys = keys,
                              .proxies = scores.padded,
                              .scale = kLog2E / root,
-                             .rounding = RoundingCode(ScoreRoundingOf(plan.problem)),
+                             .rounding = ProxyRoundingTo(ScoreRoundingOf(plan.problem)),
                              .sqrt_head_dim = root,
                              .scores = out,
                              .tile_max = scores.tile_max(tile),

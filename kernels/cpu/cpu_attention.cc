@@ -41,7 +41,6 @@ void CopyGivenLists(AttentionRun& run) {
   }
 }
 
-// What to tell when products of finite inputs were too large.
 // False when the run was stopped or met scores that are not finite.
 bool RunWave(AttentionRun& run, const Wave& wave, double* times) {
   const auto healthy = [&run] { return !run.Stopped() && !run.non_finite; };

@@ -34,7 +34,7 @@ std::string ProcessorName() {
   return name;
 }
 
-int32_t UsableCpus() {
+int32_t AffinityCpus() {
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
@@ -202,7 +202,7 @@ StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuBackendOptions& opt
       options.compute == ComputePreference::kBf16 ||
       (options.compute == ComputePreference::kAuto && speedup >= cpu::kBf16SpeedupMin);
   const int32_t num_threads =
-      options.num_threads == 0 ? cpu::UsableCpus() : options.num_threads;
+      options.num_threads == 0 ? cpu::AffinityCpus() : options.num_threads;
   return StatusOr<std::unique_ptr<Backend>>(
       std::make_unique<cpu::CpuBackend>(num_threads, isa, bf16_products, speedup));
 }

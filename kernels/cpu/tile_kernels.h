@@ -38,14 +38,16 @@ struct SoftmaxTile {
   float* out;
 };
 
+// What dot products and their quotients by sqrt(head_dim) are rounded to before the
+// softmax, as the published code does.
+enum class ProxyRounding : int32_t { kNone, kF16, kBf16 };
+
 // Scores of `keys` keys (rows) against `proxies` proxy queries (columns).
 struct ProxyTile {
   int32_t keys;
   int32_t proxies;  // a multiple of 16; surplus columns are ignored by the caller
   float scale;      // log2(e) / sqrt(head_dim)
-  // Round the dot product, and its quotient by sqrt(head_dim), to f16 (1) or bf16 (2)
-  // first, as the published code does; 0: do not round.
-  int32_t rounding;
+  ProxyRounding rounding;
   float sqrt_head_dim;
   float* scores;    // [keys, proxies] in: raw; out: 2^(score - tile_max)
   float* tile_max;  // [proxies] out, in units of log2

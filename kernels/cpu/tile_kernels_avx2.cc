@@ -79,10 +79,10 @@ inline __m256i Bf16Words(__m256 x) {
   return _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
 }
 
-// kRounding: 1 = f16, 2 = bf16.
-template <int kRounding>
+// To f16 or bf16.
+template <ProxyRounding kRounding>
 inline Vec RoundTo(Vec x) {
-  if constexpr (kRounding == 1) {
+  if constexpr (kRounding == ProxyRounding::kF16) {
     return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT))};
   } else {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(Bf16Words(x.v), 16))};

@@ -200,10 +200,10 @@ void Softmax(const SoftmaxTile& tile) {
 }
 
 // Scores of one lane group of proxies, in units of log2.
-template <int kRounding>
+template <ProxyRounding kRounding>
 inline Vec ProxyScore(const ProxyTile& tile, const float* at) {
   const Vec raw = Vec::Load(at);
-  if constexpr (kRounding == 0) {
+  if constexpr (kRounding == ProxyRounding::kNone) {
     return Vec::Mul(raw, Vec::Set1(tile.scale));
   } else {
     const Vec root = Vec::Set1(tile.sqrt_head_dim);
@@ -212,7 +212,7 @@ inline Vec ProxyScore(const ProxyTile& tile, const float* at) {
   }
 }
 
-template <int kRounding>
+template <ProxyRounding kRounding>
 void ProxySoftmaxColumns(const ProxyTile& tile) {
   for (int32_t p = 0; p < tile.proxies; p += Vec::kLanes) {
     Vec top = Vec::Set1(kMinusInfinity);
@@ -236,12 +236,12 @@ void ProxySoftmaxColumns(const ProxyTile& tile) {
 
 void ProxySoftmax(const ProxyTile& tile) {
   switch (tile.rounding) {
-    case 1:
-      return ProxySoftmaxColumns<1>(tile);
-    case 2:
-      return ProxySoftmaxColumns<2>(tile);
-    default:
-      return ProxySoftmaxColumns<0>(tile);
+    case ProxyRounding::kNone:
+      return ProxySoftmaxColumns<ProxyRounding::kNone>(tile);
+    case ProxyRounding::kF16:
+      return ProxySoftmaxColumns<ProxyRounding::kF16>(tile);
+    case ProxyRounding::kBf16:
+      return ProxySoftmaxColumns<ProxyRounding::kBf16>(tile);
   }
 }
 

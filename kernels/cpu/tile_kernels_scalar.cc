@@ -34,10 +34,11 @@ constexpr int kTileVecs = 16;
 constexpr bool kHasPairs = false;
 [[maybe_unused]] inline void StorePairs(uint32_t*, Vec, Vec) {}
 
-// kRounding: 1 = f16, 2 = bf16.
-template <int kRounding>
+// To f16 or bf16.
+template <ProxyRounding kRounding>
 inline Vec RoundTo(Vec x) {
-  return {kRounding == 1 ? ToFloat(ToF16(x.v)) : ToFloat(ToBf16(x.v))};
+  return {kRounding == ProxyRounding::kF16 ? ToFloat(ToF16(x.v))
+                                           : ToFloat(ToBf16(x.v))};
 }
 
 void F16ToF32(const uint16_t* source, float* target, int64_t count) {

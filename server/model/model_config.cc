@@ -121,7 +121,7 @@ Status ParseHeadDim(const Reader& reader, ModelConfig& model) {
     return OkStatus();
   }
   return Unsupported(config, "head_dim " + std::to_string(model.head_dim) +
-                                 " is not one of 32, 64, 96, 128, 256");
+                                 " is not one of " + HeadDimsText());
 }
 
 Status ParseSizes(const Reader& reader, ModelConfig& model) {

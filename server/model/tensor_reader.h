@@ -13,7 +13,7 @@
 #include "server/model/checkpoint.h"
 #include "server/model/digest.h"
 #include "server/model/fp8.h"
-#include "server/model/weights.h"
+#include "server/model/load_control.h"
 
 namespace pbs {
 

@@ -10,9 +10,7 @@
 // beyond that.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,6 +18,7 @@
 #include "pbs/backend.h"
 #include "pbs/status.h"
 #include "server/model/checkpoint.h"
+#include "server/model/load_control.h"
 #include "server/model/model_config.h"
 
 namespace pbs {
@@ -53,13 +52,6 @@ struct ModelWeights {
   const void* head_data() const {
     return head.bytes() > 0 ? head.data() : embedding.data();
   }
-};
-
-struct LoadControl {
-  // Called from time to time with tensor bytes read so far and in all.
-  std::function<void(int64_t done, int64_t total)> progress = {};
-  // When set and true, loading stops with Cancelled.
-  const std::atomic<bool>* stop = nullptr;
 };
 
 // InvalidArgument names the tensor, what it has and what the config asks for; DataLoss

@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "absl/strings/str_cat.h"
+#include "server/base/process.h"
 
 namespace pbs::decode {
 namespace {
@@ -158,6 +159,9 @@ std::string Finish(const Raw& raw, Settings& settings) {
     settings.rope.attn_factor = AttnFactor::kIgnored;
   }
   settings.backend.compute = *ParseComputePreference(raw.compute);
+  if (settings.backend.num_threads == 0) {
+    settings.backend.num_threads = server::UsableCpus();
+  }
   return "";
 }
 

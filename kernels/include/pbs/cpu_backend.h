@@ -24,7 +24,7 @@ StatusOr<ComputePreference> ParseComputePreference(const std::string& name);
 
 struct CpuBackendOptions {
   // Workers, the calling thread included: 1 .. kCpuThreadsMax; 0 takes the number of
-  // CPUs this process may run on.
+  // CPUs in the affinity mask. A container's CPU quota is the caller's to respect.
   int32_t num_threads = 0;
   // "auto" or a name of cpu/isa.h: caps attention and pointwise steps. Linear layers
   // follow oneDNN's own detection (its ONEDNN_MAX_CPU_ISA variable caps them).

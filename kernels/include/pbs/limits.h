@@ -3,10 +3,13 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 
 namespace pbs {
 
 inline constexpr std::array<int32_t, 5> kHeadDims = {32, 64, 96, 128, 256};
+// "32, 64, 96, 128, 256", for refusals.
+std::string HeadDimsText();
 inline constexpr int32_t kNumHeadsMax = 1024;          // query heads
 inline constexpr int32_t kNumSequencesMax = 65'536;    // sequences of one batch
 inline constexpr int64_t kHeadSequencesMax = 1 << 18;  // query heads x sequences
