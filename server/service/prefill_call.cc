@@ -56,7 +56,7 @@ absl::Status PrefillCall::Open(const grpc::ByteBuffer& buffer) {
   record_.set_request_id(request.request_id().substr(0, kRequestTextBytesMax));
   PBS_ABSL_RETURN_IF_ERROR(Decode(request));
   if (spec_.delivery == Delivery::kLease) {
-    PBS_ABSL_ASSIGN_OR_RETURN(const bool exists, BeginLease(request));
+    PBS_ABSL_ASSIGN_OR_RETURN(const bool exists, BeginLease());
     if (exists) return absl::OkStatus();
   }
   return Submit();
@@ -73,7 +73,7 @@ absl::Status PrefillCall::Decode(const v1::PrefillRequest& request) {
 }
 
 // True when the request's key names work that is done: its reply is on the way.
-absl::StatusOr<bool> PrefillCall::BeginLease(const v1::PrefillRequest& request) {
+absl::StatusOr<bool> PrefillCall::BeginLease() {
   LeaseRequest wanted;
   wanted.model = model_->name;
   wanted.model_digest = facts_.model_digest;
@@ -81,7 +81,7 @@ absl::StatusOr<bool> PrefillCall::BeginLease(const v1::PrefillRequest& request) 
   wanted.ttl_seconds = spec_.ttl_seconds;
   wanted.idempotency_key = spec_.idempotency_key;
   if (!spec_.idempotency_key.empty()) {
-    wanted.fingerprint = PrefillFingerprint(request, facts_.model_digest);
+    wanted.fingerprint = PrefillFingerprint(spec_, facts_.model_digest);
   }
   absl::StatusOr<BegunLease> begun = service_.parts.leases.Begin(wanted);
   if (!begun.ok()) {

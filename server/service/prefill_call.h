@@ -42,7 +42,7 @@ class PrefillCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   // On gRPC's thread, before the call's first message.
   absl::Status Open(const grpc::ByteBuffer& request);
   absl::Status Decode(const v1::PrefillRequest& request);
-  absl::StatusOr<bool> BeginLease(const v1::PrefillRequest& request);
+  absl::StatusOr<bool> BeginLease();
   absl::StatusOr<PrefillReservation> Reserve();
   absl::Status Submit();
   bool Admit(const Admission& admission);
