@@ -3,7 +3,7 @@
 
     python3 scripts/check_docs.py
 
-Every metric of server/telemetry, every field of ServerConfig and every command-line flag
+Every metric of server/telemetry with its HELP, every field of ServerConfig and every flag
 of the server must be in docs/OPERATIONS.md; every relative link of every Markdown file
 must lead to a file; every figure table of docs/BENCHMARKS.md must name the results file
 that it was written from, and that file must exist.
@@ -30,10 +30,38 @@ def tracked(suffix: str) -> list[pathlib.Path]:
     return [ROOT / n for n in names if n.endswith(suffix) and (ROOT / n).exists()]
 
 
+METRIC_NAMES = ROOT / "server/telemetry/metric_names.h"
+METRIC = r'"((?:pbs_|process_|vllm:)[a-z0-9_]+)"'
+
+
 def metrics() -> set[str]:
     """Names of all exported metrics."""
-    text = "".join(p.read_text() for p in (ROOT / "server").rglob("*.cc"))
-    return set(re.findall(r'"((?:pbs_|vllm:)[a-z0-9_]+)"', text))
+    return set(re.findall(METRIC, METRIC_NAMES.read_text()))
+
+
+def wrong_helps(operations: str) -> list[str]:
+    """Metrics whose HELP is not a column of their row, or not told in the text."""
+    found = []
+    for name, parts in re.findall(
+        METRIC + r',\s*((?:"[^"]*"\s*)+)\}', METRIC_NAMES.read_text()
+    ):
+        told = "".join(re.findall(r'"([^"]*)"', parts))
+        row = rf"^\| `{name}(?:\{{[a-z,]+\}})?` \| {re.escape(told)} \|"
+        text = rf"`{name}` \({re.escape(told)}\)"
+        if not re.search(f"{row}|{text}", operations, re.M):
+            found.append(f"docs/OPERATIONS.md: {name} is not told as its HELP: {told}")
+    return found
+
+
+def strange_names() -> list[str]:
+    """Names of metrics that stand outside their one place."""
+    files = [p for suffix in ("*.cc", "*.h") for p in (ROOT / "server").rglob(suffix)]
+    return [
+        f"{path.relative_to(ROOT)}: {name} belongs in {METRIC_NAMES.relative_to(ROOT)}"
+        for path in files
+        if path != METRIC_NAMES
+        for name in re.findall(METRIC, path.read_text())
+    ]
 
 
 def config_fields() -> set[str]:
@@ -107,6 +135,7 @@ def main() -> int:
         for name in sorted(names)
         if not re.search(re.escape(name) + r"(?![a-z0-9_])", text)
     ]
+    found += wrong_helps(text) + strange_names()
     found += dead_links() + tables_without_results(BENCHMARKS)
     counts = ", ".join(f"{len(names)} {kind}s" for kind, names in wanted.items())
     print("\n".join(found) or f"documentation covers {counts}; all links are alive")

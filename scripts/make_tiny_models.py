@@ -153,7 +153,9 @@ def expected(model, folder: pathlib.Path, seed: int) -> None:
     ids = torch.randint(2, vocab, (1, PROMPT_TOKENS), generator=generator)
     out = model(ids, use_cache=True)
     tensors = {"ids": ids[0].int(), "logits": out.logits[0].float().contiguous()}
-    for index, layer in enumerate(out.past_key_values.layers):
+    # Releases from 5.24 on call it `cache`.
+    cache = out["cache"] if "cache" in out else out["past_key_values"]
+    for index, layer in enumerate(cache.layers):
         tensors[f"layers.{index}.k"] = layer.keys[0].contiguous()
         tensors[f"layers.{index}.v"] = layer.values[0].contiguous()
     save_file(tensors, folder / "expected.safetensors")

@@ -18,6 +18,7 @@
 #include "server/config/config_source.h"
 #include "server/config/server_settings.h"
 #include "server/node/node.h"
+#include "server/service/library_log.h"
 
 namespace pbs::server {
 namespace {
@@ -105,6 +106,7 @@ absl::StatusOr<ServerSettings> ReadSettings(const Flags& flags) {
 
 int Run(const ServerSettings& settings, SignalWatcher& signals) {
   Log log(settings.log_level);
+  const LibraryLog library_log(log);
   auto node = Node::Create(settings, {PBS_VERSION, PBS_COMMIT}, signals, log);
   absl::Status status = node.status();
   if (status.ok()) status = (*node)->Prepare();

@@ -32,6 +32,22 @@ int64_t CausalBlocksOfAHead(const AttentionGeometry& g) {
   return blocks;
 }
 
+// What dense attention would compute for `head` on the tiles that ran.
+int64_t DenseBlocksOfHead(const AttentionGeometry& g, int32_t head,
+                          const HasOwnOrder& has_own_order) {
+  int64_t blocks = 0;
+  for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
+    const SequenceGeometry& s = g.sequences[n];
+    if (s.num_query_blocks == 0) continue;
+    const bool causal = has_own_order(n, g.OrderHead(head));
+    for (int32_t i = 0; i < s.num_query_blocks; ++i) {
+      const int32_t block = s.first_query_block + i;
+      blocks += causal ? block + 1 : g.RowCapacity(s, block);
+    }
+  }
+  return blocks;
+}
+
 }  // namespace
 
 std::vector<BlockCounts> CountBlocks(const AttentionGeometry& g,
@@ -51,24 +67,22 @@ std::vector<BlockCounts> CausalBlocks(const AttentionGeometry& g) {
 }
 
 void TellBlocks(const AttentionGeometry& g, std::span<const BlockCounts> heads,
-                AttentionReport* report) {
+                const HasOwnOrder& has_own_order, AttentionReport* report) {
   AttentionStats& stats = report->stats;
-  for (const SequenceGeometry& s : g.sequences) {
-    stats.dense_flops += 4.0 * g.head_dim * g.num_heads * s.q_len *
-                         (s.query_offset + (s.q_len + 1) / 2.0);
+  stats.causal_blocks = CausalBlocksOfAHead(g) * g.num_heads;
+  for (int32_t head = 0; head < g.num_heads; ++head) {
+    const BlockCounts& blocks = heads[static_cast<size_t>(head)];
+    AttentionStats of_head;
+    of_head.executed_blocks = blocks.executed;
+    of_head.dense_blocks = DenseBlocksOfHead(g, head, has_own_order);
+    report->head_density.push_back(of_head.Density());
+    stats.executed_blocks += of_head.executed_blocks;
+    stats.dense_blocks += of_head.dense_blocks;
+    stats.lower_blocks += blocks.lower;
   }
-  const int64_t head_causal = CausalBlocksOfAHead(g);
-  stats.causal_blocks = head_causal * g.num_heads;
-  for (const BlockCounts& head : heads) {
-    stats.executed_blocks += head.executed;
-    stats.lower_blocks += head.lower;
-    report->head_density.push_back(head_causal == 0
-                                       ? 1.0
-                                       : static_cast<double>(head.executed) /
-                                             static_cast<double>(head_causal));
-  }
-  stats.executed_flops = 4.0 * g.block_size * g.block_size * g.head_dim *
-                         static_cast<double>(stats.executed_blocks);
+  const double block_flops = 4.0 * g.block_size * g.block_size * g.head_dim;
+  stats.executed_flops = block_flops * static_cast<double>(stats.executed_blocks);
+  stats.dense_flops = block_flops * static_cast<double>(stats.dense_blocks);
 }
 
 BlockLists RanLists(const AttentionGeometry& g, const RanRowOf& row_of) {

@@ -26,9 +26,13 @@ std::vector<BlockCounts> CountBlocks(const AttentionGeometry& geometry,
 // Of rows that hold every causal block.
 std::vector<BlockCounts> CausalBlocks(const AttentionGeometry& geometry);
 
+// Of (sequence, order head): whether keys were read in their own order, so that tiles
+// ended at the diagonal.
+using HasOwnOrder = std::function<bool(int32_t, int32_t)>;
+
 // Fills the counts and flops of report->stats, and head_density.
 void TellBlocks(const AttentionGeometry& geometry, std::span<const BlockCounts> heads,
-                AttentionReport* report);
+                const HasOwnOrder& has_own_order, AttentionReport* report);
 
 // Compact lists, `num_masked` set.
 BlockLists RanLists(const AttentionGeometry& geometry, const RanRowOf& row_of);

@@ -9,10 +9,14 @@ double Share(int64_t part, int64_t whole) {
 
 }  // namespace
 
-double AttentionStats::Density() const { return Share(executed_blocks, causal_blocks); }
+double AttentionStats::Density() const { return Share(executed_blocks, dense_blocks); }
 
 double AttentionStats::LowerDensity() const {
   return Share(lower_blocks, causal_blocks);
+}
+
+double AttentionStats::CausalRatio() const {
+  return Share(executed_blocks, causal_blocks);
 }
 
 }  // namespace pbs

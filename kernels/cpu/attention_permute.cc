@@ -314,7 +314,7 @@ void FallBackToDense(AttentionRun& run, const Wave& wave) {
   run.pool.ParallelFor(wave.num_units, [&](int64_t i, int) {
     const Unit& unit = run.plan.units[wave.first_unit + i];
     if (!run.plan.SelectsBlocks(unit)) return;
-    if (UnitDensity(run, unit) < kDenseFallbackDensity) return;
+    if (UnitCausalRatio(run, unit) < kDenseFallbackRatio) return;
     run.RanDense(unit) = 1;
     FillPositions(run, unit);
   });

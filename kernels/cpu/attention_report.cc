@@ -70,10 +70,14 @@ class ReportReader {
     return reinterpret_cast<const T*>(workspace_ + offset);
   }
 
+  bool RanDense(int32_t sequence, int32_t order_head) const {
+    const int32_t unit = UnitOf(sequence, order_head);
+    return !plan_.units[unit].sparse || At<uint8_t>(plan_.unit_dense_at)[unit] != 0;
+  }
+
   RanRow Row(int32_t sequence, int32_t head, int32_t query_block) const {
-    const int32_t unit = unit_of_[sequence * g_.num_order_heads + g_.OrderHead(head)];
     const SequenceGeometry& s = g_.sequences[sequence];
-    if (!plan_.units[unit].sparse || At<uint8_t>(plan_.unit_dense_at)[unit] != 0) {
+    if (RanDense(sequence, g_.OrderHead(head))) {
       return {.entries = nullptr, .count = s.first_query_block + query_block + 1};
     }
     return {.entries = At<uint16_t>(plan_.entries_at) + s.entries_begin +
@@ -119,6 +123,10 @@ class ReportReader {
   }
 
  private:
+  int32_t UnitOf(int32_t sequence, int32_t order_head) const {
+    return unit_of_[sequence * g_.num_order_heads + order_head];
+  }
+
   const CpuAttentionPlan& plan_;
   const AttentionGeometry& g_;
   const std::byte* workspace_;
@@ -157,7 +165,10 @@ void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,
   const auto row_of = [&](int32_t sequence, int32_t head, int32_t query_block) {
     return reader.Row(sequence, head, query_block);
   };
-  TellBlocks(plan.geometry, CountBlocks(plan.geometry, row_of), report);
+  const auto ran_dense = [&](int32_t sequence, int32_t order_head) {
+    return reader.RanDense(sequence, order_head);
+  };
+  TellBlocks(plan.geometry, CountBlocks(plan.geometry, row_of), ran_dense, report);
   reader.WhatRan(report->stats);
   reader.Coverage(report->stats);
   const double* times = reader.At<double>(plan.times_at);

@@ -124,7 +124,7 @@ void Attend(AttentionRun& run, const Wave& wave);            // o, lse
 void MeasureCoverage(AttentionRun& run, const Wave& wave);
 
 // Executed over causal blocks of the unit's selected lists.
-double UnitDensity(const AttentionRun& run, const Unit& unit);
+double UnitCausalRatio(const AttentionRun& run, const Unit& unit);
 
 // Mean over block_size of up to block_size rows of words, [head_dim]; rounded to the
 // input dtype where the published code does so.

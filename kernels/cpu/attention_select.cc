@@ -118,7 +118,7 @@ void ClearPooledPadding(const AttentionRun& run, const Unit& unit) {
 
 }  // namespace
 
-double UnitDensity(const AttentionRun& run, const Unit& unit) {
+double UnitCausalRatio(const AttentionRun& run, const Unit& unit) {
   const SequenceGeometry& s = run.Sequence(unit);
   int64_t executed = 0;
   int64_t causal = 0;

@@ -71,16 +71,21 @@ const int32_t* OrderOf(const AttentionGeometry& g, const Decision& decision,
          g.sequences[sequence].k_begin;
 }
 
-void CountBlocks(const AttentionGeometry& g, const BlockListsView& lists,
+void CountBlocks(const AttentionGeometry& g, const Decision& decision,
                  AttentionStats& stats) {
+  const BlockListsView lists = decision.lists.View();
   for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
     const SequenceGeometry& s = g.sequences[n];
-    stats.dense_flops += 4.0 * g.head_dim * g.num_heads * s.q_len *
-                         (s.query_offset + (s.q_len + 1) / 2.0);
     for (int32_t head = 0; head < g.num_heads; ++head) {
+      const bool permuted =
+          decision.ran_dense[n * g.num_order_heads + g.OrderHead(head)] == 0;
       for (int32_t i = 0; i < s.num_query_blocks; ++i) {
         const int32_t block = s.first_query_block + i;
+        const int32_t segment_end =
+            (block / g.blocks_per_segment + 1) * g.blocks_per_segment;
         stats.causal_blocks += block + 1;
+        stats.dense_blocks +=
+            permuted ? std::min(segment_end, s.num_key_blocks) : block + 1;
         for (uint16_t j : lists.Row(g.ListRow(n, head, i))) {
           ++stats.executed_blocks;
           stats.lower_blocks += j <= block;
@@ -88,8 +93,9 @@ void CountBlocks(const AttentionGeometry& g, const BlockListsView& lists,
       }
     }
   }
-  stats.executed_flops = 4.0 * g.block_size * g.block_size * g.head_dim *
-                         static_cast<double>(stats.executed_blocks);
+  const double block_flops = 4.0 * g.block_size * g.block_size * g.head_dim;
+  stats.executed_flops = block_flops * static_cast<double>(stats.executed_blocks);
+  stats.dense_flops = block_flops * static_cast<double>(stats.dense_blocks);
 }
 
 }  // namespace
@@ -166,7 +172,7 @@ Result Run(const AttentionProblem& problem, const AttentionTensors& tensors) {
   const AttentionGeometry g = MakeGeometry(problem);
   result.decision = Decide(problem, tensors);
   AttentionStats& stats = result.stats;
-  CountBlocks(g, result.decision.lists.View(), stats);
+  CountBlocks(g, result.decision, stats);
   result.output = Attend(problem, tensors, result.decision);
   int32_t sparse_heads = 0;
   for (const SequenceGeometry& s : g.sequences) {

@@ -26,6 +26,8 @@ struct Decision {
   std::vector<int32_t> order;
   BlockLists lists;
   int32_t heads_fallen_back = 0;  // order heads whose dense fallback fired
+  // [num_sequences, num_order_heads], 1: runs dense, short ones included.
+  std::vector<uint8_t> ran_dense = {};
 };
 
 struct Output {

@@ -150,6 +150,7 @@ void AppendOrderHead(const AttentionProblem& problem, const AttentionTensors& te
   const SequenceGeometry& s = g.sequences[sequence];
   const int32_t num_members = g.num_heads / g.num_order_heads;
   const bool selects = !s.dense && !problem.options.use_given_lists;
+  decision.ran_dense.push_back(s.dense ? 1 : 0);
   const size_t begin = mask.size();
   for (int32_t member = 0; member < num_members; ++member) {
     if (selects) {
@@ -164,10 +165,11 @@ void AppendOrderHead(const AttentionProblem& problem, const AttentionTensors& te
   for (int32_t member = 0; member < num_members; ++member) CausalHead(s, causal);
   const auto executed = std::count(mask.begin() + begin, mask.end(), 1);
   const auto all = std::count(causal.begin(), causal.end(), 1);
-  if (executed < kDenseFallbackDensity * all) return;
+  if (executed < kDenseFallbackRatio * all) return;
   std::copy(causal.begin(), causal.end(), mask.begin() + begin);
   std::iota(order.begin(), order.end(), 0);
   ++decision.heads_fallen_back;
+  decision.ran_dense.back() = 1;
 }
 
 BlockLists CopyLists(const BlockListsView& view) {

@@ -161,8 +161,8 @@ class Engine {
   virtual absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,
                                                   PrefillListener& listener) = 0;
 
-  // Stops the job at its next step; it completes with CANCELLED. No-op when finished.
-  virtual void Cancel(JobId id) = 0;
+  // Stops the job at its next step; it completes as `reason` says. No-op when finished.
+  virtual void Cancel(JobId id, CancelReason reason) = 0;
 
   // Accepts no more work; `on_idle` is called once all accepted work has completed.
   virtual void Drain(absl::AnyInvocable<void()> on_idle) = 0;

@@ -82,7 +82,7 @@ class EngineImpl final : public Engine {
                                          AttendListener& listener) override;
   absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,
                                           PrefillListener& listener) override;
-  void Cancel(JobId id) override { executor_.Cancel(id); }
+  void Cancel(JobId id, CancelReason reason) override { executor_.Cancel(id, reason); }
   void Drain(absl::AnyInvocable<void()> on_idle) override {
     executor_.Drain(std::move(on_idle));
   }

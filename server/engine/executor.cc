@@ -17,18 +17,6 @@ absl::Status DeadlineStatus(bool started) {
               : "the deadline passed while the request waited");
 }
 
-WasteReason WasteReasonOf(absl::StatusCode code) {
-  switch (code) {
-    case absl::StatusCode::kDeadlineExceeded:
-      return WasteReason::kDeadline;
-    case absl::StatusCode::kCancelled:
-    case absl::StatusCode::kUnavailable:
-      return WasteReason::kCancelled;
-    default:
-      return WasteReason::kError;
-  }
-}
-
 }  // namespace
 
 double Executor::Record::SecondsLeft() const {
@@ -144,6 +132,7 @@ absl::StatusOr<Admission> Executor::Submit(const JobTerms& terms, const JobSize&
   record->admitted = clock_.Now();
   record->timer = timers_.At(
       terms.deadline, [this, id = place.id] { Stop(id, StopReason::kDeadline); });
+  if (num_unfinished_ == 0) progressed_ = record->admitted;
   records_.emplace(place.id, std::move(record));
   ++num_unfinished_;
   UpdateGauges();
@@ -160,6 +149,9 @@ int32_t Executor::NumWaiting() const {
 Backlog Executor::backlog() const {
   MutexLock lock(mutex_);
   Backlog backlog = {.jobs = num_unfinished_};
+  if (num_unfinished_ > 0) {
+    backlog.progress_age_seconds = absl::ToDoubleSeconds(clock_.Now() - progressed_);
+  }
   for (const auto& [id, record] : records_) backlog.seconds += record->SecondsLeft();
   return backlog;
 }
@@ -352,6 +344,7 @@ void Executor::Step(const Batch& batch) {
   {
     MutexLock lock(mutex_);
     stepping_ = 0;
+    progressed_ = clock_.Now();
     ChargeDelay(batch, absl::ToDoubleSeconds(clock_.Now() - begin));
     for (const auto& [id, record] : batch) {
       if (result.ok()) record->progress = result->progress;
@@ -411,28 +404,35 @@ bool Executor::Stop(JobId id, StopReason reason) {
   return true;
 }
 
-void Executor::Cancel(JobId id) { Stop(id, StopReason::kCancelled); }
+void Executor::Cancel(JobId id, CancelReason reason) {
+  Stop(id, reason == CancelReason::kDeadline ? StopReason::kDeadline
+                                             : StopReason::kCancelled);
+}
 
 // A reason to stop wins over what the last step said.
 void Executor::Finish(std::unique_ptr<Record> record, const absl::Status& status) {
   absl::Status final_status = status;
+  WasteReason waste = WasteReason::kError;
   switch (record->stop_reason) {
     case StopReason::kNone:
       break;
     case StopReason::kCancelled:
       final_status = absl::CancelledError("the request was cancelled");
+      waste = WasteReason::kCancelled;
       break;
     case StopReason::kDeadline:
       final_status = DeadlineStatus(record->started);
+      waste = WasteReason::kDeadline;
       if (!record->started) metrics_.Rejected(RejectReason::kDeadline).Increment();
       break;
     case StopReason::kShutdown:
       final_status = absl::UnavailableError("the server is shutting down");
+      waste = WasteReason::kShutdown;
       break;
   }
   if (!final_status.ok() && record->progress > 0) {
-    metrics_.TokensWasted(WasteReasonOf(final_status.code()))
-        .Increment(record->progress * static_cast<double>(record->size.prompt_tokens));
+    metrics_.TokensWasted(waste).Increment(
+        record->progress * static_cast<double>(record->size.prompt_tokens));
   }
   record->job->Finish(final_status);
   record.reset();

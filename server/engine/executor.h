@@ -54,6 +54,8 @@ struct JobSize {
 struct Backlog {
   double seconds = 0;  // predicted; jobs without a prediction count nothing
   int32_t jobs = 0;
+  // Since a step last ended, or since work came to an idle executor; 0 without work.
+  double progress_age_seconds = 0;
 };
 
 struct ExecutorOptions {
@@ -86,9 +88,10 @@ class Executor {
 
   Backlog backlog() const;
 
-  // Ends the job with CANCELLED, or DEADLINE_EXCEEDED when its deadline has passed: a
-  // waiting one before this returns, a started one soon. No-op when finished.
-  void Cancel(JobId id);
+  // Ends the job with CANCELLED, or DEADLINE_EXCEEDED when that is the reason or its
+  // deadline has passed: a waiting one before this returns, a started one soon. No-op
+  // when finished.
+  void Cancel(JobId id, CancelReason reason = CancelReason::kCaller);
 
   // As Engine::Drain().
   void Drain(absl::AnyInvocable<void()> on_idle);
@@ -190,6 +193,7 @@ class Executor {
   JobId stepping_ ABSL_GUARDED_BY(mutex_) = 0;     // its step is under way; 0: none
   JobId stepped_run_ ABSL_GUARDED_BY(mutex_) = 0;  // the last one; 0: none
   int32_t num_unfinished_ ABSL_GUARDED_BY(mutex_) = 0;  // Finish() has not returned
+  absl::Time progressed_ ABSL_GUARDED_BY(mutex_);       // see Backlog
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<absl::AnyInvocable<void()>> on_idle_ ABSL_GUARDED_BY(mutex_);

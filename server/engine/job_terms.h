@@ -12,6 +12,12 @@ namespace pbs::server {
 
 using JobId = uint64_t;
 
+// Why a job is cancelled from outside.
+enum class CancelReason : uint8_t {
+  kCaller,    // it completes with CANCELLED
+  kDeadline,  // with DEADLINE_EXCEEDED: the caller's clock was ahead of ours
+};
+
 struct JobTerms {
   std::string request_id = {};                   // for logs
   absl::Time deadline = absl::InfiniteFuture();  // of the RPC

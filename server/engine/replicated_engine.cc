@@ -88,9 +88,9 @@ absl::StatusOr<Admission> ReplicatedEngine::SubmitPrefill(PrefillJob job,
                 replica);
 }
 
-void ReplicatedEngine::Cancel(JobId id) {
+void ReplicatedEngine::Cancel(JobId id, CancelReason reason) {
   const auto count = static_cast<JobId>(replicas_.size());
-  replicas_[static_cast<size_t>(id % count)]->Cancel(id / count);
+  replicas_[static_cast<size_t>(id % count)]->Cancel(id / count, reason);
 }
 
 void ReplicatedEngine::Drain(absl::AnyInvocable<void()> on_idle) {

@@ -36,7 +36,7 @@ class ReplicatedEngine final : public Engine {
                                          AttendListener& listener) override;
   absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,
                                           PrefillListener& listener) override;
-  void Cancel(JobId id) override;
+  void Cancel(JobId id, CancelReason reason) override;
   void Drain(absl::AnyInvocable<void()> on_idle) override;
 
   // As Executor::Shutdown(), of all.

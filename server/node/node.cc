@@ -97,8 +97,8 @@ absl::Status Node::Listen() {
 }
 
 std::shared_ptr<prometheus::Collectable> Node::DeviceGauge(
-    const char* name, const char* help, double (*value)(Device&)) const {
-  return std::make_shared<SampledGauge>(name, help, [this, value] {
+    const MetricName& metric, double (*value)(Device&)) const {
+  return std::make_shared<SampledGauge>(metric, [this, value] {
     SampledGauge::Values values;
     for (const auto& device : devices_) {
       values.emplace_back(device->name(), value(*device));
@@ -110,18 +110,21 @@ std::shared_ptr<prometheus::Collectable> Node::DeviceGauge(
 absl::Status Node::ExportMetrics() {
   if (settings_.metrics_listen.empty()) return absl::OkStatus();
   std::vector<std::shared_ptr<prometheus::Collectable>> sources = {
-      registry_, std::make_shared<SampledGauge>(
-                     "pbs_memory_charged_bytes", "Bytes that admission has charged",
-                     [this]() -> SampledGauge::Values {
-                       return {{"", static_cast<double>(ledger_.bytes_held())}};
-                     })};
-  sources.push_back(DeviceGauge(
-      "pbs_device_backlog_seconds", "Predicted seconds of a device's admitted work",
-      [](Device& device) { return device.engine().load().backlog.seconds; }));
+      registry_, std::make_shared<ProcessMetrics>(),
+      std::make_shared<SampledGauge>(
+          kMemoryChargedName, [this]() -> SampledGauge::Values {
+            return {{"", static_cast<double>(ledger_.bytes_held())}};
+          })};
+  sources.push_back(DeviceGauge(kDeviceBacklogName, [](Device& device) {
+    return device.engine().load().backlog.seconds;
+  }));
+  sources.push_back(DeviceGauge(kDeviceProgressName, [](Device& device) {
+    return device.engine().load().backlog.progress_age_seconds;
+  }));
   if (devices_.front()->has_memory()) {
-    sources.push_back(DeviceGauge(
-        "pbs_device_memory_charged_bytes", "Device bytes that admission has charged",
-        [](Device& device) { return static_cast<double>(device.bytes_held()); }));
+    sources.push_back(DeviceGauge(kDeviceMemoryName, [](Device& device) {
+      return static_cast<double>(device.bytes_held());
+    }));
   }
   if (settings_.vllm_metrics) {
     const bool one_model = settings_.models.size() == 1;

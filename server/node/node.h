@@ -29,6 +29,7 @@
 #include "server/node/device.h"
 #include "server/service/server.h"
 #include "server/telemetry/metrics_server.h"
+#include "server/telemetry/process_metrics.h"
 #include "server/telemetry/sampled_metrics.h"
 #include "server/telemetry/server_metrics.h"
 #include "server/transfer/lease_store.h"
@@ -60,8 +61,7 @@ class Node {
   absl::Status Listen();
   absl::Status ExportMetrics();
   // A gauge of one value for every device.
-  std::shared_ptr<prometheus::Collectable> DeviceGauge(const char* name,
-                                                       const char* help,
+  std::shared_ptr<prometheus::Collectable> DeviceGauge(const MetricName& metric,
                                                        double (*value)(Device&)) const;
   absl::Status LoadModel(const ModelSettings& source);
   ServiceOptions MakeServiceOptions() const;

@@ -1,5 +1,7 @@
 #include "server/service/attend_call.h"
 
+#include <grpc/grpc.h>
+
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,24 +14,26 @@ namespace pbs::server {
 AttendCall::AttendCall(ServiceContext& service, grpc::CallbackServerContext& context)
     : service_(service),
       context_(context),
+      deadline_(service.DeadlineOf(context)),
       record_(service.parts, Rpc::kAttend),
       loop_(*this, service.movers),
-      guard_(service.parts.timers, service.parts.clock, [this](absl::Status reason) {
-        Fail(std::move(reason));
-        // A stalled write ends no other way; before the first write the status gets
-        // out.
-        if (loop_.ticks() % 2 == 1) context_.TryCancel();
-      }) {
+      guard_(service.parts.timers, service.parts.clock,
+             [this](const absl::Status& reason) {
+               Fail(reason);
+               // A stalled write ends no other way; before the first write the status
+               // gets out.
+               if (loop_.ticks() % 2 == 1) context_.TryCancel();
+             }) {
   guard_.WatchWrites(loop_,
                      absl::Seconds(service.options.transport.write_stall_seconds_max));
   if (absl::Status status = service.CheckAdmitting(); !status.ok()) {
-    Fail(std::move(status));
+    Fail(status);
     return;
   }
   auto slot =
-      service.TakeUploadSlot([this](absl::Status reason) { Fail(std::move(reason)); });
+      service.TakeUploadSlot([this](const absl::Status& reason) { Fail(reason); });
   if (!slot.ok()) {
-    Fail(std::move(slot).status());
+    Fail(slot.status());
     return;
   }
   slot_ = *std::move(slot);
@@ -88,7 +92,7 @@ absl::Status AttendCall::TakeHeader(const v1::AttendHeader& header) {
       service_.parts.engine.ReserveAttend(spec_->problem, spec_->want_lse,
                                           spec_->want_order, spec_->want_lists));
   terms_.request_id = header.request_id();
-  terms_.deadline = service_.parts.clock.FromSystem(context_.deadline());
+  terms_.deadline = deadline_.time();
   PBS_ABSL_ASSIGN_OR_RETURN(
       upload_,
       AttendUpload::Create(*spec_, std::move(reservation), service_.upload_blocks));
@@ -97,6 +101,10 @@ absl::Status AttendCall::TakeHeader(const v1::AttendHeader& header) {
 
 absl::Status AttendCall::EndUpload() {
   guard_.Met();
+  // No half-close: the call is over, and OnCancel() may be yet to come.
+  if (grpc_call_failed_before_recv_message(context_.c_call()) != 0) {
+    return service_.WhyCut(deadline_);
+  }
   if (upload_ == nullptr) {
     return absl::InvalidArgumentError("the call ended before its header");
   }
@@ -130,8 +138,8 @@ void AttendCall::Submit() {
                : absl::StatusOr<Admission>(std::move(job).status());
   if (!admission.ok()) {
     OnDone(std::move(admission).status());
-  } else if (StoreJob(admission->id)) {
-    service_.parts.engine.Cancel(admission->id);
+  } else if (const absl::Status failure = StoreJob(admission->id); !failure.ok()) {
+    service_.parts.engine.Cancel(admission->id, CancelReasonOf(failure));
   }
   slot_.Reset();
   MutexLock lock(mutex_);
@@ -149,29 +157,27 @@ std::unique_ptr<AttendUpload> AttendCall::TakeUpload() {
   return upload;
 }
 
-// True when the call failed before the job could be cancelled by its id.
-bool AttendCall::StoreJob(JobId id) {
+// Not OK when the call failed before the job could be cancelled by its id.
+absl::Status AttendCall::StoreJob(JobId id) {
   MutexLock lock(mutex_);
   job_ = id;
-  return failure_.has_value();
+  return failure_.value_or(absl::OkStatus());
 }
 
-void AttendCall::OnCancel() { Fail(absl::CancelledError("the caller went away")); }
-
-void AttendCall::Fail(absl::Status status) {
+void AttendCall::Fail(const absl::Status& status) {
   JobId job = 0;
   std::unique_ptr<AttendUpload> dropped;  // freed after the lock is released
   {
     MutexLock lock(mutex_);
     if (failure_.has_value()) return;
-    failure_ = std::move(status);
+    failure_ = status;
     job = job_;
     stop_ = true;
     if (queued_) dropped = std::move(upload_);
     loop_.Wake();
   }
   // Without the lock: a waiting job ends, and calls OnDone(), before this returns.
-  if (job != 0) service_.parts.engine.Cancel(job);
+  if (job != 0) service_.parts.engine.Cancel(job, CancelReasonOf(status));
 }
 
 // The lock covers Wake(): once the last reference is gone the call may end at any time.

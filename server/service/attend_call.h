@@ -36,7 +36,7 @@ class AttendCall final
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override { loop_.OnWriteDone(ok); }
-  void OnCancel() override;
+  void OnCancel() override { Fail(service_.WhyCut(deadline_)); }
   void OnDone() override { delete this; }
 
  private:
@@ -46,21 +46,22 @@ class AttendCall final
   absl::Status EndUpload();
   void Submit();
   std::unique_ptr<AttendUpload> TakeUpload();
-  bool StoreJob(JobId id);
+  absl::Status StoreJob(JobId id);
 
   // Ends the call with `status` as soon as nothing refers to it; the first one counts.
-  void Fail(absl::Status status);
+  void Fail(const absl::Status& status);
   // AttendListener.
   void OnDone(absl::StatusOr<AttendResult> result) override;
   // WriteLoop::Stream.
   NextWrite Next() override;
-  void OnBroken() override { Fail(absl::CancelledError("the caller went away")); }
+  void OnBroken() override { Fail(service_.WhyCut(deadline_)); }
   void Send(const grpc::ByteBuffer* message) override { StartWrite(message); }
   void End(const absl::Status& status) override;
 
   ServiceContext& service_;
   const OpenCalls::Call open_{service_.open_calls};
   grpc::CallbackServerContext& context_;
+  const CallDeadline deadline_;
   CallRecord record_;
   WriteLoop loop_;
   grpc::ByteBuffer read_;

@@ -98,6 +98,7 @@ void AttendReply::FillStats(const BackendFacts& backend) {
   for (double density : result.report.head_density) wire.add_head_density(density);
   wire.set_executed_blocks(stats.executed_blocks);
   wire.set_causal_blocks(stats.causal_blocks);
+  wire.set_dense_blocks(stats.dense_blocks);
   wire.set_executed_flops(stats.executed_flops);
   wire.set_dense_flops(stats.dense_flops);
   wire.set_coverage(stats.coverage);

@@ -19,8 +19,9 @@ FetchCall::FetchCall(ServiceContext& service, grpc::CallbackServerContext& conte
                      const grpc::ByteBuffer& request)
     : service_(service),
       context_(context),
+      deadline_(service.DeadlineOf(context)),
       record_(service.parts, Rpc::kFetch),
-      transfer_(service.parts),
+      transfer_(service),
       loop_(*this, service.movers),
       guard_(service.parts.timers, service.parts.clock, [this](absl::Status reason) {
         Fail(std::move(reason));

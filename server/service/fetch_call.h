@@ -28,7 +28,7 @@ class FetchCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
             const grpc::ByteBuffer& request);
 
   void OnWriteDone(bool ok) override { loop_.OnWriteDone(ok); }
-  void OnCancel() override { Fail(absl::CancelledError("the caller went away")); }
+  void OnCancel() override { Fail(service_.WhyCut(deadline_)); }
   void OnDone() override { delete this; }
 
  private:
@@ -40,13 +40,14 @@ class FetchCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   absl::Status CheckSource() const;
 
   NextWrite Next() override;
-  void OnBroken() override { Fail(absl::CancelledError("the caller went away")); }
+  void OnBroken() override { Fail(service_.WhyCut(deadline_)); }
   void Send(const grpc::ByteBuffer* message) override { StartWrite(message); }
   void End(const absl::Status& status) override;
 
   ServiceContext& service_;
   const OpenCalls::Call open_{service_.open_calls};
   grpc::CallbackServerContext& context_;
+  const CallDeadline deadline_;
   CallRecord record_;
   TransferRecord transfer_;
   WriteLoop loop_;

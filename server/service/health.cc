@@ -108,6 +108,7 @@ HealthService::Status::ServingStatus HealthService::Get(
 grpc::ServerUnaryReactor* HealthService::Check(grpc::CallbackServerContext* context,
                                                const grpc::ByteBuffer* request,
                                                grpc::ByteBuffer* response) {
+  ++begun_;
   grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
   const absl::StatusOr<std::string> name = DecodeService(*request);
   if (!name.ok()) {
@@ -127,6 +128,7 @@ grpc::ServerUnaryReactor* HealthService::Check(grpc::CallbackServerContext* cont
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* HealthService::Watch(
     grpc::CallbackServerContext*, const grpc::ByteBuffer* request) {
+  ++begun_;
   return new HealthWatch(*this, movers_, *request);
 }
 

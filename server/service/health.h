@@ -8,6 +8,8 @@
 // bounded.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <map>
 #include <set>
 #include <string>
@@ -39,6 +41,9 @@ class HealthService final
   // What Watch says; SERVICE_UNKNOWN for a name that was never set.
   Status::ServingStatus Get(const std::string& service) const;
 
+  // Calls so far.
+  int64_t begun() const { return begun_; }
+
   grpc::ServerUnaryReactor* Check(grpc::CallbackServerContext* context,
                                   const grpc::ByteBuffer* request,
                                   grpc::ByteBuffer* response) override;
@@ -51,6 +56,7 @@ class HealthService final
   void Remove(HealthWatch* watch);
 
   TaskPool& movers_;
+  std::atomic<int64_t> begun_{0};
   mutable Mutex mutex_;
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;
   std::map<std::string, bool> serving_ ABSL_GUARDED_BY(mutex_);

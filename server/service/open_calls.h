@@ -4,6 +4,7 @@
 // Threading: safe from any thread. Memory: none.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "absl/time/clock.h"
@@ -26,6 +27,12 @@ class OpenCalls {
     OpenCalls& calls_;
   };
 
+  // Calls that were ever open.
+  int64_t begun() {
+    MutexLock lock(mutex_);
+    return begun_;
+  }
+
   // Returns once no call is open, or after `limit`.
   void WaitForNone(absl::Duration limit) {
     const absl::Time until = absl::Now() + limit;
@@ -39,12 +46,14 @@ class OpenCalls {
   void Add(int32_t count) {
     MutexLock lock(mutex_);
     open_ += count;
+    begun_ += std::max(count, 0);
     if (open_ == 0) changed_.NotifyAll();
   }
 
   Mutex mutex_;
   CondVar changed_;
   int32_t open_ ABSL_GUARDED_BY(mutex_) = 0;
+  int64_t begun_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace pbs::server

@@ -37,16 +37,18 @@ PrefillCall::PrefillCall(ServiceContext& service, grpc::CallbackServerContext& c
                          const grpc::ByteBuffer& request)
     : service_(service),
       context_(context),
+      deadline_(service.DeadlineOf(context)),
       record_(service.parts, Rpc::kPrefill),
-      transfer_(service.parts),
+      transfer_(service),
       loop_(*this, service.movers),
-      guard_(service.parts.timers, service.parts.clock, [this](absl::Status reason) {
-        Fail(std::move(reason));
-        context_.TryCancel();
-      }) {
+      guard_(service.parts.timers, service.parts.clock,
+             [this](const absl::Status& reason) {
+               Fail(reason);
+               context_.TryCancel();
+             }) {
   guard_.WatchWrites(loop_,
                      absl::Seconds(service.options.transport.write_stall_seconds_max));
-  if (absl::Status status = Open(request); !status.ok()) Fail(std::move(status));
+  if (absl::Status status = Open(request); !status.ok()) Fail(status);
 }
 
 absl::Status PrefillCall::Open(const grpc::ByteBuffer& buffer) {
@@ -56,7 +58,7 @@ absl::Status PrefillCall::Open(const grpc::ByteBuffer& buffer) {
   record_.set_request_id(request.request_id().substr(0, kRequestTextBytesMax));
   PBS_ABSL_RETURN_IF_ERROR(Decode(request));
   if (spec_.delivery == Delivery::kLease) {
-    PBS_ABSL_ASSIGN_OR_RETURN(const bool exists, BeginLease(request));
+    PBS_ABSL_ASSIGN_OR_RETURN(const bool exists, BeginLease());
     if (exists) return absl::OkStatus();
   }
   return Submit();
@@ -73,7 +75,7 @@ absl::Status PrefillCall::Decode(const v1::PrefillRequest& request) {
 }
 
 // True when the request's key names work that is done: its reply is on the way.
-absl::StatusOr<bool> PrefillCall::BeginLease(const v1::PrefillRequest& request) {
+absl::StatusOr<bool> PrefillCall::BeginLease() {
   LeaseRequest wanted;
   wanted.model = model_->name;
   wanted.model_digest = facts_.model_digest;
@@ -81,7 +83,7 @@ absl::StatusOr<bool> PrefillCall::BeginLease(const v1::PrefillRequest& request) 
   wanted.ttl_seconds = spec_.ttl_seconds;
   wanted.idempotency_key = spec_.idempotency_key;
   if (!spec_.idempotency_key.empty()) {
-    wanted.fingerprint = PrefillFingerprint(request, facts_.model_digest);
+    wanted.fingerprint = PrefillFingerprint(spec_, facts_.model_digest);
   }
   absl::StatusOr<BegunLease> begun = service_.parts.leases.Begin(wanted);
   if (!begun.ok()) {
@@ -148,8 +150,7 @@ absl::Status PrefillCall::Submit() {
   PBS_ABSL_ASSIGN_OR_RETURN(PrefillReservation reserved, Reserve());
   if (lease_.valid()) lease_.Attach(kv_);
   PrefillJob job;
-  job.terms = {spec_.request_id, service_.parts.clock.FromSystem(context_.deadline()),
-               spec_.priority};
+  job.terms = {spec_.request_id, deadline_.time(), spec_.priority};
   job.model = model_;
   job.tokens = std::move(spec_.tokens);
   job.attention = spec_.attention;
@@ -169,32 +170,34 @@ absl::Status PrefillCall::Submit() {
     job_runs_ = false;
     return std::move(admission).status();
   }
-  if (!Admit(*admission)) service_.parts.engine.Cancel(admission->id);
+  if (const absl::Status failure = Admit(*admission); !failure.ok()) {
+    service_.parts.engine.Cancel(admission->id, CancelReasonOf(failure));
+  }
   return absl::OkStatus();
 }
 
-// False when the call failed before the job could be cancelled by its id.
-bool PrefillCall::Admit(const Admission& admission) {
+// Not OK when the call failed before the job could be cancelled by its id.
+absl::Status PrefillCall::Admit(const Admission& admission) {
   MutexLock lock(mutex_);
   job_ = admission.id;
   events_.push_front(
       EncodeAdmitted(lease_.valid() ? &lease_.ticket() : nullptr, admission));
   admitted_ = true;
   loop_.Wake();
-  return !failure_.has_value();
+  return failure_.value_or(absl::OkStatus());
 }
 
-void PrefillCall::Fail(absl::Status status) {
+void PrefillCall::Fail(const absl::Status& status) {
   JobId job = 0;
   {
     MutexLock lock(mutex_);
     if (failure_.has_value()) return;
-    failure_ = std::move(status);
+    failure_ = status;
     job = job_;
     loop_.Wake();
   }
   // Without the lock: a waiting job ends, and calls OnDone(), before this returns.
-  if (job != 0) service_.parts.engine.Cancel(job);
+  if (job != 0) service_.parts.engine.Cancel(job, CancelReasonOf(status));
 }
 
 void PrefillCall::PushEvent(grpc::ByteBuffer event) {

@@ -35,21 +35,21 @@ class PrefillCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
               const grpc::ByteBuffer& request);
 
   void OnWriteDone(bool ok) override { loop_.OnWriteDone(ok); }
-  void OnCancel() override { Fail(absl::CancelledError("the caller went away")); }
+  void OnCancel() override { Fail(service_.WhyCut(deadline_)); }
   void OnDone() override { delete this; }
 
  private:
   // On gRPC's thread, before the call's first message.
   absl::Status Open(const grpc::ByteBuffer& request);
   absl::Status Decode(const v1::PrefillRequest& request);
-  absl::StatusOr<bool> BeginLease(const v1::PrefillRequest& request);
+  absl::StatusOr<bool> BeginLease();
   absl::StatusOr<PrefillReservation> Reserve();
   absl::Status Submit();
-  bool Admit(const Admission& admission);
+  absl::Status Admit(const Admission& admission);
   absl::Status ReplyWithExisting(const LeaseView& lease);
   int64_t ResultBytes() const;
 
-  void Fail(absl::Status status);
+  void Fail(const absl::Status& status);
   void PushEvent(grpc::ByteBuffer event);
 
   // PrefillListener, on the executor's thread.
@@ -59,7 +59,7 @@ class PrefillCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   // WriteLoop::Stream.
   NextWrite Next() override;
-  void OnBroken() override { Fail(absl::CancelledError("the caller went away")); }
+  void OnBroken() override { Fail(service_.WhyCut(deadline_)); }
   void Send(const grpc::ByteBuffer* message) override { StartWrite(message); }
   void End(const absl::Status& status) override;
   std::optional<grpc::ByteBuffer> NextChunk();
@@ -68,6 +68,7 @@ class PrefillCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   ServiceContext& service_;
   const OpenCalls::Call open_{service_.open_calls};
   grpc::CallbackServerContext& context_;
+  const CallDeadline deadline_;
   CallRecord record_;
   TransferRecord transfer_;
   WriteLoop loop_;

@@ -110,6 +110,11 @@ absl::Status DecodeLogits(const v1::PrefillRequest& request, PrefillSpec& spec) 
   return absl::OkStatus();
 }
 
+void AddIntegers(const std::vector<int32_t>& values, Sha256& hash) {
+  hash.AddField(
+      {reinterpret_cast<const char*>(values.data()), sizeof(int32_t) * values.size()});
+}
+
 }  // namespace
 
 absl::StatusOr<PrefillSpec> DecodePrefill(const v1::PrefillRequest& request,
@@ -139,19 +144,15 @@ absl::StatusOr<PrefillSpec> DecodePrefill(const v1::PrefillRequest& request,
   return spec;
 }
 
-std::string PrefillFingerprint(const v1::PrefillRequest& request,
+std::string PrefillFingerprint(const PrefillSpec& spec,
                                absl::string_view model_digest) {
   Sha256 hash;
   hash.AddField({model_digest.data(), model_digest.size()});
-  hash.AddField({reinterpret_cast<const char*>(request.token_ids().data()),
-                 sizeof(uint32_t) * static_cast<size_t>(request.token_ids_size())});
-  hash.AddField(
-      {reinterpret_cast<const char*>(request.logit_positions().data()),
-       sizeof(uint32_t) * static_cast<size_t>(request.logit_positions_size())});
-  hash.AddField(request.attention().SerializeAsString());
-  hash.AddField(
-      absl::StrCat(request.top_logits(), " ", request.all_logits_last_token()));
-  hash.AddField(request.tenant_salt());
+  AddIntegers(spec.tokens, hash);
+  AddIntegers(spec.logit_positions, hash);
+  hash.AddField(EncodeAttentionOptions(spec.attention).SerializeAsString());
+  hash.AddField(absl::StrCat(spec.top_logits, " ", spec.all_logits_last_token));
+  hash.AddField(spec.tenant_salt);
   return hash.Finish();
 }
 

@@ -50,9 +50,9 @@ struct PrefillSpec {
 absl::StatusOr<PrefillSpec> DecodePrefill(const v1::PrefillRequest& request,
                                           const PrefillLimits& limits);
 
-// A name of everything in `request` that decides its result, for idempotency. The
-// request id, priority and time limits are not part of it.
-std::string PrefillFingerprint(const v1::PrefillRequest& request,
-                               absl::string_view model_digest);
+// A name of everything that decides the result, for idempotency. What a request leaves
+// to a default and what it spells out are the same. The request id, priority and time
+// limits are not part of it.
+std::string PrefillFingerprint(const PrefillSpec& spec, absl::string_view model_digest);
 
 }  // namespace pbs::server

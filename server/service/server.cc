@@ -1,5 +1,6 @@
 #include "server/service/server.h"
 
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -14,6 +15,8 @@
 #include "server/service/request_limits.h"
 #include "server/service/service_context.h"
 #include "server/service/services.h"
+#include "server/service/unknown_methods.h"
+#include "server/service/unread_calls.h"
 
 namespace pbs::server {
 namespace {
@@ -93,7 +96,35 @@ struct GrpcServer::Impl {
         prefill(context),
         attention(context),
         source(context),
-        health(context.movers) {}
+        health(context.movers),
+        unknown(context) {}
+
+  ~Impl() { context.parts.timers.Cancel(look); }
+
+  // Looks for unread calls, again and again. Reflection answers calls that we do not
+  // count.
+  void WatchUnread() {
+    if (context.options.reflection) return;
+    if (const std::optional<int64_t> begun = CallsBegun(channelz_id)) {
+      const int64_t seen = context.open_calls.begun() + health.begun();
+      if (const int64_t more = unread.Look(*begun, seen); more > 0) TellUnread(more);
+    }
+    const ServiceParts& parts = context.parts;
+    look = parts.timers.At(parts.clock.Now() + UnreadCalls::kLookInterval,
+                           [this] { WatchUnread(); });
+  }
+
+  void TellUnread(int64_t calls) {
+    context.parts.metrics.rpc.unread.Increment(static_cast<double>(calls));
+    const int64_t bytes_max = ReceiveMessageBytesMax(context.options.limits.tokens_max);
+    context.parts.log.Warning(
+        "calls_unread",
+        {{"calls", calls},
+         {"receive_message_bytes_max", bytes_max},
+         {"note",
+          "gRPC refused them (longer than the limit, or compressed), or their callers "
+          "left before the request was complete"}});
+  }
 
   void SetServing(bool serving) {
     health.Set("", serving);
@@ -105,7 +136,11 @@ struct GrpcServer::Impl {
   AttentionService attention;
   KvSourceService source;
   HealthService health;
+  UnknownMethods unknown;
+  UnreadCalls unread;
+  TimerId look = 0;
   int port = 0;
+  int64_t channelz_id = 0;               // gRPC's number of `server`
   std::unique_ptr<grpc::Server> server;  // last: its calls use everything above
 };
 
@@ -122,6 +157,7 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Create(
   builder.RegisterService(&impl->attention);
   builder.RegisterService(&impl->source);
   builder.RegisterService(&impl->health);
+  builder.RegisterCallbackGenericService(&impl->unknown);
   impl->SetServing(false);
   impl->health.Set(kLivenessService, true);
   impl->server = builder.BuildAndStart();
@@ -130,6 +166,8 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Create(
         absl::StrCat("cannot listen on ", options.listen,
                      ": the address is in use or not of this machine"));
   }
+  impl->channelz_id = NewestServer();
+  impl->WatchUnread();
   return std::unique_ptr<GrpcServer>(new GrpcServer(std::move(impl)));
 }
 
@@ -150,6 +188,7 @@ void GrpcServer::Drain(absl::AnyInvocable<void()> on_uploaded) {
 }
 
 int32_t GrpcServer::CutUploads() {
+  impl_->context.SetStopping();
   return impl_->context.uploads.Cut(
       absl::UnavailableError("the server is shutting down"));
 }
@@ -157,6 +196,7 @@ int32_t GrpcServer::CutUploads() {
 void GrpcServer::Shutdown(absl::Duration grace) {
   impl_->health.EndWatches();
   impl_->context.open_calls.WaitForNone(grace);
+  impl_->context.SetStopping();
   impl_->server->Shutdown(absl::ToChronoTime(absl::Now()));
 }
 

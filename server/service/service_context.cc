@@ -41,6 +41,19 @@ absl::StatusOr<Uploads::Slot> ServiceContext::TakeUploadSlot(Uploads::End end) {
   return slot;
 }
 
+absl::Status ServiceContext::WhyCut(const CallDeadline& deadline) const {
+  if (stopping_) return absl::UnavailableError("the server is shutting down");
+  if (deadline.Ends(parts.clock.Now())) {
+    return absl::DeadlineExceededError("the deadline passed before the call was done");
+  }
+  return absl::CancelledError("the caller went away");
+}
+
+CallDeadline ServiceContext::DeadlineOf(
+    const grpc::CallbackServerContext& context) const {
+  return {parts.clock.Now(), parts.clock.FromSystem(context.deadline())};
+}
+
 absl::StatusOr<ByteReservation> ServiceContext::Reserve(int64_t bytes) {
   absl::StatusOr<ByteReservation> reservation = parts.ledger.Reserve(bytes);
   if (!reservation.ok()) {

@@ -10,10 +10,13 @@
 #include <string>
 #include <vector>
 
+#include <grpcpp/server_context.h>
+
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "server/base/block_cache.h"
 #include "server/engine/served_model.h"
+#include "server/service/call_deadline.h"
 #include "server/service/open_calls.h"
 #include "server/service/options.h"
 #include "server/service/parts.h"
@@ -49,6 +52,15 @@ class ServiceContext {
   // Uploads::Take(), with refusals counted.
   absl::StatusOr<Uploads::Slot> TakeUploadSlot(Uploads::End end);
 
+  // Why gRPC ends a call of ours that is not finished: the server stops, the deadline
+  // passed, or the caller went away.
+  absl::Status WhyCut(const CallDeadline& deadline) const;
+  // The deadline of a call that begins now.
+  CallDeadline DeadlineOf(const grpc::CallbackServerContext& context) const;
+  // From here on gRPC ends calls because the server stops.
+  void SetStopping() { stopping_ = true; }
+  bool stopping() const { return stopping_; }
+
   // The ledger, with refusals counted.
   absl::StatusOr<ByteReservation> Reserve(int64_t bytes);
 
@@ -65,6 +77,7 @@ class ServiceContext {
   std::vector<const ServedModel*> model_list_;
   std::atomic<const std::vector<const ServedModel*>*> models_{nullptr};
   std::atomic<bool> draining_{false};
+  std::atomic<bool> stopping_{false};
 };
 
 }  // namespace pbs::server

@@ -8,13 +8,14 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
-#include "server/service/parts.h"
+#include "server/service/service_context.h"
 
 namespace pbs::server {
 
 class TransferRecord {
  public:
-  explicit TransferRecord(const ServiceParts& parts) : parts_(parts) {}
+  explicit TransferRecord(const ServiceContext& service)
+      : service_(service), parts_(service.parts) {}
 
   // A chunk is handed to the transport.
   void AddChunk(size_t bytes) {
@@ -38,11 +39,15 @@ class TransferRecord {
   }
 
  private:
-  static TransferFailure ReasonOf(const absl::Status& status) {
+  TransferFailure ReasonOf(const absl::Status& status) const {
     switch (status.code()) {
       case absl::StatusCode::kNotFound:
         return TransferFailure::kLeaseGone;
+      case absl::StatusCode::kDeadlineExceeded:
+        return TransferFailure::kDeadline;
       case absl::StatusCode::kUnavailable:
+        return service_.stopping() ? TransferFailure::kShutdown
+                                   : TransferFailure::kPrefillFailed;
       case absl::StatusCode::kInternal:
         return TransferFailure::kPrefillFailed;
       default:
@@ -50,6 +55,7 @@ class TransferRecord {
     }
   }
 
+  const ServiceContext& service_;
   const ServiceParts& parts_;
   bool complete_ = false;
   std::optional<absl::Time> start_;

@@ -19,10 +19,11 @@ enum class Rpc : uint8_t {
   kRelease,
   kListModels,
   kGetServerInfo,
+  kUnknown,  // a method that this server does not have
 };
-inline constexpr std::array<const char*, 8> kRpcNames = {
-    "prefill", "attend",  "describe",    "fetch",
-    "renew",   "release", "list_models", "get_server_info"};
+inline constexpr std::array<const char*, 9> kRpcNames = {
+    "prefill", "attend",      "describe",        "fetch",  "renew",
+    "release", "list_models", "get_server_info", "unknown"};
 
 // Label `stage`: StageSeconds (types.proto) without `copy`, which replies tell beside
 // what it is a part of.
@@ -55,18 +56,25 @@ inline constexpr std::array<const char*, 8> kRejectReasonNames = {
     "uploads",    "leases", "loading",   "draining"};
 
 // Label `reason` of work thrown away.
-enum class WasteReason : uint8_t { kCancelled, kDeadline, kError };
-inline constexpr std::array<const char*, 3> kWasteReasonNames = {"cancelled",
-                                                                 "deadline", "error"};
+enum class WasteReason : uint8_t {
+  kCancelled,  // the caller went away, or took nothing
+  kDeadline,   // its deadline passed
+  kError,
+  kShutdown,  // the server stopped
+};
+inline constexpr std::array<const char*, 4> kWasteReasonNames = {
+    "cancelled", "deadline", "error", "shutdown"};
 
 // Label `reason` of transfers that had begun and ended early.
 enum class TransferFailure : uint8_t {
   kCancelled,      // the consumer went away, or took nothing
   kLeaseGone,      // released or expired under the transfer
   kPrefillFailed,  // the cache will never be complete
+  kDeadline,       // the consumer's deadline passed
+  kShutdown,       // the server stopped
 };
-inline constexpr std::array<const char*, 3> kTransferFailureNames = {
-    "cancelled", "lease_gone", "prefill_failed"};
+inline constexpr std::array<const char*, 5> kTransferFailureNames = {
+    "cancelled", "lease_gone", "prefill_failed", "deadline", "shutdown"};
 
 // Label `tier` of held caches.
 enum class Tier : uint8_t { kHost };

@@ -13,10 +13,10 @@ using prometheus::ClientMetric;
 using prometheus::MetricFamily;
 using prometheus::MetricType;
 
-MetricFamily GaugeFamily(std::string name, std::string help, double value) {
+MetricFamily GaugeFamily(const MetricName& name, double value) {
   ClientMetric metric;
   metric.gauge.value = value;
-  return {std::move(name), std::move(help), MetricType::Gauge, {metric}};
+  return {name.name, name.help, MetricType::Gauge, {metric}};
 }
 
 struct Alias {
@@ -24,10 +24,10 @@ struct Alias {
   const char* theirs;
 };
 constexpr Alias kAliases[] = {
-    {"pbs_requests_waiting", "vllm:num_requests_waiting"},
-    {"pbs_requests_running", "vllm:num_requests_running"},
-    {"pbs_request_queue_time_seconds", "vllm:request_queue_time_seconds"},
-    {"pbs_time_to_kv_ready_seconds", "vllm:time_to_first_token_seconds"},
+    {kWaitingName.name, kVllmWaitingName},
+    {kRunningName.name, kVllmRunningName},
+    {kQueueTimeName.name, kVllmQueueTimeName},
+    {kKvReadyName.name, kVllmFirstTokenName},
 };
 
 double GaugeSum(const MetricFamily& family) {
@@ -38,12 +38,11 @@ double GaugeSum(const MetricFamily& family) {
 
 }  // namespace
 
-SampledGauge::SampledGauge(std::string name, std::string help,
-                           std::function<Values()> values)
-    : name_(std::move(name)), help_(std::move(help)), values_(std::move(values)) {}
+SampledGauge::SampledGauge(const MetricName& metric, std::function<Values()> values)
+    : metric_(metric), values_(std::move(values)) {}
 
 std::vector<MetricFamily> SampledGauge::Collect() const {
-  MetricFamily family = {name_, help_, MetricType::Gauge, {}};
+  MetricFamily family = {metric_.name, metric_.help, MetricType::Gauge, {}};
   for (const auto& [device, value] : values_()) {
     ClientMetric metric;
     metric.gauge.value = value;
@@ -61,8 +60,8 @@ std::vector<MetricFamily> VllmMetrics::Collect() const {
   double held = 0;
   double budget = 0;
   for (MetricFamily& family : registry_.Collect()) {
-    if (family.name == "pbs_kv_held_bytes") held = GaugeSum(family);
-    if (family.name == "pbs_memory_budget_bytes") budget = GaugeSum(family);
+    if (family.name == kKvHeldName.name) held = GaugeSum(family);
+    if (family.name == kMemoryBudgetName.name) budget = GaugeSum(family);
     for (const Alias& alias : kAliases) {
       if (family.name != alias.ours) continue;
       family.name = alias.theirs;
@@ -70,9 +69,7 @@ std::vector<MetricFamily> VllmMetrics::Collect() const {
       break;
     }
   }
-  result.push_back(GaugeFamily("vllm:kv_cache_usage_perc",
-                               "KV cache usage; 1 is all of it",
-                               budget > 0 ? held / budget : 0));
+  result.push_back(GaugeFamily(kVllmCacheUsageName, budget > 0 ? held / budget : 0));
   for (MetricFamily& family : result) {
     for (ClientMetric& metric : family.metric) {
       metric.label.push_back({"model_name", model_name_});

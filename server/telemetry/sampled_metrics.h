@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "server/telemetry/metric_names.h"
+
 namespace pbs::server {
 
 // A gauge whose value is asked for at every scrape; the function must be safe from any
@@ -21,12 +23,11 @@ class SampledGauge final : public prometheus::Collectable {
   // By the label `device`; the name "" stands for no label.
   using Values = std::vector<std::pair<std::string, double>>;
 
-  SampledGauge(std::string name, std::string help, std::function<Values()> values);
+  SampledGauge(const MetricName& metric, std::function<Values()> values);
   std::vector<prometheus::MetricFamily> Collect() const override;
 
  private:
-  const std::string name_;
-  const std::string help_;
+  const MetricName metric_;
   const std::function<Values()> values_;
 };
 

@@ -2,6 +2,8 @@
 
 #include <prometheus/family.h>
 
+#include "server/telemetry/metric_names.h"
+
 namespace pbs::server {
 namespace {
 
@@ -14,17 +16,23 @@ using prometheus::Histogram;
 using prometheus::Registry;
 using Buckets = Histogram::BucketBoundaries;
 
-Counter& AddCounter(Registry& registry, const char* name, const char* help) {
-  return BuildCounter().Name(name).Help(help).Register(registry).Add({});
+// The family that a builder of prometheus-cpp makes.
+template <class Builder>
+auto& Family(Builder builder, Registry& registry, const MetricName& metric) {
+  return builder.Name(metric.name).Help(metric.help).Register(registry);
 }
 
-Gauge& AddGauge(Registry& registry, const char* name, const char* help) {
-  return BuildGauge().Name(name).Help(help).Register(registry).Add({});
+Counter& AddCounter(Registry& registry, const MetricName& metric) {
+  return Family(BuildCounter(), registry, metric).Add({});
 }
 
-Histogram& AddHistogram(Registry& registry, const char* name, const char* help,
+Gauge& AddGauge(Registry& registry, const MetricName& metric) {
+  return Family(BuildGauge(), registry, metric).Add({});
+}
+
+Histogram& AddHistogram(Registry& registry, const MetricName& metric,
                         const Buckets& buckets) {
-  return BuildHistogram().Name(name).Help(help).Register(registry).Add({}, buckets);
+  return Family(BuildHistogram(), registry, metric).Add({}, buckets);
 }
 
 // One metric of `family` per name.
@@ -45,7 +53,7 @@ PerLabel<Metric, kSize> AddPerLabel(prometheus::Family<Metric>& family,
 const Buckets& TimeBuckets() {
   static const Buckets kBuckets = [] {
     Buckets buckets;
-    for (double bound = 0.001; bound < 4200; bound *= 2) buckets.push_back(bound);
+    for (double bound = 0.001 / 64; bound < 4200; bound *= 2) buckets.push_back(bound);
     return buckets;
   }();
   return kBuckets;
@@ -74,83 +82,43 @@ const Buckets& CoverageBuckets() {
 }
 
 EngineMetrics::EngineMetrics(Registry& registry)
-    : queue_time(AddHistogram(registry, "pbs_request_queue_time_seconds",
-                              "From admission to the first step", TimeBuckets())),
-      prefill_time(AddHistogram(registry, "pbs_request_prefill_time_seconds",
-                                "Execution time of finished prefills", TimeBuckets())),
-      time_to_first_layer(AddHistogram(registry, "pbs_time_to_first_layer_seconds",
-                                       "From admission to the first layer's KV",
-                                       TimeBuckets())),
-      time_to_kv_ready(AddHistogram(registry, "pbs_time_to_kv_ready_seconds",
-                                    "From admission to the last layer's KV",
-                                    TimeBuckets())),
-      coverage(AddHistogram(registry, "pbs_attention_coverage_ratio",
-                            "Attention mass held by the selected blocks",
-                            CoverageBuckets())),
-      batch_requests(AddHistogram(registry, "pbs_prefill_batch_requests",
-                                  "Prompts that shared a run", CountBuckets())),
-      flops_computed(AddCounter(registry, "pbs_attention_flops_computed_total",
-                                "Attention FLOPs executed")),
-      flops_dense(AddCounter(registry, "pbs_attention_flops_dense_total",
-                             "Attention FLOPs that dense attention would need")),
-      prompt_tokens(AddCounter(registry, "pbs_prompt_tokens_total",
-                               "Prompt tokens of finished prefills")),
-      running(AddGauge(registry, "pbs_requests_running",
-                       "Requests started and not finished")),
-      waiting(AddGauge(registry, "pbs_requests_waiting", "Requests queued")),
-      backlog_tokens(AddGauge(registry, "pbs_prefill_backlog_tokens",
-                              "Prompt tokens admitted and not finished")),
-      backlog_seconds(AddGauge(registry, "pbs_prefill_backlog_seconds",
-                               "Predicted time until all admitted work is done")),
-      memory_budget(AddGauge(registry, "pbs_memory_budget_bytes",
-                             "Bytes that admission may charge")),
-      stage_time_(AddPerLabel(BuildHistogram()
-                                  .Name("pbs_stage_time_seconds")
-                                  .Help("Time of one stage of a finished request")
-                                  .Register(registry),
+    : queue_time(AddHistogram(registry, kQueueTimeName, TimeBuckets())),
+      prefill_time(AddHistogram(registry, kPrefillTimeName, TimeBuckets())),
+      time_to_first_layer(AddHistogram(registry, kFirstLayerName, TimeBuckets())),
+      time_to_kv_ready(AddHistogram(registry, kKvReadyName, TimeBuckets())),
+      coverage(AddHistogram(registry, kCoverageName, CoverageBuckets())),
+      batch_requests(AddHistogram(registry, kBatchName, CountBuckets())),
+      flops_computed(AddCounter(registry, kFlopsComputedName)),
+      flops_dense(AddCounter(registry, kFlopsDenseName)),
+      prompt_tokens(AddCounter(registry, kPromptTokensName)),
+      running(AddGauge(registry, kRunningName)),
+      waiting(AddGauge(registry, kWaitingName)),
+      backlog_tokens(AddGauge(registry, kBacklogTokensName)),
+      backlog_seconds(AddGauge(registry, kBacklogSecondsName)),
+      memory_budget(AddGauge(registry, kMemoryBudgetName)),
+      stage_time_(AddPerLabel(Family(BuildHistogram(), registry, kStageTimeName),
                               "stage", kStageNames, TimeBuckets())),
-      density_(AddPerLabel(BuildHistogram()
-                               .Name("pbs_attention_density_ratio")
-                               .Help("Executed over causal blocks of one attention")
-                               .Register(registry),
-                           "method", kMethodNames, RatioBuckets())),
-      tokens_wasted_(AddPerLabel(BuildCounter()
-                                     .Name("pbs_prefill_tokens_wasted_total")
-                                     .Help("Prompt tokens computed in vain")
-                                     .Register(registry),
+      density_(AddPerLabel(Family(BuildHistogram(), registry, kDensityName), "method",
+                           kMethodNames, RatioBuckets())),
+      tokens_wasted_(AddPerLabel(Family(BuildCounter(), registry, kTokensWastedName),
                                  "reason", kWasteReasonNames)),
-      rejected_(AddPerLabel(BuildCounter()
-                                .Name("pbs_requests_rejected_total")
-                                .Help("Requests refused before any work was done")
-                                .Register(registry),
-                            "reason", kRejectReasonNames)) {}
+      rejected_(AddPerLabel(Family(BuildCounter(), registry, kRejectedName), "reason",
+                            kRejectReasonNames)) {}
 
 KvMetrics::KvMetrics(Registry& registry)
-    : leases(AddGauge(registry, "pbs_kv_leases", "Leases held")),
-      lease_expired(
-          AddCounter(registry, "pbs_kv_lease_expired_total", "Leases freed by expiry")),
-      transfer_bytes(AddCounter(registry, "pbs_kv_transfer_bytes_total",
-                                "KV payload bytes handed to the transport")),
-      transfer_time(AddHistogram(registry, "pbs_kv_transfer_time_seconds",
-                                 "Time of one KV transfer", TimeBuckets())),
-      export_outstanding(AddGauge(registry, "pbs_kv_export_outstanding_bytes",
-                                  "KV bytes held and not yet fetched")),
-      held_(AddPerLabel(BuildGauge()
-                            .Name("pbs_kv_held_bytes")
-                            .Help("Bytes of all KV caches")
-                            .Register(registry),
-                        "tier", kTierNames)),
-      transfer_failures_(AddPerLabel(BuildCounter()
-                                         .Name("pbs_kv_transfer_failures_total")
-                                         .Help("KV transfers that ended early")
-                                         .Register(registry),
-                                     "reason", kTransferFailureNames)) {}
+    : leases(AddGauge(registry, kLeasesName)),
+      lease_expired(AddCounter(registry, kLeaseExpiredName)),
+      transfer_bytes(AddCounter(registry, kTransferBytesName)),
+      transfer_time(AddHistogram(registry, kTransferTimeName, TimeBuckets())),
+      export_outstanding(AddGauge(registry, kExportOutstandingName)),
+      held_(
+          AddPerLabel(Family(BuildGauge(), registry, kKvHeldName), "tier", kTierNames)),
+      transfer_failures_(
+          AddPerLabel(Family(BuildCounter(), registry, kTransferFailuresName), "reason",
+                      kTransferFailureNames)) {}
 
-RpcMetrics::RpcMetrics(Registry& registry) {
-  auto& family = BuildCounter()
-                     .Name("pbs_requests_total")
-                     .Help("Finished calls")
-                     .Register(registry);
+RpcMetrics::RpcMetrics(Registry& registry) : unread(AddCounter(registry, kUnreadName)) {
+  auto& family = Family(BuildCounter(), registry, kRequestsName);
   for (size_t rpc = 0; rpc < kRpcNames.size(); ++rpc) {
     for (size_t code = 0; code < kCodeNames.size(); ++code) {
       requests_[rpc][code] =
@@ -167,19 +135,13 @@ Counter& RpcMetrics::Requests(Rpc rpc, absl::StatusCode code) const {
 }
 
 void ServerMetrics::SetBuildInfo(const BuildLabels& labels) {
-  BuildGauge()
-      .Name("pbs_build_info")
-      .Help("Version of the server; always 1")
-      .Register(registry_)
+  Family(BuildGauge(), registry_, kBuildInfoName)
       .Add({{"version", labels.version}, {"commit", labels.commit}})
       .Set(1);
 }
 
 void ServerMetrics::SetBackendInfo(const BackendLabels& labels) {
-  BuildGauge()
-      .Name("pbs_backend_info")
-      .Help("Backend that runs attention; always 1")
-      .Register(registry_)
+  Family(BuildGauge(), registry_, kBackendInfoName)
       .Add(
           {{"backend", labels.backend}, {"isa", labels.isa}, {"device", labels.device}})
       .Set(1);

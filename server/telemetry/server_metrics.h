@@ -1,5 +1,6 @@
-// Every metric of the server. This header is the reference; docs/OPERATIONS.md quotes
-// it and says which alert, panel or decision uses each.
+// The metrics that the server counts; sampled_metrics.h and process_metrics.h have
+// those that are looked at when they are scraped. Their names are in metric_names.h.
+// docs/OPERATIONS.md says which alert, panel or decision uses each.
 //
 // Units are seconds and bytes. Handles resolve once, at construction: the hot path does
 // one atomic addition and no lookup.
@@ -77,7 +78,8 @@ struct EngineMetrics {
   prometheus::Histogram& StageTime(Stage stage) const {
     return *stage_time_[static_cast<size_t>(stage)];
   }
-  // pbs_attention_density_ratio{method}: of one attention; `method` is what ran.
+  // pbs_attention_density_ratio{method}: AttentionStats::Density() of one attention;
+  // `method` is what ran.
   prometheus::Histogram& Density(Method method) const {
     return *density_[static_cast<size_t>(method)];
   }
@@ -131,6 +133,9 @@ struct KvMetrics {
 struct RpcMetrics {
   explicit RpcMetrics(prometheus::Registry& registry);
 
+  // pbs_requests_unread_total: calls that never reached us (service/unread_calls.h).
+  prometheus::Counter& unread;
+
   // pbs_requests_total{rpc,code}: finished calls. A code outside the canonical ones
   // counts as UNKNOWN.
   prometheus::Counter& Requests(Rpc rpc, absl::StatusCode code) const;
@@ -166,7 +171,7 @@ struct ServerMetrics {
   prometheus::Registry& registry_;
 };
 
-// Bucket bounds: 1 ms doubling to 4194 s; ratios in steps of .05 to 1; coverage with
+// Bucket bounds: 1/64 ms doubling to 4194 s; ratios in steps of .05 to 1; coverage with
 // its interest near 1.
 const prometheus::Histogram::BucketBoundaries& TimeBuckets();
 const prometheus::Histogram::BucketBoundaries& CountBuckets();  // 1 doubling to 256

@@ -15,11 +15,21 @@ bool IsExact(const AttentionOptions& options, int32_t num_tokens) {
   return options.method == Method::kPbs && num_tokens <= options.segment_size;
 }
 
+std::string Named(const char* name, std::string_view canonical,
+                  std::string_view tenant_salt) {
+  Sha256 hash;
+  hash.AddField(canonical);
+  hash.AddField(tenant_salt);
+  return absl::StrFormat("%s-%s", name, hash.Finish().substr(0, kDigestHexDigits));
+}
+
 }  // namespace
 
 std::string SparsityDigest(const AttentionOptions& options, int32_t num_tokens,
                            std::string_view tenant_salt) {
-  if (IsExact(options, num_tokens)) return kExactDigest;
+  const bool is_exact = IsExact(options, num_tokens);
+  if (is_exact && tenant_salt.empty()) return kExactDigest;
+  if (is_exact) return Named(kExactDigest, kExactDigest, tenant_salt);
   std::string canonical = absl::StrFormat(
       "%s block_size=%d threshold=%.9g force_first_block=%d dense_fallback=%d",
       MethodName(options.method), options.block_size, options.threshold,
@@ -28,11 +38,7 @@ std::string SparsityDigest(const AttentionOptions& options, int32_t num_tokens,
     canonical += absl::StrFormat(" segment_size=%d scope=%s", options.segment_size,
                                  ScopeName(options.scope));
   }
-  Sha256 hash;
-  hash.AddField(canonical);
-  hash.AddField(tenant_salt);
-  return absl::StrFormat("%s-%s", MethodName(options.method),
-                         hash.Finish().substr(0, kDigestHexDigits));
+  return Named(MethodName(options.method), canonical, tenant_salt);
 }
 
 }  // namespace pbs::server

@@ -13,9 +13,9 @@ namespace pbs::server {
 inline constexpr char kExactDigest[] = "exact";
 
 // "exact" when the options make a prompt of `num_tokens` run dense whatever it says;
-// else the method's name and 32 hex digits over everything that decides the result:
-// "pbs-5d41402abc4b2a76b9719d911017c592". Equal inputs give equal digests in every
-// build.
+// else the method's name and 32 hex digits over everything that decides the result and
+// the salt: "pbs-5d41402abc4b2a76b9719d911017c592". With a salt an exact cache has the
+// digits, too: "exact-...". Equal inputs give equal digests in every build.
 std::string SparsityDigest(const AttentionOptions& options, int32_t num_tokens,
                            std::string_view tenant_salt);
 

@@ -82,7 +82,7 @@ class PrefillBench final : public Case, private PrefillObserver {
     stages_.attention.permute_seconds += report.attention.permute_seconds;
     stages_.attention.select_seconds += report.attention.select_seconds;
     stages_.attention.attend_seconds += report.attention.attend_seconds;
-    density_ += report.attention.Density();
+    density_ += report.attention.CausalRatio();
   }
 
   const Model& model_;

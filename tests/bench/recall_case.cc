@@ -66,7 +66,7 @@ class RecallBench final : public Case, private PrefillObserver {
  private:
   void OnKvReady(int32_t) override {}
   void OnLayerDone(const LayerReport& report) override {
-    density_ += report.attention.Density();
+    density_ += report.attention.CausalRatio();
     ++layers_;
   }
 

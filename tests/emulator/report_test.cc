@@ -99,6 +99,7 @@ void ExpectEqual(const AttentionReport& actual, const AttentionReport& expected)
   EXPECT_EQ(actual.stats.executed_blocks, expected.stats.executed_blocks);
   EXPECT_EQ(actual.stats.lower_blocks, expected.stats.lower_blocks);
   EXPECT_EQ(actual.stats.causal_blocks, expected.stats.causal_blocks);
+  EXPECT_EQ(actual.stats.dense_blocks, expected.stats.dense_blocks);
   EXPECT_EQ(actual.stats.executed_flops, expected.stats.executed_flops);
   EXPECT_EQ(actual.stats.dense_flops, expected.stats.dense_flops);
   EXPECT_EQ(actual.stats.method_run, expected.stats.method_run);

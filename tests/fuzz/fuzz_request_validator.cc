@@ -77,6 +77,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (int32_t position : spec->logit_positions) {
     Require(position < static_cast<int32_t>(spec->tokens.size()), "a bad position");
   }
-  Require(!pbs::server::PrefillFingerprint(request, "m").empty(), "no fingerprint");
+  Require(!pbs::server::PrefillFingerprint(*spec, "m").empty(), "no fingerprint");
   return 0;
 }

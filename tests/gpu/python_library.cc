@@ -101,14 +101,15 @@ PBS_EXPORT int32_t PbsRun(void* handle, const void* q, const void* k, const void
 
 PBS_EXPORT int32_t PbsWait(void* handle) { return Told(Of(handle).session->Wait()); }
 
-// Waits. Density; seconds of ordering, selection, attention; whether it fell back.
+// Waits. Executed over causal blocks, as published densities count; seconds of
+// ordering, selection, attention; whether it fell back.
 PBS_EXPORT int32_t PbsReadReport(void* handle, double* figures) {
   Opened& opened = Of(handle);
   pbs::AttentionReport report;
   const pbs::Status status =
       opened.session->attention().ReadReport(*opened.plan, opened.lent, {}, &report);
   const pbs::AttentionStats& stats = report.stats;
-  figures[0] = stats.Density();
+  figures[0] = stats.CausalRatio();
   figures[1] = stats.permute_seconds;
   figures[2] = stats.select_seconds;
   figures[3] = stats.attend_seconds;

@@ -257,11 +257,15 @@ INSTANTIATE_TEST_SUITE_P(
         BadInputCase{
             "unknown_method",
             [](BadInputNode& node) { return node.Call("/pbs.v1.Prefill/Nothing", {}); },
-            StatusCode::UNIMPLEMENTED, ""},
+            StatusCode::UNIMPLEMENTED,
+            "no method \"/pbs.v1.Prefill/Nothing\"; this server has pbs.v1 and "
+            "grpc.health.v1.Health"},
         BadInputCase{
             "kv_sink_is_not_served",
             [](BadInputNode& node) { return node.Call("/pbs.v1.KvSink/Receive", {}); },
-            StatusCode::UNIMPLEMENTED, ""}),
+            StatusCode::UNIMPLEMENTED,
+            "no method \"/pbs.v1.KvSink/Receive\"; this server has pbs.v1 and "
+            "grpc.health.v1.Health"}),
     testing_support::CaseName());
 
 }  // namespace

@@ -290,6 +290,7 @@ struct TransferCase {
   bool completes;
   absl::StatusCode code;
   std::optional<TransferFailure> counted;
+  bool stopping = false;
 };
 
 class TransferRecordSpec : public testing::TestWithParam<TransferCase> {};
@@ -298,13 +299,14 @@ TEST_P(TransferRecordSpec, CountsWhatHadBegunAndWasNotComplete) {
   TestNode node;
   const ServiceParts parts = {node.engine, node.leases, node.ledger, node.metrics,
                               *node.log,   node.clock,  node.timers};
-  TransferRecord record(parts);
+  ServiceContext service({}, parts);
+  if (GetParam().stopping) service.SetStopping();
+  TransferRecord record(service);
   if (GetParam().begins) record.AddChunk(1);
   if (GetParam().completes) record.Complete();
   record.Fail(absl::Status(GetParam().code, "over"));
-  for (TransferFailure reason :
-       {TransferFailure::kCancelled, TransferFailure::kLeaseGone,
-        TransferFailure::kPrefillFailed}) {
+  for (size_t i = 0; i < kTransferFailureNames.size(); ++i) {
+    const auto reason = static_cast<TransferFailure>(i);
     EXPECT_EQ(node.metrics.kv.TransferFailed(reason).Value(),
               GetParam().counted == reason ? 1 : 0);
   }
@@ -321,6 +323,10 @@ INSTANTIATE_TEST_SUITE_P(
                      TransferFailure::kLeaseGone},
         TransferCase{"the_prefill_ended", true, false, absl::StatusCode::kUnavailable,
                      TransferFailure::kPrefillFailed},
+        TransferCase{"the_readers_deadline", true, false,
+                     absl::StatusCode::kDeadlineExceeded, TransferFailure::kDeadline},
+        TransferCase{"the_server_stopped", true, false, absl::StatusCode::kUnavailable,
+                     TransferFailure::kShutdown, /*stopping=*/true},
         TransferCase{"the_prefill_broke", true, false, absl::StatusCode::kInternal,
                      TransferFailure::kPrefillFailed}),
     testing_support::CaseName());

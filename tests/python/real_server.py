@@ -26,10 +26,12 @@ _STOP_SECONDS_MAX = 60
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that serves: where it listens, and its process."""
+    """A server that serves: where it listens, its process, and its lines so far."""
 
     target: str
     process: subprocess.Popen[str]
+    metrics: str  # "off" unless flags say otherwise
+    log: list[str]
 
 
 def program(name: str) -> Path:
@@ -62,14 +64,14 @@ def running_server(*flags: str) -> Iterator[RunningServer]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    serving: queue.Queue[str | None] = queue.Queue()
+    serving: queue.Queue[dict | None] = queue.Queue()
     log: list[str] = []
     reader = threading.Thread(target=_read_log, args=(process, log, serving))
     reader.start()
     try:
-        target = serving.get(timeout=_START_SECONDS_MAX)
-        assert target is not None, "the server stopped:\n" + "".join(log)
-        yield RunningServer(target, process)
+        event = serving.get(timeout=_START_SECONDS_MAX)
+        assert event is not None, "the server stopped:\n" + "".join(log)
+        yield RunningServer(event["listen"], process, event["metrics"], log)
     finally:
         process.terminate()
         try:
@@ -81,7 +83,7 @@ def running_server(*flags: str) -> Iterator[RunningServer]:
 
 
 def _read_log(
-    process: subprocess.Popen[str], log: list[str], serving: queue.Queue[str | None]
+    process: subprocess.Popen[str], log: list[str], serving: queue.Queue[dict | None]
 ) -> None:
     assert process.stdout is not None
     for line in process.stdout:
@@ -89,5 +91,5 @@ def _read_log(
         with contextlib.suppress(ValueError):
             event = json.loads(line)
             if event.get("event") == "serving":
-                serving.put(event["listen"])
+                serving.put(event)
     serving.put(None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import types
+import warnings
 
 import numpy as np
 import pytest
@@ -69,7 +71,8 @@ def cache(torch, model, prompt):
     from pbs_client.kv import KvCache, Span
 
     with torch.no_grad():
-        layers = model(torch.tensor([prompt]), use_cache=True).past_key_values.layers
+        output = model(torch.tensor([prompt]), use_cache=True)
+    layers = next(part for part in output.values() if hasattr(part, "layers")).layers
     return KvCache(
         k=tuple(layer.keys[0].numpy() for layer in layers),
         v=tuple(layer.values[0].numpy() for layer in layers),
@@ -79,6 +82,26 @@ def cache(torch, model, prompt):
         prompt_tokens=PROMPT_TOKENS,
         model_digest="xxh3-128:0",
     )
+
+
+def _takes_cache(cache=None): ...
+
+
+def _takes_past_key_values(past_key_values=None): ...
+
+
+@pytest.mark.parametrize(
+    "forward, name",
+    [(_takes_cache, "cache"), (_takes_past_key_values, "past_key_values")],
+)
+def test_the_cache_goes_in_under_the_name_that_the_release_has(hf, forward, name):
+    assert hf._cache_argument(types.SimpleNamespace(forward=forward)) == name
+
+
+def test_decoding_uses_nothing_that_a_later_release_takes_away(hf, model, prompt, cache):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf.generate(model, prompt, cache, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("with_first_token", [True, False])

@@ -51,11 +51,18 @@ class GoldenCase {
     v_ = inputs_.at("v").As(problem.dtype);
     o_.assign(q_.size(), 0xFF);
     if (file_.contains("order")) order_ = file_.at("order").Integers();
+    if (entry.contains("density")) density_ = MeanOf(entry["density"]);
+    if (entry.contains("lower_density"))
+      lower_density_ = MeanOf(entry["lower_density"]);
   }
 
   bool has_mask() const { return file_.contains("block_mask"); }
   bool has_order() const { return !order_.empty(); }
   const std::vector<uint8_t>& mask() const { return file_.at("block_mask").bytes; }
+  // Theirs, means over batch and heads, to six digits; 0: not told. `density` is a
+  // causal ratio.
+  double density() const { return density_; }
+  double lower_density() const { return lower_density_; }
   // Theirs, [batch, heads, len].
   const std::vector<int32_t>& order() const { return order_; }
 
@@ -151,6 +158,11 @@ class GoldenCase {
   AttentionProblem problem;
 
  private:
+  static double MeanOf(const nlohmann::json& values) {
+    double sum = 0;
+    for (const double value : values) sum += value;
+    return sum / static_cast<double>(values.size());
+  }
   static AttentionOptions Options(const nlohmann::json& entry) {
     AttentionOptions options;
     if (entry["method"] == "meanpooling") {
@@ -173,6 +185,7 @@ class GoldenCase {
   TensorMap inputs_;
   std::vector<uint8_t> q_, k_, v_, o_, wide_q_, wide_k_;
   std::vector<int32_t> order_;
+  double density_ = 0, lower_density_ = 0;
 };
 
 // PBS and mean pooling, in f32 or in half precision.

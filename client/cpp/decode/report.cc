@@ -24,7 +24,8 @@ std::vector<Stage> StagesOf(const v1::StageSeconds& stages) {
 std::string PrefillLines(const Outcome& outcome) {
   const v1::PrefillStats& stats = *outcome.prefill;
   std::string text = absl::StrFormat(
-      "prefill   %.3f s on %s %s, density %.3f (share of the causal blocks computed)\n",
+      "prefill   %.3f s on %s %s, density %.3f (share of the blocks of dense "
+      "attention)\n",
       outcome.prefill_seconds, stats.backend(), stats.isa(), stats.density());
   for (const auto& [name, seconds] : StagesOf(stats.stages())) {
     if (seconds == 0) continue;

@@ -364,7 +364,7 @@ class AttendReply:
 
 
 def _order_array(order: Any) -> Array:
-    array = np.asarray(order)
+    array = dtypes.as_array(order)
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"order has dtype {array.dtype}, which is not an integer")
     limits = np.iinfo(np.int32)

@@ -77,7 +77,7 @@ def token_ids(tokens: Sequence[int] | Array) -> list[int]:
         ValueError: not one-dimensional, or an id outside uint32.
         TypeError: not integers.
     """
-    array = np.asarray(tokens)
+    array = dtypes.as_array(tokens)
     if array.ndim != 1:
         raise ValueError(f"tokens have {array.ndim} dimensions, not 1")
     if array.size == 0:

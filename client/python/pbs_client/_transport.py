@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,14 +27,44 @@ _RECONNECT_BACKOFF_MS_MAX = 2_000
 Metadata = Sequence[tuple[str, str]]
 
 
+# gRPC adds a time-out to the date; far beyond this the sum has no meaning.
+_TIMEOUT_SECONDS_MAX = 1e9
+
+
+def seconds_of(timeout: Any) -> float:
+    """A time-out as a float; None and what is beyond any date are infinite.
+
+    Raises:
+        ValueError: it is no number, not a number or negative.
+    """
+    if timeout is None:
+        return math.inf
+    try:
+        seconds = float(timeout)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if isinstance(timeout, (str, bytes, bool)) or not seconds >= 0:
+        raise ValueError(
+            f"timeout {timeout!r} is not a number of seconds of at least 0; "
+            "None means no limit"
+        )
+    return seconds if seconds <= _TIMEOUT_SECONDS_MAX else math.inf
+
+
+def _grpc_timeout(timeout: Any) -> float | None:
+    seconds = seconds_of(timeout)
+    return None if math.isinf(seconds) else seconds
+
+
 class Deadline:
     """A point in time that several calls share."""
 
-    def __init__(self, timeout_seconds: float) -> None:
-        self._end = time.monotonic() + timeout_seconds
+    def __init__(self, timeout: Any) -> None:
+        """Begins now; `timeout` as seconds_of()."""
+        self._end = time.monotonic() + seconds_of(timeout)
 
     def left(self) -> float:
-        """Seconds left, at least 0."""
+        """Seconds left, at least 0; infinite without a limit."""
         return max(0.0, self._end - time.monotonic())
 
 
@@ -64,7 +95,7 @@ class Transport:
         self,
         path: str,
         request: bytes,
-        timeout: float,
+        timeout: float | None,
         wait_for_ready: bool = False,
     ) -> bytes:
         """One request, one reply. Raises PbsError.
@@ -75,7 +106,7 @@ class Transport:
         try:
             reply = call(
                 request,
-                timeout=timeout,
+                timeout=_grpc_timeout(timeout),
                 metadata=self._metadata,
                 wait_for_ready=wait_for_ready,
             )
@@ -88,13 +119,13 @@ class Transport:
         self,
         path: str,
         request: bytes,
-        timeout: float,
+        timeout: float | None,
         wait_for_ready: bool = False,
     ) -> Iterator[Iterator[bytes]]:
         """One request, a stream of replies that ends with the block at the latest."""
         call = self._channel.unary_stream(path)(
             request,
-            timeout=timeout,
+            timeout=_grpc_timeout(timeout),
             metadata=self._metadata,
             wait_for_ready=wait_for_ready,
         )
@@ -103,11 +134,11 @@ class Transport:
 
     @contextlib.contextmanager
     def exchange(
-        self, path: str, requests: Iterator[bytes], timeout: float
+        self, path: str, requests: Iterator[bytes], timeout: float | None
     ) -> Iterator[Iterator[bytes]]:
         """A stream of requests, read by another thread, and a stream of replies."""
         call = self._channel.stream_stream(path)(
-            requests, timeout=timeout, metadata=self._metadata
+            requests, timeout=_grpc_timeout(timeout), metadata=self._metadata
         )
         with _cancelled_at_exit(call):
             yield _messages_of(call)

@@ -18,6 +18,8 @@ from typing import Any, Union
 
 import numpy as np
 
+from pbs_client import dtypes
+
 U8Array = np.ndarray[Any, np.dtype[np.uint8]]
 # [batch, heads, query blocks, key blocks]; or one [heads, ...] array per sequence.
 BlockMask = Union[U8Array, tuple[U8Array, ...]]
@@ -183,10 +185,12 @@ _NO_MASK: U8Array = np.zeros(0, np.uint8)
 def _split_mask(mask: Any, grid: BlockGrid) -> list[U8Array]:
     """One checked uint8 [heads, query blocks, key blocks] array per sequence."""
     shapes = grid.shapes()
+    if dtypes.is_torch_tensor(mask):
+        mask = dtypes.as_array(mask)
     if isinstance(mask, np.ndarray):
         parts = _split_array(mask, shapes)
     elif isinstance(mask, Sequence) and len(mask) == len(shapes):
-        parts = [np.asarray(part) for part in mask]
+        parts = [dtypes.as_array(part) for part in mask]
     else:
         raise ValueError(f"block_mask is not an array, nor {len(shapes)} arrays")
     for index, (part, shape) in enumerate(zip(parts, shapes)):

@@ -33,7 +33,7 @@ from pbs_client._transport import Deadline, Metadata, Transport
 from pbs_client.block_lists import BlockGrid, BlockLists
 from pbs_client.errors import CorruptDataError
 from pbs_client.kv import LAYOUTS, Array, KvCache, KvDescriptor, KvLease, KvTicket
-from pbs_client.options import Method
+from pbs_client.options import Method, method_of
 from pbs_client.results import Admitted, LayerProgress, ModelInfo, ServerInfo
 
 CONTROL_TIMEOUT_SECONDS = 30.0  # info, models, health, describe, renew, release
@@ -91,13 +91,13 @@ class Client:
 
     # ---- about the server
 
-    def info(self, *, timeout: float = CONTROL_TIMEOUT_SECONDS) -> ServerInfo:
+    def info(self, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS) -> ServerInfo:
         """Version, backends, methods and limits."""
         reply = self._transport.unary("/pbs.v1.Prefill/GetServerInfo", b"", timeout)
         return ServerInfo.from_message(_wire.parse(_messages.ServerInfo, reply))
 
     def models(
-        self, *, timeout: float = CONTROL_TIMEOUT_SECONDS
+        self, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> tuple[ModelInfo, ...]:
         """The models it prefills; empty when it serves raw attention only."""
         reply = self._transport.unary("/pbs.v1.Prefill/ListModels", b"", timeout)
@@ -105,7 +105,7 @@ class Client:
         return tuple(ModelInfo.from_message(model) for model in models)
 
     def health(
-        self, service: str = "", *, timeout: float = CONTROL_TIMEOUT_SECONDS
+        self, service: str = "", *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> str:
         """Health: "SERVING", "NOT_SERVING" (loading, draining) or "UNKNOWN".
 
@@ -119,7 +119,7 @@ class Client:
         request = _health.request(service)
         return _health.state(self._transport.unary(_health.CHECK, request, timeout))
 
-    def wait_until_serving(self, *, timeout: float) -> None:
+    def wait_until_serving(self, *, timeout: float | None) -> None:
         """Returns once the server is healthy, also when it is yet to start.
 
         Raises:
@@ -142,7 +142,7 @@ class Client:
         q: Array,
         k: Array,
         v: Array,
-        method: Method | None = None,
+        method: Method | str | None = None,
         *,
         cu_seqlens: Sequence[int] | Array | None = None,
         cu_seqlens_k: Sequence[int] | Array | None = None,
@@ -156,19 +156,21 @@ class Client:
         warmup: int = 0,
         repetitions: int = 0,
         request_id: str = "",
-        timeout: float = WORK_TIMEOUT_SECONDS,
+        timeout: float | None = WORK_TIMEOUT_SECONDS,
         progress: ProgressCallback | None = None,
     ) -> AttendResult:
         """Causal attention of uploaded tensors.
 
         Args:
             q: [batch, heads, q_len, head_dim]; with cu_seqlens [heads, total_q,
-                head_dim]. float32, float16 or ml_dtypes.bfloat16. The queries of a
+                head_dim]. float32, float16 or ml_dtypes.bfloat16, or a torch tensor of
+                these. The queries of a
                 sequence are the last q_len of its k_len positions.
             k: [batch, kv_heads, k_len, head_dim] or [kv_heads, total_k, head_dim], of
                 q's dtype; kv_heads divides heads.
             v: k's shape and dtype.
-            method: Dense(), Pbs(...) or MeanPooling(...); None is the server's default.
+            method: Dense(), Pbs(...), MeanPooling(...) or the name of one with its
+                defaults, such as "dense"; None is the server's default.
             cu_seqlens: [batch + 1], from 0, not falling: where each sequence's queries
                 begin and end.
             cu_seqlens_k: the same for keys [cu_seqlens].
@@ -183,10 +185,11 @@ class Client:
             warmup: extra runs before, 0 .. 100.
             repetitions: runs to time, 0 (= 1) .. 1000.
             request_id: for the server's log, at most 128 bytes.
-            timeout: seconds.
+            timeout: seconds; None is no limit, here and everywhere.
             progress: see ProgressCallback.
         """
-        q, k, v = (np.ascontiguousarray(array) for array in (q, k, v))
+        method = method_of(method)
+        q, k, v = (np.ascontiguousarray(dtypes.as_array(x)) for x in (q, k, v))
         ends, ends_k = _int_list(cu_seqlens), _int_list(cu_seqlens_k)
         shape = _attend.shape_of_arrays(q, k, v, ends, ends_k)
         header = _attend.make_header(
@@ -214,7 +217,7 @@ class Client:
     # Length: most of it documents the arguments.
     def attend_synthetic(
         self,
-        method: Method | None = None,
+        method: Method | str | None = None,
         *,
         batch: int = 1,
         num_heads: int,
@@ -230,7 +233,7 @@ class Client:
         warmup: int = 0,
         repetitions: int = 0,
         request_id: str = "",
-        timeout: float = WORK_TIMEOUT_SECONDS,
+        timeout: float | None = WORK_TIMEOUT_SECONDS,
         progress: ProgressCallback | None = None,
     ) -> AttendResult:
         """Attention of tensors that the server generates: for benchmarks.
@@ -254,7 +257,7 @@ class Client:
             timeout: as attend().
             progress: as attend().
         """
-        element = dtypes.float_dtype(dtype)
+        method, element = method_of(method), dtypes.float_dtype(dtype)
         header = _attend.make_header(
             method,
             want,
@@ -287,7 +290,7 @@ class Client:
         self,
         model: str,
         tokens: Sequence[int] | Array,
-        method: Method | None = None,
+        method: Method | str | None = None,
         *,
         delivery: str = "none",
         ttl_seconds: int | None = None,
@@ -302,7 +305,7 @@ class Client:
         request_id: str = "",
         idempotency_key: str = "",
         tenant_salt: str = "",
-        timeout: float = WORK_TIMEOUT_SECONDS,
+        timeout: float | None = WORK_TIMEOUT_SECONDS,
         on_admitted: Callable[[Admitted, KvTicket | None], None] | None = None,
         on_layer: Callable[[LayerProgress], None] | None = None,
     ) -> PrefillResult:
@@ -311,7 +314,8 @@ class Client:
         Args:
             model: its name; "" when the server has one model.
             tokens: ids, 1 .. ModelInfo.tokens_max of them, each below vocab_size.
-            method: Dense(), Pbs(...) or MeanPooling(...); None is the server's default.
+            method: Dense(), Pbs(...), MeanPooling(...) or the name of one with its
+                defaults, such as "dense"; None is the server's default.
             delivery: "none": no cache; "inline": the cache in the result; "lease": the
                 server holds it for fetch().
             ttl_seconds: of the lease, from the end of the prefill; None is the server's
@@ -334,7 +338,7 @@ class Client:
         request = _prefill.make_request(
             model,
             tokens,
-            method,
+            method_of(method),
             dense_fallback=dense_fallback,
             coverage_rows=coverage_rows,
             top_logits=top_logits,
@@ -362,7 +366,7 @@ class Client:
     # ---- leased KV caches
 
     def describe(
-        self, ticket: KvTicket, *, timeout: float = CONTROL_TIMEOUT_SECONDS
+        self, ticket: KvTicket, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> KvDescriptor:
         """What the ticket names.
 
@@ -385,7 +389,7 @@ class Client:
         layout: str = "HND",
         checksums: bool = True,
         resumes: int = 3,
-        timeout: float = WORK_TIMEOUT_SECONDS,
+        timeout: float | None = WORK_TIMEOUT_SECONDS,
         on_layer: LayerCallback | None = None,
         progress: ProgressCallback | None = None,
     ) -> KvCache:
@@ -431,7 +435,7 @@ class Client:
         ticket: KvTicket,
         ttl_seconds: int | None = None,
         *,
-        timeout: float = CONTROL_TIMEOUT_SECONDS,
+        timeout: float | None = CONTROL_TIMEOUT_SECONDS,
     ) -> KvLease:
         """Extends the lease to `ttl_seconds` (None: the server's default) from now."""
         request = _messages.RenewRequest(ticket=ticket.to_message())
@@ -442,7 +446,7 @@ class Client:
         return KvLease.from_message(_wire.parse(_messages.KvLease, reply))
 
     def release(
-        self, ticket: KvTicket, *, timeout: float = CONTROL_TIMEOUT_SECONDS
+        self, ticket: KvTicket, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> None:
         """Frees the cache at once. The ticket is NOT_FOUND from here on."""
         request = _messages.ReleaseRequest(ticket=ticket.to_message())
@@ -468,7 +472,7 @@ class Client:
     def _run_attend(
         self,
         call: _attend.AttendCall,
-        timeout: float,
+        timeout: float | None,
         progress: ProgressCallback | None,
     ) -> AttendResult:
         uploads = _attend.requests(call, self._chunk_bytes, progress)
@@ -489,7 +493,7 @@ def _int_list(values: Sequence[int] | Array | None) -> list[int] | None:
     """A one-dimensional list of ints. ValueError for anything else."""
     if values is None:
         return None
-    array = np.asarray(values)
+    array = dtypes.as_array(values)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError("cu_seqlens is not a list of integers")
     return [int(value) for value in array]

@@ -76,6 +76,33 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
     return resolved
 
 
+def is_torch_tensor(values: Any) -> bool:
+    """Whether it is one; torch itself is not needed."""
+    return type(values).__module__.partition(".")[0] == "torch"
+
+
+def as_array(values: Any) -> np.ndarray[Any, Any]:
+    """np.asarray(), for torch tensors of any device, bfloat16 included, too.
+
+    Raises:
+        ValueError: the values make no array.
+    """
+    try:
+        if not is_torch_tensor(values):
+            return np.asarray(values)
+        tensor = values.detach().cpu().resolve_conj().resolve_neg()
+        if str(tensor.dtype) != "torch.bfloat16":
+            return np.asarray(tensor.numpy())
+        # torch does not know ml_dtypes: the bits travel as another type of their size.
+        bits = tensor.contiguous().view(sys.modules["torch"].int16)
+        return np.asarray(bits.numpy()).view(BF16)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(values).__name__} makes no array ({error}); give a NumPy array or a "
+            "dense torch tensor"
+        ) from None
+
+
 def short_name(dtype: np.dtype[Any]) -> str:
     """The name people type: "f32", "f16", "bf16"; NumPy's for any other dtype."""
     for name, known in FLOAT_DTYPES.items():

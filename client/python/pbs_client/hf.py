@@ -20,6 +20,7 @@ cache is not one of this model.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,8 +150,8 @@ def check_first_layer(
         model(
             input_ids=torch.tensor([[int(prompt[last])]], device=model.device),
             position_ids=torch.tensor([[last]], device=model.device),
-            past_key_values=made,
             use_cache=True,
+            **{_cache_argument(model): made},
         )
     layer = made.layers[0]
     for name, here, there in (
@@ -296,7 +297,7 @@ def generate_inputs(
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
-        "past_key_values": made,
+        _cache_argument(model): made,
     }
 
 
@@ -359,6 +360,15 @@ def generate(
         output = model.generate(**inputs, max_new_tokens=left, **arguments)
     new_tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
     return head + new_tokens
+
+
+def _cache_argument(model: Any) -> str:
+    """How the model's transformers release calls the argument that takes a cache.
+
+    Up to 5.23 it is `past_key_values`, which ends with 5.40.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _eos_ids(model: Any) -> set[int]:

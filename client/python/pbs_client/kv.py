@@ -25,7 +25,8 @@ class KvTicket:
         handle: 32 hex digits, unguessable.
         epoch: of the server process; a restarted server knows none of its old tickets.
         model_digest: weights, architecture, rotary embedding and dtype.
-        sparsity_digest: "exact", or the method and options that made the cache.
+        sparsity_digest: "exact", or the method and options that made the cache, and the
+            tenant salt, where the request had one.
     """
 
     handle: str

@@ -97,6 +97,25 @@ class MeanPooling:
 
 Method = Union[Dense, Pbs, MeanPooling]
 
+_METHODS = {"dense": Dense, "pbs": Pbs, "mean_pooling": MeanPooling}
+
+
+def method_of(method: Any) -> Method | None:
+    """A method, given as one or by name; None stays None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if method is None or isinstance(method, tuple(_METHODS.values())):
+        return method
+    if isinstance(method, str) and method in _METHODS:
+        return _METHODS[method]()
+    raise ValueError(
+        f"method {method!r} is not one of {', '.join(map(repr, _METHODS))}, nor Dense(), "
+        "Pbs(...) or MeanPooling(...)"
+    )
+
+
 BLOCK_SIZE_DEFAULT = 128  # of every method; AttentionOptions in the .proto files
 
 

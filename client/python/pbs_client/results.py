@@ -200,9 +200,13 @@ class AttendStats:
     Attributes:
         method_run: "dense" also for short prompts and when the fallback fired.
         dense_fallback: the fallback fired.
-        density: executed blocks over causal blocks; may pass 1 for short pbs prompts.
-        lower_density: the same with only blocks on or below the diagonal.
-        head_density: [num_heads].
+        density: share of dense_blocks that was executed, 0 .. 1; 1 for what ran dense.
+        lower_density: share of causal_blocks that was executed, 0 .. 1.
+        head_density: [num_heads], `density` of each.
+        executed_blocks: products of a query block with a key block that were computed.
+        dense_blocks: what dense attention would compute on the same tiles: where keys
+            were permuted, every block up to the end of the query block's segment.
+        causal_blocks: blocks on or below the diagonal.
         coverage: mean share of exact attention mass inside the executed blocks, over
             `coverage_rows` sampled rows.
         iterations: one per repetition.
@@ -216,6 +220,7 @@ class AttendStats:
     head_density: tuple[float, ...]
     executed_blocks: int
     causal_blocks: int
+    dense_blocks: int
     executed_flops: float
     dense_flops: float
     coverage: float

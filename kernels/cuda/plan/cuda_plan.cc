@@ -325,7 +325,7 @@ void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   t.one_section = plan.one_section ? 1 : 0;
   t.longest = plan.longest_list;
   t.dense_fallback = plan.may_fall_back() ? 1 : 0;
-  t.fallback_density = static_cast<float>(kDenseFallbackDensity);
+  t.fallback_ratio = static_cast<float>(kDenseFallbackRatio);
   t.permuted = s.permutes;
   if (options.use_given_lists && plan.has_lists) {
     t.counts = tensors.lists.count;

@@ -144,7 +144,11 @@ Status TellSummary(const CudaAttentionPlan& plan, const std::byte* summary,
   *report = {};
   const Summary ran(plan, summary);
   if (ran.head().non_finite != 0) return ScoreOverflow(plan.problem);
-  TellBlocks(plan.geometry, ran.Blocks(), report);
+  TellBlocks(
+      plan.geometry, ran.Blocks(),
+      // Heads that fell back keep their permuted keys.
+      [&](int32_t sequence, int32_t) { return plan.sequences[sequence].sparse == 0; },
+      report);
   WhatRan(plan, ran, report->stats);
   TellCoverage(plan, ran, report->stats);
   TellTimes(ran.head(), total_seconds, report->stats);

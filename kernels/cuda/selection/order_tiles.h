@@ -153,7 +153,7 @@ class OrderTiles {
     const int64_t causal = (end_ - begin_) * twice_a_row / 2;
     falls_back_ =
         static_cast<double>(executed) >=
-        static_cast<double>(params_.fallback_density) * static_cast<double>(causal);
+        static_cast<double>(params_.fallback_ratio) * static_cast<double>(causal);
     if (ThreadIndex() == 0) {
       StoreGlobal(params_.fell_back + place.head * params_.num_sequences + place.item,
                   falls_back_ ? 1 : 0);

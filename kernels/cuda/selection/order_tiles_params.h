@@ -22,7 +22,7 @@ struct TileOrderParams {
   int32_t one_section;     // all tiles in one; else one per sequence and order head
   int32_t longest;         // most blocks that a list can have
   int32_t dense_fallback;  // lists of little use are not read
-  float fallback_density;  // from which on they are not
+  float fallback_ratio;    // of causal blocks from which on they are not
   const uint16_t* counts;  // [tiles] by ListRow(); null: every list is arithmetic
   uint16_t* entries;       // by EntryOffset()
   // Lists of the caller, which are copied to `entries`; null: none.

@@ -76,8 +76,8 @@ struct AttentionOptions {
   // pbs, mean_pooling: use AttentionTensors::lists instead of selecting blocks.
   bool use_given_lists = false;
   // Run an order head of a sequence dense (identity order, every causal block) when its
-  // selected blocks would not pay: density of at least kDenseFallbackDensity. Reported
-  // in AttentionStats, never hidden.
+  // selected blocks would not pay: at least kDenseFallbackRatio of the causal blocks,
+  // which are what it then reads. Reported in AttentionStats, never hidden.
   bool dense_fallback = false;
   // Query rows per sequence and head whose exact attention coverage is measured;
   // 0 measures none. At most kCoverageRowsMax.
@@ -86,7 +86,7 @@ struct AttentionOptions {
   bool operator==(const AttentionOptions&) const = default;
 };
 
-inline constexpr double kDenseFallbackDensity = 0.95;
+inline constexpr double kDenseFallbackRatio = 0.95;
 
 struct SequenceShape {
   int32_t q_len = 0;  // 0 .. k_len
@@ -275,25 +275,34 @@ struct RunControl {
   const std::atomic<bool>* stop = nullptr;
 };
 
-// Counts are sums over sequences and query heads.
+// Counts are sums over sequences and query heads of blocks: products of a query block
+// with a key block.
 struct AttentionStats {
-  int64_t executed_blocks = 0;  // selected, blocks above the diagonal included
-  int64_t lower_blocks = 0;     // selected, on or below the diagonal
-  int64_t causal_blocks = 0;    // what dense attention reads
-  double executed_flops = 0;    // 4 * block_size^2 * head_dim per executed block
-  double dense_flops = 0;       // 4 * head_dim per causal query-key pair
-  double coverage = 0;          // mean over the sampled rows; 0 when none
-  int64_t coverage_rows = 0;    // rows sampled
-  double permute_seconds = 0;   // scoring, sorting, gathering keys and values
-  double select_seconds = 0;    // pooling of what is not given, block scores, lists
+  int64_t executed_blocks = 0;  // computed, above the diagonal too
+  // What dense attention would compute on the same tiles: where keys were permuted,
+  // every block up to the end of the query block's segment; else the causal ones.
+  int64_t dense_blocks = 0;
+  int64_t lower_blocks = 0;    // computed, on or below the diagonal
+  int64_t causal_blocks = 0;   // on or below the diagonal
+  double executed_flops = 0;   // 4 * block_size^2 * head_dim per executed block
+  double dense_flops = 0;      // the same per dense block
+  double coverage = 0;         // mean over the sampled rows; 0 when none
+  int64_t coverage_rows = 0;   // rows sampled
+  double permute_seconds = 0;  // scoring, sorting, gathering keys and values
+  double select_seconds = 0;   // pooling of what is not given, block scores, lists
   double attend_seconds = 0;
   // What ran: kDense also when every sequence was short or fell back.
   Method method_run = Method::kDense;
   bool dense_fallback = false;  // it fired for at least one head
 
-  // Executed over causal blocks; 1 for dense. May pass 1 for short pbs prompts.
+  // Shares, 0 .. 1, and 1 without any block. Executed over dense blocks, which is
+  // executed_flops / dense_flops; 1 for what ran dense.
   double Density() const;
+  // Lower over causal blocks.
   double LowerDensity() const;
+  // Executed over causal blocks: what published densities count. No share: on short
+  // prompts it passes 1, as pbs computes blocks above the diagonal.
+  double CausalRatio() const;
 };
 
 struct AttentionReport {

@@ -141,9 +141,12 @@ TEST_P(CpuAttentionSpec, ChoosesTheReferencesOrderListsAndDensityInF32) {
       EXPECT_EQ(stats.executed_blocks, expected.stats.executed_blocks);
       EXPECT_EQ(stats.lower_blocks, expected.stats.lower_blocks);
       EXPECT_EQ(stats.causal_blocks, expected.stats.causal_blocks);
+      EXPECT_EQ(stats.dense_blocks, expected.stats.dense_blocks);
       EXPECT_EQ(stats.method_run, expected.stats.method_run);
       EXPECT_EQ(stats.dense_fallback, expected.stats.dense_fallback);
       EXPECT_DOUBLE_EQ(stats.dense_flops, expected.stats.dense_flops);
+      EXPECT_DOUBLE_EQ(stats.Density(), stats.executed_flops / stats.dense_flops);
+      for (double density : run.report.head_density) EXPECT_LE(density, 1);
       EXPECT_EQ(stats.coverage_rows, expected.stats.coverage_rows);
       EXPECT_NEAR(stats.coverage, expected.stats.coverage, 1e-5);
     }

@@ -111,6 +111,10 @@ TEST_P(GoldenSpec, F32OrderMaskAndOutputAreTheAuthors) {
       EXPECT_EQ(AsBatch(g, run.report.order), golden.order());
     }
     EXPECT_EQ(ExpandMask(g, run.report.lists.View()), golden.mask());
+    EXPECT_NEAR(run.report.stats.CausalRatio(), golden.density(), 1e-6);
+    if (golden.lower_density() > 0) {
+      EXPECT_NEAR(run.report.stats.LowerDensity(), golden.lower_density(), 1e-6);
+    }
     // Mean-pooling outputs are stored as f16: half an ulp of magnitude 4.
     const bool stored_as_f16 = golden.problem.options.method == Method::kMeanPooling;
     EXPECT_LE(golden.DistanceFromGolden(), stored_as_f16 ? 2e-3 : 2e-5);

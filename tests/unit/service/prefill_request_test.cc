@@ -224,25 +224,90 @@ INSTANTIATE_TEST_SUITE_P(
                     "priority 101 is outside [-100, 100]"}),
     testing_support::CaseName());
 
-TEST(PrefillFingerprintSpec, DependsOnWhatDecidesTheResultAndOnNothingElse) {
-  const std::string base = PrefillFingerprint(GoodRequest(), "model");
-  const auto with = [](const std::function<void(v1::PrefillRequest&)>& change) {
-    v1::PrefillRequest request = GoodRequest();
-    change(request);
-    return PrefillFingerprint(request, "model");
-  };
-  EXPECT_EQ(with([](auto& r) { r.set_request_id("another"); }), base);
-  EXPECT_EQ(with([](auto& r) { r.set_priority(5); }), base);
-  EXPECT_EQ(
-      with([](auto& r) { r.mutable_delivery()->mutable_lease()->set_ttl_seconds(9); }),
-      base);
-  EXPECT_NE(with([](auto& r) { r.set_token_ids(0, 9); }), base);
-  EXPECT_NE(with([](auto& r) { r.mutable_attention()->mutable_dense(); }), base);
-  EXPECT_NE(with([](auto& r) { r.set_top_logits(1); }), base);
-  EXPECT_NE(with([](auto& r) { r.set_all_logits_last_token(true); }), base);
-  EXPECT_NE(with([](auto& r) { r.add_logit_positions(1); }), base);
-  EXPECT_NE(with([](auto& r) { r.set_tenant_salt("t"); }), base);
-  EXPECT_NE(PrefillFingerprint(GoodRequest(), "other"), base);
+struct FingerprintCase {
+  const char* name;
+  std::function<void(v1::PrefillRequest&)> change;
+  bool is_equal;  // to GoodRequest()
+};
+
+std::string FingerprintOf(const v1::PrefillRequest& request, const char* model) {
+  const auto spec = DecodePrefill(request, Limits());
+  EXPECT_TRUE(spec.ok()) << spec.status();
+  return spec.ok() ? PrefillFingerprint(*spec, model) : "";
+}
+
+class PrefillFingerprintSpec : public testing::TestWithParam<FingerprintCase> {};
+
+TEST_P(PrefillFingerprintSpec, DependsOnWhatDecidesTheResultAndOnNothingElse) {
+  v1::PrefillRequest request = GoodRequest();
+  GetParam().change(request);
+  EXPECT_EQ(FingerprintOf(request, "model") == FingerprintOf(GoodRequest(), "model"),
+            GetParam().is_equal);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, PrefillFingerprintSpec,
+    testing::Values(
+        FingerprintCase{"request_id", [](auto& r) { r.set_request_id("b"); }, true},
+        FingerprintCase{"priority", [](auto& r) { r.set_priority(5); }, true},
+        FingerprintCase{
+            "time_to_live",
+            [](auto& r) { r.mutable_delivery()->mutable_lease()->set_ttl_seconds(9); },
+            true},
+        FingerprintCase{"the_default_method_by_name",
+                        [](auto& r) { r.mutable_attention()->mutable_pbs(); }, true},
+        FingerprintCase{
+            "the_default_threshold",
+            [](auto& r) { r.mutable_attention()->mutable_pbs()->set_threshold(0.9f); },
+            true},
+        FingerprintCase{"the_default_scope",
+                        [](auto& r) {
+                          r.mutable_attention()->mutable_pbs()->set_scope(v1::KV_HEAD);
+                        },
+                        true},
+        FingerprintCase{
+            "the_default_fallback",
+            [](auto& r) { r.mutable_attention()->set_dense_fallback(true); }, true},
+        FingerprintCase{"no_coverage_rows",
+                        [](auto& r) { r.mutable_attention()->set_coverage_rows(0); },
+                        true},
+        FingerprintCase{
+            "another_threshold",
+            [](auto& r) { r.mutable_attention()->mutable_pbs()->set_threshold(0.8f); },
+            false},
+        FingerprintCase{"another_method",
+                        [](auto& r) { r.mutable_attention()->mutable_dense(); }, false},
+        FingerprintCase{
+            "no_fallback",
+            [](auto& r) { r.mutable_attention()->set_dense_fallback(false); }, false},
+        FingerprintCase{"coverage_rows",
+                        [](auto& r) { r.mutable_attention()->set_coverage_rows(8); },
+                        false},
+        FingerprintCase{"a_token", [](auto& r) { r.set_token_ids(0, 9); }, false},
+        FingerprintCase{"top_logits", [](auto& r) { r.set_top_logits(1); }, false},
+        FingerprintCase{"all_logits",
+                        [](auto& r) { r.set_all_logits_last_token(true); }, false},
+        FingerprintCase{"logit_positions",
+                        [](auto& r) {
+                          r.set_top_logits(1);
+                          r.add_logit_positions(1);
+                        },
+                        false},
+        FingerprintCase{"tenant_salt", [](auto& r) { r.set_tenant_salt("t"); }, false}),
+    testing_support::CaseName());
+
+TEST(PrefillFingerprint, DependsOnTheModel) {
+  EXPECT_NE(FingerprintOf(GoodRequest(), "model"),
+            FingerprintOf(GoodRequest(), "other"));
+}
+
+TEST(PrefillFingerprint, FollowsTheServersProfile) {
+  PrefillLimits limits = Limits();
+  limits.default_attention.options.threshold = 0.5f;
+  const auto profile = DecodePrefill(GoodRequest(), limits);
+  v1::PrefillRequest named = GoodRequest();
+  named.mutable_attention()->mutable_pbs()->set_threshold(0.5f);
+  EXPECT_EQ(PrefillFingerprint(*profile, "m"), FingerprintOf(named, "m"));
 }
 
 }  // namespace

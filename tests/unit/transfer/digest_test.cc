@@ -57,9 +57,13 @@ struct ExactCase {
 
 class ExactDigestSpec : public testing::TestWithParam<ExactCase> {};
 
-TEST_P(ExactDigestSpec, WhatRunsDenseIsExactForEveryTenant) {
-  EXPECT_EQ(SparsityDigest(GetParam().options, GetParam().num_tokens, ""), "exact");
-  EXPECT_EQ(SparsityDigest(GetParam().options, GetParam().num_tokens, "salt"), "exact");
+TEST_P(ExactDigestSpec, WhatRunsDenseIsExactAndOfItsTenant) {
+  const auto digest = [](const char* salt) {
+    return SparsityDigest(GetParam().options, GetParam().num_tokens, salt);
+  };
+  EXPECT_EQ(digest(""), "exact");
+  EXPECT_EQ(digest("salt"), "exact-a3a3f6f940be9c05083935d3ee27b76d");
+  EXPECT_NE(digest("salt"), digest("another"));
 }
 
 INSTANTIATE_TEST_SUITE_P(

@@ -187,7 +187,7 @@ TEST_F(AttendJobSpec, CancelBetweenTwoRepetitionsFreesEverything) {
   job.repetitions = 3;
   const JobId id = engine_.SubmitAttend(std::move(job), listener_)->id;
   RunSteps(1);
-  engine_.Cancel(id);
+  engine_.Cancel(id, CancelReason::kCaller);
   RunAll();
   EXPECT_EQ(listener_.result.status().code(), absl::StatusCode::kCancelled);
   EXPECT_EQ(listener_.num_done, 1);
@@ -197,7 +197,7 @@ TEST_F(AttendJobSpec, CancelBetweenTwoRepetitionsFreesEverything) {
 TEST_F(AttendJobSpec, CancelWhileWaitingFreesEverythingAtOnce) {
   AttentionCase inputs(Problem(SmallPbs()), 3);
   const JobId id = engine_.SubmitAttend(MakeAttend(inputs), listener_)->id;
-  engine_.Cancel(id);
+  engine_.Cancel(id, CancelReason::kCaller);
   EXPECT_EQ(listener_.result.status().code(), absl::StatusCode::kCancelled);
   EXPECT_EQ(ledger_.bytes_held(), 0);
 }

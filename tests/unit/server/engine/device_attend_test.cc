@@ -173,7 +173,7 @@ TEST_F(DeviceAttendSpec, ACancelledJobGivesBackItsInputsWhenItsCopiesHaveEnded) 
     AttendRecorder listener;
     const JobId id = Submit(listener);
     if (uploads_before > 0) held.get_future().wait();
-    on_device_->Cancel(id);
+    on_device_->Cancel(id, CancelReason::kCaller);
     EXPECT_EQ(listener.result.status().code(), absl::StatusCode::kCancelled);
     EXPECT_EQ(listener.num_done, 1);
     const int64_t inputs = int64_t{4} * kTokens * kHeadDim * 4;
@@ -197,7 +197,7 @@ TEST_F(DeviceAttendSpec, AStepThatWaitsForItsTensorsCanBeCancelled) {
   const JobId id = Submit(listener_);
   std::thread executor([this] { Run(*on_device_); });
   step_began.get_future().wait();
-  on_device_->Cancel(id);
+  on_device_->Cancel(id, CancelReason::kCaller);
   device_->uploads().Release();
   executor.join();
   EXPECT_EQ(listener_.result.status().code(), absl::StatusCode::kCancelled);
@@ -209,7 +209,7 @@ TEST_F(DeviceAttendSpec, TheEndWaitsForCopiesUnderWay) {
   Open();
   device_->uploads().HoldAfter(1);
   const JobId id = Submit(listener_);
-  on_device_->Cancel(id);
+  on_device_->Cancel(id, CancelReason::kCaller);
   std::thread releaser([this] { device_->uploads().Release(); });
   on_device_.reset();
   EXPECT_EQ(device_ledger_.bytes_held(), 0);
@@ -274,7 +274,7 @@ TEST_F(DeviceAttendSpec, ManyClientsThatCancelLeaveNothing) {
               on_device_->SubmitAttend(MakeJob(*on_device_, seed), listener);
           if (!admission.ok()) continue;
           ++accepted;
-          if (i % 3 != 0) on_device_->Cancel(admission->id);
+          if (i % 3 != 0) on_device_->Cancel(admission->id, CancelReason::kCaller);
         }
       });
     }

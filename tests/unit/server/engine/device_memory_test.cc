@@ -209,7 +209,7 @@ TEST_F(DeviceMemorySpec, CancellingGivesBackBothKindsOfMemory) {
   const auto admission = on_device_->SubmitPrefill(std::move(job), listener_);
   ASSERT_TRUE(admission.ok());
   ASSERT_TRUE(on_device_->executor().RunOneStep());
-  on_device_->Cancel(admission->id);
+  on_device_->Cancel(admission->id, CancelReason::kCaller);
   RunDevice();
   EXPECT_EQ(listener_.result.status().code(), absl::StatusCode::kCancelled);
   EXPECT_EQ(device_ledger_.bytes_held(), 0);

@@ -47,7 +47,7 @@ class EngineThreads : public EngineFixture {
       const auto admission = engine_.SubmitPrefill(std::move(job), listener);
       if (!admission.ok()) continue;
       ++accepted_;
-      if ((i + client) % 4 == 0) engine_.Cancel(admission->id);
+      if ((i + client) % 4 == 0) engine_.Cancel(admission->id, CancelReason::kCaller);
     }
   }
 

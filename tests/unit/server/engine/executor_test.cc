@@ -422,12 +422,47 @@ TEST_F(ExecutorSpec, ThrownAwayWorkIsCountedByItsReason) {
   EXPECT_EQ(Value(metrics_.TokensWasted(WasteReason::kDeadline)), 50);
 }
 
+TEST_F(ExecutorSpec, AShutdownIsNoCancellation) {
+  ASSERT_TRUE(Submit("a", 4, {}, Predicted(1)).ok());
+  executor_.RunOneStep();
+  executor_.Shutdown();
+  RunAll();
+  EXPECT_EQ(Value(metrics_.TokensWasted(WasteReason::kShutdown)), 25);
+  EXPECT_EQ(Value(metrics_.TokensWasted(WasteReason::kCancelled)), 0);
+}
+
+TEST_F(ExecutorSpec, ACallersClockThatIsAheadSaysDeadline) {
+  const JobId id = Submit("a", 4, DeadlineIn(absl::Seconds(9)), Predicted(1))->id;
+  executor_.RunOneStep();
+  executor_.Cancel(id, CancelReason::kDeadline);
+  RunAll();
+  EXPECT_EQ(last_message_, "the deadline passed while the request ran");
+  EXPECT_EQ(Value(metrics_.TokensWasted(WasteReason::kDeadline)), 25);
+}
+
+TEST_F(ExecutorSpec, TellsForHowLongNothingHasProgressed) {
+  const auto age = [&] { return executor_.backlog().progress_age_seconds; };
+  clock_.Advance(absl::Seconds(100));
+  EXPECT_EQ(age(), 0) << "without work";
+  ASSERT_TRUE(Submit("a", 2, {}, Predicted(1)).ok());
+  clock_.Advance(absl::Seconds(3));
+  EXPECT_EQ(age(), 3) << "since the work came";
+  ASSERT_TRUE(Submit("b", 2, {}, Predicted(1)).ok());
+  EXPECT_EQ(age(), 3) << "more work is no progress";
+  executor_.RunOneStep();
+  EXPECT_EQ(age(), 0) << "a step has ended";
+  clock_.Advance(absl::Seconds(2));
+  EXPECT_EQ(age(), 2);
+  RunAll();
+  clock_.Advance(absl::Seconds(5));
+  EXPECT_EQ(age(), 0) << "all is done";
+}
+
 TEST_F(ExecutorSpec, WorkThatWasUsedIsNotWasted) {
   ASSERT_TRUE(Submit("a", 2, {}, Predicted(1)).ok());
   RunAll();
-  for (WasteReason reason :
-       {WasteReason::kCancelled, WasteReason::kDeadline, WasteReason::kError}) {
-    EXPECT_EQ(Value(metrics_.TokensWasted(reason)), 0);
+  for (size_t reason = 0; reason < kWasteReasonNames.size(); ++reason) {
+    EXPECT_EQ(Value(metrics_.TokensWasted(static_cast<WasteReason>(reason))), 0);
   }
 }
 

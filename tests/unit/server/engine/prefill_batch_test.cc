@@ -178,7 +178,7 @@ TEST_P(PrefillBatchSpec, OneThatIsCancelledLeavesAndNothingOfItIsKept) {
   Submit(b_, 40, 2);
   Submit(c_, 50, 3);
   ASSERT_TRUE(batching_->executor().RunOneStep());
-  batching_->Cancel(b_.id);
+  batching_->Cancel(b_.id, CancelReason::kCaller);
   RunBatching();
   EXPECT_EQ(b_.recorder.result.status().code(), absl::StatusCode::kCancelled);
   EXPECT_TRUE(b_.kv->finished());
@@ -192,7 +192,7 @@ TEST_P(PrefillBatchSpec, TheFirstOneMayLeaveToo) {
   Submit(a_, 30, 1);
   Submit(b_, 40, 2);
   ASSERT_TRUE(batching_->executor().RunOneStep());
-  batching_->Cancel(a_.id);
+  batching_->Cancel(a_.id, CancelReason::kCaller);
   a_.kv.reset();  // its memory is gone when the run writes on
   RunBatching();
   ExpectAsAlone(b_);

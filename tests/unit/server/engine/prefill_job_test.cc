@@ -250,7 +250,8 @@ class StoppedPrefillSpec : public PrefillJobSpec,
 };
 
 TEST_P(StoppedPrefillSpec, CancelFreesEverythingAndCompletesOnce) {
-  RunStopped(absl::InfiniteFuture(), [this](JobId id) { engine_.Cancel(id); });
+  RunStopped(absl::InfiniteFuture(),
+             [this](JobId id) { engine_.Cancel(id, CancelReason::kCaller); });
   ExpectEndedWith(absl::StatusCode::kCancelled);
 }
 

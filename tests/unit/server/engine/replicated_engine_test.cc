@@ -155,7 +155,7 @@ TEST_F(ReplicatedEngineSpec, WhatIsTooLargeForOneDeviceGoesToALargerOne) {
 TEST_F(ReplicatedEngineSpec, CancelFindsTheJobsReplica) {
   Submit(10, a_);
   Submit(10, b_);
-  replicated_->Cancel(ids_[1]);
+  replicated_->Cancel(ids_[1], CancelReason::kCaller);
   EXPECT_EQ(b_.result.status().code(), absl::StatusCode::kCancelled);
   EXPECT_EQ(a_.num_done, 0);
   RunAllReplicas();

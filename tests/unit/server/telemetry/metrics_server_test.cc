@@ -46,7 +46,7 @@ class MetricsServerSpec : public testing::Test {
   static void SetUpTestSuite() {
     auto registry = std::make_shared<prometheus::Registry>();
     prometheus::BuildGauge().Name("pbs_x").Register(*registry).Add({}).Set(5);
-    auto sampled = std::make_shared<SampledGauge>("pbs_y", "y", [] {
+    auto sampled = std::make_shared<SampledGauge>(MetricName{"pbs_y", "y"}, [] {
       return SampledGauge::Values{{"", 6}, {"0", 7}};
     });
     auto server = MetricsServer::Create("localhost:0", {registry, sampled});

@@ -6,11 +6,15 @@
 #include <prometheus/metric_family.h>
 #include <prometheus/text_serializer.h>
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <set>
 #include <string>
 
+#include "server/telemetry/process_metrics.h"
 #include "server/telemetry/sampled_metrics.h"
 
 namespace pbs::server {
@@ -59,6 +63,7 @@ TEST_F(ServerMetricsSpec, EveryMetricOfTheProtocolIsThereFromTheStart) {
                                    "pbs_prefill_tokens_wasted_total",
                                    "pbs_requests_rejected_total",
                                    "pbs_requests_total",
+                                   "pbs_requests_unread_total",
                                    "pbs_requests_running",
                                    "pbs_requests_waiting",
                                    "pbs_prefill_backlog_tokens",
@@ -85,9 +90,10 @@ TEST_F(ServerMetricsSpec, NamesHaveThePrefixAndTheUnitOfTheirType) {
   }
 }
 
-TEST_F(ServerMetricsSpec, TimesResolveOneMillisecondAndReachAnHour) {
+TEST_F(ServerMetricsSpec, TimesResolveSixteenMicrosecondsAndReachAnHour) {
   const auto& buckets = TimeBuckets();
-  EXPECT_DOUBLE_EQ(buckets.front(), 0.001);
+  EXPECT_LE(buckets.front(), 16e-6);
+  EXPECT_NE(std::find(buckets.begin(), buckets.end(), 0.001), buckets.end());
   EXPECT_GE(buckets.back(), 3600);
   for (size_t i = 1; i < buckets.size(); ++i) {
     EXPECT_DOUBLE_EQ(buckets[i], 2 * buckets[i - 1]);
@@ -157,13 +163,43 @@ TEST_F(ServerMetricsSpec, InfoMetricsAreOneWithTheirLabels) {
 
 TEST(SampledGaugeSpec, AsksForItsValueAtEveryScrape) {
   double value = 1;
-  const SampledGauge gauge("pbs_memory_charged_bytes", "Charged", [&] {
+  const SampledGauge gauge(kMemoryChargedName, [&] {
     return SampledGauge::Values{{"", value}};
   });
   EXPECT_EQ(gauge.Collect().front().metric.front().gauge.value, 1);
   value = 2;
   EXPECT_EQ(gauge.Collect().front().metric.front().gauge.value, 2);
   EXPECT_EQ(gauge.Collect().front().name, "pbs_memory_charged_bytes");
+}
+
+// Values of ProcessMetrics by name.
+std::map<std::string, double> ProcessValues() {
+  std::map<std::string, double> values;
+  for (const MetricFamily& family : ProcessMetrics().Collect()) {
+    const auto& metric = family.metric.front();
+    values[family.name] =
+        family.type == MetricType::Counter ? metric.counter.value : metric.gauge.value;
+  }
+  return values;
+}
+
+TEST(ProcessMetricsSpec, TellsMemoryTimeStartAndDescriptors) {
+  const auto before = ProcessValues();
+  ASSERT_EQ(before.size(), 5u);
+  EXPECT_GT(before.at("process_resident_memory_bytes"), 1 << 20);
+  const auto now = static_cast<double>(time(nullptr));
+  EXPECT_LE(before.at("process_start_time_seconds"), now + 1);
+  EXPECT_GT(before.at("process_start_time_seconds"), now - 3600);
+  EXPECT_GE(before.at("process_max_fds"), before.at("process_open_fds"));
+  const int descriptors[2] = {dup(STDERR_FILENO), dup(STDERR_FILENO)};
+  volatile double work = 0;
+  while (ProcessValues().at("process_cpu_seconds_total") ==
+         before.at("process_cpu_seconds_total")) {
+    work = work + 1;
+  }
+  EXPECT_EQ(ProcessValues().at("process_open_fds"), before.at("process_open_fds") + 2);
+  for (int descriptor : descriptors) close(descriptor);
+  EXPECT_EQ(ProcessValues().at("process_open_fds"), before.at("process_open_fds"));
 }
 
 TEST_F(ServerMetricsSpec, PartsOfAGaugeAddUp) {

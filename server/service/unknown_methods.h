@@ -1,0 +1,24 @@
+// Answers calls of methods that this server does not have: UNIMPLEMENTED, logged and
+// counted as any other call.
+//
+// Threading: gRPC calls it from its threads. Memory: none.
+#pragma once
+
+#include <grpcpp/generic/async_generic_service.h>
+
+#include "server/service/service_context.h"
+
+namespace pbs::server {
+
+class UnknownMethods final : public grpc::CallbackGenericService {
+ public:
+  explicit UnknownMethods(ServiceContext& service) : service_(service) {}
+
+  grpc::ServerGenericBidiReactor* CreateReactor(
+      grpc::GenericCallbackServerContext* context) override;
+
+ private:
+  ServiceContext& service_;
+};
+
+}  // namespace pbs::server

@@ -1,0 +1,21 @@
+// What the operating system says about this process, under the names that Prometheus
+// clients use for it everywhere.
+//
+// Threading: Collect() runs on the metrics server's threads. Memory: none.
+#pragma once
+
+#include <prometheus/collectable.h>
+#include <prometheus/metric_family.h>
+
+#include <vector>
+
+namespace pbs::server {
+
+// process_resident_memory_bytes, process_cpu_seconds_total, process_start_time_seconds,
+// process_open_fds, process_max_fds. One that the system does not tell is left out.
+class ProcessMetrics final : public prometheus::Collectable {
+ public:
+  std::vector<prometheus::MetricFamily> Collect() const override;
+};
+
+}  // namespace pbs::server
