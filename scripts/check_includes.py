@@ -59,7 +59,8 @@ ROOMS = [
 ]
 # The client sees the protocol only; its reference decode tier also sees the data plane.
 CLIENT_SEES = ("client/cpp", "proto")
-DECODE_SEES = CLIENT_SEES + ("kernels/include/pbs", "server/model", "server/base/status.h")
+DECODE_SEES = CLIENT_SEES + (
+    "kernels/include/pbs", "server/model", "server/base/process.h", "server/base/status.h")
 
 LIBRARIES = {
     "absl/": "absl",
