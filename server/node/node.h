@@ -57,6 +57,8 @@ class Node {
        Log& log);
   std::vector<std::unique_ptr<Device>> MakeDevices(
       std::vector<std::unique_ptr<Backend>> backends);
+  // Makes room for the connections, or lowers their number to the room there is.
+  absl::Status LimitConnections(TransportOptions& transport) const;
   absl::Status Listen();
   absl::Status ExportMetrics();
   // A gauge of one value for every device.
