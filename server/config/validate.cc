@@ -7,8 +7,8 @@
 #include "absl/strings/str_join.h"
 #include "pbs/limits.h"
 #include "server/base/attention_options.h"
-#include "server/config/device_list.h"
 #include "server/base/host_port.h"
+#include "server/config/device_list.h"
 #include "server/config/server_settings.h"
 
 namespace pbs::server {

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from http2_peer import (
     CHECK,
@@ -23,7 +24,7 @@ from http2_peer import (
     framed,
     http2_peer,
 )
-from pbs_client import Client, UnavailableError, _transport
+from pbs_client import Client, MeanPooling, UnavailableError, _transport
 from real_server import (
     RECALL_MODEL,
     REPOSITORY,
@@ -284,3 +285,27 @@ def test_the_server_accepts_again_after_it_ran_out_of_descriptors(server):
         resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
     with Client(server.target) as client:
         assert client.health() == "SERVING"
+
+
+# ---- messages
+
+
+def test_the_largest_chunk_fits_a_client_of_default_settings():
+    default_receive = (("grpc.max_receive_message_length", 4 << 20),)
+    flags = ("--model", f"recall={RECALL_MODEL}")
+    flags += ("--set", "transport.chunk_bytes=4194304")
+    tokens = [7] * 8192
+    array_bytes = 8192 * 2 * 64 * 4  # as f32: the payload that does not fit
+    assert array_bytes == 4 << 20
+    q = np.ones((1, 1, 32768, 64), np.float32)
+    with (
+        running_server(*flags) as server,
+        Client(server.target, channel_options=default_receive) as client,
+    ):
+        leased = client.prefill("recall", tokens, delivery="lease")
+        fetched = client.fetch(leased.ticket, dtype="f32")
+        inline = client.prefill("recall", tokens, delivery="inline", kv_dtype="f32").kv
+        assert fetched.nbytes == inline.nbytes == 2 * 2 * array_bytes
+        attended = client.attend(q, q, q, MeanPooling(threshold=0.01))
+        assert attended.o.nbytes == 2 * array_bytes
+        client.release(leased.ticket)
