@@ -11,6 +11,7 @@
 #include "server/base/descriptors.h"
 #include "server/base/host_port.h"
 #include "server/base/mutex.h"
+#include "server/base/process.h"
 #include "server/base/random_id.h"
 #include "server/base/status.h"
 
@@ -19,6 +20,8 @@ namespace {
 
 // For gRPC's own, model files and the metrics' connections.
 constexpr int64_t kDescriptorsForOthers = 128;
+constexpr absl::Duration kTrimInterval = absl::Seconds(5);
+constexpr int64_t kTrimBytesMin = 32 << 20;  // resident since the last time
 
 std::vector<EngineImpl*> EnginesOf(
     const std::vector<std::unique_ptr<Device>>& devices) {
@@ -243,6 +246,16 @@ void Node::WatchDevices() {
   if (!device_lost()) timers_.At(clock_.Now() + kInterval, [this] { WatchDevices(); });
 }
 
+// The allocator keeps what was freed: after a thousand unread fetches, a gigabyte.
+void Node::TrimWhenIdle() {
+  const int64_t resident = ResidentBytes();
+  if (server_->IsIdle() && resident > resident_after_trim_ + kTrimBytesMin) {
+    ReturnFreedMemory();
+    resident_after_trim_ = ResidentBytes();
+  }
+  timers_.At(clock_.Now() + kTrimInterval, [this] { TrimWhenIdle(); });
+}
+
 // The others could go on; but whoever runs several wants to know, and a start brings
 // the lost one back or says why not.
 void Node::StopIfADeviceIsLost() {
@@ -259,6 +272,7 @@ void Node::StopIfADeviceIsLost() {
 void Node::Serve() {
   server_->SetServing(true);
   if (devices_.front()->has_memory()) WatchDevices();
+  timers_.At(clock_.Now() + kTrimInterval, [this] { TrimWhenIdle(); });
   LogServing();
   signals_.WaitForStop();
 }

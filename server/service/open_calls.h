@@ -26,6 +26,11 @@ class OpenCalls {
     OpenCalls& calls_;
   };
 
+  bool none() {
+    MutexLock lock(mutex_);
+    return open_ == 0;
+  }
+
   // Returns once no call is open, or after `limit`.
   void WaitForNone(absl::Duration limit) {
     const absl::Time until = absl::Now() + limit;

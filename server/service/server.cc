@@ -186,6 +186,8 @@ void GrpcServer::SetModels(std::vector<const ServedModel*> models) {
   impl_->context.SetModels(std::move(models));
 }
 
+bool GrpcServer::IsIdle() { return impl_->context.open_calls.none(); }
+
 void GrpcServer::SetServing(bool serving) { impl_->SetServing(serving); }
 
 void GrpcServer::Drain(absl::AnyInvocable<void()> on_uploaded) {

@@ -46,6 +46,9 @@ class GrpcServer {
   // outlive the server.
   void SetModels(std::vector<const ServedModel*> models);
 
+  // Whether no call is open; watches of health do not count.
+  bool IsIdle();
+
   // What health v1 answers for "" and for each service.
   void SetServing(bool serving);
 
