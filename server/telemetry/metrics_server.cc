@@ -86,7 +86,9 @@ struct MetricsServer::Daemons {
         MHD_OPTION_CONNECTION_LIMIT, kMetricsConnectionsMax,
         MHD_OPTION_CONNECTION_TIMEOUT, kMetricsIdleSecondsMax, MHD_OPTION_END);
     if (daemon == nullptr) {
-      return absl::UnavailableError("metrics_listen: the HTTP server did not start");
+      return absl::UnavailableError(
+          "metrics_listen: the system refused a thread or memory for it; raise the "
+          "limits (ulimit -u, ulimit -v)");
     }
     socket.Release();  // the daemon closes it
     running.push_back(daemon);
