@@ -10,7 +10,7 @@ jobs=$(nproc)
 build_packages=(
   g++ cmake ninja-build pkg-config ca-certificates ccache git python3
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
-  prometheus-cpp-dev nlohmann-json3-dev libcli11-dev libspdlog-dev
+  prometheus-cpp-dev libmicrohttpd-dev nlohmann-json3-dev libcli11-dev libspdlog-dev
   libtbb-dev libdnnl-dev libxxhash-dev
   libgtest-dev libgmock-dev
 )

@@ -26,14 +26,14 @@ say "C++ tests and structure checks"
 ctest --test-dir "$build_dir" --output-on-failure -j "$jobs"
 
 if $python; then
-  python_environment "$repo/.venv" pytest
+  python_environment "$repo/.venv" pytest h2
   say "Python client tests"
   PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin \
     "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m "not peers"
 fi
 
 if $peers; then
-  python_environment "$repo/.venv" pytest torch==2.13.0 transformers safetensors matplotlib
+  python_environment "$repo/.venv" pytest h2 torch==2.13.0 transformers safetensors matplotlib
   say "tests against torch and transformers"
   PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin \
     "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m peers

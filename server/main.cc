@@ -2,19 +2,23 @@
 // SIGINT, drains, exits.
 //
 // Exit status: 0 after a drain that finished all admitted work, 1 when the server could
-// not start, the drain's limit cut work or the device was lost, 2 for a wrong command
-// line or configuration.
+// not start, the drain's limit cut work, the device was lost or the system refused
+// memory or a thread, 2 for a wrong command line or configuration.
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "server/base/last_words.h"
 #include "server/base/log.h"
 #include "server/base/process.h"
 #include "server/base/signal_watcher.h"
 #include "server/base/status.h"
+#include "server/base/thread_room.h"
 #include "server/config/config_source.h"
 #include "server/config/server_settings.h"
 #include "server/node/node.h"
@@ -25,6 +29,8 @@ namespace {
 
 constexpr int kExitCut = 1;
 constexpr int kExitUsage = 2;
+// Our own, gRPC's and those of the metrics: some twenty when the server serves.
+constexpr int32_t kThreadsBesideWorkers = 24;
 
 // ---- the command line
 
@@ -71,7 +77,8 @@ absl::Status AddModel(const std::string& flag, v1::ServerConfig& config) {
   const size_t equals = flag.find('=');
   if (equals == std::string::npos) {
     return absl::InvalidArgumentError(
-        absl::StrCat("--model ", flag, " is not NAME=PATH"));
+        absl::StrCat("--model ", flag,
+                     " is not NAME=PATH; give both, as in --model tiny=/models/t"));
   }
   v1::ModelSource& model = *config.add_models();
   model.set_name(flag.substr(0, equals));
@@ -79,18 +86,39 @@ absl::Status AddModel(const std::string& flag, v1::ServerConfig& config) {
   return absl::OkStatus();
 }
 
-// The file, then --set, then the flags of their own.
+// The models of --model come before --set, so that --set can say more about them, but
+// not which they are.
+absl::Status CheckModelsKept(const v1::ServerConfig& before,
+                             const v1::ServerConfig& after) {
+  for (int i = 0; i < before.models_size(); ++i) {
+    const v1::ModelSource& model = before.models(i);
+    if (i < after.models_size() && after.models(i).name() == model.name() &&
+        after.models(i).path() == model.path()) {
+      continue;
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat("--set changes name or path of models.", i, ", which --model ",
+                     model.name(), "=", model.path(), " gave; use another index, from ",
+                     before.models_size(), " on"));
+  }
+  return absl::OkStatus();
+}
+
+// The file, the models of --model, --set, then the flags of their own. Everything that
+// is wrong is in the answer, but a file that cannot be read is alone in it.
 absl::StatusOr<ServerSettings> ReadSettings(const Flags& flags) {
   v1::ServerConfig config;
   if (!flags.config.empty()) {
     PBS_ABSL_RETURN_IF_ERROR(LoadConfigFile(flags.config, config));
   }
-  for (const std::string& set : flags.sets) {
-    PBS_ABSL_RETURN_IF_ERROR(ApplySet(set, config));
-  }
-  for (const std::string& model : flags.models) {
-    PBS_ABSL_RETURN_IF_ERROR(AddModel(model, config));
-  }
+  std::vector<std::string> violations;
+  const auto note = [&violations](const absl::Status& status) {
+    if (!status.ok()) violations.emplace_back(status.message());
+  };
+  for (const std::string& model : flags.models) note(AddModel(model, config));
+  const v1::ServerConfig before = config;
+  for (const std::string& set : flags.sets) note(ApplySet(set, config));
+  if (!flags.models.empty()) note(CheckModelsKept(before, config));
   if (!flags.listen.empty()) config.set_listen(flags.listen);
   if (!flags.metrics_listen.empty()) {
     config.set_metrics_listen(flags.metrics_listen == "off" ? ""
@@ -101,15 +129,27 @@ absl::StatusOr<ServerSettings> ReadSettings(const Flags& flags) {
   if (!flags.log_level.empty()) config.mutable_log()->set_level(flags.log_level);
   if (!flags.metrics_compat.empty()) config.set_vllm_metrics(true);
   if (flags.threads.has_value()) config.mutable_cpu()->set_threads(*flags.threads);
-  return MakeSettings(std::move(config));
+  absl::StatusOr<ServerSettings> settings = MakeSettings(std::move(config));
+  if (violations.empty()) return settings;
+  note(settings.status());
+  return absl::InvalidArgumentError(absl::StrJoin(violations, "\n"));
+}
+
+absl::Status Start(const ServerSettings& settings, SignalWatcher& signals, Log& log,
+                   std::unique_ptr<Node>& node) {
+  const int32_t workers =
+      settings.cpu.threads > 0 ? settings.cpu.threads : UsableCpus();
+  PBS_ABSL_RETURN_IF_ERROR(TryThreads(kThreadsBesideWorkers + workers));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      node, Node::Create(settings, {PBS_VERSION, PBS_COMMIT}, signals, log));
+  return node->Prepare();
 }
 
 int Run(const ServerSettings& settings, SignalWatcher& signals) {
   Log log(settings.log_level);
   const LibraryLog library_log(log);
-  auto node = Node::Create(settings, {PBS_VERSION, PBS_COMMIT}, signals, log);
-  absl::Status status = node.status();
-  if (status.ok()) status = (*node)->Prepare();
+  std::unique_ptr<Node> node;
+  const absl::Status status = Start(settings, signals, log, node);
   if (absl::IsCancelled(status) && signals.stop_requested()) {
     log.Info("stopped_while_loading");
     return 0;
@@ -119,14 +159,15 @@ int Run(const ServerSettings& settings, SignalWatcher& signals) {
                                {"message", std::string(status.message())}});
     return kExitCut;
   }
-  (*node)->Serve();
-  const bool finished = (*node)->Drain();
-  return finished && !(*node)->device_lost() ? 0 : kExitCut;
+  node->Serve();
+  const bool finished = node->Drain();
+  return finished && !node->device_lost() ? 0 : kExitCut;
 }
 
 }  // namespace
 
 int Main(int argc, char** argv) {
+  SayLastWords();
   CLI::App app("Prefill node for long prompts with permuted block-sparse attention");
   Flags flags;
   AddFlags(app, flags);

@@ -21,8 +21,13 @@ constexpr char kRelease[] = "/pbs.v1.KvSource/Release";
 
 // The largest chunk, or the largest other message: a vocabulary's logits.
 constexpr int kReceiveBytesMax = (16 << 20) + (64 << 10);
-constexpr int kKeepaliveMillis = 30'000;
-constexpr int kKeepaliveTimeoutMillis = 20'000;
+
+// The limit that counts for pings in later versions of gRPC than we are built with.
+constexpr char kPingTimeoutArgument[] = "grpc.http2.ping_timeout_ms";
+
+int Millis(absl::Duration duration) {
+  return static_cast<int>(absl::ToInt64Milliseconds(duration));
+}
 
 grpc::ChannelArguments ArgumentsOf(const ClientOptions& options) {
   grpc::ChannelArguments arguments;
@@ -30,8 +35,10 @@ grpc::ChannelArguments ArgumentsOf(const ClientOptions& options) {
   arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, options.stream_window_bytes);
   arguments.SetMaxReceiveMessageSize(kReceiveBytesMax);
   // A long prefill is silent: pings tell a slow server from a dead one.
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMillis);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMillis);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, Millis(options.keepalive));
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, Millis(options.keepalive_timeout));
+  arguments.SetInt(kPingTimeoutArgument, Millis(options.keepalive_timeout));
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   // A connection per client, and no detour through a proxy named in the environment.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);

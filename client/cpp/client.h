@@ -35,6 +35,10 @@ struct ClientOptions {
   absl::Duration connect_timeout = absl::Seconds(5);
   // Of every call but Prefill, Attend and Fetch; an earlier deadline of its own counts.
   absl::Duration control_timeout = absl::Seconds(30);
+  // A silent server is pinged after the first and given up after the second, with and
+  // without calls under way.
+  absl::Duration keepalive = absl::Seconds(30);
+  absl::Duration keepalive_timeout = absl::Seconds(20);
   int32_t stream_window_bytes = 4 << 20;  // how far the server may send ahead
   // Broken fetches in a row, without a layer gained, before Fetch() gives up.
   int32_t resume_attempts = 3;

@@ -2,6 +2,7 @@
 
 #include <malloc.h>
 #include <sched.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cmath>
@@ -132,6 +133,11 @@ int64_t MemoryLimitBytes(const SystemRoot& root) {
     const auto bytes = ParseNumber(ReadPseudoFile(folder + file));
     if (bytes.has_value() && *bytes > 0) limit = std::min(limit, *bytes);
   });
+  for (const auto resource : {RLIMIT_AS, RLIMIT_DATA}) {
+    rlimit own = {};
+    if (getrlimit(resource, &own) != 0 || own.rlim_cur == RLIM_INFINITY) continue;
+    limit = std::min(limit, static_cast<int64_t>(own.rlim_cur));
+  }
   return limit;
 }
 
@@ -152,6 +158,8 @@ void TuneMalloc() {
   mallopt(M_TRIM_THRESHOLD, kTrimThreshold);
   mallopt(M_ARENA_MAX, kArenasMax);
 }
+
+void ReturnFreedMemory() { malloc_trim(0); }
 
 std::optional<int64_t> ParseKilobyteLine(std::string_view text, std::string_view name) {
   const std::string prefix = std::string(name) + ":";

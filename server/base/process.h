@@ -24,8 +24,8 @@ struct SystemRoot {
   std::string path;  // in front of "/proc" and "/sys"
 };
 
-// Memory this process may use: the smallest of the machine's memory and the limits of
-// its control groups (v2, or v1) and their parents.
+// Memory this process may use: the smallest of the machine's memory, the limits of its
+// control groups (v2, or v1) and their parents, and its own (ulimit -v, ulimit -d).
 int64_t MemoryLimitBytes(const SystemRoot& root = {});
 
 // CPUs this process may use, at least 1: its affinity mask, cut to the CPU quota of its
@@ -36,6 +36,10 @@ int32_t UsableCpus(const SystemRoot& root = {});
 // at a high rate from many threads: by default it maps and unmaps each one, and keeps
 // an arena per thread. Call before other threads start.
 void TuneMalloc();
+
+// Gives the pages of freed memory back to the system, all arenas'. Takes milliseconds,
+// in which other threads may wait for memory.
+void ReturnFreedMemory();
 
 // ---- the parsers, public for their tests
 

@@ -1,5 +1,11 @@
-// Catches SIGTERM and SIGINT on a thread of its own. The first asks the process to
-// stop; the second ends it at once with status 128 + signal.
+// Catches signals on a thread of its own.
+//
+//   SIGTERM, SIGINT         the first asks the process to stop; the second ends it at
+//                           once with status 128 + signal
+//   SIGHUP                  asks the process to stop, however often it comes; without
+//                           effect where it was ignored at start, as nohup does
+//   SIGUSR1, SIGUSR2        without effect
+//   SIGPIPE, SIGXFSZ        ignored: a write answers with its error
 //
 // Threading: construct before any other thread starts, since threads inherit the
 // blocked signals; one at a time. Everything else is safe from any thread.
@@ -15,7 +21,7 @@ namespace pbs::server {
 
 class SignalWatcher {
  public:
-  // Blocks the signals in this thread, ignores SIGPIPE.
+  // Blocks the caught signals in this thread.
   SignalWatcher();
   // Leaves the signals blocked.
   ~SignalWatcher();
@@ -34,6 +40,7 @@ class SignalWatcher {
 
   const sigset_t signals_;
   std::atomic<bool> stop_ = false;
+  std::atomic<bool> ending_ = false;  // our destructor runs
   Mutex mutex_;
   CondVar stopped_;
   std::thread thread_;

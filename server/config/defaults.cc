@@ -14,6 +14,8 @@ void ApplyAdmissionDefaults(v1::AdmissionConfig& config) {
 
 void ApplyTransportDefaults(v1::TransportConfig& config) {
   if (!config.has_chunk_bytes()) config.set_chunk_bytes(1 << 20);
+  if (!config.has_connections_max()) config.set_connections_max(1024);
+  if (!config.has_metadata_bytes_max()) config.set_metadata_bytes_max(64 << 10);
   if (!config.has_concurrent_streams_max()) config.set_concurrent_streams_max(64);
   if (!config.has_memory_quota_bytes()) config.set_memory_quota_bytes(256 << 20);
   if (!config.has_stream_window_bytes()) config.set_stream_window_bytes(1 << 20);

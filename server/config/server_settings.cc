@@ -54,6 +54,8 @@ ServiceLimits ToLimits(const v1::AdmissionConfig& admission,
 TransportOptions ToTransport(const v1::TransportConfig& config) {
   TransportOptions options;
   options.chunk_bytes = config.chunk_bytes();
+  options.connections_max = config.connections_max();
+  options.metadata_bytes_max = config.metadata_bytes_max();
   options.concurrent_streams_max = config.concurrent_streams_max();
   options.memory_quota_bytes = config.memory_quota_bytes();
   options.stream_window_bytes = config.stream_window_bytes();

@@ -7,8 +7,8 @@
 #include "absl/strings/str_join.h"
 #include "pbs/limits.h"
 #include "server/base/attention_options.h"
+#include "server/base/host_port.h"
 #include "server/config/device_list.h"
-#include "server/config/host_port.h"
 #include "server/config/server_settings.h"
 
 namespace pbs::server {
@@ -71,10 +71,6 @@ void CheckAddresses(const v1::ServerConfig& config, Checker& check) {
     check.Add(absl::StrCat("metrics_listen ", metrics.status().message()));
     return;
   }
-  if (!metrics->IsNumericOrLocalhost()) {
-    check.Add(absl::StrCat("metrics_listen \"", config.metrics_listen(),
-                           "\" needs a numeric address or localhost"));
-  }
   if (listen.ok() && metrics->port != 0 && metrics->port == listen->port &&
       metrics->host == listen->host) {
     check.Add(absl::StrCat("metrics_listen \"", config.metrics_listen(),
@@ -127,6 +123,9 @@ void CheckLease(const v1::LeaseConfig& config, Checker& check) {
 
 void CheckTransport(const v1::TransportConfig& config, Checker& check) {
   check.Range("transport.chunk_bytes", config.chunk_bytes(), kChunkBytesRange);
+  check.Range("transport.connections_max", config.connections_max(), kConnectionsRange);
+  check.Range("transport.metadata_bytes_max", config.metadata_bytes_max(),
+              kMetadataBytesRange);
   check.Range("transport.concurrent_streams_max", config.concurrent_streams_max(),
               kConcurrentStreamsRange);
   check.Range("transport.memory_quota_bytes", config.memory_quota_bytes(),

@@ -8,13 +8,20 @@
 #include "absl/strings/str_join.h"
 #include "server/backend/make_backend.h"
 #include "server/backend/memory_budget.h"
+#include "server/base/descriptors.h"
+#include "server/base/host_port.h"
 #include "server/base/mutex.h"
+#include "server/base/process.h"
 #include "server/base/random_id.h"
 #include "server/base/status.h"
-#include "server/config/host_port.h"
 
 namespace pbs::server {
 namespace {
+
+// For gRPC's own, model files and the metrics' connections.
+constexpr int64_t kDescriptorsForOthers = 128;
+constexpr absl::Duration kTrimInterval = absl::Seconds(5);
+constexpr int64_t kTrimBytesMin = 32 << 20;  // resident since the last time
 
 std::vector<EngineImpl*> EnginesOf(
     const std::vector<std::unique_ptr<Device>>& devices) {
@@ -81,11 +88,34 @@ ServiceOptions Node::MakeServiceOptions() const {
   return options;
 }
 
+absl::Status Node::LimitConnections(TransportOptions& transport) const {
+  const int64_t others = OpenDescriptors() + kDescriptorsForOthers;
+  const int64_t wanted = others + transport.connections_max;
+  const int64_t limit = RaiseDescriptorLimit(wanted);
+  if (limit >= wanted) return absl::OkStatus();
+  if (limit <= others) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the limit of ", limit, " file descriptors leaves none for connections; ",
+        others, " are for other uses; raise the hard limit (ulimit -Hn) to ", wanted));
+  }
+  log_.Warning(
+      "connections_limited",
+      {{"connections_max", limit - others},
+       {"connections_max_configured", transport.connections_max},
+       {"descriptors_max", limit},
+       {"note", absl::StrCat("raise the hard limit of descriptors (ulimit -Hn) "
+                             "to ",
+                             wanted)}});
+  transport.connections_max = static_cast<int32_t>(limit - others);
+  return absl::OkStatus();
+}
+
 absl::Status Node::Listen() {
+  ServiceOptions options = MakeServiceOptions();
+  PBS_ABSL_RETURN_IF_ERROR(LimitConnections(options.transport));
   PBS_ABSL_ASSIGN_OR_RETURN(
-      server_,
-      GrpcServer::Create(MakeServiceOptions(),
-                         {engine_, leases_, ledger_, metrics_, log_, clock_, timers_}));
+      server_, GrpcServer::Create(options, {engine_, leases_, ledger_, metrics_, log_,
+                                            clock_, timers_}));
   timer_thread_ = std::make_unique<TimerThread>(timers_);
   for (const std::string& address :
        {settings_.service.listen, settings_.metrics_listen}) {
@@ -219,6 +249,16 @@ void Node::WatchDevices() {
   if (!device_lost()) timers_.At(clock_.Now() + kInterval, [this] { WatchDevices(); });
 }
 
+// The allocator keeps what was freed: after a thousand unread fetches, a gigabyte.
+void Node::TrimWhenIdle() {
+  const int64_t resident = ResidentBytes();
+  if (server_->IsIdle() && resident > resident_after_trim_ + kTrimBytesMin) {
+    ReturnFreedMemory();
+    resident_after_trim_ = ResidentBytes();
+  }
+  timers_.At(clock_.Now() + kTrimInterval, [this] { TrimWhenIdle(); });
+}
+
 // The others could go on; but whoever runs several wants to know, and a start brings
 // the lost one back or says why not.
 void Node::StopIfADeviceIsLost() {
@@ -235,6 +275,7 @@ void Node::StopIfADeviceIsLost() {
 void Node::Serve() {
   server_->SetServing(true);
   if (devices_.front()->has_memory()) WatchDevices();
+  timers_.At(clock_.Now() + kTrimInterval, [this] { TrimWhenIdle(); });
   LogServing();
   signals_.WaitForStop();
 }

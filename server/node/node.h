@@ -58,6 +58,8 @@ class Node {
        Log& log);
   std::vector<std::unique_ptr<Device>> MakeDevices(
       std::vector<std::unique_ptr<Backend>> backends);
+  // Makes room for the connections, or lowers their number to the room there is.
+  absl::Status LimitConnections(TransportOptions& transport) const;
   absl::Status Listen();
   absl::Status ExportMetrics();
   // A gauge of one value for every device.
@@ -67,6 +69,8 @@ class Node {
   ServiceOptions MakeServiceOptions() const;
   void LogServing() const;
   void WatchDevices();
+  // Gives memory that calls have freed back to the system while none is open.
+  void TrimWhenIdle();
   void StopIfADeviceIsLost();
   // True when all admitted work was done before `until`; what is left then ends.
   bool FinishWork(absl::Time until);
@@ -88,6 +92,7 @@ class Node {
   CostModel costs_;
   ByteLedger ledger_;
   std::atomic<bool> device_lost_ = false;
+  int64_t resident_after_trim_ = 0;  // the timer thread's
   const std::vector<std::unique_ptr<Device>> devices_;
   std::vector<std::unique_ptr<ServedModel>> models_;
   ReplicatedEngine engine_;

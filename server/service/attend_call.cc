@@ -26,7 +26,7 @@ AttendCall::AttendCall(ServiceContext& service, grpc::CallbackServerContext& con
              }) {
   guard_.WatchWrites(loop_,
                      absl::Seconds(service.options.transport.write_stall_seconds_max));
-  if (absl::Status status = service.CheckAdmitting(); !status.ok()) {
+  if (absl::Status status = service.CheckAdmitting(context); !status.ok()) {
     Fail(status);
     return;
   }

@@ -27,7 +27,9 @@ int64_t ElementBytes(v1::DType dtype) {
 
 AttendReply::AttendReply(const AttendSpec& spec, const BackendFacts& backend,
                          int32_t chunk_bytes, AttendResult result, const Clock& clock)
-    : clock_(clock), chunk_bytes_(chunk_bytes), held_(std::make_shared<Held>()) {
+    : clock_(clock),
+      chunk_bytes_(std::min(chunk_bytes, kChunkPayloadBytesMax)),
+      held_(std::make_shared<Held>()) {
   held_->result = std::move(result);
   const AttentionGeometry g = MakeGeometry(spec.problem);
   const auto batch = static_cast<int64_t>(g.sequences.size());

@@ -39,7 +39,7 @@ FetchCall::FetchCall(ServiceContext& service, grpc::CallbackServerContext& conte
 }
 
 absl::Status FetchCall::Open(const grpc::ByteBuffer& buffer) {
-  PBS_ABSL_RETURN_IF_ERROR(service_.CheckReady());
+  PBS_ABSL_RETURN_IF_ERROR(service_.CheckReady(context_));
   v1::FetchRequest request;
   PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeMessage(buffer, &request)));
   PBS_ABSL_ASSIGN_OR_RETURN(lease_, service_.parts.leases.Find(request.ticket()));

@@ -32,6 +32,10 @@ class OpenCalls {
     MutexLock lock(mutex_);
     return begun_;
   }
+  bool none() {
+    MutexLock lock(mutex_);
+    return open_ == 0;
+  }
 
   // Returns once no call is open, or after `limit`.
   void WaitForNone(absl::Duration limit) {

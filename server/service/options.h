@@ -23,6 +23,8 @@ inline constexpr SettingRange kUploadSecondsRange = {1, kDaySeconds};
 inline constexpr SettingRange kUploadRequestsRange = {1, 65'536};
 inline constexpr SettingRange kChunkBytesRange = {kChunkBytesMin, kChunkBytesMax};
 inline constexpr SettingRange kConcurrentStreamsRange = {1, 1024};
+inline constexpr SettingRange kConnectionsRange = {1, 1'000'000};
+inline constexpr SettingRange kMetadataBytesRange = {8 << 10, 1 << 20};
 inline constexpr SettingRange kMemoryQuotaBytesRange = {16 << 20, int64_t{1} << 40};
 inline constexpr SettingRange kStreamWindowBytesRange = {64 << 10, 16 << 20};
 inline constexpr SettingRange kKeepaliveSecondsRange = {1, 3600};
@@ -30,7 +32,9 @@ inline constexpr SettingRange kWriteStallSecondsRange = {1, 3600};
 
 struct TransportOptions {
   int32_t chunk_bytes = 1 << 20;             // of a reply that asks for no other size
+  int32_t connections_max = 1024;            // open at once
   int32_t concurrent_streams_max = 64;       // per connection
+  int32_t metadata_bytes_max = 64 << 10;     // of a call: names, values, 32 per entry
   int64_t memory_quota_bytes = 256ll << 20;  // gRPC's buffers, all connections
   int32_t stream_window_bytes = 1 << 20;     // HTTP/2 lookahead of a stream
   int32_t keepalive_seconds = 30;            // ping a silent client after
@@ -38,6 +42,9 @@ struct TransportOptions {
   // Cut a call whose reader has taken nothing for this long (at most twice as long).
   int32_t write_stall_seconds_max = 60;
 };
+
+// gRPC itself takes this many times metadata_bytes_max.
+inline constexpr int32_t kMetadataConnectionFactor = 4;
 
 struct ServiceLimits {
   int32_t tokens_max = 1 << 20;            // longest prompt

@@ -52,7 +52,7 @@ PrefillCall::PrefillCall(ServiceContext& service, grpc::CallbackServerContext& c
 }
 
 absl::Status PrefillCall::Open(const grpc::ByteBuffer& buffer) {
-  PBS_ABSL_RETURN_IF_ERROR(service_.CheckAdmitting());
+  PBS_ABSL_RETURN_IF_ERROR(service_.CheckAdmitting(context_));
   v1::PrefillRequest request;
   PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeMessage(buffer, &request)));
   record_.set_request_id(request.request_id().substr(0, kRequestTextBytesMax));

@@ -7,7 +7,8 @@
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/resource_quota.h>
 
-#include "absl/strings/str_cat.h"
+#include "server/base/connection_acceptor.h"
+#include "server/base/listener.h"
 #include "server/base/status.h"
 #include "server/service/health.h"
 #include "server/service/memory_formula.h"
@@ -25,9 +26,9 @@ namespace {
 constexpr char kLivenessService[] = "liveness";
 constexpr const char* kServiceNames[] = {"pbs.v1.Prefill", "pbs.v1.Attention",
                                          "pbs.v1.KvSource"};
-// A peer may ping this often, so that clients can keep idle connections alive.
-constexpr int kPeerPingSecondsMin = 10;
 constexpr int kMillis = 1000;
+// The limit that counts for pings in later versions of gRPC than we are built with.
+constexpr char kPingTimeoutArgument[] = "grpc.http2.ping_timeout_ms";
 // gRPC threads that run our callbacks; none of them ever waits.
 constexpr int kQuotaThreads = 256;
 
@@ -41,6 +42,10 @@ absl::Status CheckOptions(const ServiceOptions& options) {
   };
   for (const auto& [name, value, range] : {
            Setting{"transport.chunk_bytes", transport.chunk_bytes, kChunkBytesRange},
+           Setting{"transport.connections_max", transport.connections_max,
+                   kConnectionsRange},
+           Setting{"transport.metadata_bytes_max", transport.metadata_bytes_max,
+                   kMetadataBytesRange},
            Setting{"transport.concurrent_streams_max", transport.concurrent_streams_max,
                    kConcurrentStreamsRange},
            Setting{"transport.memory_quota_bytes", transport.memory_quota_bytes,
@@ -74,9 +79,19 @@ void SetTransport(const ServiceOptions& options, grpc::ServerBuilder& builder) {
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, t.keepalive_seconds * kMillis);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS,
                              t.keepalive_timeout_seconds * kMillis);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
-                             kPeerPingSecondsMin * kMillis);
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder.AddChannelArgument(kPingTimeoutArgument,
+                             t.keepalive_timeout_seconds * kMillis);
+  // Connections without calls are pinged, too: a dead peer's must not stay.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  // No number of a peer's pings ends its connection, which may carry others' calls.
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
+  // From a connection to its first words.
+  builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
+                             t.keepalive_timeout_seconds * kMillis);
+  // Beyond its own limit gRPC ends the whole connection: calls are refused below it.
+  builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE,
+                             kMetadataConnectionFactor * t.metadata_bytes_max);
   // A compressed message grows before its size is looked at.
   builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
   builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
@@ -131,6 +146,8 @@ struct GrpcServer::Impl {
     for (const char* name : kServiceNames) health.Set(name, serving);
   }
 
+  void Accept(Listener listener, const ServiceParts& parts);
+
   ServiceContext context;
   PrefillService prefill;
   AttentionService attention;
@@ -141,18 +158,45 @@ struct GrpcServer::Impl {
   TimerId look = 0;
   int port = 0;
   int64_t channelz_id = 0;               // gRPC's number of `server`
-  std::unique_ptr<grpc::Server> server;  // last: its calls use everything above
+  std::unique_ptr<grpc::Server> server;  // its calls use everything above
+  std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> connections;
+  std::unique_ptr<ConnectionAcceptor> acceptor;  // last: it uses `connections`
 };
+
+// gRPC's own listener gives up for good when the process runs out of descriptors.
+void GrpcServer::Impl::Accept(Listener listener, const ServiceParts& parts) {
+  const TransportOptions& transport = context.options.transport;
+  port = listener.port;
+  acceptor = std::make_unique<ConnectionAcceptor>(
+      std::move(listener),
+      AcceptorOptions{transport.connections_max,
+                      absl::Seconds(transport.keepalive_timeout_seconds)},
+      [this](FileDescriptor connection, int socket) {
+        grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters
+            accepted;
+        accepted.listener_fd = socket;
+        accepted.fd = connection.Release();
+        connections->HandleNewConnection(&accepted);
+      },
+      [&log = parts.log, limit = transport.connections_max](int64_t refused) {
+        log.Warning("connections_refused",
+                    {{"refused", refused},
+                     {"connections_max", limit},
+                     {"note", "raise transport.connections_max or ulimit -n"}});
+      });
+}
 
 absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Create(
     const ServiceOptions& options, const ServiceParts& parts) {
   PBS_ABSL_RETURN_IF_ERROR(CheckOptions(options));
+  PBS_ABSL_ASSIGN_OR_RETURN(Listener listener, Listen("listen", options.listen));
   auto impl = std::make_unique<Impl>(options, parts);
   grpc::ServerBuilder builder;
   builder.SetOption(std::make_unique<ReflectionOption>(options.reflection));
   SetTransport(options, builder);
-  builder.AddListeningPort(options.listen, grpc::InsecureServerCredentials(),
-                           &impl->port);
+  impl->connections = builder.experimental().AddExternalConnectionAcceptor(
+      grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
+      grpc::InsecureServerCredentials());
   builder.RegisterService(&impl->prefill);
   builder.RegisterService(&impl->attention);
   builder.RegisterService(&impl->source);
@@ -161,13 +205,12 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Create(
   impl->SetServing(false);
   impl->health.Set(kLivenessService, true);
   impl->server = builder.BuildAndStart();
-  if (impl->server == nullptr || impl->port == 0) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot listen on ", options.listen,
-                     ": the address is in use or not of this machine"));
+  if (impl->server == nullptr) {
+    return absl::UnavailableError("the gRPC library did not start a server");
   }
   impl->channelz_id = NewestServer();
   impl->WatchUnread();
+  impl->Accept(std::move(listener), parts);
   return std::unique_ptr<GrpcServer>(new GrpcServer(std::move(impl)));
 }
 
@@ -180,6 +223,8 @@ int GrpcServer::port() const { return impl_->port; }
 void GrpcServer::SetModels(std::vector<const ServedModel*> models) {
   impl_->context.SetModels(std::move(models));
 }
+
+bool GrpcServer::IsIdle() { return impl_->context.open_calls.none(); }
 
 void GrpcServer::SetServing(bool serving) { impl_->SetServing(serving); }
 
@@ -197,6 +242,7 @@ void GrpcServer::Shutdown(absl::Duration grace) {
   impl_->health.EndWatches();
   impl_->context.open_calls.WaitForNone(grace);
   impl_->context.SetStopping();
+  impl_->acceptor.reset();
   impl_->server->Shutdown(absl::ToChronoTime(absl::Now()));
 }
 

@@ -6,6 +6,9 @@
 // health service "liveness" is SERVING from the first moment. Drain() refuses new work,
 // lets admitted work finish and keeps serving leases; Shutdown() ends what is left.
 //
+// A port of its own accepts connections (connection_acceptor.h), at most
+// transport.connections_max at once, and gives them to gRPC.
+//
 // Threading: all methods are safe from any thread; Shutdown() blocks and must not be
 // called from a gRPC or executor thread. gRPC's threads decode, check and submit; they
 // never wait for work.
@@ -42,6 +45,9 @@ class GrpcServer {
   // Accept requests, for these models (none: raw attention only). Once; the models must
   // outlive the server.
   void SetModels(std::vector<const ServedModel*> models);
+
+  // Whether no call is open; watches of health do not count.
+  bool IsIdle();
 
   // What health v1 answers for "" and for each service.
   void SetServing(bool serving);

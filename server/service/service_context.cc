@@ -11,18 +11,36 @@
 namespace pbs::server {
 namespace {
 
-constexpr size_t kNameShownMax = 64;  // bytes of a caller's text in a message
+constexpr size_t kMetadataEntryBytes = 32;  // as HTTP/2 counts an entry's overhead
+constexpr size_t kNameShownMax = 64;        // bytes of a caller's text in a message
 
 }  // namespace
 
-absl::Status ServiceContext::CheckReady() const {
+absl::Status ServiceContext::CheckMetadata(
+    const grpc::CallbackServerContext& call) const {
+  size_t bytes = 0;
+  for (const auto& [name, value] : call.client_metadata()) {
+    bytes += name.size() + value.size() + kMetadataEntryBytes;
+  }
+  const auto limit = static_cast<size_t>(options.transport.metadata_bytes_max);
+  if (bytes <= limit) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "metadata of ", bytes, " bytes exceeds transport.metadata_bytes_max ", limit,
+      "; send fewer or shorter entries"));
+}
+
+absl::Status ServiceContext::CheckReady(const grpc::CallbackServerContext& call) const {
+  PBS_ABSL_RETURN_IF_ERROR(CheckMetadata(call));
   if (models_.load() != nullptr) return absl::OkStatus();
   return WithRetryAfter(absl::UnavailableError("loading models"), kRetryAfterDefault);
 }
 
-absl::Status ServiceContext::CheckAdmitting() const {
-  if (absl::Status ready = CheckReady(); !ready.ok()) {
-    parts.metrics.engine.Rejected(RejectReason::kLoading).Increment();
+absl::Status ServiceContext::CheckAdmitting(
+    const grpc::CallbackServerContext& call) const {
+  if (absl::Status ready = CheckReady(call); !ready.ok()) {
+    if (absl::IsUnavailable(ready)) {
+      parts.metrics.engine.Rejected(RejectReason::kLoading).Increment();
+    }
     return ready;
   }
   if (!draining_) return absl::OkStatus();

@@ -45,10 +45,11 @@ class ServiceContext {
   TaskPool movers{2};      // make chunks when the executor has published something
   TaskPool background{1};  // generators and checks that take longer than a call may
 
-  // Unavailable while models are loading.
-  absl::Status CheckReady() const;
-  // CheckReady(), and Unavailable while draining. Counts refusals.
-  absl::Status CheckAdmitting() const;
+  // Unavailable while models are loading; InvalidArgument when the call's metadata is
+  // larger than transport.metadata_bytes_max.
+  absl::Status CheckReady(const grpc::CallbackServerContext& call) const;
+  // CheckReady(), and Unavailable while draining. Counts refusals for load.
+  absl::Status CheckAdmitting(const grpc::CallbackServerContext& call) const;
   // Uploads::Take(), with refusals counted.
   absl::StatusOr<Uploads::Slot> TakeUploadSlot(Uploads::End end);
 
@@ -74,6 +75,8 @@ class ServiceContext {
   void Drain(absl::AnyInvocable<void()> on_uploaded);
 
  private:
+  absl::Status CheckMetadata(const grpc::CallbackServerContext& call) const;
+
   std::vector<const ServedModel*> model_list_;
   std::atomic<const std::vector<const ServedModel*>*> models_{nullptr};
   std::atomic<bool> draining_{false};

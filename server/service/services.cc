@@ -17,9 +17,11 @@ namespace {
 
 // Decodes, calls `handle(request)` -> StatusOr<message>, encodes.
 template <class Request, class Handle>
-absl::Status Answer(const ServiceContext& service, const grpc::ByteBuffer& buffer,
-                    grpc::ByteBuffer* response, const Handle& handle) {
-  PBS_ABSL_RETURN_IF_ERROR(service.CheckReady());
+absl::Status Answer(const ServiceContext& service,
+                    const grpc::CallbackServerContext& context,
+                    const grpc::ByteBuffer& buffer, grpc::ByteBuffer* response,
+                    const Handle& handle) {
+  PBS_ABSL_RETURN_IF_ERROR(service.CheckReady(context));
   Request request;
   PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeMessage(buffer, &request)));
   PBS_ABSL_ASSIGN_OR_RETURN(const auto answer, handle(request));
@@ -40,11 +42,13 @@ class UnaryCall final : public grpc::ServerUnaryReactor {
 
 template <class Request, class Handle>
 grpc::ServerUnaryReactor* Unary(ServiceContext& service, Rpc rpc,
+                                const grpc::CallbackServerContext& context,
                                 const grpc::ByteBuffer* request,
                                 grpc::ByteBuffer* response, const Handle& handle) {
   const CallRecord record(service.parts, rpc);
   auto* const call = new UnaryCall(service.open_calls);
-  call->Finish(record.End(Answer<Request>(service, *request, response, handle)));
+  call->Finish(
+      record.End(Answer<Request>(service, context, *request, response, handle)));
   return call;
 }
 
@@ -62,11 +66,11 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* PrefillService::Prefill(
   return new PrefillCall(service_, *context, *request);
 }
 
-grpc::ServerUnaryReactor* PrefillService::ListModels(grpc::CallbackServerContext*,
-                                                     const grpc::ByteBuffer* request,
-                                                     grpc::ByteBuffer* response) {
+grpc::ServerUnaryReactor* PrefillService::ListModels(
+    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+    grpc::ByteBuffer* response) {
   return Unary<v1::ListModelsRequest>(
-      service_, Rpc::kListModels, request, response,
+      service_, Rpc::kListModels, *context, request, response,
       [this](const v1::ListModelsRequest&) -> absl::StatusOr<v1::ListModelsResponse> {
         v1::ListModelsResponse answer;
         for (const ServedModel* model : service_.models()) {
@@ -76,11 +80,11 @@ grpc::ServerUnaryReactor* PrefillService::ListModels(grpc::CallbackServerContext
       });
 }
 
-grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerContext*,
-                                                        const grpc::ByteBuffer* request,
-                                                        grpc::ByteBuffer* response) {
+grpc::ServerUnaryReactor* PrefillService::GetServerInfo(
+    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+    grpc::ByteBuffer* response) {
   return Unary<v1::GetServerInfoRequest>(
-      service_, Rpc::kGetServerInfo, request, response,
+      service_, Rpc::kGetServerInfo, *context, request, response,
       [this](const v1::GetServerInfoRequest&) -> absl::StatusOr<v1::ServerInfo> {
         return DescribeServer(service_.options, service_.parts.leases.epoch(),
                               service_.parts.ledger.bytes_max());
@@ -96,11 +100,11 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* AttentionService::A
 
 // ---- KvSource
 
-grpc::ServerUnaryReactor* KvSourceService::Describe(grpc::CallbackServerContext*,
-                                                    const grpc::ByteBuffer* request,
-                                                    grpc::ByteBuffer* response) {
+grpc::ServerUnaryReactor* KvSourceService::Describe(
+    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+    grpc::ByteBuffer* response) {
   return Unary<v1::KvTicket>(
-      service_, Rpc::kDescribe, request, response,
+      service_, Rpc::kDescribe, *context, request, response,
       [this](const v1::KvTicket& ticket) -> absl::StatusOr<v1::KvDescriptor> {
         PBS_ABSL_ASSIGN_OR_RETURN(const LeaseView lease,
                                   service_.parts.leases.Find(ticket));
@@ -113,11 +117,11 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* KvSourceService::Fetch(
   return new FetchCall(service_, *context, *request);
 }
 
-grpc::ServerUnaryReactor* KvSourceService::Renew(grpc::CallbackServerContext*,
+grpc::ServerUnaryReactor* KvSourceService::Renew(grpc::CallbackServerContext* context,
                                                  const grpc::ByteBuffer* request,
                                                  grpc::ByteBuffer* response) {
   return Unary<v1::RenewRequest>(
-      service_, Rpc::kRenew, request, response,
+      service_, Rpc::kRenew, *context, request, response,
       [this](const v1::RenewRequest& renew) -> absl::StatusOr<v1::KvLease> {
         PBS_ABSL_ASSIGN_OR_RETURN(
             const LeaseView lease,
@@ -126,11 +130,11 @@ grpc::ServerUnaryReactor* KvSourceService::Renew(grpc::CallbackServerContext*,
       });
 }
 
-grpc::ServerUnaryReactor* KvSourceService::Release(grpc::CallbackServerContext*,
+grpc::ServerUnaryReactor* KvSourceService::Release(grpc::CallbackServerContext* context,
                                                    const grpc::ByteBuffer* request,
                                                    grpc::ByteBuffer* response) {
   return Unary<v1::ReleaseRequest>(
-      service_, Rpc::kRelease, request, response,
+      service_, Rpc::kRelease, *context, request, response,
       [this](const v1::ReleaseRequest& release) -> absl::StatusOr<v1::ReleaseResponse> {
         PBS_ABSL_RETURN_IF_ERROR(service_.parts.leases.Release(release.ticket()));
         return v1::ReleaseResponse();

@@ -1,9 +1,13 @@
-// MetricsServer: GET /metrics on a port of its own.
+// MetricsServer: GET and HEAD of /metrics on a port of its own.
 //
-// Threading: Create and destroy from one thread; scrapes run on two threads of its own.
-// Destruction may take two seconds.
+// Connections do not wait for each other: one that sends nothing costs a descriptor
+// until it is closed after kMetricsIdleSecondsMax.
+//
+// Threading: Create and destroy from one thread; scrapes run on one thread of its own
+// per address. Memory: a page per scrape, a few KiB per connection.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,30 +16,33 @@
 
 namespace prometheus {
 class Collectable;
-class Exposer;
 }  // namespace prometheus
 
 namespace pbs::server {
 
+inline constexpr unsigned kMetricsConnectionsMax = 32;  // of each address
+inline constexpr unsigned kMetricsIdleSecondsMax = 5;
+
 class MetricsServer {
  public:
-  // `listen` is host:port; the host a numeric address or "localhost", port 0 picks a
-  // free one. Serves `sources`. shared_ptr: the exposer's interface asks for it.
-  // Unavailable when the address cannot be bound, naming it.
+  // `listen` is host:port; port 0 picks a free one. Serves `sources`. shared_ptr: the
+  // registry is shared with those who count.
+  // Unavailable when the address cannot be bound, naming it and the reason.
   static absl::StatusOr<std::unique_ptr<MetricsServer>> Create(
       const std::string& listen,
       std::vector<std::shared_ptr<prometheus::Collectable>> sources);
   ~MetricsServer();
+  MetricsServer(const MetricsServer&) = delete;
+  MetricsServer& operator=(const MetricsServer&) = delete;
 
-  int port() const { return port_; }
+  int32_t port() const { return port_; }
 
  private:
-  MetricsServer(std::unique_ptr<prometheus::Exposer> exposer,
-                std::vector<std::shared_ptr<prometheus::Collectable>> sources);
+  struct Daemons;
+  MetricsServer(std::unique_ptr<Daemons> daemons, int32_t port);
 
-  const std::vector<std::shared_ptr<prometheus::Collectable>> sources_;
-  const std::unique_ptr<prometheus::Exposer> exposer_;
-  const int port_;
+  const std::unique_ptr<Daemons> daemons_;
+  const int32_t port_;
 };
 
 }  // namespace pbs::server

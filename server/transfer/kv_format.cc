@@ -1,5 +1,7 @@
 #include "server/transfer/kv_format.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "pbs/limits.h"
 #include "server/base/status.h"
@@ -37,6 +39,7 @@ absl::StatusOr<KvFormat> DecodeCommon(const Wishes& wishes,
                                                    " is outside [", kChunkBytesMin,
                                                    ", ", kChunkBytesMax, "]"));
   }
+  format.chunk_bytes = std::min(format.chunk_bytes, kChunkPayloadBytesMax);
   if (wishes.has_checksums()) format.checksums = wishes.checksums();
   return format;
 }

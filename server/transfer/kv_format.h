@@ -17,6 +17,9 @@ namespace pbs::server {
 
 inline constexpr int32_t kChunkBytesMin = 64 << 10;
 inline constexpr int32_t kChunkBytesMax = 4 << 20;
+// A chunk's message, with the fields around its payload, fits the 4 MiB that a gRPC
+// client receives unless it is told otherwise.
+inline constexpr int32_t kChunkPayloadBytesMax = kChunkBytesMax - (4 << 10);
 
 v1::DType EncodeDType(DType dtype);
 // F32, F16 or BF16; else InvalidArgument that names `field`, the value and these.
@@ -33,7 +36,7 @@ struct KvFormat {
   std::optional<DType> dtype = {};  // unset: as held
   KvLayout layout = KvLayout::kHnd;
   int32_t page_tokens = 1;  // chunks begin and end at multiples of it
-  int32_t chunk_bytes = 0;  // of one chunk, at most
+  int32_t chunk_bytes = 0;  // of a payload, at most; up to kChunkPayloadBytesMax
   bool checksums = true;
 };
 

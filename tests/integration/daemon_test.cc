@@ -122,7 +122,11 @@ INSTANTIATE_TEST_SUITE_P(
                     {"--backend", "cuda", "--set", "cuda.module=libm.so.6"},
                     1,
                     "libm.so.6 is no CUDA module of this project"},
-        RefusalCase{"foreign_address", {"--listen", "192.0.2.1:1"}, 1, "192.0.2.1:1"},
+        RefusalCase{"foreign_address",
+                    {"--listen", "192.0.2.1:1"},
+                    1,
+                    "listen 192.0.2.1:1 cannot be bound: this machine does not have "
+                    "the address"},
         RefusalCase{"foreign_metrics_address",
                     {"--metrics-listen", "192.0.2.1:1"},
                     1,
@@ -346,6 +350,28 @@ TEST_F(DaemonSpec, WorkThatOutlastsTheDrainIsCutAndSaidSo) {
   EXPECT_EQ(server.Wait(), 1);
   EXPECT_EQ(server.WaitForEvent("drain_cut").value("jobs", 0), 2);
   EXPECT_FALSE(server.WaitForEvent("drained").value("work_finished", true));
+}
+
+// ---- a server that is gone
+
+TEST_F(DaemonSpec, AClientGivesUpAServerThatIsFrozen) {
+  ServerProcess server(PBS_PREFILLD, Usual());
+  auto client = client::Client::Connect({.address = server.WaitForAddress(),
+                                         .keepalive = absl::Seconds(1),
+                                         .keepalive_timeout = absl::Seconds(1)});
+  ASSERT_TRUE(client.ok()) << client.status();
+  server.Freeze();
+  client::PrefillObserver observer;
+  EXPECT_TRUE(
+      absl::IsUnavailable((*client)->Prefill(Request(20, false), observer).status()));
+  server.Signal(SIGCONT);
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+}
+
+TEST(ClientOptionsSpec, ADeadServerIsFoundWithinAMinute) {
+  const client::ClientOptions options;
+  EXPECT_LE(options.keepalive + options.keepalive_timeout, absl::Minutes(1));
 }
 
 // ---- memory

@@ -306,9 +306,12 @@ TEST(ListenSpec, ATakenAddressIsSaidSo) {
   const auto second =
       GrpcServer::Create(options, {node.engine, node.leases, node.ledger, node.metrics,
                                    *node.log, node.clock, node.timers});
-  EXPECT_EQ(second.status(),
-            absl::UnavailableError("cannot listen on " + node.address() +
-                                   ": the address is in use or not of this machine"));
+  const std::string port = std::to_string(node.server->port());
+  EXPECT_EQ(
+      second.status(),
+      absl::UnavailableError(
+          "listen " + node.address() + " cannot be bound: another process has port " +
+          port + "; choose another port, or stop that process (ss -ltnp names it)"));
 }
 
 struct OptionCase {
@@ -336,6 +339,10 @@ INSTANTIATE_TEST_SUITE_P(
         OptionCase{"streams",
                    [](auto& o) { o.transport.concurrent_streams_max = 1025; },
                    "transport.concurrent_streams_max 1025 is outside [1, 1024]"},
+        OptionCase{"connections", [](auto& o) { o.transport.connections_max = 0; },
+                   "transport.connections_max 0 is outside [1, 1000000]"},
+        OptionCase{"metadata", [](auto& o) { o.transport.metadata_bytes_max = 8191; },
+                   "transport.metadata_bytes_max 8191 is outside [8192, 1048576]"},
         OptionCase{"quota", [](auto& o) { o.transport.memory_quota_bytes = 1; },
                    "transport.memory_quota_bytes 1 is outside [16777216, "
                    "1099511627776]"},

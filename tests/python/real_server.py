@@ -9,9 +9,10 @@ import queue
 import shlex
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECALL_MODEL = REPOSITORY / "tests" / "data" / "recall-llama"
@@ -31,7 +32,16 @@ class RunningServer:
     target: str
     process: subprocess.Popen[str]
     metrics: str  # "off" unless flags say otherwise
-    log: list[str]
+    log: list[str]  # lines, as they come
+
+    def event(self, name: str) -> dict[str, Any]:
+        """The first log line of an event that came before the server served."""
+        for line in self.log:
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if event.get("event") == name:
+                    return event
+        raise AssertionError(f"no event {name} in:\n" + "".join(self.log))
 
 
 def program(name: str) -> Path:
@@ -52,14 +62,35 @@ def server_binary() -> Path:
     return binary
 
 
+def refused_start(*flags: str, prefix: Sequence[str] = ()) -> str:
+    """What pbs-prefilld says that ends with exit status 1 before it serves."""
+    ended = subprocess.run(
+        [*prefix, *_command(), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=_START_SECONDS_MAX,
+    )
+    assert ended.returncode == 1, ended.stdout
+    return ended.stdout
+
+
+def _command() -> list[str]:
+    return [
+        *(str(server_binary()), "--backend", BACKEND, *BACKEND_FLAGS),
+        *("--listen", "127.0.0.1:0", "--metrics-listen", "off"),
+        *("--set", f"drain_seconds_max={_DRAIN_SECONDS_MAX}"),
+    ]
+
+
 @contextlib.contextmanager
-def running_server(*flags: str) -> Iterator[RunningServer]:
-    """Starts pbs-prefilld on free ports and waits until it serves; stops it after."""
-    command = [str(server_binary()), "--backend", BACKEND, *BACKEND_FLAGS]
-    command += ["--metrics-listen", "off"]
-    command += ["--set", f"drain_seconds_max={_DRAIN_SECONDS_MAX}"]
+def running_server(*flags: str, prefix: Sequence[str] = ()) -> Iterator[RunningServer]:
+    """Starts pbs-prefilld on free ports and waits until it serves; stops it after.
+
+    `prefix` is a command that runs it, such as prlimit.
+    """
     process = subprocess.Popen(
-        [*command, "--listen", "127.0.0.1:0", *flags],
+        [*prefix, *_command(), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -150,7 +150,7 @@ def test_a_target_without_host_and_port_is_refused_before_any_traffic(target):
 )
 def test_proxies_are_for_other_machines(target, loopback):
     assert _transport.is_loopback(target) is loopback
-    options = _transport._channel_options(target)
+    options = _transport.channel_options(target)
     assert options.get("grpc.enable_http_proxy") == (0 if loopback else None)
 
 

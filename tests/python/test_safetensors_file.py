@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import struct
+import tempfile
+import threading
+import tty
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -175,3 +181,74 @@ def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path):
     os.mkfifo(path)
     with pytest.raises(SafetensorsError, match="regular file"):
         safetensors_file.read(path)
+
+
+TENSORS = {"x": np.arange(6, dtype=np.float32)}
+
+
+def written_bytes(tmp_path: Path) -> bytes:
+    path = tmp_path / "expected"
+    safetensors_file.write(path, TENSORS)
+    return path.read_bytes()
+
+
+@contextlib.contextmanager
+def fifo(path: Path) -> Iterator[list[bytes]]:
+    """A pipe with a name, and what its reader got by the end of the block."""
+    os.mkfifo(path)
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append(path.read_bytes()))
+    reader.start()
+    yield got
+    reader.join()
+
+
+@contextlib.contextmanager
+def terminal(path: Path) -> Iterator[list[bytes]]:
+    """A link to a character device, and what was written to that."""
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)
+    path.symlink_to(os.ttyname(theirs))
+    got: list[bytes] = []
+    yield got
+    got.append(os.read(ours, 4096))
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("make", [fifo, terminal], ids=lambda make: make.__name__)
+def test_what_is_no_regular_file_is_written_to_and_stays(tmp_path, make):
+    path, expected = tmp_path / "special", written_bytes(tmp_path)
+    with make(path) as got:
+        before = path.lstat()
+        safetensors_file.write(path, TENSORS)
+    assert got == [expected]
+    assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["expected", "special"]
+
+
+def test_an_open_file_named_by_its_descriptor_is_written_to(tmp_path):
+    with tempfile.TemporaryFile(dir=tmp_path) as file:
+        safetensors_file.write(f"/proc/self/fd/{file.fileno()}", TENSORS)
+        file.seek(0)
+        assert file.read() == written_bytes(tmp_path)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path, exists):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    if exists:
+        (folder / "target").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to("elsewhere/target")
+    safetensors_file.write(link, TENSORS)
+    assert link.is_symlink()
+    assert (folder / "target").read_bytes() == written_bytes(tmp_path)
+    assert os.listdir(folder) == ["target"]
+
+
+def test_a_folder_is_an_error_and_stays(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        safetensors_file.write(tmp_path, TENSORS)
+    assert tmp_path.is_dir()

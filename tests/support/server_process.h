@@ -62,6 +62,13 @@ class ServerProcess {
   pid_t pid() const { return pid_; }
   void Signal(int signal) const { EXPECT_EQ(kill(pid_, signal), 0); }
 
+  // Until SIGCONT.
+  void Freeze() const {
+    Signal(SIGSTOP);
+    siginfo_t info = {};
+    EXPECT_EQ(waitid(P_PID, static_cast<id_t>(pid_), &info, WSTOPPED), 0);
+  }
+
   // Its exit status, or 1000 + the signal that ended it. Waits for its end.
   int Wait() {
     int status = 0;

@@ -21,6 +21,8 @@ from pbs_client.errors import from_rpc_error
 RECEIVE_BYTES_MAX = 16 << 20
 # How far a reply may run ahead of its reader, per call.
 _LOOKAHEAD_BYTES = 4 << 20
+_KEEPALIVE_MS = 30_000
+_KEEPALIVE_TIMEOUT_MS = 20_000
 _RECONNECT_BACKOFF_MS_MIN = 100
 _RECONNECT_BACKOFF_MS_MAX = 2_000
 
@@ -79,7 +81,7 @@ class Transport:
         options: Sequence[tuple[str, Any]],
     ) -> None:
         check_target(target)
-        merged = list({**_channel_options(target), **dict(options)}.items())
+        merged = list({**channel_options(target), **dict(options)}.items())
         self.target = target
         self._metadata = tuple(metadata)
         if credentials is None:
@@ -174,7 +176,8 @@ def _has_scheme(target: str) -> bool:
     )
 
 
-def _channel_options(target: str) -> dict[str, Any]:
+def channel_options(target: str) -> dict[str, Any]:
+    """What this client sets of its channel to `target`."""
     options: dict[str, Any] = {
         # Pings that probe the bandwidth double the CPU time of a transfer; windows of a
         # known size make them needless.
@@ -182,6 +185,13 @@ def _channel_options(target: str) -> dict[str, Any]:
         "grpc.http2.lookahead_bytes": _LOOKAHEAD_BYTES,
         "grpc.max_receive_message_length": RECEIVE_BYTES_MAX,
         "grpc.max_send_message_length": -1,  # the server's limit is the one that counts
+        # A long prefill is silent: pings tell a slow server from a dead one.
+        "grpc.keepalive_time_ms": _KEEPALIVE_MS,
+        "grpc.keepalive_timeout_ms": _KEEPALIVE_TIMEOUT_MS,
+        # The limit that counts for pings since gRPC 1.61.
+        "grpc.http2.ping_timeout_ms": _KEEPALIVE_TIMEOUT_MS,
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.http2.max_pings_without_data": 0,
         "grpc.enable_retries": 0,  # nothing sent twice; resuming a fetch is ours
         "grpc.initial_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MIN,
         "grpc.min_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MIN,

@@ -10,11 +10,12 @@ from the system.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -27,6 +28,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 HEADER_BYTES_MAX = 16 << 20
 DIMENSIONS_MAX = 16
+# Links to what is open: others hold the file that they lead to, not its name.
+_OPEN_ALREADY = ("/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/proc")
 _SIZE_MAX = 1 << 62  # of a dimension or an offset: far beyond any file
 
 _NUMPY_BY_NAME: dict[str, np.dtype[Any]] = {
@@ -94,10 +97,11 @@ def write(
     tensors: Mapping[str, Array],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors. The file appears whole or not at all.
+    """Writes tensors. A regular file appears whole or not at all.
 
     Args:
-        path: replaced when it exists.
+        path: a regular file is replaced, behind symbolic links too. Anything else that
+            exists, such as a pipe or a device, is opened and written to.
         tensors: name -> array of a dtype that the format has.
         metadata: strings for the header.
 
@@ -120,17 +124,39 @@ def write(
         offset += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    target = Path(path)
+    with _output(Path(path)) as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in names:
+            file.write(_bytes_of(np.ascontiguousarray(tensors[name])))
+
+
+@contextlib.contextmanager
+def _output(path: Path) -> Iterator[BinaryIO]:
+    """What `path` names, opened for writing; see write()."""
+    if not _is_replaceable(path):
+        with path.open("wb") as file:
+            yield file
+        return
+    target = path.resolve()
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with part.open("xb") as file:
-            file.write(struct.pack("<Q", len(text)))
-            file.write(text)
-            for name in names:
-                file.write(_bytes_of(np.ascontiguousarray(tensors[name])))
+            yield file
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether another file may take the place of `path`."""
+    absolute = Path(os.path.abspath(path))
+    if any(absolute.is_relative_to(place) for place in _OPEN_ALREADY):
+        return False
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return True
 
 
 def _open(path: str | os.PathLike[str]) -> BinaryIO:

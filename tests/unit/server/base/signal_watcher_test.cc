@@ -26,6 +26,7 @@ class SignalWatcherSpec : public testing::Test {
 TEST_F(SignalWatcherSpec, TheFirstSignalAsksToStop) {
   EXPECT_EXIT(ExitAfterOne(SIGTERM), testing::ExitedWithCode(0), "");
   EXPECT_EXIT(ExitAfterOne(SIGINT), testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(ExitAfterOne(SIGHUP), testing::ExitedWithCode(0), "");
 }
 
 [[noreturn]] void WaitForEverAfterTwo() {
@@ -38,6 +39,53 @@ TEST_F(SignalWatcherSpec, TheFirstSignalAsksToStop) {
 
 TEST_F(SignalWatcherSpec, TheSecondSignalEndsTheProcessAtOnce) {
   EXPECT_EXIT(WaitForEverAfterTwo(), testing::ExitedWithCode(128 + SIGINT), "");
+}
+
+[[noreturn]] void ExitAfterOthers(int other) {
+  SignalWatcher watcher;
+  kill(getpid(), other);
+  while (true) {
+    sigset_t pending;
+    sigpending(&pending);
+    if (sigismember(&pending, other) == 0) break;
+  }
+  if (watcher.stop_requested()) std::_Exit(3);
+  kill(getpid(), SIGTERM);
+  watcher.WaitForStop();
+  std::_Exit(0);
+}
+
+TEST_F(SignalWatcherSpec, OtherSignalsNeitherStopTheProcessNorTheWatch) {
+  for (const int other : {SIGUSR1, SIGUSR2, SIGPIPE, SIGXFSZ}) {
+    EXPECT_EXIT(ExitAfterOthers(other), testing::ExitedWithCode(0), "") << other;
+  }
+}
+
+TEST_F(SignalWatcherSpec, HangingUpAsksToStopAndNeverEndsTheProcess) {
+  EXPECT_EXIT(
+      {
+        SignalWatcher watcher;
+        for (int i = 0; i < 3; ++i) {
+          kill(getpid(), SIGHUP);
+          watcher.WaitForStop();
+        }
+        std::_Exit(0);
+      },
+      testing::ExitedWithCode(0), "");
+}
+
+[[noreturn]] void HangUpUnderNohup() {
+  std::signal(SIGHUP, SIG_IGN);
+  SignalWatcher watcher;
+  kill(getpid(), SIGHUP);
+  const bool stopped = watcher.stop_requested();
+  kill(getpid(), SIGTERM);
+  watcher.WaitForStop();
+  std::_Exit(stopped ? 3 : 0);
+}
+
+TEST_F(SignalWatcherSpec, HangingUpIsWithoutEffectWhereItWasIgnored) {
+  EXPECT_EXIT(HangUpUnderNohup(), testing::ExitedWithCode(0), "");
 }
 
 [[noreturn]] void ExitWithoutSignal() {

@@ -68,6 +68,10 @@ TEST(ServerSettingsSpec, DefaultsAreThoseOfTheModules) {
   EXPECT_EQ(settings->service.listen, expected.listen);
   EXPECT_EQ(settings->service.default_attention, expected.default_attention);
   EXPECT_EQ(settings->service.transport.chunk_bytes, expected.transport.chunk_bytes);
+  EXPECT_EQ(settings->service.transport.connections_max,
+            expected.transport.connections_max);
+  EXPECT_EQ(settings->service.transport.metadata_bytes_max,
+            expected.transport.metadata_bytes_max);
   EXPECT_EQ(settings->service.transport.write_stall_seconds_max,
             expected.transport.write_stall_seconds_max);
   EXPECT_EQ(settings->service.limits.tokens_max, expected.limits.tokens_max);
@@ -100,6 +104,8 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   config.mutable_lease()->set_leases_max(13);
   config.mutable_lease()->set_ttl_seconds_default(17);
   config.mutable_transport()->set_keepalive_seconds(19);
+  config.mutable_transport()->set_connections_max(23);
+  config.mutable_transport()->set_metadata_bytes_max(29'000);
   config.mutable_log()->set_level("warning");
   config.mutable_default_attention()->mutable_mean_pooling()->set_threshold(0.5f);
   config.mutable_default_attention()->set_dense_fallback(false);
@@ -123,6 +129,8 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   EXPECT_EQ(settings->leases_max, 13);
   EXPECT_EQ(settings->service.limits.lease_ttl_seconds_default, 17);
   EXPECT_EQ(settings->service.transport.keepalive_seconds, 19);
+  EXPECT_EQ(settings->service.transport.connections_max, 23);
+  EXPECT_EQ(settings->service.transport.metadata_bytes_max, 29'000);
   EXPECT_EQ(settings->log_level, LogLevel::kWarning);
   const AttentionProfile& profile = settings->service.default_attention;
   EXPECT_EQ(profile.options.method, Method::kMeanPooling);
@@ -171,10 +179,6 @@ INSTANTIATE_TEST_SUITE_P(
                       "listen \"nowhere\" is not host:port: no port"},
         ViolationCase{"metrics_listen", [](auto& c) { c.set_metrics_listen("x"); },
                       "metrics_listen \"x\" is not host:port: no port"},
-        ViolationCase{"metrics_name",
-                      [](auto& c) { c.set_metrics_listen("a.example:1"); },
-                      "metrics_listen \"a.example:1\" needs a numeric address or "
-                      "localhost"},
         ViolationCase{"same_port",
                       [](auto& c) { c.set_metrics_listen("127.0.0.1:50051"); },
                       "metrics_listen \"127.0.0.1:50051\" is also listen; they need "
@@ -278,6 +282,13 @@ INSTANTIATE_TEST_SUITE_P(
             "write_stall",
             [](auto& c) { c.mutable_transport()->set_write_stall_seconds_max(3601); },
             "transport.write_stall_seconds_max 3601 is outside [1, 3600]"},
+        ViolationCase{"connections",
+                      [](auto& c) { c.mutable_transport()->set_connections_max(0); },
+                      "transport.connections_max 0 is outside [1, 1000000]"},
+        ViolationCase{
+            "metadata",
+            [](auto& c) { c.mutable_transport()->set_metadata_bytes_max(1 << 21); },
+            "transport.metadata_bytes_max 2097152 is outside [8192, 1048576]"},
         ViolationCase{"keepalive",
                       [](auto& c) { c.mutable_transport()->set_keepalive_seconds(0); },
                       "transport.keepalive_seconds 0 is outside [1, 3600]"}),

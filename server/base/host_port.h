@@ -17,8 +17,6 @@ struct HostPort {
 
   // "host:port", an IPv6 address in brackets; ParseHostPort() reads it back.
   std::string ToString() const;
-  // Numeric address or "localhost": needs no resolver.
-  bool IsNumericOrLocalhost() const;
   // Reachable from this machine only.
   bool IsLoopback() const;
 };

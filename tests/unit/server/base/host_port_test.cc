@@ -1,5 +1,5 @@
-// Spec: server/config/host_port.h.
-#include "server/config/host_port.h"
+// Spec: server/base/host_port.h.
+#include "server/base/host_port.h"
 
 #include <gtest/gtest.h>
 
@@ -14,7 +14,6 @@ struct GoodCase {
   const char* host;
   int32_t port;
   bool loopback;
-  bool numeric;
 };
 
 class HostPortSpec : public testing::TestWithParam<GoodCase> {};
@@ -26,22 +25,20 @@ TEST_P(HostPortSpec, IsReadAndSaidAgain) {
   EXPECT_EQ(result->host, c.host);
   EXPECT_EQ(result->port, c.port);
   EXPECT_EQ(result->IsLoopback(), c.loopback);
-  EXPECT_EQ(result->IsNumericOrLocalhost(), c.numeric);
   EXPECT_EQ(result->ToString(), c.text);
 }
 
 INSTANTIATE_TEST_SUITE_P(
     Texts, HostPortSpec,
-    testing::Values(
-        GoodCase{"loopback", "127.0.0.1:50051", "127.0.0.1", 50051, true, true},
-        GoodCase{"other_loopback", "127.8.0.1:1", "127.8.0.1", 1, true, true},
-        GoodCase{"localhost", "localhost:0", "localhost", 0, true, true},
-        GoodCase{"any", "0.0.0.0:65535", "0.0.0.0", 65535, false, true},
-        GoodCase{"ipv6_loopback", "[::1]:50051", "::1", 50051, true, true},
-        GoodCase{"ipv6_any", "[::]:50051", "::", 50051, false, true},
-        GoodCase{"name", "prefill-0.pods:1", "prefill-0.pods", 1, false, false},
-        GoodCase{"name_like_loopback", "127.example:1", "127.example", 1, false,
-                 false}),
+    testing::Values(GoodCase{"loopback", "127.0.0.1:50051", "127.0.0.1", 50051, true},
+                    GoodCase{"other_loopback", "127.8.0.1:1", "127.8.0.1", 1, true},
+                    GoodCase{"localhost", "localhost:0", "localhost", 0, true},
+                    GoodCase{"any", "0.0.0.0:65535", "0.0.0.0", 65535, false},
+                    GoodCase{"ipv6_loopback", "[::1]:50051", "::1", 50051, true},
+                    GoodCase{"ipv6_any", "[::]:50051", "::", 50051, false},
+                    GoodCase{"name", "prefill-0.pods:1", "prefill-0.pods", 1, false},
+                    GoodCase{"name_like_loopback", "127.example:1", "127.example", 1,
+                             false}),
     testing_support::CaseName());
 
 struct BadCase {

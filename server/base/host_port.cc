@@ -1,4 +1,4 @@
-#include "server/config/host_port.h"
+#include "server/base/host_port.h"
 
 #include <arpa/inet.h>
 
@@ -45,10 +45,6 @@ absl::Status Bad(absl::string_view text, absl::string_view why) {
 std::string HostPort::ToString() const {
   return IsIpv6(host) ? absl::StrCat("[", host, "]:", port)
                       : absl::StrCat(host, ":", port);
-}
-
-bool HostPort::IsNumericOrLocalhost() const {
-  return host == "localhost" || IsIpv4(host) || IsIpv6(host);
 }
 
 bool HostPort::IsLoopback() const {
