@@ -10,6 +10,7 @@ the build in PBS_BUILD_DIR.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import itertools
@@ -33,23 +34,32 @@ MODULES = ["torch", "triton", "numpy", "safetensors", "pytest", "grpc", "google.
            "google_crc32c", "ml_dtypes"]  # fmt: skip
 
 
+def finish(process: subprocess.Popen, seconds: float) -> int | None:
+    """Its status; None when it was not done in time. Then nobody waits for it: what hangs in
+    a driver may take long to go."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(max(seconds, 1))
+    process.kill()
+    return None
+
+
 def query_gpu() -> dict[str, str] | None:
     """Name, driver and clocks; None where there is no driver."""
     fields = "name,driver_version,clocks.sm,clocks.max.sm,power.draw,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return dict(zip(fields.split(","), map(str.strip, said.splitlines()[0].split(","))))
+    with contextlib.suppress(OSError):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        if finish(process, 20) == 0 and (said := process.stdout.readline()):
+            return dict(zip(fields.split(","), map(str.strip, said.split(","))))
+    return None
 
 
 def program(name: str) -> pathlib.Path:
-    """check_attention, check_attention_bounded or libpbs_gpu_python.so."""
+    """check_attention or libpbs_gpu_python.so, or with waits that end, NAME_bounded."""
     if not REHEARSAL:
         return WORK / "programs" / name
-    is_library = name.endswith(".so")
-    return BUILD / (f"tests/gpu/{name[:-3]}_emulated.so" if is_library else "bin/check_attention_emulated")
+    library = "tests/gpu/libpbs_gpu_python_emulated.so"
+    return BUILD / (library if name.endswith(".so") else "bin/check_attention_emulated")
 
 
 def find_cublaslt() -> str:
