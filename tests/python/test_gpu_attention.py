@@ -19,6 +19,12 @@ from progress import WRONG, Progress  # noqa: E402
 RIGHT = torch.ones(2, 1024, 64)
 
 
+@pytest.fixture(autouse=True)
+def unwatched(monkeypatch):
+    """What is late would end the tests."""
+    monkeypatch.setattr(attention, "watch", lambda _: None)
+
+
 class Call:
     """A call of ours that gives an output."""
 
@@ -58,7 +64,6 @@ def gate(tmp_path, monkeypatch):
             "maker": maker, "tensors_of": tensors_of, "Attention": Call, "PART_SECONDS_MAX": 0.0,
             "Library": lambda _: None, "run_golden": lambda *_: None, "is_lost": lambda: False,
             "synchronize": lambda: None, "milliseconds": lambda call: (call(), 1.0)[1],
-            "watch": lambda _: None,
         }.items():  # fmt: skip
             monkeypatch.setattr(attention, name, value)
         found = Progress(tmp_path / "gate.json")
@@ -148,7 +153,6 @@ def test_a_call_of_ours_that_fails_is_wrong_and_a_variant_that_does_not_apply_is
 def test_rounds_go_there_and_back(monkeypatch):
     order = []
     monkeypatch.setattr(attention, "milliseconds", lambda call: call())
-    monkeypatch.setattr(attention, "watch", lambda _: None)
     calls = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
     attention.interleave(calls, 0)
     assert "".join(order) == ("abccba" * attention.ROUNDS_MIN)[: 3 * attention.ROUNDS_MIN]
