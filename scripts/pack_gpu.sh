@@ -3,25 +3,24 @@
 # bring along with the tree:
 #
 #   scripts/pack_gpu.sh                     to build/gpu
-#   scripts/pack_gpu.sh --programs FOLDER   the programs over CUDA alone, built there: for
-#                                           the machine itself, where these do not start
+#   scripts/pack_gpu.sh --programs FOLDER   the programs over CUDA alone, built there
 #
 # Programs over CUDA with all variants of the kernels, the package (scripts/package.sh)
 # and bench_worker of the same build, tiny models, the wheels that a Python 3.12 with torch,
-# transformers and grpcio lacks, and the commit. PYTHON: one with torch, transformers and
+# transformers and grpcio lacks, the commit, and a hash of the sources. PYTHON: one with torch, transformers and
 # pip (default: .venv, as scripts/test.sh --peers makes it).
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
 
 bytes_max=$((64 << 20)) # of the tree and the folder
-programs=(check_attention check_attention_bounded libpbs_gpu_python.so)
+programs=(check_attention{,_bounded} libpbs_gpu_python{,_bounded}.so)
 
 build_programs() { # FOLDER
   cmake -S "$repo/kernels" -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPBS_CPU=OFF \
     -DPBS_CUDA=ON -DPBS_CUDA_VARIANTS=ON >"$1.log" 2>&1 ||
     fail "configuring failed: $(tail -20 "$1.log")"
-  ninja -C "$1" check_attention check_attention_bounded pbs_gpu_python >>"$1.log" 2>&1 ||
+  ninja -C "$1" {check_attention,pbs_gpu_python}{,_bounded} >>"$1.log" 2>&1 ||
     fail "building failed: $(grep -A5 FAILED "$1.log" | head -40)"
 }
 
@@ -53,6 +52,8 @@ say "tiny models, wheels"
 "$python" -m pip download -q --only-binary=:all: --no-deps --python-version 3.12 \
   --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d "$folder/wheels" \
   google-crc32c
+PYTHONPATH=$repo/tests/gpu "$python" -c "import machine; print(machine.hash_sources())" \
+  >"$folder/sources"
 git -C "$repo" describe --always --dirty=+changes >"$folder/commit"
 tree=$(git -C "$repo" ls-files -z --cached --others --exclude-standard |
   (cd "$repo" && du -cb --files0-from=- 2>/dev/null) | tail -1 | cut -f1)

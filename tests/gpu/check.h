@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "pbs/attention.h"
@@ -29,11 +30,8 @@ Case RandomCase(uint32_t seed);
 struct Inputs {
   explicit Inputs(const Case& c);
 
-  // Of these operands, wherever they lie. `o` and `lse` may be null.
-  AttentionTensors Tensors(const void* q_data, const void* k_data, const void* v_data,
-                           void* o, void* lse) const;
   AttentionTensors HostTensors() const {
-    return Tensors(q.data(), k.data(), v.data(), nullptr, nullptr);
+    return PackedTensors(geometry, q.data(), k.data(), v.data(), nullptr, nullptr);
   }
   // The same with Case::poisoned.
   Inputs Poisoned(int32_t sequence) const;
@@ -51,7 +49,15 @@ struct Outputs {
 };
 
 // Over a poisoned workspace and poisoned outputs: twice as it is, then as a graph.
+// Internal behind the first run in which a wait did not end.
 StatusOr<Outputs> RunCase(Session& session, const Case& c, const Inputs& inputs);
+
+// Prints the line of a case that failed; gives where its kernel hangs, or "".
+std::string TellFailure(const Device& device, const Case& c, const Status& status);
+
+// Does so and ends the program with status 2, unless it is destroyed in time: a kernel
+// that hangs never returns to the thread that waits for it.
+std::jthread EndIfLate(const Device& device, const Case& c, int seconds);
 
 struct Place {
   int32_t sequence = 0;

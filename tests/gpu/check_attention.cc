@@ -6,24 +6,21 @@
 //
 // --variant: other kernels than the chosen ones (attention_variants.h). --only: cases
 // whose name has one of the substrings. --skip: not the first N of them.
-// --case-seconds: a case that is longer on the device ends the program (SIGALRM).
+// --case-seconds: a case that is longer on the device ends the program.
 // --device: says what the device is, and nothing else.
 //
-// Two JSON lines per problem. Its name before it runs: a fault or a hang is of the last
-// one. Then errors of o and lse against the exact answer over the same order and lists,
-// rows whose lists differ from the reference's (a near tie may), and whether a second
-// run and a replay of a captured graph gave the same bits; where that is wrong, what is
-// wrong, on stderr to be read. Exit status 1 when any is out of bounds, 2 when the
-// device is not there or can be used no more.
-//
-// check_attention_bounded says, too, which wait of a kernel did not end.
-#include <unistd.h>
-
+// Two JSON lines per problem: its name before it runs, as a fault or a hang is of the
+// last one, and what came out, also on stderr where that is wrong. Exit status 1 when
+// any is out of bounds, 2 when the device is not there or can be used no more: after a
+// fault, or a case that hung (of which check_attention_bounded says where).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
+#include <map>
+#include <optional>
 #include <string>
-#include <utility>
+#include <thread>
 #include <vector>
 
 #include "tests/gpu/check.h"
@@ -31,51 +28,30 @@
 namespace pbs::gpu {
 namespace {
 
-struct Options {
-  int random_problems = 40;
-  int seed = 1;
-  int skip = 0;
-  int case_seconds = 0;  // 0: no limit
-  int names_device = 0;
-  std::vector<std::string> only;
-  cuda::AttentionVariant variant = cuda::AttentionVariant::kChosen;
-};
+// By name; --only may come more than once.
+using Options = std::multimap<std::string, std::string>;
+constexpr const char* kNames[] = {"--random", "--seed", "--skip",   "--case-seconds",
+                                  "--device", "--only", "--variant"};
 
-// False when the argument is not known.
-bool ParseOption(const std::string& name, const char* value, Options& options) {
-  const std::pair<const char*, int Options::*> numbers[] = {
-      {"--random", &Options::random_problems},
-      {"--seed", &Options::seed},
-      {"--skip", &Options::skip},
-      {"--case-seconds", &Options::case_seconds},
-      {"--device", &Options::names_device}};
-  for (const auto& [option, field] : numbers) {
-    if (name != option) continue;
-    options.*field = std::atoi(value);
-    return true;
-  }
-  if (name == "--only") options.only.emplace_back(value);
-  if (name == "--only") return true;
-  const auto& names = cuda::kAttentionVariantNames;
-  const auto found = std::find(names.begin(), names.end(), std::string(value));
-  options.variant = static_cast<cuda::AttentionVariant>(found - names.begin());
-  return name == "--variant" && found != names.end();
+int Number(const Options& options, const char* name, int otherwise) {
+  const auto found = options.find(name);
+  return found == options.end() ? otherwise : std::atoi(found->second.c_str());
 }
 
 std::vector<Case> CasesOf(const Options& options) {
-  const auto seed = static_cast<uint32_t>(options.seed);
+  const auto seed = static_cast<uint32_t>(Number(options, "--seed", 1));
   std::vector<Case> cases = TableCases(seed);
-  for (int i = 0; i < options.random_problems; ++i) {
+  for (int i = 0; i < Number(options, "--random", 40); ++i) {
     cases.push_back(RandomCase(seed + static_cast<uint32_t>(i)));
   }
-  std::erase_if(cases, [&](const Case& c) {
-    const auto in_name = [&](const std::string& part) {
-      return c.name.find(part) != std::string::npos;
-    };
-    return !options.only.empty() &&
-           std::none_of(options.only.begin(), options.only.end(), in_name);
+  const auto [begin, end] = options.equal_range("--only");
+  std::erase_if(cases, [&, first = begin, last = end](const Case& c) {
+    return first != last && std::none_of(first, last, [&](const auto& only) {
+             return c.name.find(only.second) != std::string::npos;
+           });
   });
-  const auto skipped = std::min<std::ptrdiff_t>(options.skip, std::ssize(cases));
+  const auto skipped =
+      std::min<std::ptrdiff_t>(Number(options, "--skip", 0), std::ssize(cases));
   cases.erase(cases.begin(), cases.begin() + skipped);
   return cases;
 }
@@ -84,46 +60,54 @@ std::vector<Case> CasesOf(const Options& options) {
 bool Check(Session& session, const Case& c, int case_seconds) {
   JsonLine().Text("begin", c.name).Integer("seed", c.seed).Print();
   const Inputs inputs(c);
-  alarm(static_cast<unsigned>(case_seconds));
+  std::optional<std::jthread> watchdog;
+  if (case_seconds > 0) watchdog = EndIfLate(session.device(), c, case_seconds);
   const auto outputs = RunCase(session, c, inputs);
-  alarm(0);
-  JsonLine line;
-  line.Text("case", c.name).Integer("seed", c.seed);
-  const std::string hang = DescribeHang(c.problem.shape.head_dim);
-  if (!hang.empty()) line.Text("hang", hang);
+  watchdog.reset();
   if (!outputs.ok()) {
-    line.Bool("right", false).Text("error", outputs.status().ToString());
-    line.Print();
-    line.Show();
-    if (!session.driver().Health().ok()) std::_Exit(2);
+    const std::string hang = TellFailure(session.device(), c, outputs.status());
+    if (!hang.empty() || !session.driver().Health().ok()) std::_Exit(2);
     return false;
   }
+  JsonLine line;
+  line.Text("case", c.name).Integer("seed", c.seed);
   const Verdict verdict = Judge(c, inputs, *outputs);
   line.Bool("right", verdict.right).Number("o_error", verdict.o_error);
   line.Number("lse_error", verdict.lse_error).Integer("rows", verdict.rows);
   line.Integer("other_rows", verdict.other_rows);
   line.Bool("equal_bits", verdict.equal_bits).Number("density", verdict.density);
   if (!verdict.right) {
-    line.Object("diagnosis", verdict.mismatches.ToJson());
-    line.Show();
+    line.Object("diagnosis", verdict.mismatches.ToJson()).Print(stderr);
   }
   line.Print();
   return verdict.right;
 }
 
 int Run(const Options& options) {
-  const auto session = Session::Open(options.variant);
+  const auto& names = cuda::kAttentionVariantNames;
+  const auto asked = options.find("--variant");
+  const std::string variant = asked == options.end() ? names[0] : asked->second;
+  const auto found = std::find(names.begin(), names.end(), variant);
+  const auto is_known = [](const auto& option) {
+    return std::find(std::begin(kNames), std::end(kNames), option.first) !=
+           std::end(kNames);
+  };
+  if (found == names.end() || !std::all_of(options.begin(), options.end(), is_known)) {
+    std::fprintf(stderr, "see the first lines of tests/gpu/check_attention.cc\n");
+    return 2;
+  }
+  const auto session =
+      Session::Open(static_cast<cuda::AttentionVariant>(found - names.begin()));
   if (!session.ok()) {
     std::fprintf(stderr, "%s\n", session.status().ToString().c_str());
     return 2;
   }
   const cuda::DeviceInfo& info = (*session)->driver().info();
   JsonLine().Text("device", info.name).Text("architecture", info.architecture).Print();
-  if (options.names_device != 0) return 0;
-  static_cast<void>(DescribeHang(0));
+  if (options.contains("--device")) return 0;
   int wrong = 0;
   for (const Case& c : CasesOf(options)) {
-    wrong += Check(**session, c, options.case_seconds) ? 0 : 1;
+    wrong += Check(**session, c, Number(options, "--case-seconds", 0)) ? 0 : 1;
   }
   JsonLine().Integer("wrong", wrong).Print();
   return wrong == 0 ? 0 : 1;
@@ -135,11 +119,7 @@ int Run(const Options& options) {
 int main(int argc, char** argv) {
   pbs::gpu::Options options;
   for (int i = 1; i < argc; i += 2) {
-    const char* value = i + 1 < argc ? argv[i + 1] : "";
-    if (pbs::gpu::ParseOption(argv[i], value, options)) continue;
-    std::fprintf(stderr, "%s %s is not known; see the first lines of %s\n", argv[i],
-                 value, "tests/gpu/check_attention.cc");
-    return 2;
+    options.emplace(argv[i], i + 1 < argc ? argv[i + 1] : "");
   }
   return pbs::gpu::Run(options);
 }

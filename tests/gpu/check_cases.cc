@@ -102,18 +102,6 @@ Inputs::Inputs(const Case& c)
   fill(v, geometry.num_kv_heads * geometry.total_k);
 }
 
-AttentionTensors Inputs::Tensors(const void* q_data, const void* k_data,
-                                 const void* v_data, void* o, void* lse) const {
-  const int64_t dim = geometry.head_dim;
-  AttentionTensors tensors;
-  tensors.q = {q_data, PackedLayout(geometry.total_q, dim)};
-  tensors.k = {k_data, PackedLayout(geometry.total_k, dim)};
-  tensors.v = {v_data, PackedLayout(geometry.total_k, dim)};
-  tensors.o = {o, PackedLayout(geometry.total_q, dim)};
-  tensors.lse = {lse, PackedLayout(geometry.total_q, 1)};
-  return tensors;
-}
-
 Inputs Inputs::Poisoned(int32_t sequence) const {
   Inputs poisoned = *this;
   if (sequence < 0) return poisoned;

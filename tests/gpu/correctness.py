@@ -3,28 +3,25 @@
 
     python3 tests/gpu/correctness.py families|diagnose --out FILE.json --seconds N
 
-families: all kinds of kernels in processes side by side; one that a case ends is followed
-by one that begins behind that case. diagnose, with --out STEP.diagnosis.json: of what
-STEP.json has of cases that hung, where their kernels wait; then where one tile reads its
-keys and values (probe.py).
+Both in processes side by side. families: of all kinds of kernels; one that a case ends is
+followed by one that begins behind that case. diagnose, with --out STEP.diagnosis.json: where
+cases and calls that hung in STEP.json wait, and where one tile reads its operands (probe.py).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import json
 import pathlib
-import signal
 import subprocess
 import sys
 import time
 
-from machine import REHEARSAL, WORK, program
-from progress import Progress, run_part_of
+from machine import REHEARSAL, WORK, finish, program
+from progress import Progress, is_wrong, run_part_of
 
 CASE_SECONDS_MAX = 40 if REHEARSAL else 5  # on the device
-HUNG_CASES_MAX = 2
+HUNG_MAX, START_SECONDS = 2, 10  # of a program and its device
 FAMILIES = {
     "Hopper, head dim 128": "--random 80 --only _d128_",
     "Hopper, head dim 64": "--random 80 --only _d64_",
@@ -42,12 +39,7 @@ def run(words: list[str], seconds: float, name: str = "check_attention") -> tupl
     said = WORK / f"said_{time.monotonic_ns()}"
     limit = ["--case-seconds", str(CASE_SECONDS_MAX)]
     with open(said, "w") as out:
-        process = subprocess.Popen([program(name), *words, *limit], stdout=out)
-        try:
-            status = process.wait(max(seconds, 1))
-        except subprocess.TimeoutExpired:
-            process.kill()  # one that hangs in its driver may take long to go
-            status = None
+        status = finish(subprocess.Popen([program(name), *words, *limit], stdout=out), seconds)
     with open(WORK / "logs/check_attention.jsonl", "a") as log:
         log.write(said.read_text())
     return status, [json.loads(line) for line in said.read_text().splitlines() if line.endswith("}")]
@@ -68,11 +60,9 @@ def check_family(name: str, end: float) -> list[dict]:
             break
         ended += 1
         if len(cases) < begun:
-            hung = status == -signal.SIGALRM
-            why = f"over {CASE_SECONDS_MAX} s" if hung else f"status {status}"
             cases.append({"kind": "case"} | of | {
-                "case": begins[-1]["begin"], "seed": begins[-1]["seed"], "hung": hung, "right": False,
-                "error": f"it ended the process: {why}",
+                "case": begins[-1]["begin"], "seed": begins[-1]["seed"], "right": False,
+                "error": f"it ended the process: status {status}",
             })  # fmt: skip
     right = sum(case["right"] for case in cases)
     row = {"kind": "family", "cases": len(cases), "right_cases": right, "lost": ended,
@@ -84,7 +74,9 @@ def families(progress: Progress, seconds: float) -> None:
     """All of them at once."""
     end = time.monotonic() + seconds
     with concurrent.futures.ThreadPoolExecutor(len(FAMILIES)) as pool:
-        for row, *wrong in pool.map(lambda name: check_family(name, end), FAMILIES):
+        checks = [pool.submit(check_family, name, end) for name in FAMILIES]
+        for check in concurrent.futures.as_completed(checks):
+            row, *wrong = check.result()
             progress.end(row, *wrong)
             cut = "" if row["finished"] else ", not all checked"
             progress.say(f"{row['family']}: {row['right_cases']} of {row['cases']} cases right, "
@@ -94,31 +86,50 @@ def families(progress: Progress, seconds: float) -> None:
                 progress.say(f"  {case['case']}: " + said.replace("'", ""))
 
 
+def bounded_case(row: dict, seconds: float) -> list[str]:
+    """What a case that hung says with waits that end."""
+    words = ["--only", row["case"], "--variant", row["variant"], "--seed", str(row["seed"])]
+    words += ["--random", "1" if row["case"].startswith("random") else "0"]
+    status, lines = run(words, min(seconds, CASE_SECONDS_MAX + START_SECONDS), "check_attention_bounded")
+    bad = next((line for line in lines if line.get("right") is False), {"error": f"nothing, status {status}"})
+    told = bad.get("hang") or f"no wait of Hopper's kernels is late; {bad.get('error') or 'it is wrong'}"
+    return [f"{row['case']} with bounded waits: {told}"]
+
+
+def script(name: str, part: str, out: pathlib.Path, seconds: float, times: int = 1) -> list[str]:
+    """What a script of this folder says, begun again where a call ends it."""
+    end = time.monotonic() + seconds
+    for _ in range(times):
+        left = str(max(1.0, end - time.monotonic()))
+        command = [sys.executable, pathlib.Path(__file__).with_name(name), part, "--out", out]
+        if finish(subprocess.Popen([*command, "--seconds", left], stdout=subprocess.DEVNULL), float(left)) == 0:
+            break
+    found = Progress(out)
+    ended = [row for row in found.rows if "ended" in row]
+    return found.found["said"] + [f"{name} {part}, head dim {row.get('head_dim')}: it hung" for row in ended]
+
+
 def diagnose(progress: Progress, seconds: float) -> None:
     """Of what a step found wrong."""
-    end, folder = time.monotonic() + seconds, pathlib.Path(__file__).parent
-    of = progress.path.with_name(progress.path.name.replace(".diagnosis", ""))
-    rows = Progress(of).rows  # with the call that was running when its time was over
-    hung = [row for row in rows if row.get("hung") or (row.get("ended") and not row.get("peer"))]
-    for row in hung[:HUNG_CASES_MAX]:
-        # Of a call that was no case: a case of the same kernels.
-        case = row.get("case", f"dense_bf16_d{row.get('head_dim', 128)}_h")
-        variant = row.get("variant") or row.get("name", "").partition(":")[2] or "chosen"
-        words = ["--only", case, "--variant", variant, "--seed", str(row.get("seed", 1))]
-        words += ["--random", "1" if case.startswith("random") else "0"]
-        status, lines = run(words, CASE_SECONDS_MAX + 3, "check_attention_bounded")
-        told = next((line["hang"] for line in lines if "hang" in line), f"nothing, status {status}")
-        progress.end({"kind": "hang", "case": case, "says": told})
-        progress.say(f"{case} with bounded waits: {told}")
-    for variant in ("chosen", "ampere"):  # processes of their own: they may hang, too
-        out, left = progress.path.with_name(f"probe.{variant}.json"), max(1.0, end - time.monotonic())
-        command = [sys.executable, folder / "probe.py", variant, "--out", out, "--seconds", str(left)]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, stdout=subprocess.DEVNULL, timeout=left)
-        found = Progress(out)
-        hung = [row["head_dim"] for row in found.rows if "ended" in row]
-        for line in found.found["said"] + [f"one tile, head dim {d}, {variant}: it hung" for d in hung]:
-            progress.say(line)
+    end = time.monotonic() + seconds
+    rows = Progress(progress.path.with_name(progress.path.name.replace(".diagnosis", ""))).rows
+    hung = [row for row in rows if row.get("hung") or (row.get("ended") and is_wrong(row))][:HUNG_MAX]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        tasks = []
+        for index, row in enumerate(hung):
+            if row["kind"] == "case":
+                tasks.append(pool.submit(bounded_case, row, seconds))
+                continue
+            call = Progress(progress.path.with_suffix(f".hung.{index}.json"))
+            call.facts["call"] = row
+            call.save()
+            tasks.append(pool.submit(script, "attention.py", "hung", call.path, seconds))
+        for variant in ("chosen", "ampere"):  # either head dim may hang
+            out = progress.path.with_name(f"probe.{variant}.json")
+            tasks.append(pool.submit(script, "probe.py", variant, out, end - time.monotonic(), times=2))
+        for task in concurrent.futures.as_completed(tasks):
+            for line in task.result():
+                progress.say(line)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ StatusOr<Device> OpenDevice(cuda::AttentionVariant variant,
   }
   PBS_ASSIGN_OR_RETURN(auto driver,
                        cuda::CreateCudaDriver({.stream = used, .attention = variant}));
-  return Device{std::move(driver), used};
+  static_cast<void>(cuda::DescribeHang(0, variant));  // before a kernel runs
+  return Device{std::move(driver), used, variant};
 }
 
 Status RunCaptured(const Device& device, const std::function<Status()>& enqueue) {
@@ -46,14 +47,8 @@ Status RunCaptured(const Device& device, const std::function<Status()>& enqueue)
   return Check("graph", waited);
 }
 
-std::string DescribeHang(int32_t head_dim) {
-  static const auto watched = cuda::WatchHangs();
-  if (!watched.ok() || (*watched)->hung == 0) return "";
-  const cuda::HangRecord& hang = **watched;
-  return "block " + std::to_string(hang.block) + ", warpgroup " +
-         std::to_string(hang.warpgroup) + " waits for " +
-         cuda::NameBarrier(head_dim, hang.barrier) + ", parity " +
-         std::to_string(hang.parity) + ", tile " + std::to_string(hang.tile);
+std::string DescribeHang(const Device& device, int32_t head_dim) {
+  return cuda::DescribeHang(head_dim, device.variant);
 }
 
 void Lend(const void*, int64_t) {}

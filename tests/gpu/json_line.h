@@ -1,7 +1,6 @@
 // One JSON object on one line, field by field.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -45,15 +44,9 @@ class JsonLine {
 
   std::string ToString() const { return "{" + fields_ + "}"; }
   // At once: what comes next may end the program.
-  void Print() const {
-    std::puts(ToString().c_str());
-    std::fflush(stdout);
-  }
-  // To be read, on stderr.
-  void Show() const {
-    std::string text = fields_;
-    std::erase(text, '"');
-    std::fprintf(stderr, "%s\n", text.c_str());
+  void Print(std::FILE* out = stdout) const {
+    std::fprintf(out, "%s\n", ToString().c_str());
+    std::fflush(out);
   }
 
  private:

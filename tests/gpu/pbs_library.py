@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import pathlib
 
 import torch
@@ -13,13 +14,13 @@ METHODS = {"dense": 0, "pbs": 1, "mean_pooling": 2}
 ALIGNMENT = 256  # of a workspace
 INT, LONG, BOOL, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p
 ARGUMENTS = {
-    "PbsOpen": [POINTER, *[INT] * 5, BOOL, INT, INT, *[BOOL] * 4],
+    "PbsOpen": [POINTER, *[INT] * 5, BOOL, INT, INT, ctypes.c_float, *[BOOL] * 4],
     "PbsWorkspaceBytes": [POINTER],
     "PbsSetWorkspace": [POINTER, POINTER],
     "PbsLend": [POINTER, LONG],
     "PbsRun": [*[POINTER] * 10, LONG],
-    "PbsWait": [POINTER],
     "PbsReadReport": [POINTER, POINTER],
+    "PbsHang": [POINTER],
     "PbsClose": [POINTER],
 }
 
@@ -42,13 +43,18 @@ class Lists:
         indices = rows.nonzero()[:, 1]
         return Lists(begin, count.to(torch.int16), indices.to(torch.int16), mask)
 
+    def density(self) -> float:
+        """Blocks listed, over the causal ones."""
+        return self.mask.sum().item() / (self.mask.shape[0] * math.comb(self.mask.shape[-1] + 1, 2))
+
 
 class Library:
     """The loaded library; errors become RuntimeError."""
 
     def __init__(self, path: pathlib.Path):
         self.functions = functions = ctypes.CDLL(str(path))
-        functions.PbsError.restype = functions.PbsVariantName.restype = ctypes.c_char_p
+        for function in (functions.PbsError, functions.PbsVariantName, functions.PbsHang):
+            function.restype = ctypes.c_char_p
         functions.PbsOpen.restype, functions.PbsWorkspaceBytes.restype = POINTER, LONG
         for name, arguments in ARGUMENTS.items():
             getattr(functions, name).argtypes = arguments
@@ -63,14 +69,13 @@ class Library:
 
 
 class Attention:
-    """One planned problem: q [H, L, D], k and v [G, L, D], f16 or bf16, one sequence;
-    threshold .9."""
+    """One planned problem: q [H, L, D], k and v [G, L, D], f16 or bf16, one sequence."""
 
     def __init__(
         self, library: Library, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
-        method: str = "pbs", segment_size: int = 256, query_head_scope: bool = False,
-        dense_fallback: bool = False, order: torch.Tensor | None = None,
-        lists: Lists | None = None, variant: str = "chosen",
+        method: str = "pbs", segment_size: int = 256, threshold: float = 0.9,
+        query_head_scope: bool = False, dense_fallback: bool = False,
+        order: torch.Tensor | None = None, lists: Lists | None = None, variant: str = "chosen",
     ):  # fmt: skip
         self.library, functions = library, library.functions
         # Memory that comes from another's output would pass for ours.
@@ -79,7 +84,7 @@ class Attention:
         stream = None if REHEARSAL else torch.cuda.current_stream().cuda_stream
         self.handle = functions.PbsOpen(
             stream, library.variants.index(variant), q.shape[0], k.shape[0], q.shape[2],
-            q.shape[1], q.dtype == torch.bfloat16, METHODS[method], segment_size,
+            q.shape[1], q.dtype == torch.bfloat16, METHODS[method], segment_size, threshold,
             query_head_scope, dense_fallback, order is not None, lists is not None,
         )  # fmt: skip
         library.check(self.handle)
@@ -96,11 +101,11 @@ class Attention:
 
     def __call__(self) -> torch.Tensor:
         """Enqueues one run on the stream of the constructor; gives o."""
-        functions = self.library.functions
         self.lend()
-        self.library.check(functions.PbsRun(self.handle, *self.pointers, self.num_rows) == 0)
+        done = self.library.functions.PbsRun(self.handle, *self.pointers, self.num_rows) == 0
+        self.library.check(done)
         if REHEARSAL:  # nobody else waits for it
-            self.library.check(functions.PbsWait(self.handle) == 0)
+            self.report()
         return self.o
 
     def lend(self, lends: bool = True) -> None:
@@ -116,6 +121,10 @@ class Attention:
         density, *stages, fell_back = figures
         times = dict(zip(("permute_ms", "select_ms", "attend_ms"), (s * 1e3 for s in stages)))
         return {"density": density, "fell_back": fell_back != 0} | times
+
+    def hang(self) -> str:
+        """Where a kernel hangs, with a library whose waits end; else ""."""
+        return self.library.functions.PbsHang(self.handle).decode()
 
     def __del__(self):
         if getattr(self, "handle", None):

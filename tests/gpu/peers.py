@@ -74,16 +74,20 @@ def block_sparse_kernel(
     tl.store(o_at, (out / total[:, None]).to(o.dtype.element_ty))
 
 
+def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists):
+    """A call over unpermuted keys that visits the blocks of lists, causal inside, and needs
+    no compiler; its mask has a byte a score."""
+    allowed = lists.mask.repeat_interleave(128, 1).repeat_interleave(128, 2).tril()
+    keys, values = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+    return lambda: torch.nn.functional.scaled_dot_product_attention(
+        q[None], keys[None], values[None], attn_mask=allowed[None]
+    )[0]
+
+
 def block_sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists):
-    """A call over unpermuted keys that visits the blocks of lists, causal inside."""
+    """The same in Triton."""
     heads, tokens, head_dim = q.shape
     group = heads // k.shape[0]
-    if REHEARSAL:
-        allowed = lists.mask.repeat_interleave(128, 1).repeat_interleave(128, 2).tril()
-        keys, values = (x.repeat_interleave(group, 0) for x in (k, v))
-        return lambda: torch.nn.functional.scaled_dot_product_attention(
-            q[None], keys[None], values[None], attn_mask=allowed[None]
-        )[0]
     positions = torch.arange(tokens, device=k.device, dtype=torch.int32).repeat(k.shape[0], 1)
     o, count = torch.full_like(q, torch.nan), lists.count.to(torch.int32)
     kernel = triton.jit(block_sparse_kernel)

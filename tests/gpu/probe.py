@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """One tile of queries of which every row reads exactly one key: what comes out says which
-key and column each value was read from, so that a wrong descriptor, swizzle or half of a
-tile is told from another.
+key and column each value was read from.
 
     python3 tests/gpu/probe.py chosen|ampere --out FILE.json --seconds N
 

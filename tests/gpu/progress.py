@@ -20,6 +20,12 @@ def ended(call: dict) -> dict:
     return {"error": "the process ended in this call", "ended": True} | call
 
 
+def is_wrong(row: dict) -> bool:
+    """Of ours: a figure of wrong results, or a call that ended its process. What is wrong
+    of a peer is told, and its time counts for nothing."""
+    return not row.get("peer") and bool(row.get("right") is False or row.get("ended"))
+
+
 def plain(value):
     """`value` without what JSON cannot hold: NaN and infinities are null."""
     if isinstance(value, dict):
@@ -76,9 +82,8 @@ class Progress:
         return any(all(row.get(k) == v for k, v in call.items()) for row in self.rows)
 
     def status(self) -> int:
-        """WRONG when a figure is of wrong results, or a call of ours ended a process."""
-        bad = (row.get("right") is False or (row.get("ended") and not row.get("peer")) for row in self.rows)
-        return WRONG if any(bad) else 0
+        """WRONG when a row is."""
+        return WRONG if any(map(is_wrong, self.rows)) else 0
 
     def save(self) -> None:
         """At once or not at all: the process may be killed while it writes."""

@@ -46,8 +46,8 @@ PBS_EXPORT const char* PbsVariantName(int32_t index) {
 PBS_EXPORT void* PbsOpen(void* stream, int32_t variant, int32_t num_heads,
                          int32_t num_kv_heads, int32_t head_dim, int32_t num_tokens,
                          bool bf16, int32_t method, int32_t segment_size,
-                         bool query_head_scope, bool dense_fallback, bool given_order,
-                         bool given_lists) {
+                         float threshold, bool query_head_scope, bool dense_fallback,
+                         bool given_order, bool given_lists) {
   auto session = pbs::gpu::Session::Open(
       static_cast<pbs::cuda::AttentionVariant>(variant), stream);
   if (Told(session.status()) != 0) return nullptr;
@@ -57,6 +57,7 @@ PBS_EXPORT void* PbsOpen(void* stream, int32_t variant, int32_t num_heads,
   problem.options = {
       .method = static_cast<pbs::Method>(method),
       .segment_size = segment_size,
+      .threshold = threshold,
       .scope = query_head_scope ? pbs::Scope::kQueryHead : pbs::Scope::kKvHead,
       .use_given_order = given_order,
       .use_given_lists = given_lists,
@@ -88,18 +89,18 @@ PBS_EXPORT int32_t PbsRun(void* handle, const void* q, const void* k, const void
                           const uint16_t* indices, int64_t num_rows) {
   Opened& opened = Of(handle);
   const pbs::AttentionGeometry& g = opened.plan->geometry;
-  pbs::AttentionTensors t;
-  t.q = {q, pbs::PackedLayout(g.total_q, g.head_dim)};
-  t.k = {k, pbs::PackedLayout(g.total_k, g.head_dim)};
-  t.v = {v, pbs::PackedLayout(g.total_k, g.head_dim)};
-  t.o = {o, pbs::PackedLayout(g.total_q, g.head_dim)};
-  t.lse = {lse, pbs::PackedLayout(g.total_q, 1)};
+  pbs::AttentionTensors t = pbs::gpu::PackedTensors(g, q, k, v, o, lse);
   t.order = {order, pbs::PackedLayout(g.total_k, 1)};
   t.lists = {num_rows, begin, count, /*num_masked=*/nullptr, indices};
   return Told(opened.session->attention().Run(*opened.plan, t, opened.lent, {}));
 }
 
-PBS_EXPORT int32_t PbsWait(void* handle) { return Told(Of(handle).session->Wait()); }
+// Where a kernel of this process hangs, or "" (DescribeHang()).
+PBS_EXPORT const char* PbsHang(void* handle) {
+  LastError() = pbs::gpu::DescribeHang(Of(handle).session->device(),
+                                       Of(handle).plan->geometry.head_dim);
+  return LastError().c_str();
+}
 
 // Waits. Executed over causal blocks, as published densities count; seconds of
 // ordering, selection, attention; whether it fell back.

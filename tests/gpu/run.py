@@ -3,19 +3,15 @@
 
     python3 tests/gpu/run.py --budget 200 --to variants    the first call
     python3 tests/gpu/run.py --budget 450 --from lengths   the second
-    python3 tests/gpu/run.py --list                        the steps
 
-It takes what scripts/pack_gpu.sh made (--pack). Each step is a process group with a limit:
-one that hangs or crashes costs its own results, and what it had written stays. A step that
-no longer fits is left out, one that lacks what an earlier one makes is skipped, and both
-are named. A step of kernels that fails is diagnosed; nothing runs behind a gate that is
-wrong (--keep-going). Results and logs go into one tar, after every step and meanwhile
-(--out, by default gpu_run.tar.gz in $OUT, else in build).
+It takes what scripts/pack_gpu.sh made (--pack) and puts results and logs into one tar,
+after every step and meanwhile (--out, by default gpu_run.tar.gz in $OUT, else in build);
+docs/BENCHMARKS.md, "Attention on a GPU", says how. The last line of a call with a gate is
+"go on: ..." or "stop: ...".
 
 --rehearse: the same in small without a GPU, on an emulated device, with plain torch for
-peers and servers on the CPU.
-
-Needs Python alone, its steps what they say. Exit status 1 when anything was not right.
+peers and servers on the CPU. Needs Python alone, its steps what they say. Exit status 1 when
+anything was not right.
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -36,36 +33,35 @@ import time
 
 import machine
 from machine import ROOT
-from progress import LOST, WRONG, ended
+from progress import LOST, WRONG, ended, is_wrong
 
 SAVE_SECONDS = 15  # between two tars, at most
 CLOSE_SECONDS = 4  # for the last one
 OVER_SECONDS = 30  # that a step may take beyond what it was told, before it is ended
+FIRST_OVER_SECONDS = 90  # of the first one, without which nothing runs: the disk is cold
 FITS = 0.8  # of its seconds a step is begun with
 ATTEMPTS, ATTEMPT_SECONDS_MIN = 4, 5  # of a step that a call ends
-DIAGNOSIS, DIAGNOSIS_SECONDS = "correctness.py diagnose", 25
+DIAGNOSIS, DIAGNOSIS_SECONDS = "correctness.py diagnose", 30
 TAIL_LINES = 6  # of the log of what failed
 LOG_BYTES_MAX = 512 << 10  # of each, its end
 WORK_BYTES_MIN = 12 << 30  # a model of eight layers, and the package
 BAD = ("WRONG", "failed", "out of time")
+CLOCKS = "--query-gpu=clocks.sm,utilization.gpu,power.draw,clocks_event_reasons.active"
+SAMPLE_CLOCKS = ["nvidia-smi", CLOCKS, "--format=csv,noheader,nounits", "-lms", "500"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A script of this folder, which writes NAME.json, or another program."""
+    """A script of this folder, which writes NAME.json, or another program. What it says is
+    in logs/NAME.log."""
 
     name: str
     seconds: int  # planned
     command: str
     needs: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()  # besides NAME.json and logs/NAME.log
     is_of_kernels: bool = False  # is diagnosed
     is_gate: bool = False  # nothing runs behind it when anything was wrong by then
-
-    def files(self) -> list[str]:
-        """All that it writes."""
-        is_script = self.command.partition(" ")[0].endswith(".py")
-        return [f"{self.name}.json"] * is_script + [f"logs/{self.name}.log", *self.writes]
+    over: int = OVER_SECONDS
 
 
 def attention(name: str, seconds: int, **more) -> Step:
@@ -76,12 +72,11 @@ def attention(name: str, seconds: int, **more) -> Step:
 RUN, SERVE, MODEL = ("machine", "programs"), ("unpack",), ("unpack", "model")
 TESTS = "python -m pytest -q -p no:cacheprovider {root}/tests/python/test_"
 PRESET = "--preset llama-3.1-8b --layers 8 --rope default --torch cuda --shard-size 1GB"
-MAKE_MODEL = "python {root}/scripts/make_random_model.py --out {work}/model {preset}"
 PROFILE = (
     "ncu --clock-control none --log-file {work}/logs/counters.txt -c 10 -k regex:Attend|RunKernel "
     "--section SpeedOfLight --section Occupancy --section WarpStateStats "
     "--section MemoryWorkloadAnalysis {python} {root}/tests/gpu/attention.py kernels "
-    "--seconds 20 --out {work}/kernels.json"
+    "--seconds 20 --out {work}/logs/kernels.json"  # slow: no figures of these results
 )
 SANITIZE = (
     "compute-sanitizer --error-exitcode 3 {programs}/check_attention --random 0 "
@@ -89,11 +84,10 @@ SANITIZE = (
 )
 STEPS = [
     # The first call.
-    Step("machine", 8, "machine.py check"),
+    Step("machine", 8, "machine.py check", over=FIRST_OVER_SECONDS),
     # Where the programs that were brought do not start.
     Step("build", 170, "bash {root}/scripts/pack_gpu.sh --programs {work}/programs", ("machine",)),
-    Step("correct", 30, "correctness.py families", RUN, ("logs/check_attention.jsonl",),
-         is_of_kernels=True),
+    Step("correct", 30, "correctness.py families", RUN, is_of_kernels=True),
     attention("gate", 17, is_gate=True),
     attention("d128_32k", 45),
     attention("d128_128k", 40),
@@ -106,10 +100,10 @@ STEPS = [
     Step("tests", 50, TESTS + "golden_parity.py {root}/tests/python/test_served_models.py", SERVE),
     Step("handoff", 15, TESTS + "handoff.py", SERVE),
     Step("linear", 30, "served.py linear", SERVE),
-    Step("model", 20, MAKE_MODEL, ("machine",)),
+    Step("model", 20, "python {root}/scripts/make_random_model.py --out {work}/model {preset}", ("machine",)),
     Step("ttft", 125, "served.py ttft", MODEL),
     Step("concurrent", 25, "served.py concurrent", MODEL),
-    Step("counters", 30, PROFILE, RUN, ("logs/counters.txt",)),
+    Step("counters", 30, PROFILE, RUN),
     Step("sanitize", 25, SANITIZE, RUN),
 ]  # fmt: skip
 NAMES = [step.name for step in STEPS]
@@ -131,12 +125,33 @@ def seconds_of(step: Step, later: list[Step], left: float) -> float:
     return min(left, step.seconds + max(0.0, spare))
 
 
+def clocks_of(said: str) -> dict:
+    """SM clocks of a GPU at work, in MHz, and bits of why they were not higher, of what
+    SAMPLE_CLOCKS says."""
+    samples = [line.split(", ") for line in said.splitlines()]
+    busy = [s for s in samples if len(s) == 4 and s[0].isdigit() and s[1].isdigit() and int(s[1]) > 50]
+    clocks = sorted(int(sample[0]) for sample in busy)
+    reasons = sorted({sample[3] for sample in busy})
+    return {"min": clocks[0], "median": clocks[len(clocks) // 2], "reasons": reasons} if busy else {}
+
+
+def holds_programs(folder: pathlib.Path) -> bool:
+    """Whether they have room there, and may run."""
+    there = os.statvfs(folder)
+    is_roomy = os.access(folder, os.W_OK) and there.f_bavail * there.f_frsize > WORK_BYTES_MIN
+    return is_roomy and not there.f_flag & os.ST_NOEXEC
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Nothing of a file that is not there."""
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
 def read(path: pathlib.Path) -> dict:
-    """What a file has; nothing of one that is not there or was cut."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+    """What a file has; nothing of one that was cut."""
+    with contextlib.suppress(ValueError):
+        return json.loads(read_text(path))
+    return {}
 
 
 class Runner:
@@ -146,6 +161,9 @@ class Runner:
         self.arguments, self.work, self.begin = arguments, work, time.monotonic()
         self.group: int | None = None  # of the step that runs
         (work / "logs").mkdir(parents=True)
+        self.clocks, self.clocks_seen = None, 0
+        with contextlib.suppress(OSError), open(work / "logs/clocks.csv", "w") as log:
+            self.clocks = subprocess.Popen(SAMPLE_CLOCKS, stdout=log, stderr=log)
         commit = arguments.pack / "commit"
         self.results: dict = {
             "rehearsal": arguments.rehearse, "gpu": machine.query_gpu(), "gpu_after": None,
@@ -188,14 +206,14 @@ class Runner:
                     tar.addfile(entry, log)
         os.replace(draft, self.arguments.out)
 
-    def run(self, command: str, seconds: float, name: str) -> int | None:
+    def run(self, step: Step, seconds: float) -> int | None:
         """Status of a command in a group of its own, of which nothing is left behind; None
         when its time was over."""
-        end = time.monotonic() + min(self.left(), seconds + OVER_SECONDS)
+        name, end = step.name, time.monotonic() + min(self.left(), seconds + step.over)
         places = {"root": ROOT, "work": self.work, "python": sys.executable,
-                  "programs": self.results["facts"].get("programs"),
+                  "programs": self.work / "programs",
                   "preset": "--preset tiny" if self.arguments.rehearse else PRESET}  # fmt: skip
-        first, *words = command.format(**places).split()
+        first, *words = step.command.format(**places).split()
         if first.endswith(".py"):
             words = [str(ROOT / "tests/gpu" / first), *words, "--out", str(self.work / f"{name}.json"),
                      "--seconds", f"{seconds - 2:.1f}"]  # fmt: skip
@@ -227,7 +245,7 @@ class Runner:
         for _ in range(ATTEMPTS):
             left = max(ATTEMPT_SECONDS_MIN, begin + seconds - time.monotonic())
             try:
-                status = self.run(step.command, left, step.name)
+                status = self.run(step, left)
             except FileNotFoundError as error:
                 return "not here", str(error)
             called = read(self.work / f"{step.name}.json").get("running")
@@ -235,55 +253,55 @@ class Runner:
             if status in (0, WRONG, None) or not carries_on:
                 break
         if status is None:
-            return "out of time", f"ended after {time.monotonic() - begin:.0f} s"
+            found = "WRONG" if any(map(is_wrong, self.rows(step.name))) else "out of time"
+            return found, f"ended after {time.monotonic() - begin:.0f} s"
         if status in (0, WRONG):
             return ("right" if status == 0 else "WRONG"), ""
-        is_tool = step.command.startswith(("ncu", "compute-sanitizer"))
-        return ("not here" if is_tool else "failed"), f"status {status}"
+        if not step.command.startswith(("ncu", "compute-sanitizer")):
+            return "failed", f"status {status}"
+        # A tool ends as its program does: check_attention counts what is wrong.
+        is_wrong_case = re.search(r'"wrong": [1-9]', read_text(self.work / f"logs/{step.name}.log"))
+        return "WRONG" if is_wrong_case else "not here", f"status {status}"
+
+    def rows(self, name: str) -> list[dict]:
+        """What a step has found."""
+        return read(self.work / f"{name}.json").get("rows", [])
 
     def lacks(self, step: Step) -> str:
         """What an earlier step did not make."""
         became = {entry["name"]: entry["status"] for entry in self.results["steps"]}
-        became |= {"programs": "right"} if self.results["facts"].get("programs") else {}
+        if self.results["facts"].get("programs") or became.get("build") == "right":
+            became["programs"] = "right"
         bad = [need for need in step.needs if became.get(need) != "right"]
         return f"it needs {bad[0]}: {became.get(bad[0], 'not there')}" if bad else ""
 
     def note(self, name: str, status: str, why: str, seconds: float, planned: int) -> None:
         """Keeps and prints what became of a step."""
-        found, log = read(self.work / f"{name}.json"), self.work / f"logs/{name}.log"
+        found = read(self.work / f"{name}.json")
         said = list(found.get("said", []))
-        if (status in BAD or not found) and log.exists():
-            said += log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        if status in BAD or not found:
+            said += read_text(self.work / f"logs/{name}.log").splitlines()[-TAIL_LINES:]
         facts = self.results["facts"] | found.get("facts", {})
-        if (name, status) == ("build", "right"):
-            facts["programs"] = str(self.work / "programs")
+        sampled = read_text(self.work / "logs/clocks.csv")
+        clocks, self.clocks_seen = clocks_of(sampled[self.clocks_seen :]), len(sampled)
         if facts.get("cublaslt") and not self.arguments.rehearse:
             self.environment["PBS_TEST_SERVER_FLAGS"] = f"--set cuda.cublaslt={facts['cublaslt']}"
         self.results["facts"] = facts
         self.results["steps"].append({
             "name": name, "status": status, "why": why, "seconds": round(seconds, 1),
-            "planned": planned, "said": said,
+            "planned": planned, "said": said, "clocks": clocks,
         })  # fmt: skip
-        print(f"== {name}: {status}{', ' * bool(why)}{why} ({seconds:.1f} s of {planned})")
+        at = ", SM at {min} MHz or more, {median} mostly".format(**clocks) if clocks else ""
+        print(f"== {name}: {status}{', ' * bool(why)}{why} ({seconds:.1f} s of {planned}{at})")
         print("".join(f"   {line}\n" for line in said), end="", flush=True)
         self.save()
-
-    def diagnose(self, step: Step) -> None:
-        """Of a step of kernels that failed."""
-        seconds, begin = min(DIAGNOSIS_SECONDS, self.left()), time.monotonic()
-        if seconds < ATTEMPT_SECONDS_MIN or not (self.work / f"{step.name}.json").exists():
-            return
-        name = f"{step.name}.diagnosis"
-        status = self.run(DIAGNOSIS, seconds, name)
-        became = {0: "right", None: "out of time"}.get(status, "failed")
-        self.note(name, became, "", time.monotonic() - begin, DIAGNOSIS_SECONDS)
 
     def run_steps(self, steps: list[Step]) -> None:
         """All of them."""
         stopped = ""
         for index, step in enumerate(steps):
             began, left = time.monotonic(), self.left()
-            if step.name == "build" and self.results["facts"].get("programs"):
+            if step.name == "build" and not self.results["facts"].get("building_may_help"):
                 continue
             if why := stopped or self.lacks(step):
                 self.note(step.name, "skipped", why, 0, step.seconds)
@@ -293,30 +311,51 @@ class Runner:
                 continue
             status, why = self.run_step(step, seconds_of(step, steps[index + 1 :], left))
             self.note(step.name, status, why, time.monotonic() - began, step.seconds)
-            if status in BAD and step.is_of_kernels:
-                self.diagnose(step)
-            bad = [entry["name"] for entry in self.results["steps"] if entry["status"] in BAD[:2]]
-            if step.is_gate and bad and not self.arguments.keep_going:
-                stopped = f"{', '.join(bad)}: stopped at {step.name}"
+            began, left = time.monotonic(), min(DIAGNOSIS_SECONDS, self.left())
+            if status in BAD and step.is_of_kernels and left > ATTEMPT_SECONDS_MIN:
+                diagnosis = Step(f"{step.name}.diagnosis", DIAGNOSIS_SECONDS, DIAGNOSIS)
+                became = self.run_step(diagnosis, left)
+                self.note(diagnosis.name, *became, time.monotonic() - began, diagnosis.seconds)
+            if step.is_gate and not self.arguments.keep_going:
+                stopped = self.verdict(step)[0]
+                stopped += f": stopped at {step.name}" * bool(stopped)
+
+    def verdict(self, gate: Step) -> tuple[str, str]:
+        """What speaks against going on, and what does not but should be known: variants that
+        are wrong, and on a slow machine what there was no time for, if the rest was right.
+        The gate has to be right, all of it."""
+        stop, know = [], []
+        for entry in self.results["steps"]:
+            name, status, rows = entry["name"], entry["status"], self.rows(entry["name"])
+            know += [f"{row['family']} not all checked" for row in rows if row.get("finished") is False]
+            is_wrong_row = any(is_wrong(row) and ":" not in row.get("name", "") for row in rows)
+            was_right = any(row.get("right") for row in rows) and not is_wrong_row
+            if name == gate.name and status != "right":
+                stop.append(f"{name} {status}")
+            elif status == "left out" or status in ("out of time", "WRONG") and was_right:
+                know.append(f"{name} {status}")
+            elif status in BAD and "diagnosis" not in name:
+                stop.append(f"{name} {status}")
+        return ", ".join(stop), ", ".join(know)
 
     def close(self, steps: list[Step]) -> int:
         """The last tar and the table of steps; the exit status."""
-        self.results |= {"gpu_after": machine.query_gpu(), "done": True}
+        self.results["done"] = True
+        self.save()  # first: the driver may not answer any more
+        self.results["gpu_after"] = machine.query_gpu()
         self.save()
         out, entries = self.arguments.out, self.results["steps"]
-        with tarfile.open(out) as tar:
-            there = {name.removeprefix("gpu_run/") for name in tar.getnames()}
         mark, seconds = "REHEARSAL, no GPU: " * self.arguments.rehearse, time.monotonic() - self.begin
         print(f"\n{mark}{out}, {out.stat().st_size >> 10} KiB, {seconds:.0f} s of "
               f"{self.arguments.budget:.0f}")  # fmt: skip
-        print(f"{'step':24} {'status':12} {'seconds':>8} {'planned':>8}  files, why")
+        print(f"{'step':24} {'status':12} {'seconds':>8} {'planned':>8}  why")
         for entry in entries:
-            files = [file for step in steps if step.name == entry["name"] for file in step.files()]
-            missing = [file for file in files if entry["status"] == "right" and file not in there]
-            note = entry["why"] + f"MISSING {', '.join(missing)}" * bool(missing)
-            note = note or f"{len(files)} files" * (entry["status"] == "right")
             print(f"{entry['name']:24} {entry['status']:12} {entry['seconds']:8.1f} "
-                  f"{entry['planned']:8}  {note}")
+                  f"{entry['planned']:8}  {entry['why']}")
+        for gate in (step for step in steps if step.is_gate):
+            stop, know = self.verdict(gate)
+            know = f", but: {know}" * bool(know)
+            print(f"stop: {stop}" if stop else f"go on: {gate.name} is right{know}")
         return int(any(entry["status"] in BAD for entry in entries))
 
 
@@ -332,7 +371,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, default=folder / "gpu_run.tar.gz")
     parser.add_argument("--keep-going", action="store_true", help="behind a gate that is wrong")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
-    parser.add_argument("--list", action="store_true", help="what would run")
     return parser.parse_args()
 
 
@@ -340,15 +378,10 @@ def main() -> int:
     """The exit status."""
     arguments = parse()
     steps = select(arguments.first, arguments.last, arguments.only)
-    for step in steps if arguments.list else []:
-        needs, writes = ", ".join(step.needs) or "nothing", ", ".join(step.files())
-        print(f"{step.name:12} {step.seconds:4} s  needs {needs}; writes {writes}")
-    if arguments.list:
-        return 0
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     memory = pathlib.Path("/dev/shm")
-    is_roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > WORK_BYTES_MIN
-    work = pathlib.Path(tempfile.mkdtemp(prefix="pbs-gpu-", dir=memory if is_roomy else None))
+    folder = memory if holds_programs(memory) else None
+    work = pathlib.Path(tempfile.mkdtemp(prefix="pbs-gpu-", dir=folder))
     runner = Runner(arguments, work / "run")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
@@ -356,6 +389,8 @@ def main() -> int:
         return runner.close(steps)
     finally:
         runner.end_group()
+        if runner.clocks:
+            runner.clocks.kill()
         runner.save()
         shutil.rmtree(work, ignore_errors=True)
 

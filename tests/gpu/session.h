@@ -6,9 +6,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -20,6 +18,7 @@
 #include "cuda/backend/cuda_attention.h"
 #include "cuda/backend/driver.h"
 #include "cuda/backend/staged_copies.h"
+#include "pbs/backend.h"
 #include "pbs/status.h"
 
 namespace pbs::gpu {
@@ -27,6 +26,7 @@ namespace pbs::gpu {
 struct Device {
   std::unique_ptr<cuda::Driver> driver;
   void* stream = nullptr;  // that it computes on; emulated, there is none
+  cuda::AttentionVariant variant = cuda::AttentionVariant::kChosen;
 };
 
 // `stream`: to compute on; nothing: a new one, which stays. Errors as
@@ -38,10 +38,9 @@ StatusOr<Device> OpenDevice(cuda::AttentionVariant variant,
 // is.
 Status RunCaptured(const Device& device, const std::function<Status()>& enqueue);
 
-// Where a kernel of this process waited in vain, such as "block 7, warpgroup 1 waits
-// for k_full[1], parity 0, tile 3"; "" when none did, and always without bounded waits
-// (hang_watch.h). To be asked before any runs, too.
-std::string DescribeHang(int32_t head_dim);
+// Where a kernel of this process waited in vain, or "" (hang_watch.h). Emulated, it is
+// what PBS_PLANTED_HANG says.
+std::string DescribeHang(const Device& device, int32_t head_dim);
 
 // Emulated, kernels will touch memory that is not the driver's, or, without bytes, no
 // more.
@@ -80,54 +79,34 @@ class Session {
   cuda::EventId passed_ = 0;
 };
 
-// Elements in the memory of a session's device, which must outlive them.
-template <class T>
-class DeviceArray {
- public:
-  // Poisoned: every bit is set, which is NaN.
-  static StatusOr<DeviceArray> Create(Session& session, int64_t count) {
-    return Create(session, Poison(count));
-  }
-  static StatusOr<DeviceArray> Create(Session& session, const std::vector<T>& values) {
-    const int64_t bytes = static_cast<int64_t>(values.size() * sizeof(T));
-    PBS_ASSIGN_OR_RETURN(void* const data,
-                         session.driver().Allocate(cuda::StreamId::kCompute,
-                                                   std::max<int64_t>(bytes, 1)));
-    DeviceArray array(session, static_cast<T*>(data), bytes);
-    PBS_RETURN_IF_ERROR(array.Upload(values));
-    return array;
-  }
+// Of packed operands, wherever they lie; `o` and `lse` may be null.
+inline AttentionTensors PackedTensors(const AttentionGeometry& g, const void* q,
+                                      const void* k, const void* v, void* o,
+                                      void* lse) {
+  AttentionTensors tensors;
+  tensors.q = {q, PackedLayout(g.total_q, g.head_dim)};
+  tensors.k = {k, PackedLayout(g.total_k, g.head_dim)};
+  tensors.v = {v, PackedLayout(g.total_k, g.head_dim)};
+  tensors.o = {o, PackedLayout(g.total_q, g.head_dim)};
+  tensors.lse = {lse, PackedLayout(g.total_q, 1)};
+  return tensors;
+}
 
-  Status Poison() { return Upload(Poison(bytes_ / static_cast<int64_t>(sizeof(T)))); }
-  StatusOr<std::vector<T>> Download() const {
-    std::vector<T> values(static_cast<size_t>(bytes_) / sizeof(T));
-    PBS_RETURN_IF_ERROR(session_->copies().ToHost(data(), values.data(), bytes_));
-    return values;
-  }
-
-  T* data() const { return data_.get(); }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  struct Free {
-    Session* session;
-    void operator()(T* data) const { session->driver().Free(data); }
+// Memory of a session's device, which must outlive it.
+inline StatusOr<Buffer> Allocate(Session& session, int64_t bytes) {
+  PBS_ASSIGN_OR_RETURN(
+      void* const data,
+      session.driver().Allocate(cuda::StreamId::kCompute, std::max<int64_t>(bytes, 1)));
+  const auto free = [](void* driver, void* freed, int64_t) {
+    static_cast<cuda::Driver*>(driver)->Free(freed);
   };
+  return Buffer(data, bytes, free, &session.driver());
+}
 
-  DeviceArray(Session& session, T* data, int64_t bytes)
-      : session_(&session), data_(data, Free{&session}), bytes_(bytes) {}
-  static std::vector<T> Poison(int64_t count) {
-    std::vector<T> values(static_cast<size_t>(count));
-    std::memset(values.data(), 0xFF, values.size() * sizeof(T));
-    return values;
-  }
-  Status Upload(const std::vector<T>& values) {
-    return session_->copies().ToDevice(values.data(), data(), bytes_);
-  }
-
-  Session* session_;
-  std::unique_ptr<T, Free> data_;
-  int64_t bytes_;
-};
+// Sets every bit, which is NaN.
+inline Status Poison(Session& session, const Buffer& buffer) {
+  const std::vector<uint8_t> ones(static_cast<size_t>(buffer.bytes()), 0xFF);
+  return session.copies().ToDevice(ones.data(), buffer.data(), buffer.bytes());
+}
 
 }  // namespace pbs::gpu

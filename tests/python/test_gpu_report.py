@@ -29,8 +29,10 @@ CUDNN = {key: OURS[key] for key in ("kind", "head_dim", "inputs", "tokens")} | {
 def run_of(*rows: dict, **more) -> dict:
     return {
         "rehearsal": False, "gpu": GPU, "gpu_after": GPU, "commit": "c", "command": "x", "done": True,
-        "written": "2026-01-02T03:04:05Z", "facts": {"modules": {"torch": "2"}, "model": MODEL},
-        "steps": [{"name": "gate", "status": "right"}], "rows": list(rows),
+        "written": "2026-01-02T03:04:05Z",
+        "facts": {"modules": {"torch": "2"}, "model": MODEL, "matmul_tflops": 700.1, "copy_gb_per_s": 4e3},
+        "steps": [{"name": "gate", "status": "right", "clocks": {"min": 1755, "median": 1980}}],
+        "rows": list(rows),
     } | more  # fmt: skip
 
 
@@ -45,7 +47,9 @@ def prefill(name: str, tokens: int = 32768, **more) -> dict:
 def write(tmp_path, monkeypatch):
     """Runs the report over runs; gives the page."""
     page = tmp_path / "PAGE.md"
-    page.write_text("# P\n\n## Attention on a GPU\n\nText.\n\n## A served model on a GPU\n\nMore.\n")
+    page.write_text("# P\n\n" + "".join(
+        f"<!-- table: gpu_{name} -->\n<!-- end -->\n" for name in ("attention", "server")
+    ))  # fmt: skip
     for module in (gpu_report, report):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
         monkeypatch.setattr(module, "PAGE", page)
@@ -82,7 +86,24 @@ def write(tmp_path, monkeypatch):
         ),
         pytest.param(
             [OURS | {"difference": None, "from": "cudnn", "right": False}],
-            ["**wrong**: pbs, structured, 32768, 128: differs from cudnn"], id="wrong",
+            ["**wrong**: pbs, structured, 32768, 128: differs from cudnn", "| 128 | wrong |  |"], id="wrong",
+        ),
+        pytest.param(
+            [OURS, CUDNN, CUDNN | {"name": "flash", "ms": 1.0, "from": "cudnn", "right": False}],
+            ["| 278 | 11.1% | 2.50x >= 2.0 |", "**wrong**: flash, structured, 32768, 128: differs from cudnn",
+             "FlashAttention-3 was not run"], id="a wrong peer",
+        ),
+        pytest.param(
+            [OURS | {"name": "pbs_dense:chosen", "right": False, "why": "not finite"},
+             OURS | {"name": "pbs_dense:wide"}, OURS | {"name": "pbs_all"}, CUDNN],
+            ["| pbs_dense, chosen | structured | 32K | 128 | wrong |  |", "128: not finite",
+             "| pbs_dense, wide | structured | 32K | 128 | ? |  |", "| 278 | 11.1% | 2.50x |"],
+            id="wrong chosen kernels",
+        ),
+        pytest.param(
+            [{"kind": "gate", "name": "pbs_dense", "right": False, "error": "nothing says that it is right"},
+             {"kind": "part", "inputs": "structured", "tokens": 8192, "error": "left out, no time"}],
+            ["**wrong**: pbs_dense: nothing says", "not measured: structured, 8192: left out"], id="not checked",
         ),
         pytest.param(
             [OURS | {"name": "pbs_dense:chosen"}, OURS | {"name": "pbs_dense:wide", "ms": 1.6},
@@ -116,7 +137,9 @@ def write(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_the_report_takes_what_there_is(write, tmp_path, rows, expected):
     page = write(run_of(*rows))
-    for part in [*expected, "A GPU", "1980 MHz", "[`docs/results/gpu_0.json`](results/gpu_0.json)"]:
+    for part in [*expected, "A GPU", "700 TFLOP/s of torch's product, 4000 GB/s of its copy",
+                 "SM clock at work, least and median: gate 1755, 1980",
+                 "[`docs/results/gpu_0.json`](results/gpu_0.json)"]:  # fmt: skip
         assert part in page
     assert write(run_of(*rows)) == page  # the same page once more
     assert (tmp_path / "gpu_attention.svg").exists() and (tmp_path / "gpu_server.svg").exists()
@@ -151,4 +174,4 @@ def test_a_tar_is_taken_into_the_results(write, tmp_path):
 def test_results_that_are_not_of_a_gpu_are_refused(write, tmp_path, changes, why, take):
     with pytest.raises(SystemExit, match=why):
         write(run_of(OURS, **changes), take=take)
-    assert "table: gpu" not in (tmp_path / "PAGE.md").read_text()
+    assert "| run |" not in (tmp_path / "PAGE.md").read_text()

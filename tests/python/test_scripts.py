@@ -69,6 +69,12 @@ def test_a_table_of_a_gpu_names_the_files_of_its_runs(tmp_path):
     ]
 
 
+def test_a_table_that_waits_for_its_first_run_is_empty(tmp_path):
+    page = tmp_path / "PAGE.md"
+    page.write_text("<!-- table: gpu_server -->\n<!-- end -->\n")
+    assert check_docs.tables_without_results(page) == []
+
+
 def test_the_file_of_a_figure_table_exists(tmp_path):
     page = tmp_path / "PAGE.md"
     page.write_text("<!-- table: gone -->\n[x](results/gone.json)\n<!-- end -->\n")

@@ -2,9 +2,9 @@
 #include "cuda/attention/attention_sm90.h"
 
 #include <algorithm>
-#include <cstddef>
 #include <string>
 
+#include "cuda/attention/sm90_barrier_names.h"
 #include "cuda/attention/sm90_variants.h"
 #include "cuda/backend/attention_launch.h"
 #include "cuda/backend/hang_watch.h"
@@ -74,46 +74,25 @@ void LaunchAttentionSm90(const AttentionLaunch& launch, TensorMaps& maps,
   run.template operator()<F16Element>();
 }
 
-StatusOr<const HangRecord*> WatchHangs() {
 #if defined(PBS_BOUNDED_WAITS)
-  HangRecord* record = nullptr;
-  cudaError_t error = cudaHostAlloc(&record, sizeof(*record), cudaHostAllocMapped);
-  if (error == cudaSuccess) {
-    *record = {};
-    error = cudaMemcpyToSymbol(hang_record, &record, sizeof(record));
-  }
-  if (error == cudaSuccess) return const_cast<const HangRecord*>(record);
-  return Internal(std::string("watching for hangs: ") + cudaGetErrorString(error));
-#else
-  return Unimplemented("this build waits without bounds");
-#endif
-}
-
-std::string NameBarrier(int32_t head_dim, int32_t barrier) {
-  const auto name_in = [&]<int kHeadDim>() {
-    using Shared =
-        Sm90Shared<Sm90Config<Bf16Element, kHeadDim,
-                              Sm90OptionsOf(kHeadDim, AttentionVariant::kChosen)>>;
-    const struct {
-      const char* name;
-      size_t begin;
-      size_t bytes;
-    } all[] = {{"q_full", offsetof(Shared, q_full), sizeof(Shared::q_full)},
-               {"q_empty", offsetof(Shared, q_empty), sizeof(Shared::q_empty)},
-               {"k_full", offsetof(Shared, k_full), sizeof(Shared::k_full)},
-               {"k_empty", offsetof(Shared, k_empty), sizeof(Shared::k_empty)},
-               {"v_full", offsetof(Shared, v_full), sizeof(Shared::v_full)},
-               {"v_empty", offsetof(Shared, v_empty), sizeof(Shared::v_empty)},
-               {"tile_full", offsetof(Shared, tile_full), sizeof(Shared::tile_full)}};
-    const auto at = static_cast<size_t>(barrier);
-    for (const auto& [name, begin, bytes] : all) {
-      if (at < begin || at >= begin + bytes) continue;
-      const size_t index = (at - begin) / sizeof(Mbarrier);
-      return std::string(name) + "[" + std::to_string(index) + "]";
+std::string DescribeHang(int32_t head_dim, AttentionVariant variant) {
+  static const volatile HangRecord* const watched = [] {
+    HangRecord* record = nullptr;
+    if (cudaHostAlloc(&record, sizeof(*record), cudaHostAllocMapped) == cudaSuccess) {
+      *record = {};
+      static_cast<void>(cudaMemcpyToSymbol(hang_record, &record, sizeof(record)));
     }
-    return "offset " + std::to_string(barrier);
-  };
-  return head_dim == 64 ? name_in.operator()<64>() : name_in.operator()<128>();
+    return record;
+  }();
+  if (watched == nullptr || watched->hung == 0) return "";
+  return "block " + std::to_string(watched->block) + ", warpgroup " +
+         std::to_string(watched->warpgroup) + " waits for " +
+         NameSm90Barrier<kHasVariants>(head_dim, variant, watched->barrier) +
+         ", parity " + std::to_string(watched->parity) + ", tile " +
+         std::to_string(watched->tile);
 }
+#else
+std::string DescribeHang(int32_t, AttentionVariant) { return ""; }
+#endif
 
 }  // namespace pbs::cuda

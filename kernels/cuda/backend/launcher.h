@@ -5,7 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <map>
+#include <set>
 #include <type_traits>
 
 #include "cuda/primitives/primitives.h"
@@ -32,14 +32,25 @@ __global__ void __launch_bounds__(Kernel::kThreads, ResidentBlocks<Kernel>())
 // Threading: one caller at a time.
 class LaunchState {
  public:
-  // Dynamic shared memory above 48 KiB must be asked for, once for each kernel.
+  // Dynamic shared memory above 48 KiB must be asked for, once for each kernel. All that
+  // the device has: the answer is the process's, and drivers of other plans share it.
   cudaError_t RaiseSharedMemory(const void* kernel, int64_t bytes) {
     constexpr int64_t kUnasked = 48 << 10;
-    int64_t& raised = raised_[kernel];
-    if (bytes <= kUnasked || bytes <= raised) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error == cudaSuccess) raised = bytes;
+    if (bytes <= kUnasked || raised_.contains(kernel)) return cudaSuccess;
+    int device = 0;
+    int most = 0;
+    cudaFuncAttributes attributes{};
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                     device);
+    }
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   most - static_cast<int>(attributes.sharedSizeBytes));
+    }
+    if (error == cudaSuccess) raised_.insert(kernel);
     return error;
   }
 
@@ -48,14 +59,20 @@ class LaunchState {
   bool overlaps = false;
 
  private:
-  std::map<const void*, int64_t> raised_;
+  std::set<const void*> raised_;
 };
 
 // Enqueues until something fails.
 class CudaLauncher {
  public:
+  // Into a graph kernels go one behind the other: a driver that refuses to overlap them
+  // would end the capture, and nothing could be launched again.
   CudaLauncher(cudaStream_t stream, LaunchState& state)
-      : stream_(stream), state_(&state) {}
+      : stream_(stream), state_(&state), overlaps_(state.overlaps) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    error_ = cudaStreamIsCapturing(stream, &capture);
+    if (capture != cudaStreamCaptureStatusNone) overlaps_ = false;
+  }
 
   template <class Kernel, class Params>
   void Run(int64_t blocks, int64_t shared_bytes, const Params& params) {
@@ -80,14 +97,15 @@ class CudaLauncher {
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
     config.attrs = &overlap;
-    config.numAttrs = state_->overlaps ? 1 : 0;
+    config.numAttrs = overlaps_ ? 1 : 0;
     error_ = cudaLaunchKernelEx(&config, kernel, params...);
-    if (error_ == cudaSuccess || !state_->overlaps) return;
+    if (error_ == cudaSuccess || !overlaps_) return;
     // A driver that refuses to overlap launches them one behind the other.
     config.numAttrs = 0;
     if (cudaLaunchKernelEx(&config, kernel, params...) != cudaSuccess) return;
     static_cast<void>(cudaGetLastError());  // the refusal is nobody else's
     state_->overlaps = false;
+    overlaps_ = false;
     error_ = cudaSuccess;
   }
 
@@ -99,6 +117,7 @@ class CudaLauncher {
  private:
   cudaStream_t stream_;
   LaunchState* state_;
+  bool overlaps_;
   cudaError_t error_ = cudaSuccess;
 };
 

@@ -1,8 +1,9 @@
-// Waits of a build that looks into a hang (PBS_BOUNDED_WAITS): one that takes longer
-// than kWaitNanosecondsMax says what it waits for, if it is the first, and goes on, so
-// that the kernel comes to its end with wrong results. (A trap would end it sooner, but
-// makes ptxas serialise the products: another kernel.) Included by ptx_bulk.h, for the
-// one source file that has the pointer.
+// Waits of a build that looks into a hang (PBS_BOUNDED_WAITS): the first that takes
+// longer than kWaitNanosecondsMax says what it waits for. It goes on, and so do others
+// then after kLaterWaitNanosecondsMax, so that the kernel comes to its end with wrong
+// results, and soon: many waits follow one that never ends. (A trap would end it
+// sooner, but makes ptxas serialise the products: another kernel.) Included by
+// ptx_bulk.h, for the one source file that has the pointer.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 namespace pbs::cuda {
 
 constexpr uint64_t kWaitNanosecondsMax = 1'000'000'000;
+constexpr uint64_t kLaterWaitNanosecondsMax = 1'000'000;
 
 // Memory that the host sees (cuda/backend/hang_watch.h); null: nobody looks.
 static __device__ HangRecord* hang_record;
@@ -27,12 +29,14 @@ PBS_DEVICE void BoundedWait(uint32_t barrier, int parity) {
   const uint32_t offset = barrier - SharedAddress(SharedMemory());
   const uint32_t tile = SharedAddress(&NotedTile());
   asm volatile(
-      "{\n.reg .pred done, late, first;\n.reg .u64 begin, now, record;\n"
+      "{\n.reg .pred done, late, first;\n.reg .u64 begin, now, limit, record;\n"
       ".reg .u32 claimed, word;\n"
       "mov.u64 begin, %%globaltimer;\nwait_%=:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "mov.u64 now, %%globaltimer;\nsub.u64 now, now, begin;\n"
-      "setp.gt.and.u64 late, now, %6, !done;\n"
+      "ld.volatile.global.u32 claimed, [%4];\nsetp.ne.u32 first, claimed, 0;\n"
+      "selp.u64 limit, %7, %6, first;\n"
+      "setp.gt.and.u64 late, now, limit, !done;\n"
       "mov.u32 claimed, 1;\n@late atom.global.cas.b32 claimed, [%4], 0, 1;\n"
       "ld.global.u64 record, [%5];\n"
       "setp.eq.and.u32 first, claimed, 0, late;\n"
@@ -48,7 +52,7 @@ PBS_DEVICE void BoundedWait(uint32_t barrier, int parity) {
       "or.pred done, done, late;\n"
       "@!done bra wait_%=;\n}" ::"r"(barrier),
       "r"(parity), "r"(offset), "r"(tile), "l"(&hang_claimed), "l"(&hang_record),
-      "n"(kWaitNanosecondsMax)
+      "n"(kWaitNanosecondsMax), "n"(kLaterWaitNanosecondsMax)
       : "memory");
 }
 

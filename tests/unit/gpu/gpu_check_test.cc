@@ -4,9 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdlib>
+#include <future>
 #include <memory>
 #include <vector>
 
+#include "cuda/attention/sm90_barrier_names.h"
 #include "pbs/dtype.h"
 #include "reference/reference_attention.h"
 #include "tests/gpu/check.h"
@@ -96,6 +100,77 @@ TEST(CasesSpec, PoisonIsInOneSequenceOfEveryOperandAndNowhereElse) {
     EXPECT_EQ(changed(clean.k, poisoned.k), int64_t{2} * s.k_len * dim);
     EXPECT_EQ(changed(clean.v, poisoned.v), int64_t{2} * s.k_len * dim);
   }
+}
+
+class HangSpec : public testing::Test {
+ protected:
+  HangSpec() {
+    GTEST_FLAG_SET(death_test_style, "threadsafe");
+    case_.name = "late";
+    case_.problem = {{1, 1, 64, {{40, 40}}}, DType::kBF16, {.method = Method::kDense}};
+    setenv("PBS_PLANTED_HANG", "block 7 waits for k_full[1]", /*overwrite=*/1);
+  }
+  ~HangSpec() override { unsetenv("PBS_PLANTED_HANG"); }
+
+  Case case_;
+};
+
+TEST_F(HangSpec, AProgramWhoseKernelNeverReturnsEndsAndSaysWhatItWaitsFor) {
+  const auto wait_forever = [&] {
+    const Device device;
+    const auto watchdog = EndIfLate(device, case_, 1);
+    std::promise<void>().get_future().wait();
+  };
+  EXPECT_EXIT(wait_forever(), testing::ExitedWithCode(2),
+              "\"case\": \"late\".*\"hang\": \"block 7 waits for k_full\\[1\\]\", "
+              "\"hung\": true.*"
+              "not over after 1 s");
+}
+
+TEST_F(HangSpec, AKernelThatHangsWhereNobodyLooksIsLateAllTheSame) {
+  unsetenv("PBS_PLANTED_HANG");
+  const auto wait_forever = [&] {
+    const Device device;
+    const auto watchdog = EndIfLate(device, case_, 1);
+    std::promise<void>().get_future().wait();
+  };
+  EXPECT_EXIT(wait_forever(), testing::ExitedWithCode(2),
+              "\"right\": false, \"hung\": true");
+}
+
+TEST_F(HangSpec, ACaseInTimeIsNotEnded) {
+  const Device device;
+  static_cast<void>(EndIfLate(device, case_, 1000));
+}
+
+TEST_F(HangSpec, NothingRunsBehindTheFirstRunThatHung) {
+  const auto session = Session::Open(cuda::AttentionVariant::kChosen);
+  ASSERT_TRUE(session.ok()) << session.status().ToString();
+  const auto outputs = RunCase(**session, case_, Inputs(case_));
+  EXPECT_THAT(outputs.status().ToString(), HasSubstr("a wait did not end"));
+}
+
+TEST(BarrierNamesSpec, ABarrierHasItsNameInTheKernelOfItsVariant) {
+  using enum cuda::AttentionVariant;
+  const auto check = [&]<int kHeadDim, cuda::AttentionVariant kVariant>() {
+    using Shared =
+        cuda::Sm90Shared<cuda::Sm90Config<cuda::Bf16Element, kHeadDim,
+                                          cuda::Sm90OptionsOf(kHeadDim, kVariant)>>;
+    const auto name = [](size_t begin, size_t index) {
+      const auto at = static_cast<int32_t>(begin + index * sizeof(cuda::Mbarrier));
+      return cuda::NameSm90Barrier</*kAll=*/true>(kHeadDim, kVariant, at);
+    };
+    const size_t last = sizeof(Shared::v_empty) / sizeof(cuda::Mbarrier) - 1;
+    EXPECT_EQ(name(offsetof(Shared, k_full), 1), "k_full[1]");
+    EXPECT_EQ(name(offsetof(Shared, v_empty), last),
+              "v_empty[" + std::to_string(last) + "]");
+    EXPECT_EQ(name(0, 0), "offset 0");
+  };
+  check.operator()<128, kChosen>();
+  check.operator()<128, kMoreStages>();
+  check.operator()<128, kDirectOutputs>();
+  check.operator()<64, kMoreStages>();
+  check.operator()<64, kWideTiles>();
 }
 
 TEST(CasesSpec, OneCaseHasMoreTilesThanAGpuHasMultiprocessors) {
