@@ -32,8 +32,9 @@ __global__ void __launch_bounds__(Kernel::kThreads, ResidentBlocks<Kernel>())
 // Threading: one caller at a time.
 class LaunchState {
  public:
-  // Dynamic shared memory above 48 KiB must be asked for, once for each kernel. All that
-  // the device has: the answer is the process's, and drivers of other plans share it.
+  // Dynamic shared memory above 48 KiB must be asked for, once for each kernel. All
+  // that the device has: the answer is the process's, and drivers of other plans share
+  // it.
   cudaError_t RaiseSharedMemory(const void* kernel, int64_t bytes) {
     constexpr int64_t kUnasked = 48 << 10;
     if (bytes <= kUnasked || raised_.contains(kernel)) return cudaSuccess;
