@@ -5,10 +5,12 @@
 // not start, the drain's limit cut work, the device was lost or the system refused
 // memory or a thread, 2 for a wrong command line or configuration.
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <cstdio>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"

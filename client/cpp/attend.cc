@@ -1,10 +1,16 @@
 // Client::Attend(): tensors up, results down.
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <future>
 #include <map>
+#include <memory>
+#include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <utility>
+#include <variant>
 
 #include "absl/strings/str_cat.h"
 #include "client/cpp/client.h"

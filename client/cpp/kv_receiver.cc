@@ -1,5 +1,6 @@
 #include "client/cpp/kv_receiver.h"
 
+#include <cstdint>
 #include <string>
 
 #include "absl/strings/str_cat.h"

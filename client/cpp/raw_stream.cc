@@ -1,4 +1,6 @@
 #include "client/cpp/raw_stream.h"
+#include <memory>
+#include <string>
 
 #include "proto/wire/messages.h"
 

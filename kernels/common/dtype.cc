@@ -1,7 +1,9 @@
 #include "pbs/dtype.h"
 
+#include <cstdint>
 #include <cstring>
 #include <string>
+#include <string_view>
 
 namespace pbs {
 

@@ -4,6 +4,7 @@
 // Threading: safe from any thread.
 #pragma once
 
+#include <cstdint>
 #include "pbs/backend.h"
 #include "pbs/status.h"
 

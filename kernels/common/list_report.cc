@@ -1,6 +1,9 @@
 #include "common/list_report.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
 #include <vector>
 
 namespace pbs {

@@ -1,3 +1,4 @@
+#include <cstdint>
 #include "pbs/attention.h"
 
 namespace pbs {

@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <iterator>
+#include <string>
+#include <utility>
 
 #include "pbs/check.h"
 

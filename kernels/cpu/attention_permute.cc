@@ -1,7 +1,10 @@
 // Stage 1: importance of keys, order inside segments, packed operands.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <numeric>
+#include <span>
 
 #include "common/score_rounding.h"
 #include "cpu/attention_run.h"

@@ -1,7 +1,9 @@
 #include "cpu/attention_plan.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace pbs::cpu {
 namespace {

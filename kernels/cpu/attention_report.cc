@@ -1,7 +1,10 @@
 // What a finished run tells: block counts, densities, coverage, order, lists.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <numeric>
+#include <vector>
 
 #include "common/list_report.h"
 #include "cpu/attention_run.h"

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "cpu/attention_plan.h"
 #include "cpu/thread_pool.h"

@@ -1,6 +1,9 @@
 // Stage 2: block means of queries, block scores, lists.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
 
 #include "common/score_rounding.h"
 #include "cpu/attention_run.h"

@@ -3,8 +3,10 @@
 #include <time.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <dnnl.hpp>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "cpu/linear_matmul.h"

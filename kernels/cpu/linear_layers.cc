@@ -1,8 +1,14 @@
 #include "cpu/linear_layers.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <mutex>
+#include <span>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "common/host_memory.h"
 #include "pbs/check.h"

@@ -8,6 +8,7 @@
 // Threading: as Backend. Memory: Run() uses its workspace; each worker has a slice.
 #pragma once
 
+#include <cstdint>
 #include <dnnl.hpp>
 #include <map>
 #include <memory>

@@ -1,6 +1,9 @@
 #include "cpu/linear_matmul.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 

@@ -1,6 +1,7 @@
 #include "cpu/packing.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 namespace pbs::cpu {

@@ -3,6 +3,8 @@
 #include <tbb/global_control.h>
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
+#include <cstddef>
+#include <memory>
 
 namespace pbs::cpu {
 

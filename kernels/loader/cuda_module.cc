@@ -2,7 +2,10 @@
 
 #include <dlfcn.h>
 
+#include <cstdint>
 #include <filesystem>
+#include <memory>
+#include <string>
 #include <system_error>
 #include <vector>
 

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdint>
 #include <numeric>
+#include <span>
 
 namespace pbs {
 

@@ -1,6 +1,9 @@
 #include <climits>
+#include <cstddef>
+#include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "proto/wire/field_tags.h"
 #include "proto/wire/messages.h"

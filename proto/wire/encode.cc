@@ -1,5 +1,7 @@
 #include <array>
+#include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include <google/protobuf/io/coded_stream.h>

@@ -1,7 +1,10 @@
 #include "proto/wire/slice_reader.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "proto/wire/field_tags.h"
 

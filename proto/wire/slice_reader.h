@@ -4,7 +4,9 @@
 // share them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include <google/protobuf/io/coded_stream.h>

@@ -1,6 +1,7 @@
 #include "proto/wire/stream_copy.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 

@@ -1,8 +1,12 @@
 #include "server/backend/make_backend.h"
 
+#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "loader/cuda_module.h"

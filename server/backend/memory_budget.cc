@@ -1,6 +1,7 @@
 #include "server/backend/memory_budget.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <filesystem>
 #include <system_error>
 

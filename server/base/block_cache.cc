@@ -1,6 +1,10 @@
 #include "server/base/block_cache.h"
 
 #include <sys/mman.h>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
 
 namespace pbs::server {
 

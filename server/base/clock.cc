@@ -1,4 +1,5 @@
 #include "server/base/clock.h"
+#include <chrono>
 
 #include "absl/time/clock.h"
 #include "pbs/check.h"

@@ -1,6 +1,8 @@
 #include "server/base/grpc_status.h"
 
+#include <cstddef>
 #include <cstdint>
+#include <ctime>
 #include <string>
 
 #include "absl/time/time.h"

@@ -6,8 +6,14 @@
 #include <spdlog/sinks/stdout_sinks.h>
 
 #include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
 #include <ostream>
+#include <string>
+#include <string_view>
 #include <utility>
+#include <variant>
 
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"

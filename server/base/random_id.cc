@@ -4,6 +4,8 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstdint>
+#include <string>
 
 #include "absl/strings/str_format.h"
 #include "pbs/check.h"

@@ -1,6 +1,7 @@
 #include "server/base/status.h"
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/strings/cord.h"

@@ -1,6 +1,7 @@
 #include "server/base/thread_room.h"
 
 #include <cstddef>
+#include <cstdint>
 #include <latch>
 #include <system_error>
 #include <thread>

@@ -1,6 +1,7 @@
 #include "server/base/timers.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace pbs::server {
 namespace {

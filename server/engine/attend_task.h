@@ -6,6 +6,7 @@
 // (device_uploads.h).
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <optional>
 

@@ -1,4 +1,6 @@
 #include "server/engine/byte_ledger.h"
+#include <cstdint>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"

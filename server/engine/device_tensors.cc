@@ -1,6 +1,9 @@
 #include "server/engine/device_tensors.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <span>
+#include <vector>
 
 #include "server/base/status.h"
 

@@ -1,7 +1,13 @@
 #include "server/engine/device_uploads.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
 #include <utility>
+#include <vector>
 
 #include "pbs/check.h"
 #include "server/base/status.h"

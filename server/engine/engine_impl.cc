@@ -1,5 +1,8 @@
 #include "server/engine/engine_impl.h"
 
+#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 

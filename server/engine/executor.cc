@@ -1,23 +1,27 @@
 #include "server/engine/executor.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "pbs/check.h"
 
 namespace pbs::server {
-namespace {
 
-absl::Status DeadlineStatus(bool started) {
+static absl::Status DeadlineStatus(bool started) {
   return absl::DeadlineExceededError(
       started ? "the deadline passed while the request ran"
               : "the deadline passed while the request waited");
 }
-
-}  // namespace
 
 double Executor::Record::SecondsLeft() const {
   return size.prediction.has_value() ? size.prediction->seconds * (1 - progress) : 0;
@@ -102,10 +106,8 @@ absl::Status Executor::CheckAdmission(const JobTerms& terms, const JobSize& size
         "the queue has ", NumWaiting(), " waiting requests; queue_requests_max is ",
         options_.queue_requests_max));
   }
-  const bool hopeless =
-      size.prediction.has_value() && size.prediction->fresh &&
-      absl::Seconds(kRefusalConfidence * place.predicted_seconds) > left;
-  if (hopeless) {
+  if (size.prediction.has_value() && size.prediction->fresh &&
+      absl::Seconds(kRefusalConfidence * place.predicted_seconds) > left) {
     metrics_.Rejected(RejectReason::kDeadline).Increment();
     return absl::DeadlineExceededError(absl::StrFormat(
         "the deadline in %.3g s cannot be met: the request would be done in %.3g s, "

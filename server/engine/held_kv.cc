@@ -1,7 +1,9 @@
 #include "server/engine/held_kv.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "pbs/check.h"
 

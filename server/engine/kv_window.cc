@@ -1,7 +1,12 @@
 #include "server/engine/kv_window.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <functional>
+#include <memory>
+#include <span>
 #include <utility>
 
 #include "pbs/check.h"

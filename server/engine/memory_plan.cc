@@ -1,4 +1,5 @@
 #include "server/engine/memory_plan.h"
+#include <cstdint>
 
 #include "server/base/status.h"
 #include "server/engine/kv_window.h"

@@ -1,7 +1,11 @@
 #include "server/engine/prefill_group.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
 #include <utility>
+#include <vector>
 
 #include "pbs/check.h"
 #include "server/base/status.h"

@@ -1,7 +1,15 @@
 #include "server/model/checkpoint.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
 #include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "server/model/folder_hint.h"
 #include "server/model/json.h"

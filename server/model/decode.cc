@@ -1,6 +1,10 @@
 #include "server/model/decode.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
 #include <utility>
 
 #include "server/model/prefill.h"

@@ -1,4 +1,10 @@
 #include "server/model/digest.h"
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <string>
 
 #include "pbs/check.h"
 

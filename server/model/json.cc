@@ -1,7 +1,11 @@
 #include "server/model/json.h"
 
+#include <cstdint>
 #include <cstdio>
 #include <set>
+#include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 namespace pbs {

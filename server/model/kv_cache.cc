@@ -1,5 +1,7 @@
 #include "server/model/kv_cache.h"
 
+#include <cstdint>
+#include <string>
 #include <utility>
 
 #include "pbs/check.h"

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "pbs/attention.h"
 #include "pbs/backend.h"

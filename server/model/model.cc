@@ -1,5 +1,8 @@
 #include "server/model/model.h"
 
+#include <cstdint>
+#include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 

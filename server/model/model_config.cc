@@ -1,8 +1,12 @@
 #include "server/model/model_config.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "server/model/json.h"
 

@@ -1,6 +1,11 @@
 #include "server/model/prefill.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
 #include <string>
 
 #include "pbs/check.h"

@@ -1,6 +1,7 @@
 #include "server/model/prefill_plan.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
 #include <utility>
 

@@ -2,10 +2,18 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <cstdint>
 #include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <memory>
 #include <optional>
 #include <set>
+#include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include "server/model/json.h"
 #include "server/model/tensor_reader.h"

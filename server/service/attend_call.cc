@@ -2,7 +2,10 @@
 
 #include <grpc/grpc.h>
 
+#include <cstdint>
+#include <memory>
 #include <utility>
+#include <variant>
 
 #include "absl/strings/str_cat.h"
 #include "server/base/status.h"

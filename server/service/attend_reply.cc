@@ -1,7 +1,13 @@
 #include "server/service/attend_reply.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
 #include <utility>
+#include <vector>
 
 #include "proto/wire/messages.h"
 #include "server/base/attention_options.h"

@@ -5,6 +5,7 @@
 // until gRPC has sent the last of them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>

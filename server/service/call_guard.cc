@@ -1,5 +1,9 @@
 #include "server/service/call_guard.h"
 
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"

@@ -3,8 +3,10 @@
 // Threading: safe from any thread. Memory: one small block that the last timer frees.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"

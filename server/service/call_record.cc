@@ -1,4 +1,6 @@
 #include "server/service/call_record.h"
+#include <cstddef>
+#include <string>
 
 #include "server/base/grpc_status.h"
 

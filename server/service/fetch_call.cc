@@ -1,5 +1,6 @@
 #include "server/service/fetch_call.h"
 
+#include <cstdint>
 #include <utility>
 
 #include "absl/strings/str_cat.h"

@@ -4,6 +4,7 @@
 // Finish() waits for a callback that the cache may be running.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <optional>
 

@@ -1,4 +1,5 @@
 #include "server/service/info.h"
+#include <cstdint>
 
 #include "absl/time/time.h"
 #include "server/base/attention_options.h"

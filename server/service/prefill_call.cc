@@ -1,6 +1,8 @@
 #include "server/service/prefill_call.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <utility>
 
 #include "proto/wire/messages.h"

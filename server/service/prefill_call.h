@@ -7,6 +7,7 @@
 // Finish() waits for the engine's job.
 #pragma once
 
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <optional>

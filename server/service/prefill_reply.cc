@@ -1,6 +1,8 @@
 #include "server/service/prefill_reply.h"
 
 #include <bit>
+#include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "proto/wire/messages.h"

@@ -1,6 +1,9 @@
 #include "server/service/prefill_request.h"
 
+#include <cstddef>
+#include <cstdint>
 #include <string_view>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "server/base/attention_options.h"

@@ -1,6 +1,9 @@
 #include "server/service/reflection.h"
 
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <memory>
+#include <utility>
+#include <vector>
 
 namespace pbs::server {
 

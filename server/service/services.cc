@@ -1,5 +1,6 @@
 #include "server/service/services.h"
 
+#include <cstdint>
 #include <optional>
 #include <utility>
 

@@ -1,5 +1,6 @@
 #include "server/service/task_pool.h"
 
+#include <thread>
 #include <utility>
 
 namespace pbs::server {

@@ -3,6 +3,7 @@
 // Threading: one thread at a time.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 

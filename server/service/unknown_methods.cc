@@ -1,5 +1,6 @@
 #include "server/service/unknown_methods.h"
 
+#include <cstddef>
 #include <string>
 
 #include "absl/strings/escaping.h"

@@ -6,6 +6,9 @@
 #include <grpc/support/alloc.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/strings/numbers.h"

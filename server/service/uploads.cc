@@ -1,7 +1,9 @@
 #include "server/service/uploads.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "pbs/check.h"

@@ -1,4 +1,5 @@
 #include "server/service/write_loop.h"
+#include <atomic>
 
 namespace pbs::server {
 

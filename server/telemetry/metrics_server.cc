@@ -5,9 +5,13 @@
 #include <prometheus/text_serializer.h>
 
 #include <cstdarg>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"

@@ -7,11 +7,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "server/base/process.h"
 #include "server/telemetry/metric_names.h"

@@ -3,8 +3,11 @@
 #include <prometheus/client_metric.h>
 #include <prometheus/metric_type.h>
 
+#include <functional>
+#include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace pbs::server {
 namespace {

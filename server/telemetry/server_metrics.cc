@@ -1,6 +1,8 @@
 #include "server/telemetry/server_metrics.h"
 
 #include <prometheus/family.h>
+#include <array>
+#include <cstddef>
 
 #include "server/telemetry/metric_names.h"
 

@@ -1,5 +1,8 @@
 #include "server/transfer/chunk_assembler.h"
 
+#include <cstddef>
+#include <cstdint>
+#include <span>
 #include <string>
 
 #include "absl/strings/str_cat.h"

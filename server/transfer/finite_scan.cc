@@ -1,6 +1,10 @@
 #include "server/transfer/finite_scan.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
 
 namespace pbs::server {
 namespace {

@@ -1,6 +1,9 @@
 #include "server/transfer/kv_exporter.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <utility>
 
 #include "absl/strings/str_cat.h"

@@ -9,6 +9,7 @@
 // slice that is still being sent; one buffer per copied chunk.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 

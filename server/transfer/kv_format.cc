@@ -1,6 +1,7 @@
 #include "server/transfer/kv_format.h"
 
 #include <algorithm>
+#include <cstdint>
 
 #include "absl/strings/str_cat.h"
 #include "pbs/limits.h"

@@ -1,8 +1,12 @@
 #include "server/transfer/sha256.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <cstdint>
 #include <cstring>
+#include <string>
+#include <string_view>
 
 namespace pbs::server {
 namespace {

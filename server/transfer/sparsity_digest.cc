@@ -1,4 +1,8 @@
 #include "server/transfer/sparsity_digest.h"
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
 
 #include "absl/strings/str_format.h"
 #include "server/transfer/sha256.h"

@@ -1,5 +1,9 @@
 // Attention alone, on the structured generator, on white noise, or with forced lists.
+#include <cstdint>
+#include <memory>
 #include <sstream>
+#include <string>
+#include <utility>
 
 #include "kernels/synthetic/synthetic.h"
 #include "pbs/cpu_backend.h"

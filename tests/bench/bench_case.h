@@ -1,6 +1,7 @@
 // One prepared benchmark case of bench_worker, timed one run at a time.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <string>

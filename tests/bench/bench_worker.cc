@@ -18,13 +18,19 @@
 //
 // usage: bench_worker [--threads N]
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <fstream>
 #include <iostream>
+#include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <string>
+#include <utility>
 
 #include "loader/cuda_module.h"
 #include "pbs/cpu_backend.h"

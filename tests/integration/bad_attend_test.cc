@@ -1,10 +1,13 @@
 // Spec: docs/PROTOCOL.md "Errors", for what Attend is sent.
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <initializer_list>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/integration/bad_input.h"

@@ -2,7 +2,9 @@
 // deadlines likewise; at every stage of every call.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <future>
+#include <memory>
 
 #include "pbs/v1/attention.grpc.pb.h"
 #include "pbs/v1/prefill.grpc.pb.h"

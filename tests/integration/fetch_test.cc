@@ -2,8 +2,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <future>
+#include <memory>
 #include <optional>
+#include <vector>
 
 #include "pbs/v1/kv.grpc.pb.h"
 #include "pbs/v1/prefill.grpc.pb.h"

@@ -7,7 +7,14 @@
 
 #include <grpcpp/generic/generic_stub.h>
 
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
 #include <set>
+#include <sstream>
+#include <string>
+#include <vector>
 
 #include "pbs/v1/attention.grpc.pb.h"
 #include "pbs/v1/kv.grpc.pb.h"

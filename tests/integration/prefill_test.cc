@@ -3,9 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <chrono>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <future>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "server/model/prefill.h"

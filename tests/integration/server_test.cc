@@ -2,8 +2,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <future>
+#include <span>
+#include <string>
 
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "pbs/v1/prefill.grpc.pb.h"

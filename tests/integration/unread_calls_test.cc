@@ -3,6 +3,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <cstddef>
 
 #include "pbs/v1/prefill.grpc.pb.h"
 #include "tests/integration/test_node.h"

@@ -4,9 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
+#include <cstdint>
 #include <future>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "pbs/v1/attention.grpc.pb.h"
 #include "server/service/service_context.h"

@@ -6,8 +6,10 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <ios>
 #include <random>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "pbs/check.h"

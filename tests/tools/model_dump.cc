@@ -7,13 +7,17 @@
 // layer, `layers.N.k` and `layers.N.v` [kv_heads, tokens, head_dim] in the cache's
 // dtype. One JSON line on stdout has the rest: greedy tokens, digest, densities,
 // seconds, bytes.
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <ios>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "pbs/cpu_backend.h"

@@ -1,6 +1,7 @@
 #include "client/cpp/bench/cpu_clock.h"
 
 #include <ctime>
+#include <optional>
 
 namespace pbs::bench {
 

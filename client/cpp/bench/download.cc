@@ -1,6 +1,10 @@
 #include "client/cpp/bench/download.h"
 
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <span>
 
 #include "absl/strings/str_cat.h"
 #include "proto/wire/crc32c.h"

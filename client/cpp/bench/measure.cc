@@ -4,8 +4,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <latch>
+#include <optional>
 #include <thread>
+#include <vector>
 
 #include "client/cpp/bench/cpu_clock.h"
 

@@ -1,6 +1,7 @@
 #include "client/cpp/bench/options.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <limits>
 
 #include "absl/strings/str_cat.h"

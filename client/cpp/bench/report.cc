@@ -1,8 +1,11 @@
 #include "client/cpp/bench/report.h"
 
+#include <cstddef>
 #include <fstream>
+#include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"

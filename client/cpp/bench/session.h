@@ -6,6 +6,7 @@
 // the server one cache and one upload.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>

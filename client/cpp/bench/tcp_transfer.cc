@@ -1,8 +1,13 @@
 #include "client/cpp/bench/tcp_transfer.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <span>
 #include <utility>
+#include <vector>
 
 namespace pbs::bench {
 namespace {

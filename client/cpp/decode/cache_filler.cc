@@ -1,7 +1,12 @@
 #include "client/cpp/decode/cache_filler.h"
 
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <functional>
+#include <span>
 #include <utility>
+#include <vector>
 
 #include "pbs/check.h"
 

@@ -1,7 +1,11 @@
 #include "client/cpp/decode/files.h"
 
+#include <cstdint>
 #include <fstream>
+#include <ios>
 #include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"

@@ -1,6 +1,7 @@
 // pbs-decode: the reference decode tier.
 //
 // Exit status: 0 decoded, 1 it could not, 2 for a wrong command line.
+#include <cstdint>
 #include <cstdio>
 #include <memory>
 

@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <mutex>
+#include <string>
 
 #include "absl/strings/str_cat.h"
 

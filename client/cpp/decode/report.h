@@ -3,7 +3,9 @@
 // Threading: pure functions.
 #pragma once
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 #include "client/cpp/decode/journey.h"
 

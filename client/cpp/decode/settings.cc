@@ -1,7 +1,11 @@
 #include "client/cpp/decode/settings.h"
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <cstdio>
+#include <optional>
+#include <string>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "server/base/process.h"

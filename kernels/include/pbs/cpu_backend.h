@@ -5,6 +5,7 @@
 // workers to 1 (oneDNN as packaged is built on OpenMP; the workers are oneTBB's).
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 

@@ -23,6 +23,7 @@
 // Built with PBS_CUDA=ON.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 
 #include "pbs/attention.h"

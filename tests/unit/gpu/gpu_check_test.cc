@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <future>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "cuda/attention/sm90_barrier_names.h"

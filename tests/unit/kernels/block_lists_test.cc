@@ -1,8 +1,12 @@
 // Spec: kernels/include/pbs/block_lists.h and block_mask.h.
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <numeric>
 #include <random>
+#include <utility>
+#include <vector>
 
 #include "pbs/block_mask.h"
 #include "tests/support/case_name.h"

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <ostream>
 #include <vector>
 
 #include "cpu/cpu_attention.h"

@@ -1,8 +1,13 @@
 // Spec: pbs/attention.h: sequences of one run know nothing of each other. NaN and Inf
 // in the keys and values of one never reach another, not even with weight 0: for every
 // table of the CPU backend.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "tests/support/case_name.h"
 #include "tests/unit/kernels/cpu_attention_fixture.h"

@@ -1,5 +1,8 @@
 // Spec: pbs/attention.h, Run(). Logits at and past the ends of their range, for every
 // table of the CPU backend.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include "tests/support/case_name.h"
 #include "tests/unit/kernels/cpu_attention_fixture.h"
 

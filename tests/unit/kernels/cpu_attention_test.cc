@@ -1,12 +1,16 @@
 // Spec: docs/KERNELS.md, "CPU". Every table of the CPU backend against the f64
 // reference, on the same seeds. The first lines of a run say which tables executed.
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <numeric>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "pbs/block_mask.h"
 #include "tests/support/case_name.h"

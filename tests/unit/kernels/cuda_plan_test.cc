@@ -5,6 +5,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <ostream>
+#include <vector>
 
 #include "cuda/plan/mapped_operand.h"
 #include "tests/support/case_name.h"

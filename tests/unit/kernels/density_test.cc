@@ -1,6 +1,8 @@
 // Spec: AttentionStats. Densities are shares of what dense attention computes on the
 // same tiles; the causal ratio is what published densities count.
 #include <gtest/gtest.h>
+#include <cstdint>
+#include <vector>
 
 #include "tests/support/case_name.h"
 #include "tests/unit/kernels/cpu_attention_fixture.h"

@@ -11,9 +11,14 @@
 // null, so using them would crash.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <map>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/cpu_attention.h"
 #include "pbs/block_mask.h"

@@ -2,6 +2,9 @@
 // kernels/cpu/linear_matmul.h. Against plain f64 loops.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
 #include <vector>
 
 #include "cpu/linear_matmul.h"

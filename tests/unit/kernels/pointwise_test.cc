@@ -1,9 +1,13 @@
 // Spec: kernels/cpu/pointwise_kernels.h. Every table against plain f64 loops.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cpu/pointwise.h"

@@ -6,6 +6,9 @@
 #include <unistd.h>
 
 #include <filesystem>
+#include <ostream>
+#include <string>
+#include <vector>
 
 #include "tests/support/case_name.h"
 #include "tests/support/model_folder.h"

@@ -3,8 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <ostream>
+#include <vector>
 
 #include "tests/support/case_name.h"
 #include "tests/unit/model/config_cases.h"

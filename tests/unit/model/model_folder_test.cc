@@ -2,8 +2,12 @@
 // Spec: server/model/model.h, checkpoint.h, folder_hint.h.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <fstream>
 #include <functional>
 #include <limits>
+#include <ostream>
 #include <string>
 #include <vector>
 

@@ -3,7 +3,14 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
 #include <functional>
+#include <memory>
+#include <ostream>
+#include <string>
 
 #include "pbs/cpu_backend.h"
 #include "tests/support/case_name.h"

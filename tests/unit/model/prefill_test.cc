@@ -4,7 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <cstdint>
 #include <cstring>
+#include <optional>
+#include <ostream>
+#include <span>
+#include <utility>
+#include <vector>
 
 #include "server/model/decode.h"
 #include "server/model/sampling.h"

@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <functional>
 #include <nlohmann/json.hpp>
+#include <vector>
 
 #include "tests/support/case_name.h"
 #include "tests/unit/model/config_cases.h"

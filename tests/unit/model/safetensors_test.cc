@@ -3,7 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <ostream>
+#include <string>
+#include <string_view>
+#include <vector>
 
 #include "tests/support/case_name.h"
 #include "tests/support/model_folder.h"

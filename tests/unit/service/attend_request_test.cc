@@ -3,8 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <initializer_list>
+#include <vector>
 
 #include "tests/support/case_name.h"
 

@@ -2,6 +2,7 @@
 #include "server/service/memory_formula.h"
 
 #include <gtest/gtest.h>
+#include <cstdint>
 
 namespace pbs::server {
 namespace {

@@ -1,9 +1,12 @@
 // Spec: server/transfer/sha256.h and sparsity_digest.h.
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <set>
 #include <string>
+#include <string_view>
 
 #include "server/transfer/sha256.h"
 #include "server/transfer/sparsity_digest.h"

@@ -4,7 +4,11 @@
 #include <prometheus/registry.h>
 
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "server/transfer/kv_exporter.h"

@@ -5,7 +5,12 @@
 #include <gtest/gtest.h>
 #include <prometheus/registry.h>
 
+#include <atomic>
+#include <cstdint>
 #include <functional>
+#include <memory>
+#include <string>
+#include <utility>
 
 #include "tests/support/case_name.h"
 #include "tests/support/kv_fixture.h"

@@ -3,8 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
 #include <numeric>
 #include <random>
+#include <span>
 #include <string_view>
 #include <vector>
 

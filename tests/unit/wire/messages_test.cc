@@ -4,8 +4,12 @@
 #include <google/protobuf/util/message_differencer.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <random>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "proto/wire/field_tags.h"

@@ -2,6 +2,7 @@
 #include "server/base/clock.h"
 
 #include <gtest/gtest.h>
+#include <chrono>
 
 #include "absl/time/clock.h"
 

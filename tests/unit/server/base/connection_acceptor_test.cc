@@ -9,9 +9,12 @@
 #include <unistd.h>
 
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
 #include <deque>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "server/base/descriptors.h"
 #include "tests/support/tcp_socket.h"

@@ -2,6 +2,7 @@
 #include "server/base/host_port.h"
 
 #include <gtest/gtest.h>
+#include <cstdint>
 
 #include "tests/support/case_name.h"
 

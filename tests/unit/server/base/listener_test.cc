@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <string>
 
 #include "tests/support/case_name.h"
 #include "tests/support/tcp_socket.h"

@@ -3,9 +3,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
+#include <string>
+#include <string_view>
 
 #include "tests/support/case_name.h"
 

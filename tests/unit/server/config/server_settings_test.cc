@@ -6,7 +6,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdint>
 #include <functional>
+#include <optional>
+#include <vector>
 
 #include "pbs/limits.h"
 #include "tests/support/case_name.h"

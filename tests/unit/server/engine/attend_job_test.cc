@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "reference/reference_attention.h"
 #include "server/engine/attend_task.h"

@@ -2,6 +2,7 @@
 #include "server/engine/cost_model.h"
 
 #include <gtest/gtest.h>
+#include <optional>
 
 namespace pbs::server {
 namespace {

@@ -6,9 +6,15 @@
 
 #include <array>
 #include <atomic>
+#include <cstdint>
 #include <cstring>
+#include <functional>
 #include <future>
+#include <memory>
+#include <random>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "tests/support/device_backend.h"
 #include "tests/unit/server/engine/engine_fixture.h"

@@ -5,9 +5,13 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <semaphore>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "tests/support/device_backend.h"
 

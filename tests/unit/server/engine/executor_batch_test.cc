@@ -2,6 +2,12 @@
 // by hand.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
 
 #include "tests/unit/server/engine/scripted_job.h"
 

@@ -6,8 +6,12 @@
 #include <gtest/gtest.h>
 #include <prometheus/registry.h>
 
+#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "tests/unit/server/engine/scripted_job.h"
 

@@ -10,9 +10,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <ctime>
 #include <map>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "server/telemetry/process_metrics.h"
 #include "server/telemetry/sampled_metrics.h"
