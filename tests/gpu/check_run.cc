@@ -5,6 +5,7 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdlib>
+#include <iterator>
 #include <mutex>
 #include <utility>
 
@@ -19,22 +20,19 @@ namespace {
 constexpr double kBf16ErrorMax = 3e-2;
 constexpr double kF16ErrorMax = 4e-3;
 constexpr double kLseErrorMax = 2e-4;
-// Rows of the lists that may differ by a near tie of block masses, in f32: this share
-// of them, and one in cases of fewer than a hundred. Outputs are judged over the
-// device's own lists.
+// One list row of so many may differ by a near tie of block masses, and one of a case
+// with fewer. Outputs are judged over the device's own lists.
 constexpr int64_t kRowsPerOtherRow = 100;
 
 // Rows of lists that are not the same.
 int64_t OtherRows(const BlockLists& a, const BlockLists& b) {
   int64_t other = 0;
-  for (size_t row = 0; row < a.count.size(); ++row) {
-    const auto at = static_cast<int64_t>(row);
-    other += std::ranges::equal(a.View().Row(at), b.View().Row(at)) ? 0 : 1;
+  for (int64_t row = 0; row < std::ssize(a.count); ++row) {
+    other += std::ranges::equal(a.View().Row(row), b.View().Row(row)) ? 0 : 1;
   }
   return other;
 }
 
-// Compares the row of `place`.
 void CompareRow(const Inputs& inputs, const Outputs& outputs,
                 const reference::Output& exact, Place place, Verdict& verdict) {
   const bool bf16_values = inputs.dtype == DType::kBF16;
