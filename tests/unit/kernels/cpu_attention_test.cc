@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <memory>
 #include <numeric>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -93,13 +95,13 @@ const reference::Output& ExpectedOutput(const std::string& name, AttentionCase& 
 }
 
 // Of a case that is the same for every table, kept by its name.
-const reference::Result& ExpectedResult(const std::string& name,
+const reference::Result& ExpectedResult(std::string_view name,
                                         const AttentionProblem& problem,
                                         const AttentionTensors& tensors) {
-  static auto& kept = *new std::map<std::string, reference::Result>;
+  static auto& kept = *new std::map<std::string, reference::Result, std::less<>>;
   const auto found = kept.find(name);
   if (found != kept.end()) return found->second;
-  return kept[name] = reference::Run(problem, tensors);
+  return kept[std::string(name)] = reference::Run(problem, tensors);
 }
 
 TEST_P(CpuAttentionSpec, AttendsAsTheReferenceDoesGivenItsOwnOrderAndLists) {
