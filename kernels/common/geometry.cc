@@ -10,18 +10,6 @@ int32_t BlocksOf(int32_t tokens, int32_t block_size) {
 
 }  // namespace
 
-const char* MethodName(Method method) {
-  switch (method) {
-    case Method::kDense:
-      return "dense";
-    case Method::kPbs:
-      return "pbs";
-    case Method::kMeanPooling:
-      return "mean_pooling";
-  }
-  return "unknown";
-}
-
 const char* ScopeName(Scope scope) {
   return scope == Scope::kKvHead ? "kv_head" : "query_head";
 }

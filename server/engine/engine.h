@@ -106,13 +106,11 @@ struct PrefillJob {
   JobReservation reservation;  // workspace; from ReservePrefill()
 };
 
-using ScoredToken = TokenScore;
-
 struct PrefillResult {
   int32_t first_token_id = 0;
-  std::vector<ScoredToken> top_logits;
-  std::vector<std::vector<ScoredToken>> positions;  // as logit_positions
-  std::vector<float> last_token_logits;             // when asked for
+  std::vector<TokenScore> top_logits;
+  std::vector<std::vector<TokenScore>> positions;  // as logit_positions
+  std::vector<float> last_token_logits;            // when asked for
   std::vector<AttentionStats> layers;
   StageTimes stages;
   double time_to_first_layer_seconds = 0;

@@ -189,7 +189,7 @@ absl::Status PrefillTask::ReadResult() {
 }
 
 absl::Status PrefillTask::ReadRow(int32_t row, std::vector<float>& logits,
-                                  std::vector<ScoredToken>* best) {
+                                  std::vector<TokenScore>* best) {
   PBS_ABSL_RETURN_IF_ERROR(group_->ReadLogits(first_logit_row_ + row, logits));
   if (!AllFinite(logits)) {
     return absl::InternalError("the model's logits are not finite");

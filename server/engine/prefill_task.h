@@ -76,7 +76,7 @@ class PrefillTask final : public Job, private PrefillGroup::Prompt {
   void RunAlone();
   absl::Status ReadResult();
   absl::Status ReadRow(int32_t row, std::vector<float>& logits,
-                       std::vector<ScoredToken>* best);
+                       std::vector<TokenScore>* best);
   void Measure();
   // What the prompts of a run share.
   void MeasureRun();

@@ -47,9 +47,7 @@ v1::ServerInfo DescribeServer(const ServiceOptions& options, uint64_t epoch,
   backend.set_device(options.backend.device);
   for (int32_t head_dim : options.backend.head_dims) backend.add_head_dims(head_dim);
   for (DType dtype : options.backend.dtypes) backend.add_dtypes(EncodeDType(dtype));
-  for (v1::Method method : {v1::DENSE, v1::PBS, v1::MEAN_POOLING}) {
-    info.add_methods(method);
-  }
+  for (Method method : kMethods) info.add_methods(EncodeMethod(method));
   v1::ServerLimits& limits = *info.mutable_limits();
   limits.set_tokens_max(options.limits.tokens_max);
   limits.set_attend_tokens_max(options.limits.attend_tokens_max);

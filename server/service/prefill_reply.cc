@@ -15,8 +15,8 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "logits travel as they lie");
 
 template <class Target>
-void EncodeTop(const std::vector<ScoredToken>& top, Target* target) {
-  for (const ScoredToken& scored : top) {
+void EncodeTop(const std::vector<TokenScore>& top, Target* target) {
+  for (const TokenScore& scored : top) {
     v1::TokenLogit& wire = *target->Add();
     wire.set_token_id(static_cast<uint32_t>(scored.token_id));
     wire.set_log_probability(scored.log_probability);

@@ -5,7 +5,10 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
+
+#include "pbs/attention.h"
 
 namespace pbs::server {
 
@@ -100,7 +103,11 @@ inline constexpr std::array<const char*, 17> kCodeNames = {"OK",
                                                            "UNAUTHENTICATED"};
 
 // Label `method`, indexed by pbs::Method.
-inline constexpr std::array<const char*, 3> kMethodNames = {"dense", "pbs",
-                                                            "mean_pooling"};
+inline constexpr auto kMethodNames = [] {
+  std::array<const char*, kMethods.size()> names{};
+  for (Method method : kMethods)
+    names[static_cast<size_t>(method)] = MethodName(method);
+  return names;
+}();
 
 }  // namespace pbs::server

@@ -47,7 +47,7 @@ struct Arguments {
 };
 
 Status ParseMethod(const std::string& name, Method& method) {
-  for (Method known : {Method::kDense, Method::kPbs, Method::kMeanPooling}) {
+  for (Method known : kMethods) {
     if (name != MethodName(known)) continue;
     method = known;
     return OkStatus();

@@ -6,8 +6,10 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "pbs/attention.h"
 #include "server/base/process.h"
 
 namespace pbs::decode {
@@ -25,6 +27,12 @@ struct Raw {
   std::optional<float> threshold;
   bool no_force_first_block = false;
 };
+
+std::vector<std::string> MethodNames() {
+  std::vector<std::string> names;
+  for (Method method : kMethods) names.emplace_back(MethodName(method));
+  return names;
+}
 
 void AddConnection(CLI::App& app, Settings& settings, Raw& raw) {
   app.add_option("--server", settings.server, "host:port of pbs-prefilld")
@@ -49,7 +57,7 @@ void AddConnection(CLI::App& app, Settings& settings, Raw& raw) {
 
 void AddAttention(CLI::App& app, Raw& raw) {
   app.add_option("--method", raw.method, "attention there [the server's profile]")
-      ->check(CLI::IsMember({"dense", "pbs", "mean_pooling"}));
+      ->check(CLI::IsMember(MethodNames()));
   app.add_option("--block-size", raw.block_size,
                  "tokens: power of two in 16..256 [128]");
   app.add_option("--segment-size", raw.segment_size,

@@ -29,6 +29,7 @@
 // Determinism: on one backend and ISA, equal inputs give equal bits on every run.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -43,6 +44,8 @@
 namespace pbs {
 
 enum class Method : uint8_t { kDense, kPbs, kMeanPooling };
+inline constexpr std::array kMethods = {Method::kDense, Method::kPbs,
+                                        Method::kMeanPooling};
 
 // Whose queries decide a key order (pbs).
 enum class Scope : uint8_t {
@@ -55,7 +58,17 @@ enum class Scope : uint8_t {
 };
 
 // "dense", "pbs", "mean_pooling"; "kv_head", "query_head".
-const char* MethodName(Method method);
+constexpr const char* MethodName(Method method) {
+  switch (method) {
+    case Method::kDense:
+      return "dense";
+    case Method::kPbs:
+      return "pbs";
+    case Method::kMeanPooling:
+      return "mean_pooling";
+  }
+  return "unknown";
+}
 const char* ScopeName(Scope scope);
 
 struct AttentionOptions {

@@ -149,12 +149,6 @@ TEST_F(ServerMetricsSpec, CodesAreIndexedByTheirValue) {
   }
 }
 
-TEST_F(ServerMetricsSpec, MethodsAreIndexedByTheirValue) {
-  for (Method method : {Method::kDense, Method::kPbs, Method::kMeanPooling}) {
-    EXPECT_STREQ(MethodName(method), kMethodNames[static_cast<size_t>(method)]);
-  }
-}
-
 TEST_F(ServerMetricsSpec, InfoMetricsAreOneWithTheirLabels) {
   metrics_.SetBuildInfo({.version = "1.2.3", .commit = "abc"});
   metrics_.SetBackendInfo({.backend = "cpu", .isa = "avx2", .device = "a \"b\""});
