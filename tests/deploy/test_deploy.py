@@ -198,8 +198,8 @@ def build_packages() -> list[str]:
 def test_the_build_stage_installs_the_packages_of_the_scripts_and_no_others():
     runs = [run for run in arguments_of("build", "RUN") if "install" in run]
     assert runs == [
-        'source scripts/common.sh && install_packages "${build_packages[@]}" '
-        "&& rm -rf /var/lib/apt/lists/*"
+        "bash -euo pipefail -c '. scripts/common.sh && install_packages "
+        '"${build_packages[@]}"\' && rm -rf /var/lib/apt/lists/*'
     ]
     assert not [run for run in arguments_of("build", "RUN") if "apt-get" in run]
     assert {"g++", "cmake", "ninja-build"} <= set(build_packages())
