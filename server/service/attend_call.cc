@@ -15,20 +15,8 @@
 namespace pbs::server {
 
 AttendCall::AttendCall(ServiceContext& service, grpc::CallbackServerContext& context)
-    : service_(service),
-      context_(context),
-      deadline_(service.DeadlineOf(context)),
-      record_(service.parts, Rpc::kAttend),
-      loop_(*this, service.movers),
-      guard_(service.parts.timers, service.parts.clock,
-             [this](const absl::Status& reason) {
-               Fail(reason);
-               // A stalled write ends no other way; before the first write the status
-               // gets out.
-               if (loop_.ticks() % 2 == 1) context_.TryCancel();
-             }) {
-  guard_.WatchWrites(loop_,
-                     absl::Seconds(service.options.transport.write_stall_seconds_max));
+    : StreamCall(service, context, Rpc::kAttend), context_(context) {
+  Start();
   if (absl::Status status = service.CheckAdmitting(context); !status.ok()) {
     Fail(status);
     return;
@@ -167,17 +155,14 @@ absl::Status AttendCall::StoreJob(JobId id) {
   return failure_.value_or(absl::OkStatus());
 }
 
-void AttendCall::Fail(const absl::Status& status) {
+void AttendCall::OnFailed(const absl::Status& status) {
   JobId job = 0;
   std::unique_ptr<AttendUpload> dropped;  // freed after the lock is released
+  stop_ = true;
   {
     MutexLock lock(mutex_);
-    if (failure_.has_value()) return;
-    failure_ = status;
     job = job_;
-    stop_ = true;
     if (queued_) dropped = std::move(upload_);
-    loop_.Wake();
   }
   // Without the lock: a waiting job ends, and calls OnDone(), before this returns.
   if (job != 0) service_.parts.engine.Cancel(job, CancelReasonOf(status));
@@ -195,12 +180,14 @@ void AttendCall::OnDone(absl::StatusOr<AttendResult> result) {
   loop_.Wake();
 }
 
-NextWrite AttendCall::Next() {
+bool AttendCall::LetGo() {
+  MutexLock lock(mutex_);
+  return references_ == 0;
+}
+
+NextWrite AttendCall::NextMessage() {
   {
     MutexLock lock(mutex_);
-    if (failure_.has_value()) {
-      return references_ > 0 ? NextWrite::Wait() : NextWrite::End(*failure_);
-    }
     if (references_ > 0 || (reply_ == nullptr && !result_.has_value())) {
       return NextWrite::Wait();
     }
@@ -216,14 +203,10 @@ NextWrite AttendCall::Next() {
   return NextWrite::End(absl::OkStatus());
 }
 
-void AttendCall::End(const absl::Status& status) {
-  guard_.Disarm();
+void AttendCall::Release(const absl::Status&) {
   reply_.reset();
-  {
-    MutexLock lock(mutex_);
-    result_.reset();  // of a job that was done when the call failed
-  }
-  Finish(record_.End(status));
+  MutexLock lock(mutex_);
+  result_.reset();  // of a job that was done when the call failed
 }
 
 }  // namespace pbs::server

@@ -6,7 +6,6 @@
 // Submit runs on gRPC's thread, or on the background thread when a generator or checks
 // of an order or lists come first. The slot is held until it is done.
 //
-// gRPC owns the call; it deletes itself in OnDone(), which runs only after Finish().
 // Finish() waits for what still refers to the call: Submit and the engine's job.
 #pragma once
 
@@ -16,28 +15,21 @@
 
 #include <grpcpp/grpcpp.h>
 
-#include "server/base/mutex.h"
 #include "server/engine/engine.h"
 #include "server/service/attend_reply.h"
 #include "server/service/attend_upload.h"
-#include "server/service/call_guard.h"
-#include "server/service/call_record.h"
 #include "server/service/service_context.h"
-#include "server/service/write_loop.h"
+#include "server/service/stream_call.h"
 
 namespace pbs::server {
 
 class AttendCall final
-    : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
-      private AttendListener,
-      private WriteLoop::Stream {
+    : public StreamCall<grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>>,
+      private AttendListener {
  public:
   AttendCall(ServiceContext& service, grpc::CallbackServerContext& context);
 
   void OnReadDone(bool ok) override;
-  void OnWriteDone(bool ok) override { loop_.OnWriteDone(ok); }
-  void OnCancel() override { Fail(service_.WhyCut(deadline_)); }
-  void OnDone() override { delete this; }
 
  private:
   // The upload: gRPC's reading thread only.
@@ -48,42 +40,31 @@ class AttendCall final
   std::unique_ptr<AttendUpload> TakeUpload();
   absl::Status StoreJob(JobId id);
 
-  // Ends the call with `status` as soon as nothing refers to it; the first one counts.
-  void Fail(const absl::Status& status);
   // AttendListener.
   void OnDone(absl::StatusOr<AttendResult> result) override;
-  // WriteLoop::Stream.
-  NextWrite Next() override;
-  void OnBroken() override { Fail(service_.WhyCut(deadline_)); }
-  void Send(const grpc::ByteBuffer* message) override { StartWrite(message); }
-  void End(const absl::Status& status) override;
+  // StreamCall.
+  NextWrite NextMessage() override;
+  bool LetGo() override;
+  void OnFailed(const absl::Status& status) override;
+  void Release(const absl::Status& status) override;
 
-  ServiceContext& service_;
-  const OpenCalls::Call open_{service_.open_calls};
   grpc::CallbackServerContext& context_;
-  const CallDeadline deadline_;
-  CallRecord record_;
-  WriteLoop loop_;
   grpc::ByteBuffer read_;
   // The reading thread's; from the half-close on TakeUpload()'s and, while queued_,
-  // Fail()'s, under the mutex.
+  // OnFailed()'s, under the mutex.
   std::unique_ptr<AttendUpload> upload_;
   JobTerms terms_;
   std::atomic<bool> stop_{false};  // for MakeJob()
 
-  Mutex mutex_;
   int references_ ABSL_GUARDED_BY(mutex_) = 0;   // Submit(), engine's job
   bool queued_ ABSL_GUARDED_BY(mutex_) = false;  // for the background thread
   JobId job_ ABSL_GUARDED_BY(mutex_) = 0;
-  std::optional<absl::Status> failure_ ABSL_GUARDED_BY(mutex_);
   std::optional<AttendResult> result_ ABSL_GUARDED_BY(mutex_);
 
   std::optional<AttendSpec> spec_;      // from the header on
   std::unique_ptr<AttendReply> reply_;  // Next() only
-  // Last: a drain and timers, which look at everything above, end the call through
-  // these.
-  Uploads::Slot slot_;
-  CallGuard guard_;
+  Uploads::Slot
+      slot_;  // last: a drain, which looks at everything above, fails the call
 };
 
 }  // namespace pbs::server

@@ -18,20 +18,10 @@ constexpr int64_t kBuffersPerCall = 2;
 
 FetchCall::FetchCall(ServiceContext& service, grpc::CallbackServerContext& context,
                      const grpc::ByteBuffer& request)
-    : service_(service),
-      context_(context),
-      deadline_(service.DeadlineOf(context)),
-      record_(service.parts, Rpc::kFetch),
-      transfer_(service),
-      loop_(*this, service.movers),
-      guard_(service.parts.timers, service.parts.clock, [this](absl::Status reason) {
-        Fail(std::move(reason));
-        context_.TryCancel();
-      }) {
-  guard_.WatchWrites(loop_,
-                     absl::Seconds(service.options.transport.write_stall_seconds_max));
-  if (absl::Status status = Open(request); !status.ok()) {
-    Fail(std::move(status));
+    : StreamCall(service, context, Rpc::kFetch), transfer_(service) {
+  Start();
+  if (absl::Status status = Open(context, request); !status.ok()) {
+    Fail(status);
     return;
   }
   // The first chunk may be a long time away: tell the caller that he was let in.
@@ -39,8 +29,9 @@ FetchCall::FetchCall(ServiceContext& service, grpc::CallbackServerContext& conte
   loop_.Wake();
 }
 
-absl::Status FetchCall::Open(const grpc::ByteBuffer& buffer) {
-  PBS_ABSL_RETURN_IF_ERROR(service_.CheckReady(context_));
+absl::Status FetchCall::Open(const grpc::CallbackServerContext& context,
+                             const grpc::ByteBuffer& buffer) {
+  PBS_ABSL_RETURN_IF_ERROR(service_.CheckReady(context));
   v1::FetchRequest request;
   PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeMessage(buffer, &request)));
   PBS_ABSL_ASSIGN_OR_RETURN(lease_, service_.parts.leases.Find(request.ticket()));
@@ -58,12 +49,6 @@ absl::Status FetchCall::Open(const grpc::ByteBuffer& buffer) {
   return absl::OkStatus();
 }
 
-void FetchCall::Fail(absl::Status status) {
-  MutexLock lock(mutex_);
-  if (!failure_.has_value()) failure_ = std::move(status);
-  loop_.Wake();
-}
-
 absl::Status FetchCall::CheckSource() const {
   const LeaseEnd end = lease_.end->load();
   if (end == LeaseEnd::kGone) return LeaseStore::NotFound();
@@ -73,21 +58,24 @@ absl::Status FetchCall::CheckSource() const {
                                              absl::StatusCodeToString(prefill.code())));
 }
 
-NextWrite FetchCall::Next() {
-  bool waiting;
+bool FetchCall::LetGo() {
   uint64_t waiter;
   {
     MutexLock lock(mutex_);
-    waiting = waiting_;
+    if (!waiting_) return true;
     waiter = waiter_;
-    if (failure_.has_value() && !waiting) return NextWrite::End(*failure_);
-    if (!failure_.has_value() && waiting) return NextWrite::Wait();
   }
-  if (waiting) {  // failed: take the callback back, or let it run first
-    if (!lease_.kv->CancelWait(waiter)) return NextWrite::Wait();
+  // Takes the callback back, or lets it run first.
+  if (!lease_.kv->CancelWait(waiter)) return false;
+  MutexLock lock(mutex_);
+  waiting_ = false;
+  return true;
+}
+
+NextWrite FetchCall::NextMessage() {
+  {
     MutexLock lock(mutex_);
-    waiting_ = false;
-    return NextWrite::End(*failure_);
+    if (waiting_) return NextWrite::Wait();
   }
   if (absl::Status source = CheckSource(); !source.ok()) return NextWrite::End(source);
   if (exporter_->done()) return NextWrite::End(absl::OkStatus());
@@ -116,8 +104,7 @@ void FetchCall::AwaitLayer() {
   waiter_ = waiter;
 }
 
-void FetchCall::End(const absl::Status& status) {
-  guard_.Disarm();
+void FetchCall::Release(const absl::Status& status) {
   if (status.ok()) {
     transfer_.Complete();
     service_.parts.leases.MarkExported(lease_.ticket, exporter_->held_bytes());
@@ -127,7 +114,6 @@ void FetchCall::End(const absl::Status& status) {
   exporter_.reset();
   lease_ = {};
   buffers_.Reset();
-  Finish(record_.End(status));
 }
 
 }  // namespace pbs::server

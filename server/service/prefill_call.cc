@@ -37,24 +37,14 @@ PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model) 
 
 PrefillCall::PrefillCall(ServiceContext& service, grpc::CallbackServerContext& context,
                          const grpc::ByteBuffer& request)
-    : service_(service),
-      context_(context),
-      deadline_(service.DeadlineOf(context)),
-      record_(service.parts, Rpc::kPrefill),
-      transfer_(service),
-      loop_(*this, service.movers),
-      guard_(service.parts.timers, service.parts.clock,
-             [this](const absl::Status& reason) {
-               Fail(reason);
-               context_.TryCancel();
-             }) {
-  guard_.WatchWrites(loop_,
-                     absl::Seconds(service.options.transport.write_stall_seconds_max));
-  if (absl::Status status = Open(request); !status.ok()) Fail(status);
+    : StreamCall(service, context, Rpc::kPrefill), transfer_(service) {
+  Start();
+  if (absl::Status status = Open(context, request); !status.ok()) Fail(status);
 }
 
-absl::Status PrefillCall::Open(const grpc::ByteBuffer& buffer) {
-  PBS_ABSL_RETURN_IF_ERROR(service_.CheckAdmitting(context_));
+absl::Status PrefillCall::Open(const grpc::CallbackServerContext& context,
+                               const grpc::ByteBuffer& buffer) {
+  PBS_ABSL_RETURN_IF_ERROR(service_.CheckAdmitting(context));
   v1::PrefillRequest request;
   PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeMessage(buffer, &request)));
   record_.set_request_id(request.request_id().substr(0, kRequestTextBytesMax));
@@ -189,14 +179,11 @@ absl::Status PrefillCall::Admit(const Admission& admission) {
   return failure_.value_or(absl::OkStatus());
 }
 
-void PrefillCall::Fail(const absl::Status& status) {
+void PrefillCall::OnFailed(const absl::Status& status) {
   JobId job = 0;
   {
     MutexLock lock(mutex_);
-    if (failure_.has_value()) return;
-    failure_ = status;
     job = job_;
-    loop_.Wake();
   }
   // Without the lock: a waiting job ends, and calls OnDone(), before this returns.
   if (job != 0) service_.parts.engine.Cancel(job, CancelReasonOf(status));
@@ -235,12 +222,14 @@ void PrefillCall::OnDone(absl::StatusOr<PrefillResult> result) {
   loop_.Wake();
 }
 
-NextWrite PrefillCall::Next() {
+bool PrefillCall::LetGo() {
+  MutexLock lock(mutex_);
+  return !job_runs_;
+}
+
+NextWrite PrefillCall::NextMessage() {
   {
     MutexLock lock(mutex_);
-    if (failure_.has_value()) {
-      return job_runs_ ? NextWrite::Wait() : NextWrite::End(*failure_);
-    }
     if (!admitted_) return NextWrite::Wait();
     if (!events_.empty()) {
       NextWrite next = NextWrite::Message(std::move(events_.front()));
@@ -286,16 +275,13 @@ NextWrite PrefillCall::FinishResult(PrefillResult result) {
   return NextWrite::Message(std::move(event));
 }
 
-void PrefillCall::End(const absl::Status& status) {
-  guard_.Disarm();
+void PrefillCall::Release(const absl::Status& status) {
   if (!status.ok()) transfer_.Fail(status);
-  // Free what the call holds before the caller is told that it is over.
   exporter_.reset();
   kv_.reset();
   lease_ = {};
   result_bytes_.Reset();
   buffers_.Reset();
-  Finish(record_.End(status));
 }
 
 }  // namespace pbs::server
