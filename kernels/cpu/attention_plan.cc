@@ -8,20 +8,6 @@
 namespace pbs::cpu {
 namespace {
 
-// Hands out 64-byte aligned regions of the workspace.
-class Regions {
- public:
-  int64_t Add(int64_t bytes) {
-    const int64_t at = size_;
-    size_ += RoundUp(bytes, 64);
-    return at;
-  }
-  int64_t size() const { return size_; }
-
- private:
-  int64_t size_ = 0;
-};
-
 int64_t CeilDiv(int64_t value, int64_t divisor) {
   return (value + divisor - 1) / divisor;
 }
@@ -135,31 +121,33 @@ void PlaceRegions(CpuAttentionPlan& plan, const WaveSizes& wave) {
   const AttentionGeometry& g = plan.geometry;
   const bool sparse = std::any_of(plan.units.begin(), plan.units.end(),
                                   [](const Unit& unit) { return unit.sparse; });
-  Regions regions;
+  WorkspaceLayout layout;
   const int64_t key_blocks = g.total_slots / g.block_size;
-  plan.positions_at = regions.Add(4 * g.num_order_heads * g.total_slots);
-  plan.block_range_at = regions.Add(8 * g.num_order_heads * key_blocks);
-  plan.first_block_at = regions.Add(4 * static_cast<int64_t>(plan.units.size()));
-  plan.unit_dense_at = regions.Add(static_cast<int64_t>(plan.units.size()));
-  plan.memory.order_bytes = regions.size();
+  const auto num_units = static_cast<int64_t>(plan.units.size());
+  plan.positions_at = layout.Add<int32_t>(g.num_order_heads * g.total_slots);
+  plan.block_range_at = layout.Add<int32_t>(2 * g.num_order_heads * key_blocks);
+  plan.first_block_at = layout.Add<int32_t>(num_units);
+  plan.unit_dense_at = layout.Add<uint8_t>(num_units);
+  plan.memory.order_bytes = layout.TakePart();
 
-  plan.counts_at = regions.Add(sparse ? 2 * g.num_heads * g.total_query_blocks : 0);
-  plan.entries_at = regions.Add(sparse ? 2 * g.total_entries : 0);
-  plan.memory.lists_bytes = regions.size() - plan.counts_at;
+  plan.counts_at =
+      layout.Add<uint16_t>(sparse ? g.num_heads * g.total_query_blocks : 0);
+  plan.entries_at = layout.Add<uint16_t>(sparse ? g.total_entries : 0);
+  plan.memory.lists_bytes = layout.TakePart();
 
-  plan.packed_at = regions.Add(4 * wave.packed_words);
-  plan.memory.packed_bytes = regions.size() - plan.packed_at;
+  plan.packed_at = layout.Add<float>(wave.packed_words);
+  plan.memory.packed_bytes = layout.TakePart();
 
-  plan.scoring_at = regions.Add(4 * wave.scoring);
-  plan.pooled_at = regions.Add(4 * wave.pooled);
-  plan.memory.pooled_bytes = regions.size() - plan.scoring_at;
+  plan.scoring_at = layout.Add<float>(wave.scoring);
+  plan.pooled_at = layout.Add<float>(wave.pooled);
+  plan.memory.pooled_bytes = layout.TakePart();
 
-  plan.coverage_at = regions.Add(8 * g.num_heads * plan.sampled_before.back());
-  plan.times_at = regions.Add(3 * 8);
+  plan.coverage_at = layout.Add<double>(g.num_heads * plan.sampled_before.back());
+  plan.times_at = layout.Add<double>(3);
   plan.scratch_bytes = ScratchBytes(plan);
-  plan.scratch_at = regions.Add(plan.scratch_bytes * plan.num_workers);
-  plan.memory.scratch_bytes = regions.size() - plan.coverage_at;
-  plan.workspace_bytes = regions.size();
+  plan.scratch_at = layout.AddBytes(plan.scratch_bytes * plan.num_workers);
+  plan.memory.scratch_bytes = layout.TakePart();
+  plan.workspace_bytes = layout.bytes();
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 
 #include "cpu/packing.h"
 #include "pbs/attention.h"
+#include "pbs/workspace.h"
 
 namespace pbs::cpu {
 

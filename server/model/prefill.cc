@@ -24,23 +24,6 @@ int MarkOf(int32_t layer, LayerMark mark) { return layer % 2 * kLayerMarks + mar
 constexpr int kEmbedBegin = kLayerMarks;
 constexpr int kEmbedEnd = kLayerMarks + 1;
 
-// Hands out aligned pieces of the workspace in the order of the plan.
-class Carver {
- public:
-  explicit Carver(void* data) : next_(static_cast<char*>(data)) {}
-
-  template <class T = void>
-  T* Take(int64_t bytes) {
-    char* taken = next_;
-    next_ += (bytes + kMemoryAlignment - 1) / kMemoryAlignment * kMemoryAlignment;
-    return static_cast<T*>(static_cast<void*>(taken));
-  }
-  char* next() const { return next_; }
-
- private:
-  char* next_;
-};
-
 const void* Offset(const void* data, int64_t elements, DType dtype) {
   return static_cast<const char*>(data) + elements * DTypeBytes(dtype);
 }
@@ -100,39 +83,32 @@ PrefillRun::PrefillRun(const Model& model, const PrefillPlan& plan,
       cache_(cache),
       order_(inputs.order),
       lists_(inputs.lists) {
-  const ModelConfig& config = model.config();
-  const PrefillMemory& memory = plan.memory;
-  const int64_t logit_rows = static_cast<int64_t>(plan.problem.logit_rows.size());
-  const int64_t hidden = config.hidden_size;
-  const int64_t heads = config.attention_features();
-  Carver carver(workspace.data);
-  at_.residual = carver.Take<float>(memory.residual);
-  at_.queries = carver.Take(memory.queries / 2);
-  at_.attended = carver.Take(memory.queries / 2);
-  if (memory.pooled_queries > 0) {
-    at_.pooled_queries = carver.Take<float>(memory.pooled_queries);
+  const PrefillRegions& regions = plan.regions;
+  const auto at = [&](int64_t offset) -> void* {
+    return static_cast<std::byte*>(workspace.data) + offset;
+  };
+  const auto floats = [&](int64_t offset) { return static_cast<float*>(at(offset)); };
+  const auto words = [&](int64_t offset) { return static_cast<int32_t*>(at(offset)); };
+  at_.residual = floats(regions.residual);
+  at_.queries = at(regions.queries);
+  at_.attended = at(regions.attended);
+  if (plan.memory.pooled_queries > 0) {
+    at_.pooled_queries = floats(regions.pooled_queries);
     PBS_CHECK(plan.row_tile == plan.problem.num_tokens ||
               plan.row_tile >= plan.attention->geometry.block_size);
   }
-  at_.cosines = carver.Take<float>(memory.rotations / 2);
-  at_.sines = carver.Take<float>(memory.rotations / 2);
-  // Attention and the row tiles take turns in one region.
-  Carver shared(carver.Take(memory.shared()));
-  at_.attention = {shared.next(), memory.attention};
-  at_.tile = shared.Take(plan.row_tile * std::max(hidden, heads) *
-                         DTypeBytes(model.compute_dtype()));
-  at_.wide_tile =
-      shared.Take(plan.row_tile *
-                  int64_t{std::max(config.qkv_features(), config.intermediate_size)} *
-                  DTypeBytes(model.compute_dtype()));
-  at_.linear = {shared.next(), memory.linear};
-  at_.logit_rows = carver.Take<int32_t>(logit_rows * kWord);
-  at_.logit_residual = carver.Take<float>(logit_rows * hidden * kWord);
-  at_.logit_normed = carver.Take<float>(logit_rows * hidden * kWord);
-  at_.logit_attended = carver.Take(logit_rows * heads * DTypeBytes(model.kv_dtype()));
-  at_.logits = carver.Take<float>(logit_rows * config.vocab_size * kWord);
-  at_.tokens = carver.Take<int32_t>(memory.tokens);
-  PBS_CHECK(carver.next() - static_cast<char*>(workspace.data) == plan.workspace_bytes);
+  at_.cosines = floats(regions.cosines);
+  at_.sines = floats(regions.sines);
+  at_.attention = {at(regions.attention), plan.memory.attention};
+  at_.tile = at(regions.tile);
+  at_.wide_tile = at(regions.wide_tile);
+  at_.linear = {at(regions.linear), plan.memory.linear};
+  at_.logit_rows = words(regions.logit_rows);
+  at_.logit_residual = floats(regions.logit_residual);
+  at_.logit_normed = floats(regions.logit_normed);
+  at_.logit_attended = at(regions.logit_attended);
+  at_.logits = floats(regions.logits);
+  at_.tokens = words(regions.tokens);
 }
 
 StatusOr<std::unique_ptr<PrefillRun>> PrefillRun::Start(const Model& model,

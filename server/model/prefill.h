@@ -108,8 +108,8 @@ class PrefillRun {
   Status ReadLogits(int32_t index, std::span<float> logits);
 
  private:
-  // The workspace, cut up as planned.
-  struct Regions {
+  // PrefillRegions in the workspace.
+  struct Pointers {
     float* residual = nullptr;
     void* queries = nullptr;
     void* attended = nullptr;
@@ -117,8 +117,8 @@ class PrefillRun {
     float* cosines = nullptr;
     float* sines = nullptr;
     Workspace attention;
-    void* tile = nullptr;       // [row_tile, max(hidden, heads)]
-    void* wide_tile = nullptr;  // [row_tile, max(qkv, intermediate)]
+    void* tile = nullptr;
+    void* wide_tile = nullptr;
     Workspace linear;
     int32_t* logit_rows = nullptr;
     float* logit_residual = nullptr;
@@ -153,7 +153,7 @@ class PrefillRun {
   KvCache& cache_;
   const ConstRows order_;
   const BlockListsView lists_;
-  Regions at_;
+  Pointers at_;
   int32_t next_layer_ = 0;
   int32_t layers_finished_ = 0;
   int32_t reports_under_way_ = 0;

@@ -5,12 +5,10 @@
 #include <string>
 #include <utility>
 
+#include "pbs/check.h"
+
 namespace pbs {
 namespace {
-
-int64_t Align(int64_t bytes) {
-  return (bytes + kMemoryAlignment - 1) / kMemoryAlignment * kMemoryAlignment;
-}
 
 Status CheckTokens(const ModelConfig& config, int32_t num_tokens) {
   if (num_tokens >= 1 && num_tokens <= config.max_tokens) return OkStatus();
@@ -64,44 +62,67 @@ Status CheckProblem(const ModelConfig& config, const PrefillProblem& problem) {
   return OkStatus();
 }
 
-PrefillMemory PlanMemory(const Model& model, const PrefillPlan& plan) {
+int64_t LinearWorkspaceBytes(const Model& model, int64_t rows) {
+  int64_t bytes = 0;
+  for (const LayerWeights& layer : model.weights().layers) {
+    for (const auto* linear :
+         {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
+      bytes = std::max(bytes, model.backend().LinearWorkspaceBytes(**linear, rows));
+    }
+  }
+  return bytes;
+}
+
+}  // namespace
+
+void PlaceRegions(const Model& model, PrefillPlan& plan) {
   const ModelConfig& config = model.config();
-  const ModelWeights& weights = model.weights();
   const int64_t tokens = plan.problem.num_tokens;
   const int64_t tile = plan.row_tile;
   const auto logit_rows = static_cast<int64_t>(plan.problem.logit_rows.size());
   const int64_t hidden = config.hidden_size;
   const int64_t heads = config.attention_features();
+  const int64_t rotated = config.head_dim / 2;
   const int64_t kv_bytes = DTypeBytes(model.kv_dtype());
-  const int64_t compute_bytes = DTypeBytes(weights.compute_dtype);
-  constexpr int64_t kFloat = 4;
+  const int64_t compute_bytes = DTypeBytes(model.compute_dtype());
+  PrefillRegions& at = plan.regions;
+  PrefillMemory& memory = plan.memory;
+  WorkspaceLayout layout;
 
-  PrefillMemory memory;
-  memory.residual = Align(tokens * hidden * kFloat);
-  memory.queries = 2 * Align(tokens * heads * kv_bytes);
-  memory.pooled_queries = Align(plan.attention->pooled_queries_bytes);
-  memory.rotations = 2 * Align(tokens * (config.head_dim / 2) * kFloat);
-  memory.attention = Align(plan.attention->workspace_bytes);
-  memory.tiles =
-      Align(tile * std::max(hidden, heads) * compute_bytes) +
-      Align(tile * std::max(config.qkv_features(), config.intermediate_size) *
-            compute_bytes);
-  for (const LayerWeights& layer : weights.layers) {
-    for (const auto* linear :
-         {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
-      memory.linear = std::max(
-          memory.linear, Align(model.backend().LinearWorkspaceBytes(**linear, tile)));
-    }
-  }
-  // Row indices; residual and attention output of these rows; final norm; logits.
-  memory.logits = Align(logit_rows * kFloat) + 2 * Align(logit_rows * hidden * kFloat) +
-                  Align(logit_rows * heads * kv_bytes) +
-                  Align(logit_rows * config.vocab_size * kFloat);
-  memory.tokens = Align(tokens * kFloat);
-  return memory;
+  at.residual = layout.Add<float>(tokens * hidden);
+  memory.residual = layout.TakePart();
+  at.queries = layout.AddBytes(tokens * heads * kv_bytes);
+  at.attended = layout.AddBytes(tokens * heads * kv_bytes);
+  memory.queries = layout.TakePart();
+  at.pooled_queries = layout.AddBytes(plan.attention->pooled_queries_bytes);
+  memory.pooled_queries = layout.TakePart();
+  at.cosines = layout.Add<float>(tokens * rotated);
+  at.sines = layout.Add<float>(tokens * rotated);
+  memory.rotations = layout.TakePart();
+
+  WorkspaceLayout tiles = layout;
+  at.attention = layout.AddBytes(plan.attention->workspace_bytes);
+  memory.attention = layout.TakePart();
+  at.tile = tiles.AddBytes(tile * std::max(hidden, heads) * compute_bytes);
+  at.wide_tile = tiles.AddBytes(
+      tile * std::max(config.qkv_features(), config.intermediate_size) * compute_bytes);
+  memory.tiles = tiles.TakePart();
+  at.linear = tiles.AddBytes(LinearWorkspaceBytes(model, tile));
+  memory.linear = tiles.TakePart();
+  layout.Cover(tiles);
+  layout.TakePart();  // these parts are told already
+
+  at.logit_rows = layout.Add<int32_t>(logit_rows);
+  at.logit_residual = layout.Add<float>(logit_rows * hidden);
+  at.logit_normed = layout.Add<float>(logit_rows * hidden);
+  at.logit_attended = layout.AddBytes(logit_rows * heads * kv_bytes);
+  at.logits = layout.Add<float>(logit_rows * config.vocab_size);
+  memory.logits = layout.TakePart();
+  at.tokens = layout.Add<int32_t>(tokens);
+  memory.tokens = layout.TakePart();
+  plan.workspace_bytes = layout.bytes();
+  PBS_CHECK(plan.workspace_bytes == memory.total());
 }
-
-}  // namespace
 
 StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem) {
   const ModelConfig& config = model.config();
@@ -122,8 +143,7 @@ StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem) {
   plan.problem = std::move(problem);
   PBS_ASSIGN_OR_RETURN(plan.attention, model.backend().Plan(attention));
   plan.row_tile = std::min(plan.problem.num_tokens, model.backend().info().row_tile);
-  plan.memory = PlanMemory(model, plan);
-  plan.workspace_bytes = plan.memory.total();
+  PlaceRegions(model, plan);
   return plan;
 }
 

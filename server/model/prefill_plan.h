@@ -4,12 +4,14 @@
 // Threading: pure functions; plans are immutable. Device: host-only.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "pbs/attention.h"
 #include "pbs/status.h"
+#include "pbs/workspace.h"
 #include "server/model/model.h"
 
 namespace pbs {
@@ -28,31 +30,50 @@ struct PrefillProblem {
   std::vector<int32_t> prompt_tokens = {};
 };
 
-// Bytes of the workspace by purpose. `attention` and `tiles` + `linear` share a region:
-// they are never alive together.
+// Bytes of the workspace by purpose. `attention` and `tiles` + `linear` share their
+// bytes: they are never alive together.
 struct PrefillMemory {
-  int64_t residual = 0;  // f32 [num_tokens, hidden]
-  int64_t queries = 0;   // and attention output: KV dtype, 2 x [tokens, heads dim]
+  int64_t residual = 0;
+  int64_t queries = 0;         // and attention output
   int64_t pooled_queries = 0;  // AttentionPlan::pooled_queries_bytes
-  int64_t rotations = 0;       // f32, cosines and sines
+  int64_t rotations = 0;       // cosines and sines
   int64_t attention = 0;       // the backend's attention workspace
   int64_t tiles = 0;           // activations of one row tile
   int64_t linear = 0;          // the backend's linear workspace
   int64_t logits = 0;          // of the wanted rows, and what leads to them
   int64_t tokens = 0;          // ids
 
-  int64_t shared() const {
-    return attention > tiles + linear ? attention : tiles + linear;
-  }
   int64_t total() const {
-    return residual + queries + pooled_queries + rotations + shared() + logits + tokens;
+    return residual + queries + pooled_queries + rotations +
+           std::max(attention, tiles + linear) + logits + tokens;
   }
+};
+
+// Where the workspace holds what: offsets in bytes. Shapes are row-major.
+struct PrefillRegions {
+  int64_t residual = 0;        // f32 [num_tokens, hidden]
+  int64_t queries = 0;         // KV dtype [num_tokens, num_heads head_dim]
+  int64_t attended = 0;        // KV dtype [num_tokens, num_heads head_dim]
+  int64_t pooled_queries = 0;  // f32, empty where attention does not take them
+  int64_t cosines = 0;         // f32 [num_tokens, head_dim / 2]
+  int64_t sines = 0;           // f32 [num_tokens, head_dim / 2]
+  int64_t attention = 0;
+  int64_t tile = 0;       // compute dtype [row_tile, max(hidden, heads)]
+  int64_t wide_tile = 0;  // compute dtype [row_tile, max(qkv, intermediate)]
+  int64_t linear = 0;
+  int64_t logit_rows = 0;      // int32 [logit rows]
+  int64_t logit_residual = 0;  // f32 [logit rows, hidden]
+  int64_t logit_normed = 0;    // f32 [logit rows, hidden]
+  int64_t logit_attended = 0;  // KV dtype [logit rows, num_heads head_dim]
+  int64_t logits = 0;          // f32 [logit rows, vocab_size]
+  int64_t tokens = 0;          // int32 [num_tokens]
 };
 
 struct PrefillPlan {
   PrefillProblem problem;  // logit_rows and prompt_tokens filled in
   std::unique_ptr<AttentionPlan> attention;
   PrefillMemory memory;
+  PrefillRegions regions;
   int64_t workspace_bytes = 0;  // memory.total(); the KV cache is apart (kv_cache.h)
   // Rows that pass through a linear layer at once, at most the backend's row_tile:
   // weights are read once per tile, and the tile bounds the activations that exist
@@ -62,5 +83,8 @@ struct PrefillPlan {
 
 // InvalidArgument names field, value and limit; errors of the backend's Plan().
 StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem);
+
+// Sets regions, memory and workspace_bytes of a plan that has all else.
+void PlaceRegions(const Model& model, PrefillPlan& plan);
 
 }  // namespace pbs

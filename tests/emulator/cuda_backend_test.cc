@@ -332,14 +332,11 @@ TEST(CudaPrefillSpec, SeveralPromptsRunAsOneAsEachWouldAlone) {
 }
 
 // A plan whose attention pools queries by itself.
-void PoolInAttention(const Backend& backend, PrefillPlan& plan) {
+void PoolInAttention(const Model& model, PrefillPlan& plan) {
   AttentionProblem problem = plan.attention->problem;
   problem.offers_pooled_queries = false;
-  plan.attention = *backend.Plan(problem);
-  plan.memory.pooled_queries = 0;
-  plan.memory.attention = (plan.attention->workspace_bytes + kMemoryAlignment - 1) /
-                          kMemoryAlignment * kMemoryAlignment;
-  plan.workspace_bytes = plan.memory.total();
+  plan.attention = *model.backend().Plan(problem);
+  PlaceRegions(model, plan);
 }
 
 // Also when queries begin inside a block and row tiles would end inside one.
@@ -366,7 +363,7 @@ TEST(CudaPrefillSpec, QueriesPooledOnTheWayChangeNothing) {
     plan->row_tile = std::min(plan->row_tile, row_tile);
     EXPECT_EQ(plan->attention->pooled_queries_bytes, 4 * 3 * 4 * 64);
     EXPECT_EQ(plan->memory.pooled_queries, 4 * 3 * 4 * 64);
-    if (!on_the_way) PoolInAttention(*device.backend, *plan);
+    if (!on_the_way) PoolInAttention(*model, *plan);
     EventLog log;
     const Prefilled result = RunPlan(*model, *plan, all.subspan(past), cache, &log);
     EXPECT_TRUE(result.status.ok()) << result.status.ToString();

@@ -123,8 +123,7 @@ StatusOr<void*> EmulatedDriver::TakeLocked(Memory& memory, int64_t bytes, int64_
     return ResourceExhausted("the device has " + std::to_string(limit - held) +
                              " bytes left, " + std::to_string(bytes) + " are needed");
   }
-  const auto rounded = static_cast<size_t>((bytes + kMemoryAlignment - 1) /
-                                           kMemoryAlignment * kMemoryAlignment);
+  const auto rounded = static_cast<size_t>(AlignedBytes(bytes));
   void* data = std::aligned_alloc(kMemoryAlignment, rounded);
   PBS_CHECK(data != nullptr);
   std::memset(data, 0xFF, rounded);

@@ -17,10 +17,6 @@ constexpr int64_t kReadBytes = int64_t{8} << 20;
 // Rows that keep a device busy; their activations stay small beside a long prompt's.
 constexpr int32_t kRowTile = 8192;
 
-int64_t Align(int64_t bytes) {
-  return (bytes + kMemoryAlignment - 1) / kMemoryAlignment * kMemoryAlignment;
-}
-
 struct CudaLinear final : PackedLinear {
   Buffer weight;  // [out_features, in_features] in the compute dtype
   Buffer bias;    // [out_features] in bias_dtype, or empty
@@ -65,8 +61,8 @@ ProductSpec ProductOf(const CudaLinear& linear) {
 }
 
 int64_t GatedBytes(const CudaLinear& linear, int64_t rows) {
-  return linear.gates() ? Align(rows * linear.spec.out_features *
-                                DTypeBytes(linear.spec.compute_dtype))
+  return linear.gates() ? AlignedBytes(rows * linear.spec.out_features *
+                                       DTypeBytes(linear.spec.compute_dtype))
                         : 0;
 }
 

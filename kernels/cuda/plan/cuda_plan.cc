@@ -128,21 +128,6 @@ void MakeRecords(CudaAttentionPlan& plan) {
   }
 }
 
-// Hands out regions of the workspace, aligned for copies and matrix loads.
-class Regions {
- public:
-  template <class T>
-  int64_t Add(int64_t count) {
-    const int64_t at = size_;
-    size_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return at;
-  }
-  int64_t size() const { return size_; }
-
- private:
-  int64_t size_ = 0;
-};
-
 void PlaceRegions(CudaAttentionPlan& plan) {
   const AttentionGeometry& g = plan.geometry;
   const int64_t slots = int64_t{plan.total_key_blocks} * kBlockTokens;
@@ -151,49 +136,45 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   const int64_t scored = plan.orders ? 1 : 0;
   const int64_t moved = plan.permutes ? 1 : 0;
   const int64_t selected = plan.selects ? 1 : 0;
-  Regions regions;
-  plan.sequences_at = regions.Add<SequenceRecord>(num_sequences);
-  plan.next_tile_at = regions.Add<int32_t>(1);
-  plan.tiles_at = regions.Add<AttentionTile>(plan.num_tiles() + 1);
-  plan.summary_at = regions.Add<RunSummary>(1);
-  plan.head_blocks_at = regions.Add<BlockCounts>(plan.has_lists ? g.num_heads : 0);
+  WorkspaceLayout layout;
+  plan.sequences_at = layout.Add<SequenceRecord>(num_sequences);
+  plan.next_tile_at = layout.Add<int32_t>(1);
+  plan.tiles_at = layout.Add<AttentionTile>(plan.num_tiles() + 1);
+  plan.summary_at = layout.Add<RunSummary>(1);
+  plan.head_blocks_at = layout.Add<BlockCounts>(plan.has_lists ? g.num_heads : 0);
   plan.fell_back_at =
-      regions.Add<int32_t>(plan.may_fall_back() ? order_heads * num_sequences : 0);
-  plan.coverage_at = regions.Add<float>(int64_t{plan.coverage_groups} * g.num_heads *
-                                        kCoverageRowsTogether);
-  plan.summary_bytes = regions.size() - plan.summary_at;
-  plan.memory.scratch_bytes = regions.size();
+      layout.Add<int32_t>(plan.may_fall_back() ? order_heads * num_sequences : 0);
+  plan.coverage_at = layout.Add<float>(int64_t{plan.coverage_groups} * g.num_heads *
+                                       kCoverageRowsTogether);
+  plan.summary_bytes = layout.bytes() - plan.summary_at;
+  plan.memory.scratch_bytes = layout.TakePart();
 
-  int64_t before = regions.size();
-  plan.positions_at = regions.Add<int32_t>(moved * order_heads * slots);
-  plan.memory.order_bytes = regions.size() - before;
+  plan.positions_at = layout.Add<int32_t>(moved * order_heads * slots);
+  plan.memory.order_bytes = layout.TakePart();
 
-  before = regions.size();
-  plan.counts_at = regions.Add<uint16_t>(selected * plan.num_tiles());
-  plan.entries_at = regions.Add<uint16_t>(plan.has_lists ? g.total_entries : 0);
-  plan.memory.lists_bytes = regions.size() - before;
+  plan.counts_at = layout.Add<uint16_t>(selected * plan.num_tiles());
+  plan.entries_at = layout.Add<uint16_t>(plan.has_lists ? g.total_entries : 0);
+  plan.memory.lists_bytes = layout.TakePart();
 
-  before = regions.size();
-  plan.permuted_k_at = regions.Add<uint16_t>(moved * order_heads * slots * g.head_dim);
-  plan.permuted_v_at = regions.Add<uint16_t>(moved * order_heads * slots * g.head_dim);
-  plan.memory.packed_bytes = regions.size() - before;
+  plan.permuted_k_at = layout.Add<uint16_t>(moved * order_heads * slots * g.head_dim);
+  plan.permuted_v_at = layout.Add<uint16_t>(moved * order_heads * slots * g.head_dim);
+  plan.memory.packed_bytes = layout.TakePart();
 
-  before = regions.size();
   const int64_t chunk_rows = scored * g.num_heads * plan.total_chunks * kProxies;
   const int64_t proxy_rows = scored * g.num_heads * num_sequences * kProxies;
-  plan.chunk_max_at = regions.Add<float>(chunk_rows);
-  plan.chunk_sum_at = regions.Add<float>(chunk_rows);
-  plan.proxy_shift_at = regions.Add<float>(proxy_rows);
-  plan.proxy_weight_at = regions.Add<float>(proxy_rows);
-  plan.importance_at = regions.Add<float>(scored * order_heads * slots);
-  plan.first_block_at = regions.Add<int32_t>(selected * order_heads * num_sequences);
+  plan.chunk_max_at = layout.Add<float>(chunk_rows);
+  plan.chunk_sum_at = layout.Add<float>(chunk_rows);
+  plan.proxy_shift_at = layout.Add<float>(proxy_rows);
+  plan.proxy_weight_at = layout.Add<float>(proxy_rows);
+  plan.importance_at = layout.Add<float>(scored * order_heads * slots);
+  plan.first_block_at = layout.Add<int32_t>(selected * order_heads * num_sequences);
   plan.pooled_keys_at =
-      regions.Add<float>(selected * order_heads * g.head_dim * plan.total_key_blocks);
+      layout.Add<float>(selected * order_heads * g.head_dim * plan.total_key_blocks);
   const int64_t means = int64_t{plan.total_query_blocks} * g.num_heads * g.head_dim;
-  plan.pooled_queries_at = regions.Add<float>(plan.pools_queries ? means : 0);
+  plan.pooled_queries_at = layout.Add<float>(plan.pools_queries ? means : 0);
   plan.pooled_queries_bytes = plan.selects && !plan.pools_queries ? 4 * means : 0;
-  plan.memory.pooled_bytes = regions.size() - before;
-  plan.workspace_bytes = regions.size();
+  plan.memory.pooled_bytes = layout.TakePart();
+  plan.workspace_bytes = layout.bytes();
 }
 
 RowStrides StridesOf(const RowLayout& layout) {

@@ -13,6 +13,7 @@
 #include "cuda/selection/run_summary.h"
 #include "cuda/selection/selection_params.h"
 #include "pbs/attention.h"
+#include "pbs/workspace.h"
 
 namespace pbs::cuda {
 

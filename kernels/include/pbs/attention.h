@@ -40,6 +40,7 @@
 #include "pbs/dtype.h"
 #include "pbs/limits.h"
 #include "pbs/status.h"
+#include "pbs/workspace.h"
 
 namespace pbs {
 
@@ -250,15 +251,6 @@ Status ValidateOrder(const AttentionGeometry& geometry, ConstRows order);
 // InvalidArgument names sequence, head and query block.
 Status ValidateLists(const AttentionGeometry& geometry, ConstRows order,
                      const BlockListsView& lists);
-
-// Bytes on whose multiples workspaces, and what backends allocate, begin.
-inline constexpr int64_t kMemoryAlignment = 256;
-
-// Memory that the caller owns and lends to one Run().
-struct Workspace {
-  void* data = nullptr;
-  int64_t bytes = 0;
-};
 
 // What the workspace holds, for documentation and tests.
 struct AttentionMemory {
