@@ -36,22 +36,22 @@ std::optional<DType> ToDType(const std::string& name) {
 }
 
 ModelSettings ToModel(const v1::ModelSource& source) {
-  return {source.name(), source.path(), ToDType(source.kv_dtype()), source.tokens_max(),
-          source.yarn_attn_factor() == AttnFactorName(AttnFactor::kIgnored)
-              ? AttnFactor::kIgnored
-              : AttnFactor::kApplied};
+  const bool ignored =
+      source.yarn_attn_factor() == AttnFactorName(AttnFactor::kIgnored);
+  return {.name = source.name(),
+          .path = source.path(),
+          .kv_dtype = ToDType(source.kv_dtype()),
+          .tokens_max = source.tokens_max(),
+          .yarn_attn_factor = ignored ? AttnFactor::kIgnored : AttnFactor::kApplied};
 }
 
-ServiceLimits ToLimits(const v1::AdmissionConfig& admission,
-                       const v1::LeaseConfig& lease) {
+ServiceLimits ToLimits(const v1::AdmissionConfig& admission) {
   ServiceLimits limits;
   limits.tokens_max = admission.tokens_max();
   limits.attend_tokens_max = admission.attend_tokens_max();
   limits.queue_requests_max = admission.queue_requests_max();
   limits.upload_seconds_max = admission.upload_seconds_max();
   limits.upload_requests_max = admission.upload_requests_max();
-  limits.lease_ttl_seconds_default = lease.ttl_seconds_default();
-  limits.lease_ttl_seconds_max = lease.ttl_seconds_max();
   return limits;
 }
 
@@ -94,7 +94,7 @@ absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
   settings.service.listen = config.listen();
   settings.service.reflection = config.reflection();
   settings.service.transport = ToTransport(config.transport());
-  settings.service.limits = ToLimits(config.admission(), config.lease());
+  settings.service.limits = ToLimits(config.admission());
   settings.service.default_attention = ToProfile(config.default_attention());
   settings.metrics_listen = config.metrics_listen();
   settings.backend = ToBackend(config.backend());
@@ -102,15 +102,21 @@ absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
   for (const v1::ModelSource& model : config.models()) {
     settings.models.push_back(ToModel(model));
   }
-  settings.cpu = {config.cpu().threads(), config.cpu().isa(),
-                  config.cpu().compute_dtype()};
-  settings.cuda = {config.cuda().module(), config.cuda().cublaslt(),
-                   ToDevices(config.cuda()), config.cuda().memory_bytes_max()};
-  settings.scheduling = {config.scheduling().yield_share(),
-                         config.scheduling().batch_tokens_max(),
-                         config.scheduling().batch_prompt_tokens_max()};
+  settings.cpu = {.threads = config.cpu().threads(),
+                  .isa = config.cpu().isa(),
+                  .compute_dtype = config.cpu().compute_dtype()};
+  settings.cuda = {.module = config.cuda().module(),
+                   .cublaslt = config.cuda().cublaslt(),
+                   .devices = ToDevices(config.cuda()),
+                   .memory_bytes_max = config.cuda().memory_bytes_max()};
+  settings.scheduling = {
+      .yield_share = config.scheduling().yield_share(),
+      .batch_tokens_max = config.scheduling().batch_tokens_max(),
+      .batch_prompt_tokens_max = config.scheduling().batch_prompt_tokens_max()};
+  settings.leases = {.ttl_seconds_default = config.lease().ttl_seconds_default(),
+                     .ttl_seconds_max = config.lease().ttl_seconds_max(),
+                     .leases_max = config.lease().leases_max()};
   settings.memory_bytes_max = config.admission().memory_bytes_max();
-  settings.leases_max = config.lease().leases_max();
   settings.log_level = ToLogLevel(config.log().level());
   settings.drain_max = absl::Seconds(config.drain_seconds_max());
   return settings;

@@ -1,5 +1,7 @@
 // ServerSettings: the configuration as plain values, every default applied and every
 // limit checked. Each module takes its own part; nobody below main() sees a protobuf.
+// The initial values of these structs, and of the modules' structs in them, are the
+// defaults of the configuration.
 //
 // Threading: a value, immutable after start.
 #pragma once
@@ -16,6 +18,7 @@
 #include "server/base/log.h"
 #include "server/model/rope_config.h"
 #include "server/service/options.h"
+#include "server/transfer/lease_store.h"
 
 namespace pbs::server {
 
@@ -30,9 +33,9 @@ struct ModelSettings {
 };
 
 struct CpuSettings {
-  int32_t threads = 0;        // 0: the CPUs this process may use
-  std::string isa;            // "auto" or a name
-  std::string compute_dtype;  // "auto", "f32" or "bf16"
+  int32_t threads = 0;                 // 0: the CPUs this process may use
+  std::string isa = "auto";            // or a name
+  std::string compute_dtype = "auto";  // or "f32", "bf16"
 };
 
 struct CudaSettings {
@@ -43,15 +46,15 @@ struct CudaSettings {
 };
 
 struct SchedulingSettings {
-  double yield_share = 0;
+  double yield_share = 0.25;
   int32_t batch_tokens_max = 0;  // 0: decided by the backend
-  int32_t batch_prompt_tokens_max = 0;
+  int32_t batch_prompt_tokens_max = 1024;
 };
 
 struct ServerSettings {
   // Version, commit and backend facts are main()'s to fill in.
   ServiceOptions service;
-  std::string metrics_listen;  // "": off
+  std::string metrics_listen = "127.0.0.1:9464";  // "": off
   BackendChoice backend = BackendChoice::kAuto;
   bool vllm_metrics = false;
   std::vector<ModelSettings> models;
@@ -59,12 +62,12 @@ struct ServerSettings {
   CudaSettings cuda;
   SchedulingSettings scheduling;
   int64_t memory_bytes_max = 0;  // 0: decided at start (docs/OPERATIONS.md)
-  int32_t leases_max = 0;
+  LeaseOptions leases;
   LogLevel log_level = LogLevel::kInfo;
-  absl::Duration drain_max;
+  absl::Duration drain_max = absl::Seconds(60);
 };
 
-// Sets every unset field to its documented default. The one place of the defaults.
+// Sets every unset field to its documented default.
 void ApplyDefaults(v1::ServerConfig& config);
 
 // Every violation, each "field value limit"; empty when there is none. Pure: looks at

@@ -29,9 +29,10 @@ absl::StatusOr<ByteReservation> Charge(ByteLedger& ledger, int64_t bytes) {
 EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
     : parts_(parts),
       batch_(options.batch),
-      executor_(
-          {options.queue_requests_max, options.yield_share, options.batch.tokens_max},
-          parts.clock, parts.timers, parts.metrics.engine) {
+      executor_({.queue_requests_max = options.queue_requests_max,
+                 .yield_share = options.yield_share,
+                 .batch_tokens_max = options.batch.tokens_max},
+                parts.clock, parts.timers, parts.metrics.engine) {
   PBS_CHECK(has_device_memory() != parts_.backend.info().host_memory);
   if (has_device_memory()) uploads_.emplace(parts_.backend);
   parts_.metrics.engine.memory_budget.Set(

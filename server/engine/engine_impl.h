@@ -41,8 +41,8 @@ struct EngineParts {
 };
 
 struct EngineOptions {
-  int32_t queue_requests_max = 64;
-  double yield_share = 0;  // as ExecutorOptions has it
+  int32_t queue_requests_max = 0;  // waiting
+  double yield_share = 0;          // as ExecutorOptions has it
   BatchLimits batch = {};
 };
 

@@ -60,7 +60,7 @@ struct Backlog {
 };
 
 struct ExecutorOptions {
-  int32_t queue_requests_max = 64;
+  int32_t queue_requests_max = 0;  // waiting
   // A job's patience: this share of its own predicted time, and never so much that its
   // deadline would be missed for it. 0: strictly in order of arrival.
   double yield_share = 0;

@@ -27,8 +27,9 @@ std::optional<ByteLedger> MakeLedger(const CudaSettings& settings,
 BatchLimits BatchLimitsOf(const SchedulingSettings& settings, const Backend& backend) {
   const BackendInfo& info = backend.info();
   const int32_t tokens_max = info.host_memory ? 1 : info.row_tile;
-  return {settings.batch_tokens_max > 0 ? settings.batch_tokens_max : tokens_max,
-          settings.batch_prompt_tokens_max};
+  return {.tokens_max =
+              settings.batch_tokens_max > 0 ? settings.batch_tokens_max : tokens_max,
+          .prompt_tokens_max = settings.batch_prompt_tokens_max};
 }
 
 absl::Status AboutModel(const std::string& model, const absl::Status& status) {
@@ -50,11 +51,11 @@ Device::Device(int32_t number, std::unique_ptr<Backend> backend,
       shared_(shared),
       backend_(std::move(backend)),
       ledger_(MakeLedger(settings.cuda, *backend_)),
-      engine_(
-          {settings.service.limits.queue_requests_max, settings.scheduling.yield_share,
-           BatchLimitsOf(settings.scheduling, *backend_)},
-          {*backend_, shared.ledger, shared.clock, shared.timers, shared.metrics,
-           shared.costs, ledger_ ? &*ledger_ : nullptr, number}) {
+      engine_({.queue_requests_max = settings.service.limits.queue_requests_max,
+               .yield_share = settings.scheduling.yield_share,
+               .batch = BatchLimitsOf(settings.scheduling, *backend_)},
+              {*backend_, shared.ledger, shared.clock, shared.timers, shared.metrics,
+               shared.costs, ledger_ ? &*ledger_ : nullptr, number}) {
   const BackendInfo& info = backend_->info();
   shared_.metrics.SetBackendInfo({info.name, info.isa, info.device});
 }

@@ -46,9 +46,7 @@ Node::Node(const ServerSettings& settings, const BuildLabels& build,
       ledger_(MemoryBudget(settings)),
       devices_(MakeDevices(std::move(backends))),
       engine_(EnginesOf(devices_), metrics_.engine),
-      leases_({settings.service.limits.lease_ttl_seconds_default,
-               settings.service.limits.lease_ttl_seconds_max, settings.leases_max},
-              RandomU64(), clock_, timers_, metrics_.kv) {
+      leases_(settings.leases, RandomU64(), clock_, timers_, metrics_.kv) {
   metrics_.SetBuildInfo(build_);
 }
 

@@ -34,13 +34,13 @@ v1::ModelInfo DescribeModel(const ServedModel& served) {
   return info;
 }
 
-v1::ServerInfo DescribeServer(const ServiceOptions& options, uint64_t epoch,
+v1::ServerInfo DescribeServer(const ServiceOptions& options, const LeaseStore& leases,
                               int64_t memory_bytes_max) {
   v1::ServerInfo info;
   info.set_version(options.version);
   info.set_protocol_version(kProtocolVersion);
   info.set_commit(options.commit);
-  info.set_epoch(epoch);
+  info.set_epoch(leases.epoch());
   v1::BackendInfo& backend = *info.add_backends();
   backend.set_name(options.backend.name);
   backend.set_isa(options.backend.isa);
@@ -57,8 +57,8 @@ v1::ServerInfo DescribeServer(const ServiceOptions& options, uint64_t epoch,
   limits.set_chunk_bytes_max(kChunkBytesMax);
   limits.set_receive_message_bytes_max(
       ReceiveMessageBytesMax(options.limits.tokens_max));
-  limits.set_lease_ttl_seconds_default(options.limits.lease_ttl_seconds_default);
-  limits.set_lease_ttl_seconds_max(options.limits.lease_ttl_seconds_max);
+  limits.set_lease_ttl_seconds_default(leases.options().ttl_seconds_default);
+  limits.set_lease_ttl_seconds_max(leases.options().ttl_seconds_max);
   limits.set_logit_positions_max(kLogitPositionsMax);
   limits.set_top_logits_max(kTopLogitsMax);
   *info.mutable_default_attention() = EncodeAttentionProfile(options.default_attention);

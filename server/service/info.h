@@ -17,7 +17,7 @@ namespace pbs::server {
 inline constexpr char kProtocolVersion[] = "1.0";
 
 v1::ModelInfo DescribeModel(const ServedModel& model);
-v1::ServerInfo DescribeServer(const ServiceOptions& options, uint64_t epoch,
+v1::ServerInfo DescribeServer(const ServiceOptions& options, const LeaseStore& leases,
                               int64_t memory_bytes_max);
 v1::KvLease DescribeLease(const LeaseView& lease);
 v1::KvDescriptor DescribeKv(const LeaseView& lease);

@@ -1,5 +1,5 @@
 // What the composition root tells the service, as plain structs. ServerConfig's
-// messages of the same names turn into these; defaults are those of its comments.
+// messages of the same names turn into these. Their initial values are the defaults.
 #pragma once
 
 #include <cstdint>
@@ -47,13 +47,11 @@ struct TransportOptions {
 inline constexpr int32_t kMetadataConnectionFactor = 4;
 
 struct ServiceLimits {
-  int32_t tokens_max = 1 << 20;            // longest prompt
-  int32_t attend_tokens_max = 1 << 20;     // keys of one raw sequence
-  int32_t queue_requests_max = 64;         // as the engine has it; for GetServerInfo
-  int32_t upload_seconds_max = 120;        // header to last chunk
-  int32_t upload_requests_max = 32;        // uploads under way at once
-  int32_t lease_ttl_seconds_default = 60;  // as the lease store has them
-  int32_t lease_ttl_seconds_max = 600;
+  int32_t tokens_max = 1 << 20;         // longest prompt
+  int32_t attend_tokens_max = 1 << 20;  // keys of one raw sequence
+  int32_t queue_requests_max = 64;      // waiting, in the engine of each device
+  int32_t upload_seconds_max = 120;     // header to last chunk
+  int32_t upload_requests_max = 32;     // uploads under way at once
 };
 
 // What GetServerInfo says about a backend.

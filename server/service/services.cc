@@ -87,7 +87,7 @@ grpc::ServerUnaryReactor* PrefillService::GetServerInfo(
   return Unary<v1::GetServerInfoRequest>(
       service_, Rpc::kGetServerInfo, *context, request, response,
       [this](const v1::GetServerInfoRequest&) -> absl::StatusOr<v1::ServerInfo> {
-        return DescribeServer(service_.options, service_.parts.leases.epoch(),
+        return DescribeServer(service_.options, service_.parts.leases,
                               service_.parts.ledger.bytes_max());
       });
 }

@@ -3,6 +3,7 @@
 
 #include <gmock/gmock.h>
 #include <google/protobuf/descriptor.h>
+#include <google/protobuf/text_format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -64,28 +65,59 @@ TEST(ConfigDefaults, LeaveWhatIsSet) {
   EXPECT_TRUE(config.default_attention().has_dense());
 }
 
-TEST(ServerSettingsSpec, DefaultsAreThoseOfTheModules) {
+// The table of docs/OPERATIONS.md, "Configuration".
+TEST(ConfigDefaults, AreThoseOfTheDocumentation) {
+  v1::ServerConfig documented;
+  ASSERT_TRUE(google::protobuf::TextFormat::ParseFromString(
+      R"pb(
+        listen: "127.0.0.1:50051"
+        metrics_listen: "127.0.0.1:9464"
+        backend: "auto"
+        reflection: false
+        drain_seconds_max: 60
+        vllm_metrics: false
+        cpu { threads: 0 isa: "auto" compute_dtype: "auto" }
+        cuda { device: 0 devices: "" module: "" cublaslt: "" memory_bytes_max: 0 }
+        admission {
+          memory_bytes_max: 0
+          queue_requests_max: 64
+          tokens_max: 1048576
+          attend_tokens_max: 1048576
+          upload_seconds_max: 120
+          upload_requests_max: 32
+        }
+        scheduling {
+          yield_share: 0.25
+          batch_tokens_max: 0
+          batch_prompt_tokens_max: 1024
+        }
+        lease { ttl_seconds_default: 60 ttl_seconds_max: 600 leases_max: 1024 }
+        transport {
+          chunk_bytes: 1048576
+          connections_max: 1024
+          concurrent_streams_max: 64
+          metadata_bytes_max: 65536
+          memory_quota_bytes: 268435456
+          stream_window_bytes: 1048576
+          keepalive_seconds: 30
+          keepalive_timeout_seconds: 20
+          write_stall_seconds_max: 60
+        }
+        log { level: "info" }
+        default_attention { pbs {} })pb",
+      &documented));
+  EXPECT_EQ(Defaults().DebugString(), documented.DebugString());
+}
+
+TEST(ServerSettingsSpec, DefaultsArrive) {
   const auto settings = MakeSettings({});
   ASSERT_TRUE(settings.ok()) << settings.status();
-  const ServiceOptions expected;
-  EXPECT_EQ(settings->service.listen, expected.listen);
-  EXPECT_EQ(settings->service.default_attention, expected.default_attention);
-  EXPECT_EQ(settings->service.transport.chunk_bytes, expected.transport.chunk_bytes);
-  EXPECT_EQ(settings->service.transport.connections_max,
-            expected.transport.connections_max);
-  EXPECT_EQ(settings->service.transport.metadata_bytes_max,
-            expected.transport.metadata_bytes_max);
-  EXPECT_EQ(settings->service.transport.write_stall_seconds_max,
-            expected.transport.write_stall_seconds_max);
-  EXPECT_EQ(settings->service.limits.tokens_max, expected.limits.tokens_max);
-  EXPECT_EQ(settings->service.limits.lease_ttl_seconds_max,
-            expected.limits.lease_ttl_seconds_max);
+  EXPECT_EQ(settings->service.listen, "127.0.0.1:50051");
+  EXPECT_EQ(settings->service.default_attention, AttentionProfile());
   EXPECT_EQ(settings->metrics_listen, "127.0.0.1:9464");
   EXPECT_EQ(settings->backend, BackendChoice::kAuto);
-  EXPECT_EQ(settings->memory_bytes_max, 0);
   EXPECT_EQ(settings->cuda.devices, std::vector<int32_t>{0});
-  EXPECT_EQ(settings->scheduling.yield_share, 0.25);
-  EXPECT_EQ(settings->scheduling.batch_prompt_tokens_max, 1024);
+  EXPECT_EQ(settings->log_level, LogLevel::kInfo);
   EXPECT_EQ(settings->drain_max, absl::Seconds(60));
 }
 
@@ -129,8 +161,8 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   EXPECT_EQ(settings->scheduling.yield_share, 0.5);
   EXPECT_EQ(settings->scheduling.batch_tokens_max, 4096);
   EXPECT_EQ(settings->scheduling.batch_prompt_tokens_max, 512);
-  EXPECT_EQ(settings->leases_max, 13);
-  EXPECT_EQ(settings->service.limits.lease_ttl_seconds_default, 17);
+  EXPECT_EQ(settings->leases.leases_max, 13);
+  EXPECT_EQ(settings->leases.ttl_seconds_default, 17);
   EXPECT_EQ(settings->service.transport.keepalive_seconds, 19);
   EXPECT_EQ(settings->service.transport.connections_max, 23);
   EXPECT_EQ(settings->service.transport.metadata_bytes_max, 29'000);
