@@ -17,7 +17,7 @@ python=$repo/.venv/bin/python
 model=$build_dir/models/1b-4layer
 [ -f "$model/config.json" ] || {
   say "making a random model of 4 layers in the shape of a 1B Llama"
-  "$python" "$repo/scripts/make_random_model.py" --preset 1b-4layer --out "$model"
+  "$python" "$repo/tests/models/make_random_model.py" --preset 1b-4layer --out "$model"
 }
 say "timing"
 PBS_BENCH_COMMAND="scripts/bench_cpu.sh $*" "$python" "$repo/tests/bench/bench_cpu.py" \

@@ -23,7 +23,7 @@ python3 -c 'import numpy' 2>/dev/null || install_packages python3-numpy
 build_targets pbs-prefilld pbs-bench
 mkdir -p "$run_dir" "$(dirname "$output")"
 [ -f "$model/config.json" ] ||
-  python3 "$repo/scripts/make_random_model.py" --out "$model" --dtype f32 \
+  python3 "$repo/tests/models/make_random_model.py" --out "$model" --dtype f32 \
     --hidden-size 64 --intermediate-size 64 --layers 8 --heads 64 --kv-heads 64 \
     --head-dim 128 --vocab-size 256 --positions 8192 --tied
 

@@ -19,7 +19,7 @@ python=$repo/.venv/bin/python
 model=$build_dir/models/scheduling
 [ -f "$model/config.json" ] || {
   say "making a random model of 16 small layers"
-  "$python" "$repo/scripts/make_random_model.py" --out "$model" --dtype f32 \
+  "$python" "$repo/tests/models/make_random_model.py" --out "$model" --dtype f32 \
     --hidden-size 512 --intermediate-size 1536 --layers 16 --heads 8 --kv-heads 2 \
     --head-dim 64 --vocab-size 1024 --positions 16384 --tied
 }

@@ -35,7 +35,7 @@ programs=$build_dir/gpu-check
 rm -rf "$programs" "$programs-build"
 "$repo/scripts/pack_gpu.sh" --programs "$programs"
 say "machine code of the kernels"
-python3 "$repo/scripts/check_cuda_build.py" --module "$module" \
+python3 "$repo/tests/structure/check_cuda_build.py" --module "$module" \
   --log "$build_dir/cuda/build.log" --variants "$programs-build.log" --cuobjdump "$cuobjdump"
 say "libpbs_cuda.so in a server"
 needed=$(readelf -d "$module" | sed -n 's/.*NEEDED.*\[\(.*\)\]/\1/p')

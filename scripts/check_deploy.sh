@@ -36,7 +36,7 @@ say "yamllint deploy"
 say "shellcheck"
 if command -v shellcheck >/dev/null; then
   shellcheck -x deploy/runtime_packages.sh scripts/check_deploy.sh \
-    scripts/check_runtime_image.sh
+    tests/deploy/runtime_image.sh
 else
   not_run shellcheck "it is not installed"
 fi

@@ -33,9 +33,9 @@ install_packages python3-venv
 "$build_dir/lint-venv/bin/ruff" check -q --select E,F,I,B,UP --ignore E501,B905 \
   client/python scripts tests
 say "structure and documentation"
-python3 scripts/check_includes.py
-python3 scripts/check_structure.py
-python3 scripts/check_docs.py
+python3 tests/structure/check_includes.py
+python3 tests/structure/check_structure.py
+python3 tests/structure/check_docs.py
 
 if [ "${1:-}" = --tidy ]; then
   install_packages clang-tidy-16
@@ -50,5 +50,5 @@ if [ "${1:-}" = --tidy ]; then
   printf '%s\n' "${sources[@]}" | grep -E '\.(h|cc)$' |
     grep -vE '^(kernels/cuda|tests/(emulator|fuzz|gpu))/|tile_kernels' |
     xargs -P "$jobs" -n 8 "$build_dir/lint-venv/bin/clang-tidy" -p "$build_dir" --quiet \
-      --config-file=scripts/include_cleaner.yaml
+      --config-file=tests/structure/include_cleaner.yaml
 fi
