@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Writes the GPU tables and plots of docs/BENCHMARKS.md from docs/results/gpu_*.json.
 
-    .venv/bin/python tests/bench/gpu_report.py --take gpu_run.tar.gz   first takes these in
-    .venv/bin/python tests/bench/gpu_report.py
+    scripts/bench.sh report --take gpu_run.tar.gz   first takes these in
+    scripts/bench.sh report
 
-Needs matplotlib (scripts/bench_report.sh makes the environment). A results file is one
-call of tests/gpu/run.py; of several the later one counts, row by row. Results that are
-not of a GPU are refused.
+Needs matplotlib, for which the script makes an environment. A results file is one
+call of tests/gpu/run.py; of several the later one counts, row by row. Results that are not
+of a GPU are refused.
 """
 
 from __future__ import annotations
