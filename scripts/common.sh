@@ -14,13 +14,60 @@ build_packages=(
   libtbb-dev libdnnl-dev libxxhash-dev
   libgtest-dev libgmock-dev
 )
-# What the sanitizer build takes instead of g++ (scripts/sanitize.sh, scripts/fuzz.sh).
+# What the builds for AddressSanitizer and libFuzzer take instead of g++.
 clang_packages=(clang-16 libclang-rt-16-dev lld-16)
+# What our answers and speed are compared with, from a Python package index.
+peer_packages=(torch==2.13.0 transformers safetensors)
 
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 1
+}
+
+# run_named KIND [NAME [ARGUMENT...]]: calls the script's function KIND_NAME. Without one,
+# prints the table, which is the script's lines that begin with `#:`, and exits with 2.
+run_named() {
+  if [ $# -lt 2 ] || ! declare -F "$1_$2" >/dev/null; then
+    [ $# -lt 2 ] || printf 'error: there is no %s %s\n' "$1" "$2" >&2
+    sed -n 's/^#: //p' "$repo/scripts/$(basename "$0")" >&2
+    exit 2
+  fi
+  local function=$1_$2
+  shift 2
+  "$function" "$@"
+}
+
+# start_server LOG COMMAND...: runs a pbs-prefilld and waits until it serves. Sets server, its
+# process, and address and metrics, where it listens. The caller ends it, whatever happens:
+# trap 'stop_server || true' EXIT.
+server='' address='' metrics=''
+start_server() {
+  local log=$1 serving=
+  shift
+  : >"$log" # of an earlier server
+  "$@" >"$log" 2>&1 &
+  server=$!
+  for _ in $(seq 600); do
+    serving=$(grep -m1 '"event":"serving"' "$log") && break
+    kill -0 "$server" 2>/dev/null || {
+      cat "$log" >&2
+      fail "the server stopped"
+    }
+    sleep 0.1
+  done
+  [ -n "$serving" ] || fail "the server is not serving after 60 s; see $log"
+  address=$(sed -n 's/.*"listen":"\([^"]*\)".*/\1/p' <<<"$serving")
+  metrics=$(sed -n 's/.*"metrics":"\([^"]*\)".*/\1/p' <<<"$serving")
+}
+
+# stop_server: drains the server, if there is one. Its status is the server's.
+stop_server() {
+  [ -n "$server" ] || return 0
+  local process=$server
+  server=
+  kill "$process" 2>/dev/null || true
+  wait "$process"
 }
 
 # install_packages NAME...: installs those that are missing.

@@ -47,7 +47,7 @@ build_programs "$build_dir/gpu-programs"
 build_targets bench_worker check_attention_emulated pbs_gpu_python_emulated
 strip -o "$folder/bench_worker" "$build_dir/bin/bench_worker"
 say "tiny models, wheels"
-"$python" "$repo/scripts/make_tiny_models.py" --out "$folder/tiny-models" \
+"$python" "$repo/tests/models/make_tiny_models.py" --out "$folder/tiny-models" \
   --only llama3 qwen3 qwen3-tied-bias >/dev/null
 "$python" -m pip download -q --only-binary=:all: --no-deps --python-version 3.12 \
   --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d "$folder/wheels" \

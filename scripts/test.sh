@@ -33,7 +33,7 @@ if $python; then
 fi
 
 if $peers; then
-  python_environment "$repo/.venv" pytest h2 torch==2.13.0 transformers safetensors matplotlib
+  python_environment "$repo/.venv" pytest h2 matplotlib "${peer_packages[@]}"
   say "tests against torch and transformers"
   PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin \
     "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m peers

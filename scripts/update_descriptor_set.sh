@@ -32,7 +32,7 @@ new=$(mktemp)
 trap 'rm -f "$new"' EXIT
 write_set "$new"
 if [[ -e $committed ]]; then
-  "${PYTHON:-python3}" "$root/scripts/check_wire_compat.py" "$committed" "$new"
+  "${PYTHON:-python3}" "$root/tests/structure/check_wire_compat.py" "$committed" "$new"
 fi
 install -m 644 "$new" "$committed"
 install -m 644 "$new" "$packaged"

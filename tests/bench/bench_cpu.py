@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Times the CPU backend beside torch, interleaved in one run, and writes JSON.
 
-    scripts/bench_cpu.sh                          everything (about 40 minutes on 2 cores)
-    scripts/bench_cpu.sh --only attention --lengths 4096
+    scripts/bench.sh cpu                          everything (about 40 minutes on 2 cores)
+    scripts/bench.sh cpu --only attention --lengths 4096
 
 Every group of cases runs in rounds: each case once per round, in turn, so that a machine
 whose speed drifts slows all of them alike. Figures are medians over the rounds; a ratio

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Retrieval accuracy of the bundled model by method, threshold and length.
 
-    scripts/bench_quality.sh        writes docs/results/quality.json and prints the table
+    scripts/bench.sh quality        writes docs/results/quality.json and prints the table
 
 Each row asks the same questions (tests/quality/recall_task.py, 32 per prompt). `pbs,
 identity order` is the method with permutation switched off; `random blocks` replaces

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measures the queue's two rules (docs/adr/0005 and 0015) and writes JSON.
 
-    scripts/bench_scheduling.sh                     both parts
-    scripts/bench_scheduling.sh --only simulation   the queue alone, with a GPU's rates
+    scripts/bench.sh scheduling                     both parts
+    scripts/bench.sh scheduling --only simulation   the queue alone, with a GPU's rates
 
 simulation: scheduling_simulation under two mixes of prompts.
 cpu: servers that differ in one setting, all there during the whole measurement. A round

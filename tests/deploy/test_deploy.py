@@ -1,6 +1,6 @@
 """What the image and the manifests promise, checked without an engine or a cluster.
 
-scripts/check_deploy.sh runs this file. `kubectl` renders the manifests; PBS_PREFILLD
+scripts/check.sh deploy runs this file. `kubectl` renders the manifests; PBS_PREFILLD
 names a built server. What needs one of them is skipped, with the reason, without it.
 """
 

@@ -100,7 +100,7 @@ STEPS = [
     Step("tests", 50, TESTS + "golden_parity.py {root}/tests/python/test_served_models.py", SERVE),
     Step("handoff", 15, TESTS + "handoff.py", SERVE),
     Step("linear", 30, "served.py linear", SERVE),
-    Step("model", 20, "python {root}/scripts/make_random_model.py --out {work}/model {preset}", ("machine",)),
+    Step("model", 20, "python {root}/tests/models/make_random_model.py --out {work}/model {preset}", ("machine",)),
     Step("ttft", 125, "served.py ttft", MODEL),
     Step("concurrent", 25, "served.py concurrent", MODEL),
     Step("counters", 30, PROFILE, RUN),

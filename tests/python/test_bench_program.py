@@ -73,6 +73,6 @@ def test_a_reply_that_is_out_of_place_is_corrupt(messages, message):
 
 
 def test_the_report_names_the_command_that_the_script_was_called_with(server):
-    done = bench(server.target, PBS_BENCH_COMMAND="scripts/bench_dataplane.sh --a b")
+    done = bench(server.target, PBS_BENCH_COMMAND="scripts/bench.sh dataplane --a b")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["command"] == "scripts/bench_dataplane.sh --a b"
+    assert json.loads(done.stdout)["command"] == "scripts/bench.sh dataplane --a b"

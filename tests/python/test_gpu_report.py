@@ -1,4 +1,4 @@
-"""scripts/gpu_report.py: tables of what runs on a GPU found, and what is refused."""
+"""tests/bench/gpu_report.py: tables of what runs on a GPU found, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from real_server import REPOSITORY
 
 pytestmark = pytest.mark.peers
 pytest.importorskip("matplotlib", reason="draws the plots")
-sys.path[:0] = [str(REPOSITORY / folder) for folder in ("tests/bench", "scripts")]
+sys.path.insert(0, str(REPOSITORY / "tests/bench"))
 import gpu_report  # noqa: E402
 import report  # noqa: E402
 

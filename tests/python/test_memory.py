@@ -50,7 +50,7 @@ def wide_model(tmp_path_factory) -> Path:
     subprocess.run(
         [
             sys.executable,
-            str(REPOSITORY / "scripts" / "make_random_model.py"),
+            str(REPOSITORY / "tests" / "models" / "make_random_model.py"),
             *(word for k, v in sizes.items() for word in (f"--{k}", str(v))),
             *("--dtype", "f32", "--out", str(folder)),
         ],

@@ -13,7 +13,7 @@ from pbs_client import _messages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMITTED = REPOSITORY / "proto" / "pbs_v1.binpb"
-CHECK = REPOSITORY / "scripts" / "check_wire_compat.py"
+CHECK = REPOSITORY / "tests" / "structure" / "check_wire_compat.py"
 UPDATE = REPOSITORY / "scripts" / "update_descriptor_set.sh"
 
 

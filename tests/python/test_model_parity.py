@@ -1,7 +1,7 @@
 """The model against transformers, on tiny random models of every served family.
 
 Runs build/tests/model_dump (PBS_MODEL_DUMP, or next to PBS_BIN) on the folders of
-scripts/make_tiny_models.py, and pbs-decode beside a server of all of them.
+tests/models/make_tiny_models.py, and pbs-decode beside a server of all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ pytest.importorskip("transformers", reason="a peer")
 from safetensors.torch import load_file  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tests/models"))
 import make_tiny_models  # noqa: E402
 from real_server import running_server  # noqa: E402
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from real_server import REPOSITORY, program
 
-sys.path[:0] = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests" / "bench")]
+sys.path[:0] = [str(REPOSITORY / "tests" / name) for name in ("bench", "structure")]
 import bench_common  # noqa: E402
 import check_docs  # noqa: E402
 
@@ -36,7 +36,7 @@ def repository(tmp_path, monkeypatch):
     return git
 
 
-# ---- scripts/check_docs.py
+# ---- tests/structure/check_docs.py
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Tiny models of every family through the running server, beside what transformers
 computes from them in f32.
 
-PBS_TINY_MODELS: a folder of scripts/make_tiny_models.py; without it the models are made
+PBS_TINY_MODELS: a folder of tests/models/make_tiny_models.py; without it the models are made
 here, which takes torch and transformers.
 """
 
@@ -36,7 +36,7 @@ def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
         return {name: pathlib.Path(MADE) / name for name in NAMES}
     pytest.importorskip("torch", reason="a peer")
     pytest.importorskip("transformers", reason="a peer")
-    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    sys.path.insert(0, str(REPOSITORY / "tests/models"))
     import make_tiny_models
 
     out = tmp_path_factory.mktemp("tiny-models")

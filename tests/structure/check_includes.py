@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks the include ranks of docs/ARCHITECTURE.md: includes only go down.
 
-    python3 scripts/check_includes.py
+    python3 tests/structure/check_includes.py
 
 Exit status 1 lists every include that goes up, sideways between backends, or names a
 library that its room may not see.
@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 INCLUDE = re.compile(r'^\s*#\s*include\s+(?:"([^"]+)"|<([^>]+)>)')
 
 

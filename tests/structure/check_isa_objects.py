@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks that no code of one instruction set can reach a CPU that lacks it.
 
-    python3 scripts/check_isa_objects.py LIBRARY [NM]
+    python3 tests/structure/check_isa_objects.py LIBRARY [NM]
 
 An inline function that a file built with -mavx512f exports may be the copy that the
 linker keeps for the whole program, which then dies on older CPUs. So every object of

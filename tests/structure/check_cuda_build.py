@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks what the compiler made of the CUDA kernels.
 
-    python3 scripts/check_cuda_build.py --module libpbs_cuda.so --log FILE
+    python3 tests/structure/check_cuda_build.py --module libpbs_cuda.so --log FILE
         [--variants FILE] [--cuobjdump PROGRAM]
 
 --log: what a build from nothing said (scripts/build_cuda.sh); --variants: what one of the

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the bundled model, tests/data/recall-llama, again.
 
-    python scripts/train_recall_model.py --out build/recall-llama
+    python tests/quality/train_recall_model.py --out build/recall-llama
 
 A two-layer Llama with attention biases learns associative recall
 (tests/quality/recall_task.py) on a CPU in a few minutes, by a curriculum of growing
@@ -20,16 +20,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
-import sys
 import time
 
 import numpy as np
+import recall_task
 import torch
 import transformers
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests/quality"))
-import recall_task  # noqa: E402
 
 HEAD_DIM = 64
 ROPE_THETA = 1e6

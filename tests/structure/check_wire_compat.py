@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Says whether peers built from descriptor set OLD can talk to peers built from NEW.
 
-    scripts/check_wire_compat.py OLD NEW
+    tests/structure/check_wire_compat.py OLD NEW
 
 Both are FileDescriptorSets (proto/pbs_v1.binpb; `protoc --descriptor_set_out`). What
 OLD has, NEW must have unchanged: messages, fields (number, name, type, label, oneof),

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes a model folder of any size with random weights, for timing and tests.
 
-    python scripts/make_random_model.py --preset 1b-4layer --out build/models/1b-4layer
-    python scripts/make_random_model.py --architecture qwen3 --hidden-size 256 ... --out X
+    python tests/models/make_random_model.py --preset 1b-4layer --out build/models/1b-4layer
+    python tests/models/make_random_model.py --architecture qwen3 --hidden-size 256 ... --out X
 
 The folder has config.json and safetensors (sharded when --shard-size says so), as
 transformers reads them. Weights keep activations near unit size; norms and biases are

@@ -5,12 +5,12 @@
 # of its own namespaces. It must print its version, accept the base's configuration,
 # serve the bundled model on the image's addresses and drain on SIGTERM. Minutes: 2.
 #
-#   scripts/check_runtime_image.sh [PROGRAM]     (default: the build folder's server)
+#   tests/deploy/runtime_image.sh [PROGRAM]     (default: the build folder's server)
 #
 # Needs root (for namespaces and mounts) and a PROGRAM built on Debian 12.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/../../scripts/common.sh"
 
 program=${1:-$build_dir/bin/pbs-prefilld}
 [ -x "$program" ] || fail "$program is not built"

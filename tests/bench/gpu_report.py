@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Writes the GPU tables and plots of docs/BENCHMARKS.md from docs/results/gpu_*.json.
 
-    .venv/bin/python scripts/gpu_report.py --take gpu_run.tar.gz   first takes these in
-    .venv/bin/python scripts/gpu_report.py
+    scripts/bench.sh report --take gpu_run.tar.gz   first takes these in
+    scripts/bench.sh report
 
-Needs matplotlib (scripts/bench_report.sh makes the environment). A results file is one
-call of tests/gpu/run.py; of several the later one counts, row by row. Results that are
-not of a GPU are refused.
+Needs matplotlib, for which the script makes an environment. A results file is one
+call of tests/gpu/run.py; of several the later one counts, row by row. Results that are not
+of a GPU are refused.
 """
 
 from __future__ import annotations
@@ -15,14 +15,10 @@ import argparse
 import json
 import pathlib
 import re
-import sys
 import tarfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests/bench"))
-
-import matplotlib.pyplot as plt  # noqa: E402
-from report import PAGE, RESULTS, fill, goal, save, table  # noqa: E402
+import matplotlib.pyplot as plt
+from report import PAGE, RESULTS, fill, goal, save, table
 
 PEERS = ("cudnn", "flash")
 # Attention against the fastest dense peer, overhead included (docs/KERNELS.md).

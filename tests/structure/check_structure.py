@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks that files and functions stay readable.
 
-    python3 scripts/check_structure.py
+    python3 tests/structure/check_structure.py
 
 A source file may have 500 lines and a function 70; more needs a line with the word
 "Length:" and the reason, in the first 40 lines of the file or in the comment right above
@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70
 CPP = {".h", ".cc", ".inc", ".cu", ".cuh"}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes tiny random models with what transformers computes from them.
 
-    python scripts/make_tiny_models.py --out build/tiny-models
+    python tests/models/make_tiny_models.py --out build/tiny-models
 
 One folder per model: config.json, safetensors, and
 

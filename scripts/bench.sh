@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Measures, and writes docs/results and the tables and plots of docs/BENCHMARKS.md. What
+# NAME measures is the function bench_NAME below, its line of the table the one with `#:`
+# above it.
+#
+#   scripts/bench.sh NAME [ARGUMENT...]    without a name: the table of all
+#
+# The machine should have nothing else to do. Arguments go to the program that measures.
+# Minutes are those of 2 cores. Python packages come from a package index.
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+. "$(dirname "$0")/common.sh"
+
+python=$repo/.venv/bin/python
+
+# random_model FOLDER OPTION...: makes the model that is to be timed, once.
+random_model() {
+  [ -f "$1/config.json" ] || {
+    say "making the random model $1"
+    "$python" "$repo/tests/models/make_random_model.py" --out "$1" "${@:2}"
+  }
+}
+
+write_report() { # ARGUMENT of gpu_report.py...
+  python_environment "$repo/.venv" matplotlib
+  "$python" "$repo/tests/bench/report.py"
+  if [ $# -gt 0 ] || compgen -G "$repo/docs/results/gpu_*.json" >/dev/null; then
+    "$python" "$repo/tests/bench/gpu_report.py" "$@"
+  fi
+}
+
+#: cpu          the CPU backend beside torch; memory of a prefill (40 min)
+#:              cpu --only attention --lengths 4096: a part of it
+bench_cpu() {
+  local model=$build_dir/models/1b-4layer
+  install_packages "${build_packages[@]}"
+  build_targets bench_worker
+  python_environment "$repo/.venv" "${peer_packages[@]}"
+  random_model "$model" --preset 1b-4layer
+  say "timing"
+  "$python" "$repo/tests/bench/bench_cpu.py" --build "$build_dir" --model "$model" "$@"
+  write_report
+}
+
+#: quality      retrieval accuracy over methods, thresholds and lengths (10 min)
+bench_quality() {
+  local missed=0
+  install_packages "${build_packages[@]}"
+  build_targets bench_worker
+  python_environment "$repo/.venv" numpy
+  "$python" "$repo/tests/bench/bench_quality.py" --build "$build_dir" "$@" || missed=$?
+  write_report
+  return "$missed"
+}
+
+#: dataplane    uploads and downloads beside raw TCP (1 min)
+#:              OUTPUT=/tmp/x.json scripts/bench.sh dataplane --rounds 5: to another file
+# The model's KV cache is large and its prefill short.
+bench_dataplane() {
+  local run_dir=$build_dir/bench_dataplane
+  local output=${OUTPUT:-docs/results/data_plane.json}
+  cd "$repo"
+  install_packages "${build_packages[@]}"
+  build_targets pbs-prefilld pbs-bench
+  python_environment "$repo/.venv" numpy
+  mkdir -p "$run_dir" "$(dirname "$output")"
+  random_model "$run_dir/model" --dtype f32 --hidden-size 64 --intermediate-size 64 \
+    --layers 8 --heads 64 --kv-heads 64 --head-dim 128 --vocab-size 256 --positions 8192 \
+    --tied
+  say "starting the server"
+  trap 'stop_server || true' EXIT
+  start_server "$run_dir/server.log" "$build_dir/bin/pbs-prefilld" --backend cpu \
+    --model "kv=$run_dir/model" --listen 127.0.0.1:0 --metrics-listen off
+  say "measuring"
+  "$build_dir/bin/pbs-bench" --server "$address" --server-pid "$server" \
+    --output "$output" "$@"
+  stop_server
+  echo "written to $output" >&2
+  [ "$output" != docs/results/data_plane.json ] || write_report
+}
+
+#: scheduling   what the queue's rules do to short and long prompts: simulated with the rates
+#:              of a GPU, and served on this machine's CPU (5 min)
+#:              scheduling --only simulation: no server (1 min)
+bench_scheduling() {
+  local model=$build_dir/models/scheduling missed=0
+  install_packages "${build_packages[@]}"
+  build_targets pbs-prefilld scheduling_simulation
+  python_environment "$repo/.venv" numpy
+  random_model "$model" --dtype f32 --hidden-size 512 --intermediate-size 1536 --layers 16 \
+    --heads 8 --kv-heads 2 --head-dim 64 --vocab-size 1024 --positions 16384 --tied
+  say "measuring"
+  PBS_BIN=$build_dir/bin "$python" "$repo/tests/bench/bench_scheduling.py" \
+    --model "$model" "$@" || missed=$?
+  write_report
+  return "$missed"
+}
+
+#: report       the tables and plots alone, from docs/results
+#:              report --take gpu_run.tar.gz: first takes in what tests/gpu/run.py brought
+bench_report() { write_report "$@"; }
+
+export PBS_BENCH_COMMAND="scripts/bench.sh $*"
+run_named bench "$@"
