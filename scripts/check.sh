@@ -237,8 +237,8 @@ gate_soak() {
   build_targets pbs-prefilld hanging_client
   python_environment "$repo/.venv" ml_dtypes
   say "$minutes minutes of load"
-  "$repo/.venv/bin/python" "$repo/tests/soak/soak.py" --minutes "$minutes" \
-    --server "$build_dir/bin/pbs-prefilld" --hanging-client "$build_dir/tests/hanging_client"
+  PBS_BIN=$build_dir/bin "$repo/.venv/bin/python" "$repo/tests/soak/soak.py" \
+    --minutes "$minutes" --hanging-client "$build_dir/tests/hanging_client"
   say "nothing held, nothing lost, no growth"
 }
 

@@ -83,21 +83,16 @@ check_package() { # NAME
 }
 
 serve_from() { # TREE
-  local data=$repo/tests/data/recall-llama log=$work/server.log server address answer wanted
-  env -i "$1/bin/pbs-prefilld" --listen 127.0.0.1:0 --metrics-listen off \
-    --model "recall=$data" 2>"$log" >/dev/null &
-  server=$!
-  # shellcheck disable=SC2064  # of now
-  trap "kill $server 2>/dev/null; rm -rf '$work'" EXIT
-  address=$(timeout 60 sh -c "until sed -n 's/.*\"serving\",\"listen\":\"\([^\"]*\)\".*/\1/p' '$log' |
-    grep .; do sleep 0.1; done") || fail "the packaged server does not start: $(cat "$log")"
+  local data=$repo/tests/data/recall-llama answer wanted
+  start_server "$work/server.log" env -i "$1/bin/pbs-prefilld" --listen 127.0.0.1:0 \
+    --metrics-listen off --model "recall=$data"
   env -i "$1/bin/pbs-decode" --server "$address" --model-path "$data" \
     --tokens "$data/prompt_8k.json" --then-tokens "$data/prompt_8k.question.json" \
     --max-new-tokens 1 --output "$work/tokens.json"
   answer=$(tr -d '[:space:]' <"$work/tokens.json")
   wanted=$(tr -d '[:space:]' <"$data/prompt_8k.answer.json")
   [ "$answer" = "$wanted" ] || fail "the packaged programs answer $answer, not $wanted"
-  kill "$server"
+  stop_server
 }
 
 install_packages "${build_packages[@]}" patchelf xz-utils binutils
@@ -108,7 +103,7 @@ else
   say "there is no nvcc: the package has no CUDA module"
 fi
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'stop_server || true; rm -rf "$work"' EXIT
 version=$(sed -n 's/^project(pbs_prefill VERSION \([0-9.]*\).*/\1/p' "$repo/CMakeLists.txt")
 name=pbs-prefill-$version-x86_64
 say "packing $name"

@@ -14,27 +14,9 @@ build_targets pbs-prefilld pbs-decode
 mkdir -p "$run_dir"
 
 say "starting the server with the bundled model"
-"$build_dir/bin/pbs-prefilld" --backend cpu --model "recall=$model" \
-  --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 >"$run_dir/server.log" 2>&1 &
-server=$!
-trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
-
-# field NAME: a field of the server's "serving" event.
-field() {
-  grep -m1 '"event":"serving"' "$run_dir/server.log" |
-    sed -n "s/.*\"$1\":\"\\{0,1\\}\\([^\",}]*\\).*/\\1/p"
-}
-for _ in $(seq 300); do
-  grep -q '"event":"serving"' "$run_dir/server.log" && break
-  kill -0 "$server" 2>/dev/null || {
-    cat "$run_dir/server.log" >&2
-    fail "the server stopped"
-  }
-  sleep 0.1
-done
-address=$(field listen)
-metrics=$(field metrics)
-[ -n "$address" ] || fail "the server is not serving after 30 s; see $run_dir/server.log"
+trap 'stop_server || true' EXIT
+start_server "$run_dir/server.log" "$build_dir/bin/pbs-prefilld" --backend cpu \
+  --model "recall=$model" --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0
 echo "serving on $address, metrics on http://$metrics/metrics" >&2
 
 say "prefill on the server, decode in another process"
@@ -56,7 +38,5 @@ grep -aE "^pbs_($names)" <&3 | grep -v ' 0$' | sort
 exec 3>&-
 
 say "stopping (SIGTERM drains, then exits)"
-kill "$server"
-wait "$server"
-trap - EXIT
+stop_server
 echo "done; the server's log is $run_dir/server.log" >&2

@@ -18,9 +18,7 @@ program=${1:-$build_dir/bin/pbs-prefilld}
 install_packages mmdebstrap
 
 work=$(mktemp -d)
-unshare=
-trap '[ -z "$unshare" ] || kill "$unshare" 2>/dev/null || true
-  rm -rf --one-file-system "$work"' EXIT
+trap 'stop_server || true; rm -rf --one-file-system "$work"' EXIT
 root=$work/root
 
 packages=$("$repo/deploy/runtime_packages.sh" "$program")
@@ -68,22 +66,14 @@ say "serving the bundled model from the image's entry point"
 entry_point=$(sed -n 's/^ENTRYPOINT \[\(.*\)\]$/\1/p' "$repo/deploy/Dockerfile" | tr -d '",')
 log=$work/server.log
 # shellcheck disable=SC2086  # words of the entry point
-in_image $entry_point --backend cpu --model recall=/models/recall-llama >"$log" 2>&1 &
-unshare=$!
-for _ in $(seq 600); do
-  grep -q '"event":"serving"' "$log" && break
-  kill -0 "$unshare" 2>/dev/null || break
-  sleep 0.1
-done
-grep '"event":"serving"' "$log" || {
-  cat "$log" >&2
-  fail "the server did not serve within 60 s"
-}
-kill -TERM "$(cut -d' ' -f1 "/proc/$unshare/task/$unshare/children")"
-wait "$unshare" || {
+start_server "$log" in_image $entry_point --backend cpu --model recall=/models/recall-llama
+grep '"event":"serving"' "$log"
+# The server is the one child of what made its namespaces, which ends with its status.
+kill -TERM "$(cut -d' ' -f1 "/proc/$server/task/$server/children")"
+wait "$server" || {
   cat "$log" >&2
   fail "the server did not drain on SIGTERM"
 }
-unshare=
+server=
 tail -1 "$log"
 say "the runtime stage has everything the server needs"

@@ -11,9 +11,8 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
-import threading
+import sys
 
 import grpc
 import pytest
@@ -27,6 +26,9 @@ from google.protobuf import (
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/python"))
+from real_server import running_server  # noqa: E402
+
 DEPLOY = ROOT / "deploy"
 OVERLAYS = ["base", "overlays/cpu-example"]
 GIB = 1 << 30
@@ -38,7 +40,6 @@ PARAMETERS = {
 }
 PLAN_ERROR = 0.05  # planned and measured bytes of a request agree within this
 PROCESS_BYTES = GIB  # code, stacks, heap and page tables
-SERVING_SECONDS_MAX = 90  # a server of these tests lives no longer
 CLOSING_SECONDS = 15  # from the end of the drain to the end of the process
 
 
@@ -134,33 +135,9 @@ def server() -> str:
 @pytest.fixture(scope="module")
 def health(server):
     """Health v1 of a running server without models; it has to drain at the end."""
-    process = subprocess.Popen(
-        [
-            server,
-            "--backend=cpu",
-            "--listen=127.0.0.1:0",
-            "--metrics-listen=127.0.0.1:0",
-            "--set=drain_seconds_max=5",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    watchdog = threading.Timer(SERVING_SECONDS_MAX, process.kill)
-    watchdog.start()
-    try:
-        events = (json.loads(line) for line in process.stdout if line.startswith("{"))
-        serving = next((e for e in events if e["event"] == "serving"), None)
-        assert serving, "the server stopped before it served"
-        with grpc.insecure_channel(serving["listen"]) as channel:
+    with running_server("--metrics-listen=127.0.0.1:0") as running:
+        with grpc.insecure_channel(running.target) as channel:
             yield health_pb2_grpc.HealthStub(channel)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
-        assert process.returncode == 0
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.wait()
 
 
 def dockerfile() -> list[tuple[str, str, str]]:

@@ -46,9 +46,7 @@ class DaemonSpec : public testing::Test {
             "--metrics-listen", "off", "--model",   "tiny=" + folder_.path()};
   }
   static std::unique_ptr<client::Client> Connect(ServerProcess& server) {
-    const nlohmann::json serving = server.WaitForEvent("serving");
-    EXPECT_TRUE(serving.is_object()) << "it did not start";
-    auto connected = client::Client::Connect({.address = serving.value("listen", "")});
+    auto connected = client::Client::Connect({.address = server.WaitForAddress()});
     EXPECT_TRUE(connected.ok()) << connected.status();
     return *std::move(connected);
   }
@@ -289,7 +287,7 @@ class HalfUpload {
 
 TEST_F(DaemonSpec, DrainTakesTheRestOfAnUploadAndRunsIt) {
   ServerProcess server(PBS_PREFILLD, With(Usual(), HalfUpload::ServerFlags()));
-  const std::string address = server.WaitForEvent("serving").value("listen", "");
+  const std::string address = server.WaitForAddress();
   HalfUpload upload(address);
   server.Signal(SIGTERM);
   ASSERT_TRUE(server.WaitForEvent("draining").is_object());
@@ -302,7 +300,7 @@ TEST_F(DaemonSpec, DrainTakesTheRestOfAnUploadAndRunsIt) {
 TEST_F(DaemonSpec, AnUploadThatOutlastsTheDrainIsCutAndSaidSo) {
   ServerProcess server(PBS_PREFILLD, With(With(Usual(), HalfUpload::ServerFlags()),
                                           {"--set", "drain_seconds_max=0"}));
-  HalfUpload upload(server.WaitForEvent("serving").value("listen", ""));
+  HalfUpload upload(server.WaitForAddress());
   server.Signal(SIGTERM);
   const grpc::Status status = upload.AwaitEnd();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
@@ -428,7 +426,7 @@ TEST_F(DaemonSpec, TwoHundredUnreadStreamsHoldWhatTheFormulaSays) {
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // 64 KiB a stream, for good
-  const std::string address = server.WaitForEvent("serving").value("listen", "");
+  const std::string address = server.WaitForAddress();
   std::unique_ptr<v1::KvSource::Stub> stub;
   std::vector<std::unique_ptr<grpc::ClientContext>> contexts;
   std::vector<std::unique_ptr<grpc::ClientReader<v1::KvChunk>>> readers;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -161,6 +162,31 @@ def test_a_simulation_fails_when_a_long_prompt_is_delayed_by_more():
     assert status == 1
     assert [row["bound_holds"] for row in found["rows"]] == [False, False]
     assert found["rows"][0]["long"]["delay_share_max"] > 0.45
+
+
+# ---- scripts/check.sh, scripts/bench.sh, .ci/run
+
+
+@pytest.mark.parametrize(
+    ("script", "kind"), [("check.sh", "gate"), ("bench.sh", "bench")]
+)
+@pytest.mark.parametrize("words", [[], ["dance"]], ids=["no name", "unknown name"])
+def test_a_script_of_many_names_tells_them(tmp_path, script, kind, words):
+    command = ["bash", str(REPOSITORY / "scripts" / script), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (f"there is no {kind} dance" in done.stderr) == bool(words)
+    text = (REPOSITORY / "scripts" / script).read_text()
+    names = re.findall(rf"^{kind}_(\w+)\(\)", text, re.MULTILINE)
+    told = set(re.findall(r"^(\w+)(?: \S+)*  ", done.stderr, re.MULTILINE))
+    assert names and told == set(names)
+
+
+def test_the_budgets_of_ci_are_the_hour_that_it_promises():
+    text = (REPOSITORY / ".ci/run").read_text()
+    minutes = [int(word) for word in re.findall(r"^gate (\d+) ", text, re.MULTILINE)]
+    assert f"in at most {sum(minutes)} minutes" in text
+    assert sum(minutes) <= 60
 
 
 # ---- the build

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Mixed load on one server for minutes, then: nothing held, nothing lost, no growth.
 
-    python tests/soak/soak.py --server build/bin/pbs-prefilld \\
-        --hanging-client build/tests/hanging_client --minutes 5
+    python tests/soak/soak.py --hanging-client build/tests/hanging_client --minutes 5
 
+The server is that of PBS_BIN or of build/ (tests/python/real_server.py).
 Runs the bundled model. Attend with every method and dtype, prefill with every delivery,
 fetches of parts, cancels and deadlines, bad input, clients killed half way. Every answer
 is compared with the first one to the same question. At a tenth of the time and at the
@@ -21,10 +21,8 @@ import contextlib
 import hashlib
 import json
 import pathlib
-import queue
 import random
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -37,7 +35,9 @@ import ml_dtypes
 import numpy as np
 from pbs_client import Client, Dense, MeanPooling, Pbs, errors
 
-MODEL = pathlib.Path(__file__).resolve().parents[1] / "data" / "recall-llama"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "python"))
+from real_server import RECALL_MODEL, RunningServer, running_server  # noqa: E402
+
 VOCABULARY = 1024
 # Allocator slack: arenas of threads that come and go. A leak of 1 KiB a request shows.
 RSS_GROWTH_MAX = 32 << 20
@@ -66,30 +66,11 @@ class StopHere(Exception):
 
 
 class Server:
-    """A pbs-prefilld process: where it listens and what it says of itself."""
+    """A server that serves: where, and what it says of itself."""
 
-    def __init__(self, binary: str) -> None:
-        self.process = subprocess.Popen(
-            [binary, "--model", f"recall={MODEL}", "--listen", "127.0.0.1:0"]
-            + ["--metrics-listen", "127.0.0.1:0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        events: queue.Queue[dict | None] = queue.Queue()
-        threading.Thread(target=self._read, args=(events,), daemon=True).start()
-        serving = events.get(timeout=120)
-        if serving is None:
-            sys.exit("the server did not start")
-        self.target, self.metrics_target = serving["listen"], serving["metrics"]
-
-    def _read(self, events: queue.Queue) -> None:
-        for line in self.process.stdout:
-            with contextlib.suppress(ValueError):
-                event = json.loads(line)
-                if event.get("event") == "serving":
-                    events.put(event)
-        events.put(None)
+    def __init__(self, running: RunningServer) -> None:
+        self.target, self.metrics_target = running.target, running.metrics
+        self._pid = running.process.pid
 
     def gauges(self) -> dict[str, float]:
         """The sum over labels of every gauge in EMPTY."""
@@ -105,7 +86,7 @@ class Server:
 
     def resident_bytes(self) -> int:
         """Resident memory without pages that the system may take back at any time."""
-        rollup = pathlib.Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
+        rollup = pathlib.Path(f"/proc/{self._pid}/smaps_rollup").read_text()
         kib = dict(re.findall(r"^(\w+):\s+(\d+) kB", rollup, re.M))
         return (int(kib["Rss"]) - int(kib["LazyFree"])) << 10
 
@@ -332,31 +313,21 @@ def arrays_of(cache: object) -> list[np.ndarray]:
     return [array for _, array in sorted(cache.tensors().items())]
 
 
-def main() -> int:
-    """Runs the soak."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--server", required=True, help="pbs-prefilld")
-    parser.add_argument("--hanging-client", required=True, help="tests/hanging_client")
-    parser.add_argument("--minutes", type=float, default=30)
-    arguments = parser.parse_args()
-
-    server = Server(arguments.server)
-    soak = Soak(server, arguments.hanging_client)
+def run(server: Server, hanging_client: str, minutes: float) -> int:
+    """Loads the server and prints what was found; 1 when something was wrong."""
+    soak = Soak(server, hanging_client)
     begin = time.monotonic()
     soak.start()
-    time.sleep(arguments.minutes * 6)
+    time.sleep(minutes * 6)
     with soak.paused() as left_early:
         early = server.resident_bytes()
-    time.sleep(max(0, begin + arguments.minutes * 60 - time.monotonic()))
+    time.sleep(max(0, begin + minutes * 60 - time.monotonic()))
     with soak.paused() as left:
         end = server.resident_bytes()
         soak.stop()
-    server.process.send_signal(signal.SIGTERM)
-    status = server.process.wait(120)
 
     print("\n".join(soak.failures), file=sys.stderr)
-    wrong = len(soak.failures)
-    wrong += len(left_early) + len(left) + (status != 0)
+    wrong = len(soak.failures) + len(left_early) + len(left)
     wrong += end - early > RSS_GROWTH_MAX
     summary = {
         "seconds": round(time.monotonic() - begin, 1),
@@ -368,10 +339,21 @@ def main() -> int:
         "resident_mib_at_a_tenth": round(early / 2**20, 1),
         "resident_mib_at_the_end": round(end / 2**20, 1),
         "growth_mib_max": RSS_GROWTH_MAX >> 20,
-        "exit_status": status,
     }
     print(json.dumps(summary))
     return 1 if wrong else 0
+
+
+def main() -> int:
+    """Runs the soak; a server that does not end well is an error too."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hanging-client", required=True, help="tests/hanging_client")
+    parser.add_argument("--minutes", type=float, default=30)
+    arguments = parser.parse_args()
+
+    flags = ("--model", f"recall={RECALL_MODEL}", "--metrics-listen", "127.0.0.1:0")
+    with running_server(*flags) as running:
+        return run(Server(running), arguments.hanging_client, arguments.minutes)
 
 
 if __name__ == "__main__":
