@@ -88,7 +88,7 @@ def attention(results: dict) -> str:
             )
     head = ["dtype, ISA", "L", "torch SDPA, GFLOP/s", "ours, dense", "ratio, goal"]
     sparse_head = ["method", "L", "density", "over our dense", "x density",
-                   "order + select", "over torch"]
+                   "order + select, share of time", "over torch"]
     return table(head, peers) + "\n\n" + table(sparse_head, sparse)
 
 
@@ -257,8 +257,9 @@ def scheduling_simulation(results: dict) -> str:
                  f"{long['delay_share_max']:.3f}", f"{row['prompts_per_run']:.2f}",
                  f"{100 * row['busy_share']:.0f} %"]
             )
-    head = ["short prompts", "yield share", "shared runs", "short p50", "p99", "long p50", "max",
-            "delayed by later ones, share", "prompts a run", "busy"]
+    head = ["short prompts", "yield share", "shared runs", "short p50", "short p99", "long p50",
+            "long max", "longest delay by later prompts, share", "prompts per run",
+            "device busy"]
     return table(head, rows)
 
 
@@ -293,7 +294,7 @@ def scheduling_cpu(results: dict) -> str:
     head = ["case", "server", "short", "slowest short", "long", "all eight"]
     spread = [[name, f"{r['median']:.2f}x", f"{r['min']:.2f}x .. {r['max']:.2f}x"]
               for name, r in results["ratios"].items()]
-    return table(head, rows) + "\n\n" + table(["ratio", "median", "of the rounds"], spread)
+    return table(head, rows) + "\n\n" + table(["ratio", "median", "range over the rounds"], spread)
 
 
 # ---- the README's table
@@ -308,33 +309,33 @@ def headline(all_results: dict[str, dict]) -> str:
         cases, length = longest["cases"], longest["length"]
         pbs = cases["pbs"]
         rows += [
-            [f"attention, {length} tokens, f32: dense beside torch SDPA",
+            [f"dense attention, {length} tokens, f32: speed over torch SDPA",
              f"{cases['dense']['speedup_cpu']:.2f}x"],
-            ["the same with PBS-Attn, structured heads, density "
-             f"{pbs['density']:.2f}, selection included", f"{pbs['speedup_cpu']:.2f}x"],
+            [f"PBS-Attn, {length} tokens, f32, structured heads, density {pbs['density']:.2f}, "
+             "selection included: speed over torch SDPA", f"{pbs['speedup_cpu']:.2f}x"],
         ]
     if "cpu_prefill" in all_results:
         group = max(all_results["cpu_prefill"]["groups"], key=lambda g: g["length"])
         label = next(name for name in group["cases"] if name.startswith("density replay"))
-        rows.append([f"time to first token, {group['length']} tokens, {label} beside dense",
+        rows.append([f"time to first token, {group['length']} tokens, {label}: speed over dense",
                      f"{group['cases'][label]['speedup_cpu']:.2f}x"])
     if "quality" in all_results:
         cell = all_results["quality"]["results"]["4096"]
-        rows.append(["retrieval at 4096 tokens, trained model: dense / PBS-Attn at 0.9 (density "
-                     f"{cell['pbs 0.9']['density']:.2f})",
+        rows.append(["retrieval accuracy of the bundled model, 4096 tokens: dense / PBS-Attn at "
+                     f"threshold 0.9 (density {cell['pbs 0.9']['density']:.2f})",
                      f"{cell['dense']['accuracy']:.3f} / {cell['pbs 0.9']['accuracy']:.3f}"])
     if "cpu_memory" in all_results:
         worst = max(abs(row["measured_bytes"] / row["planned_bytes"] - 1)
                     for row in all_results["cpu_memory"]["rows"])
-        rows.append(["memory of a prefill: measured peak beside the plan",
+        rows.append(["memory of a prefill: measured peak against the planned bytes",
                      f"within {100 * worst:.2f} %"])
     if "data_plane" in all_results:
         for cell in all_results["data_plane"]["cells"]:
             if cell["peer"] == "pbs" and cell["streams"] == 1 and cell.get("checksums", True):
-                rows.append([f"{cell['direction']}{crc(cell)}, over gRPC beside raw TCP",
+                rows.append([f"{cell['direction']} over gRPC{crc(cell)}: rate, ratio to raw TCP",
                              f"{cell['gb_per_second']['median']:.2f} GB/s, "
                              f"{cell['ratio_to_tcp']['median']:.2f}x"])
-    return table(["on the CPU", ""], rows)
+    return table(["on the CPU", "result"], rows)
 
 
 def save(figure: plt.Figure, name: str) -> None:
