@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pbs_client import _messages, _wire, dtypes
+from pbs_client.attend_options import Given, Packed, Synthetic, Timing
 from pbs_client.block_lists import (
     BlockGrid,
     BlockLists,
@@ -20,10 +21,10 @@ from pbs_client.block_lists import (
 from pbs_client.errors import CorruptDataError
 from pbs_client.options import (
     BLOCK_SIZE_DEFAULT,
+    Attention,
     MeanPooling,
     Method,
     Pbs,
-    options_message,
 )
 from pbs_client.results import AttendStats
 
@@ -117,30 +118,24 @@ def shape_of_arrays(
     q: Array,
     k: Array,
     v: Array,
-    cu_seqlens: Sequence[int] | None,
-    cu_seqlens_k: Sequence[int] | None,
+    packed: Packed | None,
 ) -> AttendShape:
     """Shapes of uploaded tensors. ValueError when they do not fit each other."""
-    packed = cu_seqlens is not None
-    layout = "[heads, total, head_dim]" if packed else "[batch, heads, len, head_dim]"
+    num_dims, layout, hint = 3, "[heads, total, head_dim]", ""
+    if packed is None:
+        num_dims, layout = 4, "[batch, heads, len, head_dim]"
+        hint = "; packed tensors need cu_seqlens: packed=Packed(cu_seqlens)"
     for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim != (3 if packed else 4):
-            hint = "" if packed else "; packed tensors need cu_seqlens"
+        if array.ndim != num_dims:
             raise ValueError(f"{name} has shape {[*array.shape]}, not {layout}{hint}")
     if k.shape != v.shape:
         raise ValueError(f"v has shape {list(v.shape)}, not k's {list(k.shape)}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}")
-    if packed:
-        assert cu_seqlens is not None
-        ends_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-        if len(ends_k) != len(cu_seqlens):
-            raise ValueError(
-                f"cu_seqlens_k has {len(ends_k)} entries, cu_seqlens {len(cu_seqlens)}"
-            )
-        lengths = tuple(zip(_diff(cu_seqlens), _diff(ends_k)))
-    else:
+    if packed is None:
         lengths = ((q.shape[2], k.shape[2]),) * q.shape[0]
+    else:
+        lengths = packed.lengths()
     return AttendShape(
         num_heads=q.shape[-3],
         num_kv_heads=k.shape[-3],
@@ -151,15 +146,21 @@ def shape_of_arrays(
     )
 
 
+def shape_of_synthetic(tensors: Synthetic) -> AttendShape:
+    """Shapes of tensors that the server generates."""
+    batch, seq_len = tensors.batch, tensors.seq_len
+    return AttendShape(
+        num_heads=tensors.num_heads,
+        num_kv_heads=tensors.num_kv_heads,
+        head_dim=tensors.head_dim,
+        lengths=((seq_len, seq_len),) * batch,
+        q_rows=(batch, tensors.num_heads, seq_len),
+        k_rows=(batch, tensors.num_kv_heads, seq_len),
+    )
+
+
 def make_header(
-    method: Method | None,
-    want: Sequence[str],
-    *,
-    dense_fallback: bool | None,
-    coverage_rows: int | None,
-    warmup: int,
-    repetitions: int,
-    request_id: str,
+    attention: Attention, want: Sequence[str], timing: Timing, request_id: str
 ) -> Any:
     """The AttendHeader without tensors. ValueError for an unknown `want`."""
     unknown = sorted(set(want) - set(WANTS))
@@ -168,32 +169,38 @@ def make_header(
     tensors = {name for item in want for name in _WANTED_TENSORS[item]}
     return _messages.AttendHeader(
         request_id=request_id,
-        options=options_message(
-            method, dense_fallback=dense_fallback, coverage_rows=coverage_rows
-        ),
+        options=attention.to_message(),
         want=sorted(_TENSORS[name] for name in tensors),
-        warmup=warmup,
-        repetitions=repetitions,
+        warmup=timing.warmup,
+        repetitions=timing.repetitions,
     )
 
 
 def add_given(
-    header: Any,
-    method: Method | None,
-    order: Array | None,
-    lists: BlockLists | None,
+    header: Any, method: Method | None, given: Given, grid: BlockGrid | None
 ) -> list[tuple[str, Array]]:
-    """Makes the request use the caller's order and lists; returns their tensors.
+    """Makes the request use the given order and blocks. Returns their tensors.
+
+    Args:
+        header: the AttendHeader to change.
+        method: the request's method.
+        given: order and blocks.
+        grid: the block grid; a block_mask needs it.
 
     Raises:
-        ValueError: the method takes none, or the order is not of integers.
+        ValueError: the method takes none, the order is not of integers, or the mask
+            does not fit the grid.
     """
     uploads: list[tuple[str, Array]] = []
-    if order is not None:
+    if given.order is not None:
         if not isinstance(method, Pbs):
             raise ValueError("an order needs the method pbs")
         header.options.pbs.use_given_order = True
-        uploads.append(("ORDER", _order_array(order)))
+        uploads.append(("ORDER", _order_array(given.order)))
+    lists = given.lists
+    if given.block_mask is not None:
+        assert grid is not None
+        lists = lists_from_mask(given.block_mask, grid)
     if lists is not None:
         if isinstance(method, Pbs):
             header.options.pbs.use_given_lists = True
@@ -204,17 +211,6 @@ def add_given(
         uploads.append(("LIST_OFFSETS", np.asarray(lists.offsets, np.int64)))
         uploads.append(("LIST_INDICES", np.asarray(lists.indices, np.uint16)))
     return uploads
-
-
-def given_lists(
-    lists: BlockLists | None, block_mask: Any, grid: BlockGrid | None
-) -> BlockLists | None:
-    """The lists of either argument. ValueError when both are given or do not fit."""
-    if lists is not None and block_mask is not None:
-        raise ValueError("give lists or a block_mask, not both")
-    if block_mask is None or grid is None:
-        return lists
-    return lists_from_mask(block_mask, grid)
 
 
 def announce(call: AttendCall) -> None:
@@ -371,10 +367,6 @@ def _order_array(order: Any) -> Array:
     if array.size and not limits.min <= array.min() <= array.max() <= limits.max:
         raise ValueError("order holds values outside int32")
     return np.ascontiguousarray(array, np.int32)
-
-
-def _diff(ends: Sequence[int]) -> list[int]:
-    return [end - begin for begin, end in zip(ends, ends[1:])]
 
 
 def _bytes_of(array: Array) -> memoryview:

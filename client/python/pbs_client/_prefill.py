@@ -10,10 +10,11 @@ import grpc
 import numpy as np
 
 from pbs_client import _messages, _wire, dtypes
-from pbs_client._kv_receiver import LAYOUT_NUMBERS, KvReceiver, KvShape
+from pbs_client._kv_receiver import KvReceiver, KvShape
 from pbs_client.errors import CorruptDataError, NotFoundError
 from pbs_client.kv import Array, KvCache, KvTicket, Span
-from pbs_client.options import Method, options_message
+from pbs_client.options import Attention
+from pbs_client.prefill_options import INLINE_LAYOUT, Delivery, Inline, Lease, Logits
 from pbs_client.results import (
     Admitted,
     LayerProgress,
@@ -23,8 +24,6 @@ from pbs_client.results import (
     TokenLogit,
     token_logits,
 )
-
-DELIVERIES = ("none", "inline", "lease")
 
 _ADMITTED, _LAYER, _KV, _DONE = 1, 2, 3, 4  # PrefillEvent
 
@@ -38,9 +37,9 @@ class PrefillResult:
         top_logits: the best next tokens, falling; empty unless asked for.
         positions: the same behind the prompt positions asked for.
         last_token_logits: float32 [vocab_size]; None unless asked for.
-        ticket: of the cache; only with delivery "lease".
+        ticket: of the cache; only with delivery Lease().
         lease_expires_unix_seconds: None without a ticket.
-        kv: the cache; only with delivery "inline".
+        kv: the cache; only with delivery Inline().
         model_digest, sparsity_digest: see KvTicket.
     """
 
@@ -95,56 +94,31 @@ def token_ids(tokens: Sequence[int] | Array) -> list[int]:
 def make_request(
     model: str,
     tokens: Sequence[int] | Array,
-    method: Method | None,
+    attention: Attention,
+    delivery: Delivery | None,
+    logits: Logits,
     *,
-    dense_fallback: bool | None,
-    coverage_rows: int | None,
-    top_logits: int,
-    last_token_logits: bool,
-    logit_positions: Sequence[int],
     priority: int,
-    request_id: str,
-    idempotency_key: str,
     tenant_salt: str,
+    request_id: str,
 ) -> Any:
-    """The PrefillRequest without its delivery. Errors as token_ids()."""
-    return _messages.PrefillRequest(
-        request_id=request_id,
+    """The PrefillRequest message. Errors as token_ids()."""
+    request = _messages.PrefillRequest(
         model=model,
         token_ids=token_ids(tokens),
-        attention=options_message(
-            method, dense_fallback=dense_fallback, coverage_rows=coverage_rows
-        ),
-        top_logits=top_logits,
-        all_logits_last_token=last_token_logits,
-        logit_positions=list(logit_positions),
+        attention=attention.to_message(),
         priority=priority,
-        idempotency_key=idempotency_key,
         tenant_salt=tenant_salt,
+        request_id=request_id,
     )
-
-
-def set_delivery(
-    request: Any,
-    delivery: str,
-    ttl_seconds: int | None,
-    kv_dtype: np.dtype[Any] | None,
-    layout: str,
-    checksums: bool,
-) -> None:
-    """Says how the cache travels. ValueError for an unknown delivery."""
-    if delivery not in DELIVERIES:
-        raise ValueError(f"delivery {delivery!r} is not one of {', '.join(DELIVERIES)}")
-    part = getattr(request.delivery, delivery)
-    part.SetInParent()
-    if delivery == "lease":
-        if ttl_seconds is not None:
-            part.ttl_seconds = ttl_seconds
-    elif delivery == "inline":
-        part.layout = LAYOUT_NUMBERS[layout]
-        part.checksums = checksums
-        if kv_dtype is not None:
-            part.dtype = dtypes.to_wire(kv_dtype)
+    logits.fill(request)
+    if delivery is None:
+        request.delivery.none.SetInParent()
+    else:
+        delivery.fill(request.delivery)
+    if isinstance(delivery, Lease):
+        request.idempotency_key = delivery.idempotency_key
+    return request
 
 
 def find_model(models: Sequence[ModelInfo], name: str) -> ModelInfo:
@@ -162,20 +136,20 @@ def inline_shape(
     request: Any,
     models: Sequence[ModelInfo],
     epoch: int,
-    dtype: np.dtype[Any] | None,
-    checksums: bool,
+    inline: Inline,
 ) -> KvShape:
     """What an inline cache will look like. NotFoundError as find_model()."""
     model = find_model(models, request.model)
+    dtype = model.kv_dtype if inline.dtype is None else inline.dtype
     return KvShape(
         layers=Span(0, model.num_layers),
         tokens=Span(0, len(request.token_ids)),
         heads=Span(0, model.num_kv_heads),
         head_dim=model.head_dim,
-        dtype=dtypes.float_dtype(model.kv_dtype) if dtype is None else dtype,
-        layout="HND",
+        dtype=dtypes.float_dtype(dtype),
+        layout=INLINE_LAYOUT,
         epoch=epoch,
-        checksums=checksums,
+        checksums=inline.checksums,
     )
 
 

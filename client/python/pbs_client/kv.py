@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,62 @@ class Span:
     def end(self) -> int:
         """One past the last."""
         return self.begin + self.count
+
+
+@dataclass(frozen=True)
+class KvPart:
+    """A part of a cache. Each range is (begin, count); None is all.
+
+    Attributes:
+        layers: range of the model's layers.
+        tokens: range of the prompt.
+        heads: range of the KV heads.
+
+    Raises:
+        TypeError: a range is not two integers.
+    """
+
+    layers: tuple[int, int] | None = None
+    tokens: tuple[int, int] | None = None
+    heads: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, given in self.__dict__.items():
+            if given is not None and not _is_int_pair(given):
+                raise TypeError(f"{name} {given!r} is not (begin, count)")
+
+
+def _is_int_pair(given: Any) -> bool:
+    return (
+        isinstance(given, Sequence)
+        and len(given) == 2
+        and all(isinstance(number, (int, np.integer)) for number in given)
+    )
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """The form in which a cache is fetched.
+
+    Attributes:
+        dtype: "f32", "f16" or "bf16"; None is the dtype that the server holds.
+        layout: "HND" [kv_heads, tokens, head_dim] or "NHD" [tokens, kv_heads, head_dim].
+        checksums: check every chunk and layer.
+
+    Raises:
+        ValueError: dtype or layout is none of these.
+    """
+
+    dtype: Any = None
+    layout: str = "HND"
+    checksums: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            dtypes.float_dtype(self.dtype)
+        if self.layout not in LAYOUTS:
+            names = ", ".join(LAYOUTS)
+            raise ValueError(f"layout {self.layout!r} is not one of {names}")
 
 
 @dataclass(frozen=True, eq=False)
