@@ -15,12 +15,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "server/base/last_words.h"
 #include "server/base/log.h"
 #include "server/base/process.h"
 #include "server/base/signal_watcher.h"
 #include "server/base/status.h"
-#include "server/base/thread_room.h"
+#include "server/base/terminate_handler.h"
+#include "server/base/thread_check.h"
 #include "server/config/config_source.h"
 #include "server/config/server_settings.h"
 #include "server/node/node.h"
@@ -169,7 +169,7 @@ int Run(const ServerSettings& settings, SignalWatcher& signals) {
 }  // namespace
 
 int Main(int argc, char** argv) {
-  SayLastWords();
+  InstallTerminateHandler();
   CLI::App app("Prefill node for long prompts with permuted block-sparse attention");
   Flags flags;
   AddFlags(app, flags);

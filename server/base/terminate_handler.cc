@@ -1,4 +1,4 @@
-#include "server/base/last_words.h"
+#include "server/base/terminate_handler.h"
 
 #include <unistd.h>
 
@@ -55,6 +55,6 @@ void Say(const char* event, const char* message) {
 
 }  // namespace
 
-void SayLastWords() { std::set_terminate(OnTerminate); }
+void InstallTerminateHandler() { std::set_terminate(OnTerminate); }
 
 }  // namespace pbs::server

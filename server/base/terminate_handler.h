@@ -1,17 +1,17 @@
-// What the process says when it ends for an exception that nobody catches.
+// The terminate handler: logs one line about an exception that nobody catches.
 //
-// Our code throws nothing; the libraries do when the system refuses them a thread or
-// memory. That is the machine's state and no bug: one line of the log says so, with
-// what to do, and the exit status is kExitOutOfResources. Any other exception is named
-// and aborts, so that a core file shows where it came from.
+// Our code throws nothing. Libraries throw when the system refuses them a thread or
+// memory. This is no bug: the handler logs it, with what to do, and exits with
+// kExitOutOfResources. It logs the message of any other exception and aborts, so that a
+// core file shows the origin.
 //
-// Threading: call once, before other threads start; holds for all threads.
+// Threading: call once, before other threads start; it applies to all threads.
 #pragma once
 
 namespace pbs::server {
 
 inline constexpr int kExitOutOfResources = 1;
 
-void SayLastWords();
+void InstallTerminateHandler();
 
 }  // namespace pbs::server

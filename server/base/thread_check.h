@@ -1,9 +1,9 @@
-// Whether the system has room for the threads that a server needs.
+// A check at start that the system grants the threads that a server needs.
 //
-// gRPC does not report a thread that it could not make: the process waits for it for
-// ever. So the room is tried at start, with threads that do nothing.
+// gRPC does not report a thread that it failed to create: the process waits for that
+// thread forever. So the server first creates as many threads that do nothing.
 //
-// Threading: call before the threads that it stands for start.
+// Threading: call before the server's other threads start.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace pbs::server {
 
-// Has `count` threads at once for a moment. ResourceExhausted says which one the system
-// refused, and what to raise.
+// Starts `count` threads at once and ends them. ResourceExhausted names the number of
+// the refused thread and the limits to raise.
 absl::Status TryThreads(int32_t count);
 
 }  // namespace pbs::server
