@@ -41,7 +41,7 @@ struct ClientOptions {
   // when it stays silent for `keepalive_timeout`, with and without calls under way.
   absl::Duration keepalive = absl::Seconds(30);
   absl::Duration keepalive_timeout = absl::Seconds(20);
-  // bytes that the server may send ahead per stream
+  // Bytes that the server may send ahead per stream
   int32_t stream_window_bytes = 4 << 20;
   // Fetch() gives up after this many broken streams in a row that completed no layer.
   int32_t resume_attempts = 3;

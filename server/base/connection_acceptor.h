@@ -55,7 +55,7 @@ class ConnectionAcceptor {
   const AcceptorOptions options_;
   const Take take_;
   const OnFull on_full_;
-  // closed to accept and close a connection when no descriptor is free
+  // Closed to accept and close a connection when no descriptor is free
   FileDescriptor spare_;
   int64_t refused_ = 0;
   absl::Time said_ = absl::InfinitePast();

@@ -116,7 +116,7 @@ struct PrefillResult {
   StageTimes stages;
   double time_to_first_layer_seconds = 0;
   double total_seconds = 0;  // admission to last layer
-  // copying keys and values from a device, in parallel with the stages
+  // Copying keys and values from a device, in parallel with the stages
   double kv_copy_seconds = 0;
 };
 

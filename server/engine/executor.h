@@ -194,10 +194,10 @@ class Executor {
   CondVar work_arrived_;
   JobId last_id_ ABSL_GUARDED_BY(mutex_) = 0;
   Records records_ ABSL_GUARDED_BY(mutex_);
-  // the job whose step is under way; 0: none
+  // The job whose step is under way; 0: none
   JobId stepping_ ABSL_GUARDED_BY(mutex_) = 0;
   JobId stepped_run_ ABSL_GUARDED_BY(mutex_) = 0;  // the run of the last step; 0: none
-  // jobs whose Finish() has not returned
+  // Jobs whose Finish() has not returned
   int32_t num_unfinished_ ABSL_GUARDED_BY(mutex_) = 0;
   absl::Time progressed_ ABSL_GUARDED_BY(mutex_);  // see Backlog
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;

@@ -85,7 +85,7 @@ class PrefillTask final : public Job, private PrefillGroup::Prompt {
 
   const Parts parts_;
   PrefillJob job_;
-  // plan of this prompt alone; until there is a group
+  // Plan of this prompt alone; until there is a group
   std::optional<PrefillPlan> plan_;
   PrefillListener& listener_;
   JobTiming timing_;

@@ -24,13 +24,13 @@ struct Candidate {
   double seconds_left = 0;
   // Time by which later jobs of its priority may still delay it.
   double patience_seconds = 0;
-  // it runs in the batch of an earlier job and is never next itself
+  // It runs in the batch of an earlier job and is never next itself
   bool follows = false;
 };
 
 struct Decision {
   std::vector<JobId> ended;  // stopped, or past their deadline; in order of arrival
-  // the job that runs its next step; none when no job is left
+  // The job that runs its next step; none when no job is left
   std::optional<JobId> next;
 };
 

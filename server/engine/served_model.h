@@ -20,7 +20,7 @@ struct ServedModel {
   // One model per device, in the order of the engine's replicas, all with the same
   // digest.
   std::vector<std::unique_ptr<Model>> replicas;
-  // longest prompt: the lowest of the model's and the server's limits
+  // Longest prompt: the lowest of the model's and the server's limits
   int32_t tokens_max = 0;
 };
 

@@ -32,14 +32,14 @@ struct PrefillProblem {
 // because they are never in use at the same time.
 struct PrefillMemory {
   int64_t residual = 0;  // f32 [num_tokens, hidden]
-  // queries and attention outputs: KV dtype, 2 x [tokens, heads dim]
+  // Queries and attention outputs: KV dtype, 2 x [tokens, heads dim]
   int64_t queries = 0;
   int64_t pooled_queries = 0;  // AttentionPlan::pooled_queries_bytes
   int64_t rotations = 0;       // f32, cosines and sines
   int64_t attention = 0;       // the backend's attention workspace
   int64_t tiles = 0;           // activations of one row tile
   int64_t linear = 0;          // the backend's linear workspace
-  // logits of the wanted rows and their intermediate values
+  // Logits of the wanted rows and their intermediate values
   int64_t logits = 0;
   int64_t tokens = 0;  // ids
 

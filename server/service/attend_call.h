@@ -3,11 +3,11 @@
 //   slot -> header -> checks, reservation, memory -> chunks -> half-close
 //     -> Submit -> reply
 //
-// Submit runs on gRPC's thread, or on the background thread when a generator or checks
-// of an order or lists come first. The slot is held until it is done.
+// Submit runs on gRPC's thread, or on the background thread when a generator or a check
+// of order or lists must run first. The call holds its slot until Submit is done.
 //
 // gRPC owns the call; it deletes itself in OnDone(), which runs only after Finish().
-// Finish() waits for what still refers to the call: Submit and the engine's job.
+// Finish() waits until Submit and the engine's job no longer refer to the call.
 #pragma once
 
 #include <atomic>
@@ -40,7 +40,7 @@ class AttendCall final
   void OnDone() override { delete this; }
 
  private:
-  // The upload: gRPC's reading thread only.
+  // Reads the upload; on gRPC's reading thread only.
   absl::Status Read();
   absl::Status TakeHeader(const v1::AttendHeader& header);
   absl::Status EndUpload();
@@ -48,7 +48,8 @@ class AttendCall final
   std::unique_ptr<AttendUpload> TakeUpload();
   absl::Status StoreJob(JobId id);
 
-  // Ends the call with `status` as soon as nothing refers to it; the first one counts.
+  // Ends the call with `status` as soon as nothing refers to it. Only the first call of
+  // Fail() has an effect.
   void Fail(const absl::Status& status);
   // AttendListener.
   void OnDone(absl::StatusOr<AttendResult> result) override;
@@ -65,23 +66,23 @@ class AttendCall final
   CallRecord record_;
   WriteLoop loop_;
   grpc::ByteBuffer read_;
-  // The reading thread's; from the half-close on TakeUpload()'s and, while queued_,
-  // Fail()'s, under the mutex.
+  // Used by the reading thread; after the half-close by TakeUpload() and, while
+  // queued_, by Fail(), under the mutex.
   std::unique_ptr<AttendUpload> upload_;
   JobTerms terms_;
-  std::atomic<bool> stop_{false};  // for MakeJob()
+  std::atomic<bool> stop_{false};  // stops MakeJob()
 
   Mutex mutex_;
-  int references_ ABSL_GUARDED_BY(mutex_) = 0;   // Submit(), engine's job
+  int references_ ABSL_GUARDED_BY(mutex_) = 0;   // from Submit() and the engine's job
   bool queued_ ABSL_GUARDED_BY(mutex_) = false;  // for the background thread
   JobId job_ ABSL_GUARDED_BY(mutex_) = 0;
   std::optional<absl::Status> failure_ ABSL_GUARDED_BY(mutex_);
   std::optional<AttendResult> result_ ABSL_GUARDED_BY(mutex_);
 
-  std::optional<AttendSpec> spec_;      // from the header on
-  std::unique_ptr<AttendReply> reply_;  // Next() only
-  // Last: a drain and timers, which look at everything above, end the call through
-  // these.
+  std::optional<AttendSpec> spec_;      // set by the header
+  std::unique_ptr<AttendReply> reply_;  // used by Next() only
+  // Last members: a drain and timers end the call through them and use all members
+  // above.
   Uploads::Slot slot_;
   CallGuard guard_;
 };

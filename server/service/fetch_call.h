@@ -1,7 +1,7 @@
-// KvSource.Fetch: one stream out of a held cache, which may still be filling.
+// KvSource.Fetch: streams a held cache, whose prefill may still run.
 //
 // gRPC owns the call; it deletes itself in OnDone(), which runs only after Finish().
-// Finish() waits for a callback that the cache may be running.
+// Finish() waits for a callback of the cache that may be running.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ class FetchCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
  private:
   absl::Status Open(const grpc::ByteBuffer& request);
   void Fail(absl::Status status);
-  // Asks to be woken when the exporter's layer is ready.
+  // Registers a callback for when the exporter's layer is ready.
   void AwaitLayer();
   // OK while chunks may be sent.
   absl::Status CheckSource() const;
@@ -61,7 +61,7 @@ class FetchCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   bool waiting_ ABSL_GUARDED_BY(mutex_) = false;  // the cache holds our callback
   uint64_t waiter_ ABSL_GUARDED_BY(mutex_) = 0;
 
-  CallGuard guard_;  // last: its timers look at everything above
+  CallGuard guard_;  // last: its timers use all members above
 };
 
 }  // namespace pbs::server

@@ -1,4 +1,5 @@
-// Prefill.Prefill: tokens in; events, and perhaps the cache, out.
+// Prefill.Prefill: takes tokens and streams events and, with inline delivery, the
+// cache.
 //
 //   checks -> lease -> reservation -> Submit -> admitted
 //     -> (layer events, inline chunks as layers get ready) -> done
@@ -40,7 +41,7 @@ class PrefillCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   void OnDone() override { delete this; }
 
  private:
-  // On gRPC's thread, before the call's first message.
+  // Called on gRPC's thread, before the call's first message.
   absl::Status Open(const grpc::ByteBuffer& request);
   absl::Status Decode(const v1::PrefillRequest& request);
   absl::StatusOr<bool> BeginLease();
@@ -53,7 +54,7 @@ class PrefillCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   void Fail(const absl::Status& status);
   void PushEvent(grpc::ByteBuffer event);
 
-  // PrefillListener, on the executor's thread.
+  // PrefillListener, called on the executor's thread.
   void OnKvReady(int32_t layer) override;
   void OnLayerDone(int32_t layer, double density, double seconds) override;
   void OnDone(absl::StatusOr<PrefillResult> result) override;
@@ -85,15 +86,16 @@ class PrefillCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   Mutex mutex_;
   bool job_runs_ ABSL_GUARDED_BY(mutex_) = false;
-  bool admitted_ ABSL_GUARDED_BY(mutex_) = false;  // nothing is sent before that
+  bool admitted_ ABSL_GUARDED_BY(mutex_) = false;  // nothing is sent before it is true
   JobId job_ ABSL_GUARDED_BY(mutex_) = 0;
-  // At most one per layer, `admitted` and `done`.
+  // At most one event per layer, `admitted` and `done`.
   std::deque<grpc::ByteBuffer> events_ ABSL_GUARDED_BY(mutex_);
   std::optional<absl::Status> failure_ ABSL_GUARDED_BY(mutex_);
   std::optional<PrefillResult> result_ ABSL_GUARDED_BY(mutex_);
-  bool ending_ ABSL_GUARDED_BY(mutex_) = false;  // OK, once the events are sent
+  // Ends with OK once the events are sent
+  bool ending_ ABSL_GUARDED_BY(mutex_) = false;
 
-  CallGuard guard_;  // last: its timers look at everything above
+  CallGuard guard_;  // last: its timers use all members above
 };
 
 }  // namespace pbs::server
