@@ -15,7 +15,7 @@ using JobId = uint64_t;
 // The reason for cancelling a job.
 enum class CancelReason : uint8_t {
   kCaller,  // the job completes with CANCELLED
-  // The job completes with DEADLINE_EXCEEDED: the caller's clock was ahead of ours
+  // The job completes with DEADLINE_EXCEEDED: the caller's clock was ahead of ours.
   kDeadline,
 };
 
