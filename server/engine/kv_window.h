@@ -77,7 +77,7 @@ class KvWindow {
   enum class Plane : uint8_t { kKeys, kValues };
   void SendPlane(int32_t layer, Plane plane, std::function<void()> on_held);
   void OnCopied(const Status& status, const std::function<void()>& on_held);
-  // Copies the staging plane to the rows rows of each prompt.
+  // Copies the staging plane to the rows of every prompt.
   void Scatter(int32_t layer, Plane plane);
   std::byte* StagingPlane(int32_t layer, Plane plane) const;
 
@@ -85,7 +85,7 @@ class KvWindow {
   const Buffer staging_;  // for several prompts: receives the planes
   Backend& backend_;
   const Clock& clock_;
-  std::vector<int64_t> rows_;  // of every prompt
+  std::vector<int64_t> rows_;  // rows of each prompt
   int32_t sent_ = 0;           // layers
   double wait_seconds_ = 0;
   mutable Mutex mutex_;
