@@ -48,7 +48,7 @@ void Say(const char* event, const char* message) {
   } catch (const std::exception& error) {
     Say("uncaught_exception", error.what());
   } catch (...) {
-    Say("uncaught_exception", "of a type that is none of ours");
+    Say("uncaught_exception", "an exception of an unknown type");
   }
   std::abort();
 }

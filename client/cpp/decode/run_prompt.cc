@@ -34,8 +34,7 @@ absl::Status CheckSameModel(const std::string& name, const std::string& digest,
   if (digest == model.digest()) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat(
       "the server's model ", name, " has digest ", digest, ", the one here has ",
-      model.digest(),
-      ": the cache of one means nothing to the other; use the same model"));
+      model.digest(), ": their caches are not compatible; use the same model"));
 }
 
 // A cache at the server and the fetch that copies it here.
@@ -46,7 +45,7 @@ class Handoff {
   ~Handoff() {
     if (fetched_.valid()) fetched_.wait();
     if (has_ticket_ && !settings_.keep_lease) {
-      // Best effort: if it cannot be given back now, its time runs out.
+      // Best effort: if the release fails, the lease expires.
       client_.Release(ticket_, {.deadline = absl::Now() + kReleaseTimeout})
           .IgnoreError();
     }
@@ -156,7 +155,7 @@ absl::Status PromptRun::FindModel() {
 }
 
 absl::Status PromptRun::MakeCache(int32_t num_tokens) {
-  // The last decoded token is never fed back, so it needs no place.
+  // The last decoded token is never fed back, so the cache need not hold it.
   const int64_t wanted = int64_t{num_tokens} +
                          static_cast<int64_t>(then_tokens_.size()) +
                          settings_.max_new_tokens - 1;
@@ -217,8 +216,7 @@ absl::Status PromptRun::PrefillAndFetch() {
   const absl::Time prefilled = absl::Now();
   if (!done.ok()) return done.status();
   if (!handoff_.has_ticket()) {
-    return absl::DataLossError(
-        "the server was done without having admitted the prompt");
+    return absl::DataLossError("the server sent `done` without `admitted`");
   }
   PBS_ABSL_RETURN_IF_ERROR(handoff_.Wait());
   PBS_ABSL_RETURN_IF_ERROR(
@@ -248,7 +246,7 @@ absl::Status PromptRun::FetchHeld() {
   return FindFirstToken(ticket, std::move(kv));
 }
 
-// Asks only for what is needed and not known: the lease may be over by now.
+// Asks the server only when the token is needed: the lease may have expired by now.
 absl::Status PromptRun::FindFirstToken(const v1::KvTicket& ticket,
                                        v1::KvDescriptor kv) {
   constexpr absl::Duration kPause = absl::Milliseconds(20);

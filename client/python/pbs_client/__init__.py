@@ -1,6 +1,6 @@
 """Client of pbs-prefill: prefill over gRPC, KV caches as NumPy arrays.
 
-The pages of this package: client.py (Client), options.py (Dense, Pbs, MeanPooling),
+Modules of this package: client.py (Client), options.py (Dense, Pbs, MeanPooling),
 results.py, kv.py, block_lists.py, errors.py, safetensors_file.py and, with torch and
 transformers installed, hf.py.
 """
