@@ -162,7 +162,7 @@ absl::Status PromptRun::MakeCache(int32_t num_tokens) {
   if (wanted > model_.config().max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat(
         num_tokens, " prompt tokens, ", then_tokens_.size(),
-        " behind them and max_new_tokens ", settings_.max_new_tokens, " need ", wanted,
+        " after them and max_new_tokens ", settings_.max_new_tokens, " need ", wanted,
         " positions; the model has ", model_.config().max_tokens));
   }
   PBS_ABSL_ASSIGN_OR_RETURN(
@@ -253,7 +253,8 @@ absl::Status PromptRun::FindFirstToken(const v1::KvTicket& ticket,
   if (!then_tokens_.empty()) return absl::OkStatus();  // they come in its place
   while (!kv.has_first_token_id()) {
     if (kv.state() == v1::COMPLETE) {
-      return absl::DataLossError("the cache was fetched whole, but has no first token");
+      return absl::DataLossError(
+          "the fetched cache is complete, but has no first token");
     }
     PBS_ABSL_ASSIGN_OR_RETURN(kv, client_.Describe(ticket, {.deadline = deadline_}));
     // The last layer's keys come before its attention has run.
