@@ -5,8 +5,8 @@
 //
 // Threading: calls may run in parallel from several threads; each blocks its own.
 // Memory: one chunk per call beside the caller's tensors.
-// Errors: the server's code and message; Unavailable for a server that cannot be
-// reached says what to start.
+// Errors: the server's code and message; Unavailable, for a server that cannot be
+// reached, names the command to start.
 #pragma once
 
 #include <cstddef>

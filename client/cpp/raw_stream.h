@@ -42,7 +42,7 @@ class RawStream {
   bool Read(grpc::ByteBuffer* message);
   // The call's status. Call it once, after Read() or Write() returned false.
   absl::Status Finish();
-  // From any thread.
+  // Cancels the call. Safe from any thread.
   void Cancel() { context_.TryCancel(); }
 
  private:

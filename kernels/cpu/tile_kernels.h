@@ -3,7 +3,7 @@
 // Matrix operands consist of 32-bit *words*: one f32, or two bf16 that are adjacent
 // along the depth of the product. `a` is row-major. `b` is packed in panels: panel p
 // holds columns [p * panel_width, ...) as [depth][width] words, width being panel_width
-// or, in the last panel, what is left. Column counts are multiples of 16.
+// or, in the last panel, the rest. Column counts are multiples of 16.
 //
 // Files built with ISA flags include this header, so it includes no library header
 // except <stdint.h>: the linker must never keep an inline function that was compiled
@@ -69,7 +69,7 @@ struct Product {
 using GemmFunction = void (*)(const Product& product);
 
 struct TileKernels {
-  const char* isa_name;  // IsaName() of what the table was compiled for
+  const char* isa_name;  // IsaName() of the table's ISA
   int32_t panel_width;
 
   // f32 words.

@@ -90,7 +90,7 @@ struct Block {
   uint8_t* shared = nullptr;  // 1024-byte aligned, inside storage
   int64_t shared_bytes = 0;
   std::vector<bool> written;  // of shared
-  // Of its bytes: 1 + the thread that wrote it and made no proxy fence since; 0: none.
+  // For each byte: 1 + the thread that wrote it without a proxy fence since; 0: none.
   std::vector<uint16_t> unfenced;
   int running = 0;  // threads that have not returned
   int late_operations = 0;

@@ -1,6 +1,6 @@
 // The files that pbs-decode reads and writes.
 //
-// Threading: stateless. Errors name the file and what is wrong with it.
+// Threading: stateless. Errors name the file and its defect.
 #pragma once
 
 #include <cstdint>

@@ -17,7 +17,7 @@ constexpr int kBlockKeys = 128;  // keys of a block
 struct alignas(16) AttentionTile {
   int64_t list_begin;   // first entry in AttentionParams::lists; below 0: none,
                         // every block below list_count
-  int32_t list_count;   // blocks to read, at least 1; 0 behind the last tile
+  int32_t list_count;   // blocks to read, at least 1; 0 after the last tile
   int32_t num_masked;   // the last of them, where positions are compared
   int32_t last_block;   // the last of them, which is read first
   int32_t sequence;     // index in the batch

@@ -187,7 +187,7 @@ AttentionGeometry MakeGeometry(const AttentionProblem& problem);
 
 // Layout of an operand's rows, in elements. Each row is contiguous.
 struct RowLayout {
-  // Distance between sequences, or kPacked: sequence s starts behind the rows of the
+  // Distance between sequences, or kPacked: sequence s starts after the rows of the
   // earlier ones.
   int64_t sequence_stride = 0;
   int64_t head_stride = 0;
@@ -244,8 +244,8 @@ struct AttentionTensors {
   const float* pooled_queries = nullptr;
 };
 
-// OK when `order` permutes keys inside segments only and leaves the keys behind the
-// last whole segment in place; InvalidArgument names head and slot.
+// OK when `order` permutes keys inside segments only and leaves the keys after the last
+// whole segment in place; InvalidArgument names head and slot.
 Status ValidateOrder(const AttentionGeometry& geometry, ConstRows order);
 
 // OK when every row is strictly ascending, inside the row's own or earlier segments,

@@ -1,5 +1,5 @@
-// Which key blocks each query block reads: CSR over (sequence, query head, query
-// block).
+// Block lists: the key blocks that each query block reads, as CSR over (sequence, query
+// head, query block).
 //
 // A row lists ascending key-block *slots* (blocks of the permuted key array). Its last
 // `num_masked` entries belong to the query block's own segment. A key can be later than
@@ -7,7 +7,7 @@
 // row backwards, so that the masked blocks come first. Dense attention needs no lists
 // (see attention.h).
 //
-// Rows are ordered sequence-major, then head, then query block:
+// Rows are ordered by sequence, then head, then query block:
 //   row(s, h, i) = sum over earlier sequences (num_heads * num_query_blocks)
 //                  + h * num_query_blocks(s) + i
 //
