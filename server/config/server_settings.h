@@ -1,5 +1,6 @@
 // ServerSettings: the configuration as plain values, every default applied and every
-// limit checked. Each module takes its own part; nobody below main() sees a protobuf.
+// limit checked. Each module takes its own part, so that only main() sees the protobuf
+// message.
 //
 // Threading: a value, immutable after start.
 #pragma once
@@ -38,7 +39,7 @@ struct CpuSettings {
 struct CudaSettings {
   std::string module;  // "": CudaModule::Load() looks for it
   std::string cublaslt;
-  std::vector<int32_t> devices;  // each once; empty: all that CUDA shows
+  std::vector<int32_t> devices;  // each once; empty: all that CUDA lists
   int64_t memory_bytes_max = 0;  // of each device; 0: decided at start
 };
 
@@ -49,7 +50,7 @@ struct SchedulingSettings {
 };
 
 struct ServerSettings {
-  // Version, commit and backend facts are main()'s to fill in.
+  // main() fills in version, commit and backend facts.
   ServiceOptions service;
   std::string metrics_listen;  // "": off
   BackendChoice backend = BackendChoice::kAuto;
@@ -64,11 +65,12 @@ struct ServerSettings {
   absl::Duration drain_max;
 };
 
-// Sets every unset field to its documented default. The one place of the defaults.
+// Sets every unset field to its documented default. All defaults are here.
 void ApplyDefaults(v1::ServerConfig& config);
 
-// Every violation, each "field value limit"; empty when there is none. Pure: looks at
-// no file, clock or machine. Unset fields are violations: apply defaults first.
+// Returns every violation as "field value limit"; empty when there is none. Pure: it
+// reads no file, clock or fact of the machine. Unset fields are violations: apply
+// defaults first.
 std::vector<std::string> Validate(const v1::ServerConfig& config);
 
 // ApplyDefaults(), Validate() and the conversion. InvalidArgument lists every

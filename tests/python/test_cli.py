@@ -172,7 +172,7 @@ def aborting(code: grpc.StatusCode):
         ("NOT_FOUND", 3, "lists the models"),
         ("RESOURCE_EXHAUSTED", 3, "try again later"),
         ("UNIMPLEMENTED", 3, "pbs-client info"),
-        ("INTERNAL", 3, "its log has more"),
+        ("INTERNAL", 3, "its log has details"),
         ("FAILED_PRECONDITION", 3, "the model that the cache was made with"),
         ("UNAVAILABLE", 4, "check that pbs-prefilld runs at 127.0.0.1:"),
         ("DEADLINE_EXCEEDED", 4, "--timeout"),

@@ -169,7 +169,7 @@ def test_what_cannot_be_sent_is_refused_before_any_traffic(arguments, message):
             [(1, 1, 2, 4), (1, 1, 2, 4), (1, 1, 3, 4)], "fff", "v has shape", id="v"
         ),
         pytest.param([(1, 1, 2, 4)] * 3, "ffe", "float16", id="mixed dtypes"),
-        pytest.param([(1, 1, 2, 4)] * 3, "ddd", "float64 does not travel", id="f64"),
+        pytest.param([(1, 1, 2, 4)] * 3, "ddd", "float64 cannot be sent", id="f64"),
         pytest.param(
             [(1, 1, 3, 4), (1, 1, 2, 4), (1, 1, 2, 4)], "fff", "q_len 3", id="q_len"
         ),

@@ -1,6 +1,6 @@
 """Client of pbs-prefill: prefill over gRPC, KV caches as NumPy arrays.
 
-The pages of this package: client.py (Client), options.py (Dense, Pbs, MeanPooling,
+Modules of this package: client.py (Client), options.py (Dense, Pbs, MeanPooling,
 Attention), attend_options.py (Packed, Given, Timing, Synthetic), prefill_options.py
 (Inline, Lease, Logits), kv.py (KvPart, KvFormat and caches), results.py,
 block_lists.py, errors.py, safetensors_file.py and, with torch and transformers

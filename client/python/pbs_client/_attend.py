@@ -1,4 +1,4 @@
-"""Attend: what goes up, what must come back, and putting it together."""
+"""Attend: the upload, the expected reply, and its assembly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pbs_client.options import (
 from pbs_client.results import AttendStats
 
 Array = np.ndarray[Any, np.dtype[Any]]
-# Called with ("upload" or "download", bytes done, bytes in all). Uploads report from
+# Called with ("upload" or "download", bytes done, bytes in total). Uploads call it from
 # another thread.
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -49,7 +49,7 @@ _HEADER, _CHUNK, _STATS = 1, 2, 3  # AttendResponse
 
 @dataclass(frozen=True, eq=False)
 class AttendResult:
-    """What an attention call returned; None for what was not wanted.
+    """Results of an attention call; None for results that were not requested.
 
     Attributes:
         o: shape and dtype of q.
@@ -59,8 +59,8 @@ class AttendResult:
             position of the key in each slot. Order heads are the query heads in scope
             "query_head", else the KV heads.
         lists: the blocks that ran.
-        block_mask: the same as uint8 [batch, heads, query blocks, key blocks]; a tuple
-            of one array per sequence when their blocks differ.
+        block_mask: these blocks as uint8 [batch, heads, query blocks, key blocks]; a
+            tuple of one array per sequence when their blocks differ.
         stats: density, times, backend.
     """
 
@@ -90,7 +90,7 @@ class AttendShape:
     k_rows: tuple[int, ...]
 
     def order_shapes(self) -> set[tuple[int, ...]]:
-        """Shapes that an order may have: of either scope."""
+        """The valid shapes of an order, one per scope."""
         return {
             (*self.k_rows[:-2], heads, self.k_rows[-1])
             for heads in (self.num_heads, self.num_kv_heads)
@@ -99,13 +99,13 @@ class AttendShape:
 
 @dataclass(frozen=True, eq=False)
 class AttendCall:
-    """A request ready to send, and what its reply must look like."""
+    """A request that is ready to send, and the expected form of its reply."""
 
     header: Any  # AttendHeader
     uploads: tuple[tuple[str, Array], ...]
     shape: AttendShape
     dtype: np.dtype[Any]
-    grid: BlockGrid | None  # when lists travel
+    grid: BlockGrid | None  # set when lists are sent or returned
     want: tuple[str, ...]
 
     @property
@@ -120,7 +120,7 @@ def shape_of_arrays(
     v: Array,
     packed: Packed | None,
 ) -> AttendShape:
-    """Shapes of uploaded tensors. ValueError when they do not fit each other."""
+    """Shapes of uploaded tensors. ValueError when they do not match each other."""
     num_dims, layout, hint = 3, "[heads, total, head_dim]", ""
     if packed is None:
         num_dims, layout = 4, "[batch, heads, len, head_dim]"
@@ -188,8 +188,8 @@ def add_given(
         grid: the block grid; a block_mask needs it.
 
     Raises:
-        ValueError: the method takes none, the order is not of integers, or the mask
-            does not fit the grid.
+        ValueError: the method takes none of them, the order has no integer dtype, or
+            the mask does not match the grid.
     """
     uploads: list[tuple[str, Array]] = []
     if given.order is not None:
@@ -214,7 +214,7 @@ def add_given(
 
 
 def announce(call: AttendCall) -> None:
-    """Lists the uploads in the header. ValueError for a dtype that does not travel."""
+    """Lists the uploads in the header. ValueError for a dtype that cannot be sent."""
     for name, array in call.uploads:
         call.header.tensors.add(
             tensor=_TENSORS[name],
@@ -224,7 +224,7 @@ def announce(call: AttendCall) -> None:
 
 
 def block_size_of(method: Method | None) -> int:
-    """Tokens of a block when the request says what `method` says."""
+    """Tokens of a block of a request with `method`."""
     size = None if method is None else method.block_size
     return BLOCK_SIZE_DEFAULT if size is None else size
 
@@ -257,7 +257,7 @@ class AttendReply:
         self._stats: AttendStats | None = None
 
     def add(self, message: bytes) -> None:
-        """Takes one AttendResponse. CorruptDataError when it is out of place."""
+        """Takes one AttendResponse. CorruptDataError when it must not come now."""
         member, body = _wire.decode_oneof(message, "AttendResponse")
         if self._stats is not None:
             raise CorruptDataError("the reply goes on after its stats")
@@ -272,7 +272,7 @@ class AttendReply:
             raise CorruptDataError(f"unexpected member {member} of AttendResponse")
 
     def result(self) -> AttendResult:
-        """The whole reply. CorruptDataError when a part of it is missing."""
+        """The complete reply. CorruptDataError when a part of it is missing."""
         if self._arrays is None or self._stats is None:
             raise CorruptDataError("the reply ended without header or stats")
         for name, target in self._targets.items():
@@ -350,7 +350,7 @@ class AttendReply:
         try:
             check_lists(lists, self._call.grid)
         except ValueError as error:
-            raise CorruptDataError(f"the reply's lists are none: {error}") from None
+            raise CorruptDataError(f"the reply's lists are invalid: {error}") from None
         found: dict[str, Any] = {}
         if "lists" in self._call.want:
             found["lists"] = lists
@@ -370,5 +370,5 @@ def _order_array(order: Any) -> Array:
 
 
 def _bytes_of(array: Array) -> memoryview:
-    """The bytes of a C-contiguous array, whatever its dtype."""
+    """The bytes of a C-contiguous array of any dtype."""
     return memoryview(array.reshape(-1).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""Fetch: which ranges, and going on where a broken connection left off."""
+"""Fetch: the requested ranges, and resuming after a broken connection."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pbs_client.kv import KvCache, KvDescriptor, KvFormat, KvPart, Span
 
 _RECONNECT_SECONDS_MAX = 10.0
 
-# As _attend.ProgressCallback: ("download", bytes done, bytes in all).
+# As _attend.ProgressCallback: ("download", bytes done, bytes in total).
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class FetchPlan:
-    """A described cache and what to take of it."""
+    """A described cache and the ranges to fetch."""
 
     descriptor: KvDescriptor
     shape: KvShape
@@ -46,7 +46,7 @@ class FetchPlan:
         return cls(descriptor, shape)
 
     def request(self, layer_begin: int) -> bytes:
-        """The FetchRequest for everything from a layer on."""
+        """The FetchRequest for the layers from `layer_begin` on."""
         shape = self.shape
         request = _messages.FetchRequest(
             ticket=self.descriptor.ticket.to_message(),
@@ -107,7 +107,7 @@ def run_fetch(
 
 
 def _reconnect(transport: Transport, plan: FetchPlan, deadline: Deadline) -> bool:
-    """Whether the server is back and has the cache; else also as Client.describe()."""
+    """True when the server is back and has the cache. Errors as Client.describe()."""
     ticket = plan.descriptor.ticket.to_message().SerializeToString()
     seconds = min(deadline.left(), _RECONNECT_SECONDS_MAX)
     try:

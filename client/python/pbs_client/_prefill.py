@@ -1,4 +1,4 @@
-"""Prefill: the request, and reading its stream of events."""
+"""Prefill: makes the request and reads its stream of events."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _ADMITTED, _LAYER, _KV, _DONE = 1, 2, 3, 4  # PrefillEvent
 
 @dataclass(frozen=True, eq=False)
 class PrefillResult:
-    """What a prefill returned.
+    """Results of a prefill.
 
     Attributes:
         first_token: greedy next token.
-        top_logits: the best next tokens, falling; empty unless asked for.
-        positions: the same behind the prompt positions asked for.
-        last_token_logits: float32 [vocab_size]; None unless asked for.
-        ticket: of the cache; only with delivery Lease().
+        top_logits: the best next tokens, best first; empty unless requested.
+        positions: the best next tokens after the requested prompt positions.
+        last_token_logits: float32 [vocab_size]; None unless requested.
+        ticket: names the cache; only with delivery Lease().
         lease_expires_unix_seconds: None without a ticket.
         kv: the cache; only with delivery Inline().
         model_digest, sparsity_digest: see KvTicket.
@@ -57,12 +57,12 @@ class PrefillResult:
 
 @dataclass(frozen=True)
 class PrefillCallbacks:
-    """Called as the work goes on, from the thread that called prefill().
+    """Callbacks of progress, from the thread that called prefill().
 
     Attributes:
-        on_admitted: with the ticket (None unless leased), so that a fetch can follow
-            the work from another thread.
-        on_layer: as each layer's KV is ready.
+        on_admitted: called with the ticket (None unless leased), so that another thread
+            can start a fetch.
+        on_layer: called when a layer's KV is ready.
     """
 
     on_admitted: Callable[[Admitted, KvTicket | None], None] | None = None
@@ -70,7 +70,7 @@ class PrefillCallbacks:
 
 
 def token_ids(tokens: Sequence[int] | Array) -> list[int]:
-    """Token ids as the request holds them.
+    """Token ids in the form of a request.
 
     Raises:
         ValueError: not one-dimensional, or an id outside uint32.
@@ -122,7 +122,7 @@ def make_request(
 
 
 def find_model(models: Sequence[ModelInfo], name: str) -> ModelInfo:
-    """The model of that name; for "" the only one. NotFoundError without."""
+    """The model of that name; "" is the only model. NotFoundError without one."""
     for model in models:
         if model.name == name or (not name and len(models) == 1):
             return model
@@ -138,7 +138,7 @@ def inline_shape(
     epoch: int,
     inline: Inline,
 ) -> KvShape:
-    """What an inline cache will look like. NotFoundError as find_model()."""
+    """The shape of an inline cache. NotFoundError as find_model()."""
     model = find_model(models, request.model)
     dtype = model.kv_dtype if inline.dtype is None else inline.dtype
     return KvShape(
@@ -162,12 +162,12 @@ def read_events(
 
     Args:
         events: serialized PrefillEvents.
-        callbacks: to call on the way.
-        receiver: takes the KV chunks; None when none may come.
+        callbacks: callbacks of progress.
+        receiver: takes the KV chunks; None when chunks are an error.
 
     Raises:
-        CorruptDataError: an event is out of place, or bytes are missing or wrong.
-        PbsError: of the stream.
+        CorruptDataError: an event must not come now, or bytes are missing or wrong.
+        PbsError: the stream failed.
     """
     done: Any = None
     for event in events:

@@ -1,17 +1,17 @@
-"""Client: everything a pbs-prefill server offers, as Python calls.
+"""Client: the calls of a pbs-prefill server as Python methods.
 
     with Client("127.0.0.1:50051") as client:
         result = client.prefill("llama", tokens, Pbs(threshold=0.9), delivery="lease")
         kv = client.fetch(result.ticket)
 
 Threading: a Client may be used from many threads at once.
-Memory: a tensor that goes up is copied once, chunk by chunk; one that comes down is
-copied once, into the array you get.
+Memory: an uploaded tensor is copied once, chunk by chunk. A downloaded tensor is copied
+once, into the returned array.
 Errors: every call raises a PbsError (errors.py) when the server refuses or cannot be
 reached, CorruptDataError when received bytes are wrong, and ValueError or TypeError,
 before any traffic, when its arguments cannot be sent.
 Time: a call ends after `timeout` seconds with DeadlineExceededError. The server knows
-the deadline and refuses at once what cannot meet it.
+the deadline and refuses a request at once when it cannot meet it.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from pbs_client.results import Admitted, LayerProgress, ModelInfo, ServerInfo
 
 CONTROL_TIMEOUT_SECONDS = 30.0  # info, models, health, describe, renew, release
 WORK_TIMEOUT_SECONDS = 3600.0  # attend, prefill, fetch
-CHUNK_BYTES = 1 << 20  # of an upload
-CHUNK_BYTES_MAX = 4 << 20  # what every server takes
+CHUNK_BYTES = 1 << 20  # uploads
+CHUNK_BYTES_MAX = 4 << 20  # every server accepts it
 
 
 class Client:
-    """A connection to one server. Connects on first use; close it, or use `with`."""
+    """A connection to one server. It connects on first use; close it, or use `with`."""
 
     def __init__(
         self,
@@ -65,17 +65,17 @@ class Client:
         chunk_bytes: int = CHUNK_BYTES,
         channel_options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        """Prepares the connection; the network is not touched.
+        """Prepares the connection, without network traffic.
 
         Args:
             target: HOST:PORT, or a gRPC target with a scheme (unix:/path, dns:///...).
-            credentials: TLS; None is plain text.
-            metadata: sent with every call, such as an authorization header.
-            chunk_bytes: of uploads, 1 .. 4 MiB.
-            channel_options: gRPC channel arguments, over this client's own.
+            credentials: for TLS; None means plain text.
+            metadata: pairs to send with every call, such as an authorization header.
+            chunk_bytes: bytes of an upload's chunks, 1 .. 4 MiB.
+            channel_options: gRPC channel arguments; they override this client's.
 
         Raises:
-            ValueError: target or chunk_bytes is not as above.
+            ValueError: target or chunk_bytes is invalid.
         """
         if not 0 < chunk_bytes <= CHUNK_BYTES_MAX:
             raise ValueError(
@@ -97,7 +97,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Cancels what is under way and closes the connection."""
+        """Cancels calls under way and closes the connection."""
         self._transport.close()
 
     # ---- about the server
@@ -110,7 +110,7 @@ class Client:
     def models(
         self, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> tuple[ModelInfo, ...]:
-        """The models it prefills; empty when it serves raw attention only."""
+        """The models of the server; empty when it serves raw attention only."""
         reply = self._transport.unary("/pbs.v1.Prefill/ListModels", b"", timeout)
         models = _wire.parse(_messages.ListModelsResponse, reply).models
         return tuple(ModelInfo.from_message(model) for model in models)
@@ -121,7 +121,7 @@ class Client:
         """Health: "SERVING", "NOT_SERVING" (loading, draining) or "UNKNOWN".
 
         Args:
-            service: "" is the whole server; "liveness" serves from the first moment.
+            service: "" is the whole server; "liveness" is SERVING from the start.
             timeout: seconds.
 
         Raises:
@@ -131,10 +131,10 @@ class Client:
         return _health.state(self._transport.unary(_health.CHECK, request, timeout))
 
     def wait_until_serving(self, *, timeout: float | None) -> None:
-        """Returns once the server is healthy, also when it is yet to start.
+        """Waits until the server is healthy. The server may start after this call.
 
         Raises:
-            DeadlineExceededError: it was not within `timeout` seconds.
+            DeadlineExceededError: it was not healthy within `timeout` seconds.
         """
         watch = self._transport.receive(
             _health.WATCH, _health.request(""), timeout, wait_for_ready=True
@@ -181,7 +181,7 @@ class Client:
             allow_non_finite: accept NaN and Inf; dense only.
             timing: number of runs; None is one run.
             request_id: for the server's log, at most 128 bytes.
-            timeout: seconds; None is no limit, here and everywhere.
+            timeout: seconds; None means no limit, in every call.
             progress: see ProgressCallback.
         """
         expect(Packed, "packed", packed)
@@ -215,7 +215,7 @@ class Client:
         timeout: float | None = WORK_TIMEOUT_SECONDS,
         progress: ProgressCallback | None = None,
     ) -> AttendResult:
-        """Attention of tensors that the server generates: for benchmarks.
+        """Attention of tensors that the server generates, for benchmarks.
 
         Args:
             tensors: shape, dtype and seed.
@@ -301,11 +301,11 @@ class Client:
     def describe(
         self, ticket: KvTicket, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> KvDescriptor:
-        """What the ticket names.
+        """The state and sizes of the ticket's cache.
 
         Raises:
             NotFoundError: the ticket is unknown, foreign, expired or released.
-            FailedPreconditionError: a digest in the ticket is not the cache's.
+            FailedPreconditionError: a digest in the ticket differs from the cache's.
         """
         request = ticket.to_message().SerializeToString()
         reply = self._transport.unary("/pbs.v1.KvSource/Describe", request, timeout)
@@ -322,25 +322,25 @@ class Client:
         on_layer: LayerCallback | None = None,
         progress: ProgressCallback | None = None,
     ) -> KvCache:
-        """Copies a leased cache here; follows a prefill that runs.
+        """Copies a leased cache here. It follows a prefill that still runs.
 
-        The lease stays. It is renewed on the way, for the time that it was given, so
-        that it does not end before the fetch.
+        The lease stays. The call renews it for its own time to live, so that it does
+        not end before the fetch.
 
         Args:
-            ticket: from prefill(), or its on_admitted.
+            ticket: from prefill() or its on_admitted.
             part: layers, tokens and heads to copy; None is all.
             kv_format: dtype, layout and checksums; None is KvFormat().
-            resumes: how often to connect again when the connection breaks; complete
-                layers are kept.
-            timeout: seconds, for all of it.
-            on_layer: called with (layer, k, v) as each layer is whole and checked.
+            resumes: the most reconnections after a broken connection; complete layers
+                are kept.
+            timeout: seconds for the whole fetch.
+            on_layer: called with (layer, k, v) when a layer is complete and checked.
             progress: see ProgressCallback.
 
         Raises:
             CorruptDataError: with layer, kind and offset of the first wrong byte range.
             NotFoundError, FailedPreconditionError: as describe(); also when the lease
-                ends on the way.
+                ends during the fetch.
         """
         expect(KvPart, "part", part)
         expect(KvFormat, "kv_format", kv_format)
@@ -370,7 +370,7 @@ class Client:
     def release(
         self, ticket: KvTicket, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> None:
-        """Frees the cache at once. The ticket is NOT_FOUND from here on."""
+        """Frees the cache at once. The ticket is then NOT_FOUND."""
         request = _messages.ReleaseRequest(ticket=ticket.to_message())
         payload = request.SerializeToString()
         self._transport.unary("/pbs.v1.KvSource/Release", payload, timeout)
@@ -384,7 +384,7 @@ class Client:
         want: Sequence[str],
         has_mask: bool,
     ) -> BlockGrid | None:
-        """The block grid when lists travel: its block size may be the server's."""
+        """The block grid of the lists; its block size may be the server's default."""
         if not has_mask and not {"lists", "block_mask"} & set(want):
             return None
         resolved = self.info().default_attention if method is None else method
@@ -407,5 +407,5 @@ class Client:
 
 
 def _control_seconds(deadline: Deadline) -> float:
-    """For a control call on the way to a deadline."""
+    """Time-out of a control call that must end before a deadline."""
     return min(deadline.left(), CONTROL_TIMEOUT_SECONDS)

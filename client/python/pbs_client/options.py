@@ -1,7 +1,7 @@
-"""Attention methods and their options, as a request states them.
+"""Attention methods and their options in a request.
 
-Every field may be left None: the server then uses its documented default (in brackets
-below). Ranges are the server's to check; it names value and limit.
+Every field may be None: the server then uses its documented default (in brackets
+below). The server checks ranges; its errors name value and limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Dense:
     """Full causal attention: every block, identity order.
 
     Attributes:
-        block_size: tokens of the blocks that the reply's lists count in [128].
+        block_size: tokens of the blocks in the reply's lists [128].
     """
 
     block_size: int | None = None
@@ -40,8 +40,8 @@ class Pbs:
     Attributes:
         block_size: tokens; a power of two in [16, 256] [128].
         segment_size: tokens; a multiple of block_size [256].
-        threshold: attention mass to keep per query block, (0, 1]; more is slower and
-            nearer to dense [0.9].
+        threshold: attention mass to keep per query block, (0, 1]; a higher value is
+            slower and nearer to dense attention [0.9].
         scope: "kv_head": one key order per KV head; "query_head": one per query head
             [kv_head].
         force_first_block: every query block also reads the block of key 0 [true].
@@ -105,10 +105,10 @@ _METHODS: dict[str, type[Method]] = {
 
 
 def method_of(method: Any) -> Method | None:
-    """A method, given as one or by name; None stays None.
+    """A method from a method object or a name; None stays None.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is no method.
     """
     if method is None or isinstance(method, (Dense, Pbs, MeanPooling)):
         return method

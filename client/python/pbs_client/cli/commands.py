@@ -1,4 +1,4 @@
-"""What each command of `pbs-client` does with its parsed arguments."""
+"""The commands of `pbs-client`, as functions of their parsed arguments."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens} is below 1")
     clock = _StageClock()
-    # First, and before the lease: loading can take longer than a lease lives.
+    # Load before the lease exists, because loading can take longer than it lives.
     model = hf.load_model(
         arguments.model_path, dtype=arguments.dtype, device=arguments.device
     )
@@ -172,7 +172,7 @@ def generate(arguments: argparse.Namespace) -> None:
                 result.ticket, timeout=arguments.timeout, progress=bar.update_bytes
             )
         finally:
-            # Best effort: if it cannot be given back now, its time runs out.
+            # Best effort: if the release fails, the lease expires.
             with contextlib.suppress(PbsError):
                 client.release(result.ticket, timeout=_RELEASE_TIMEOUT_SECONDS)
         clock.stage("fetch")
@@ -221,7 +221,7 @@ def _attention(arguments: argparse.Namespace) -> Attention:
 
 
 def _method(arguments: argparse.Namespace) -> Method | None:
-    """The method that the arguments ask for. ValueError for options without one."""
+    """The method of the arguments. ValueError for method options without --method."""
     given = {
         name: getattr(arguments, name)
         for name in _METHOD_OPTIONS
@@ -272,7 +272,7 @@ def _packed(tensors: dict[str, Any]) -> Packed | None:
 
 
 def _cast(name: str, array: Any, dtype: str | None) -> Any:
-    """`array` in the asked dtype, rounded to nearest even."""
+    """`array` in the requested dtype, rounded to nearest even."""
     if array.dtype not in dtypes.FLOAT_DTYPES.values():
         raise ValueError(f"tensor {name} has dtype {array.dtype}, not f32, f16 or bf16")
     if dtype is None:
