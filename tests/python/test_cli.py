@@ -106,6 +106,9 @@ def tensors(path, **changes):
         pytest.param(
             {"q": np.ones((1, 2, 4, 32))}, "", "q has dtype float64", id="f64"
         ),
+        pytest.param(
+            {"cu_seqlens_k": np.zeros(2, np.int64)}, "", "no tensor cu_seqlens", id="ends"
+        ),
         pytest.param({}, "--threshold 0.5", "--threshold needs --method", id="method"),
         pytest.param(
             {"q": np.ones((1, 2, 4, 32), np.float32)}, "", "dtypes", id="mixed dtypes"

@@ -254,6 +254,8 @@ def _read_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
         tensors = dict(safetensors_file.read(arguments.input, names + optional))
     except safetensors_file.SafetensorsError as error:
         raise ValueError(f"{arguments.input}: {error}") from None
+    if "cu_seqlens_k" in tensors:
+        names.append("cu_seqlens")
     for name in names:
         if name not in tensors:
             raise ValueError(f"{arguments.input} has no tensor {name}")
@@ -265,8 +267,6 @@ def _read_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
 def _packed(tensors: dict[str, Any]) -> Packed | None:
     """Where sequences begin and end. None when the file does not say so."""
     if "cu_seqlens" not in tensors:
-        if "cu_seqlens_k" in tensors:
-            raise ValueError("the tensor cu_seqlens_k needs a tensor cu_seqlens")
         return None
     return Packed(tensors["cu_seqlens"], tensors.get("cu_seqlens_k"))
 
