@@ -15,12 +15,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "server/base/last_words.h"
 #include "server/base/log.h"
 #include "server/base/process.h"
 #include "server/base/signal_watcher.h"
 #include "server/base/status.h"
-#include "server/base/thread_room.h"
+#include "server/base/terminate_handler.h"
+#include "server/base/thread_check.h"
 #include "server/config/config_source.h"
 #include "server/config/server_settings.h"
 #include "server/node/node.h"
@@ -31,7 +31,7 @@ namespace {
 
 constexpr int kExitCut = 1;
 constexpr int kExitUsage = 2;
-// Our own, gRPC's and those of the metrics: some twenty when the server serves.
+// Threads of the server, of gRPC and of the metrics: about twenty while serving.
 constexpr int32_t kThreadsBesideWorkers = 24;
 
 // ---- the command line
@@ -53,7 +53,8 @@ struct Flags {
 void AddFlags(CLI::App& app, Flags& flags) {
   app.set_version_flag("--version", "pbs-prefilld " PBS_VERSION " (" PBS_COMMIT ")");
   app.add_option("--config", flags.config, "JSON file with a ServerConfig");
-  app.add_option("--set", flags.sets, "PATH=VALUE on top of the file; repeatable")
+  app.add_option("--set", flags.sets,
+                 "PATH=VALUE: sets a field after the file; repeatable")
       ->allow_extra_args(false);
   app.add_option("--model", flags.models, "NAME=PATH of a model folder; repeatable")
       ->allow_extra_args(false);
@@ -63,7 +64,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
                  "host:port [127.0.0.1:9464]; \"off\" for none");
   app.add_option("--backend", flags.backend, "auto, cpu or cuda [auto]");
   app.add_option("--devices", flags.devices,
-                 "GPUs to use: all, or their numbers, 0,2 [0]");
+                 "GPUs to use: all, or a list of numbers such as 0,2 [0]");
   app.add_option("--threads", flags.threads,
                  "CPU threads; 0 = all this process may use");
   app.add_option("--log-level", flags.log_level,
@@ -72,7 +73,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
                  "vllm: also export vLLM's metric names")
       ->check(CLI::IsMember({"vllm"}));
   app.add_flag("--check-config", flags.check_config,
-               "say whether the configuration is valid, and exit");
+               "check the configuration and exit");
 }
 
 absl::Status AddModel(const std::string& flag, v1::ServerConfig& config) {
@@ -88,8 +89,8 @@ absl::Status AddModel(const std::string& flag, v1::ServerConfig& config) {
   return absl::OkStatus();
 }
 
-// The models of --model come before --set, so that --set can say more about them, but
-// not which they are.
+// --model comes before --set, so that --set can change fields of its models, but not
+// their names and paths.
 absl::Status CheckModelsKept(const v1::ServerConfig& before,
                              const v1::ServerConfig& after) {
   for (int i = 0; i < before.models_size(); ++i) {
@@ -106,8 +107,8 @@ absl::Status CheckModelsKept(const v1::ServerConfig& before,
   return absl::OkStatus();
 }
 
-// The file, the models of --model, --set, then the flags of their own. Everything that
-// is wrong is in the answer, but a file that cannot be read is alone in it.
+// Applies the file, --model, --set and then the other flags. The error lists every
+// violation; a file that cannot be read is reported alone.
 absl::StatusOr<ServerSettings> ReadSettings(const Flags& flags) {
   v1::ServerConfig config;
   if (!flags.config.empty()) {
@@ -169,7 +170,7 @@ int Run(const ServerSettings& settings, SignalWatcher& signals) {
 }  // namespace
 
 int Main(int argc, char** argv) {
-  SayLastWords();
+  InstallTerminateHandler();
   CLI::App app("Prefill node for long prompts with permuted block-sparse attention");
   Flags flags;
   AddFlags(app, flags);

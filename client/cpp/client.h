@@ -1,12 +1,12 @@
 // Typed, blocking client of a prefill node.
 //
-// Tensor bytes go straight from and into the caller's memory: no protobuf message ever
+// Tensor bytes are sent from and received into the caller's memory; no protobuf message
 // holds them.
 //
 // Threading: calls may run in parallel from several threads; each blocks its own.
 // Memory: one chunk per call beside the caller's tensors.
-// Errors: the server's code and message; Unavailable for a server that cannot be
-// reached says what to start.
+// Errors: the server's code and message; Unavailable, for a server that cannot be
+// reached, names the command to start.
 #pragma once
 
 #include <cstddef>
@@ -34,14 +34,16 @@ namespace pbs::client {
 struct ClientOptions {
   std::string address = "127.0.0.1:50051";
   absl::Duration connect_timeout = absl::Seconds(5);
-  // Of every call but Prefill, Attend and Fetch; an earlier deadline of its own counts.
+  // Time limit of every call but Prefill, Attend and Fetch; an earlier deadline of the
+  // call wins.
   absl::Duration control_timeout = absl::Seconds(30);
-  // A silent server is pinged after the first and given up after the second, with and
-  // without calls under way.
+  // The client pings a server that is silent for `keepalive`, and drops the connection
+  // when it stays silent for `keepalive_timeout`, with and without calls under way.
   absl::Duration keepalive = absl::Seconds(30);
   absl::Duration keepalive_timeout = absl::Seconds(20);
-  int32_t stream_window_bytes = 4 << 20;  // how far the server may send ahead
-  // Broken fetches in a row, without a layer gained, before Fetch() gives up.
+  // Bytes that the server may send ahead per stream
+  int32_t stream_window_bytes = 4 << 20;
+  // Fetch() gives up after this many broken streams in a row that completed no layer.
   int32_t resume_attempts = 3;
 };
 
@@ -52,17 +54,17 @@ class PrefillObserver {
   virtual void OnLayer(const v1::LayerDone& /*layer*/) {}
 };
 
-// An uploaded tensor. `bytes` must stay as they are until the call returns.
+// An uploaded tensor. `bytes` must not change until the call returns.
 struct TensorInput {
   v1::TensorSpec spec;
   std::span<const std::byte> bytes;
 };
 
-// Where results go.
+// Memory for results.
 class TensorTarget {
  public:
   virtual ~TensorTarget() = default;
-  // Memory for the result, `bytes` long. Empty to refuse.
+  // Returns memory for the result, `bytes` long, or an empty span to refuse it.
   virtual std::span<std::byte> Tensor(const v1::TensorSpec& spec, int64_t bytes) = 0;
 };
 
@@ -74,15 +76,15 @@ class Client {
   absl::StatusOr<v1::ServerInfo> GetServerInfo(const CallTerms& terms = {});
   absl::StatusOr<v1::ListModelsResponse> ListModels(const CallTerms& terms = {});
 
-  // `inline_kv` takes the cache of an inline delivery and is not used otherwise.
+  // `inline_kv` receives the cache of an inline delivery and is unused otherwise.
   // DataLoss as Fetch().
   absl::StatusOr<v1::Done> Prefill(const v1::PrefillRequest& request,
                                    PrefillObserver& observer,
                                    KvTarget* inline_kv = nullptr,
                                    const CallTerms& terms = {});
 
-  // `header.tensors` is filled in from `inputs`. InvalidArgument when an input's bytes
-  // are not its shape's.
+  // Fills in `header.tensors` from `inputs`. InvalidArgument when the size of an
+  // input's bytes does not match its shape.
   absl::StatusOr<v1::AttendStats> Attend(v1::AttendHeader header,
                                          std::span<const TensorInput> inputs,
                                          TensorTarget& target,
@@ -91,10 +93,10 @@ class Client {
 
   absl::StatusOr<v1::KvDescriptor> Describe(const v1::KvTicket& ticket,
                                             const CallTerms& terms = {});
-  // Fetches what `request` asks for, following a prefill that still runs; a broken
-  // stream is taken up again at the first layer that is not complete. DataLoss when a
-  // chunk is missing, doubled or corrupt: nothing of its layer may be used. The lease
-  // is renewed on the way (lease_keeper.h), so that it does not end before the fetch.
+  // Fetches the ranges of `request`. It follows a prefill that still runs. It resumes a
+  // broken stream at the first incomplete layer. It renews the lease (lease_keeper.h),
+  // so that the lease does not end before the fetch. DataLoss when a chunk is missing,
+  // doubled or corrupt: the bytes of its layer must then not be used.
   absl::Status Fetch(v1::FetchRequest request, KvTarget& target,
                      const CallTerms& terms = {});
   absl::StatusOr<v1::KvLease> Renew(const v1::KvTicket& ticket,
@@ -117,7 +119,7 @@ class Client {
   const std::shared_ptr<grpc::Channel> channel_;  // gRPC hands it out shared
 };
 
-// Bytes of a tensor's shape; InvalidArgument when it is none.
+// Bytes of a tensor; InvalidArgument when its shape or dtype is invalid.
 absl::StatusOr<int64_t> TensorBytes(const v1::TensorSpec& spec);
 
 }  // namespace pbs::client

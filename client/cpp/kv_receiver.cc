@@ -65,8 +65,8 @@ absl::Status KvReceiver::CheckPlace(const wire::KvChunk& chunk) const {
   if (chunk.dtype != expected_.dtype || chunk.layout != expected_.layout) {
     return absl::DataLossError(
         absl::StrCat("chunk of ", where, " has dtype ", static_cast<int>(chunk.dtype),
-                     " and layout ", static_cast<int>(chunk.layout), ", asked were ",
-                     static_cast<int>(expected_.dtype), " and ",
+                     " and layout ", static_cast<int>(chunk.layout),
+                     ", requested were ", static_cast<int>(expected_.dtype), " and ",
                      static_cast<int>(expected_.layout)));
   }
   const int64_t token = int64_t{chunk.token_begin} - expected_.token_begin;

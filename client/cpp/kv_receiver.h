@@ -1,5 +1,5 @@
-// Puts the chunks of a cache into the caller's memory and believes none of them: order,
-// place, size, checksum and layer digest are all checked.
+// Writes the chunks of a cache into the caller's memory and checks order, place, size,
+// checksum and layer digest of each.
 //
 // Threading: one thread. Memory: copies each payload once, into the target.
 #pragma once
@@ -16,21 +16,21 @@
 
 namespace pbs::client {
 
-// Where the arrays of a cache go.
+// Memory for the arrays of a cache.
 class KvTarget {
  public:
   virtual ~KvTarget() = default;
-  // Memory for one (layer, kind) array, `bytes` long, in the layout that was asked for:
-  // of the requested tokens and heads only. Empty to refuse.
+  // Returns memory for one (layer, kind) array, `bytes` long: the requested tokens and
+  // heads in the requested layout. Returns an empty span to refuse the array.
   virtual std::span<std::byte> Array(int32_t layer, v1::KvChunk::Kind kind,
                                      int64_t bytes) = 0;
-  // Keys and values of the layer are there and checked.
+  // Called when the layer's keys and values are complete and checked.
   virtual void OnLayer(int32_t /*layer*/) {}
 };
 
-// What must come.
+// The expected transfer.
 struct KvExpectation {
-  std::optional<uint64_t> epoch;  // of the ticket
+  std::optional<uint64_t> epoch;  // the ticket's
   int32_t layer_begin = 0, layer_count = 0;
   int32_t token_begin = 0, token_count = 0;
   int32_t head_begin = 0, head_count = 0;
@@ -48,8 +48,9 @@ class KvReceiver {
   KvReceiver(const KvExpectation& expected, KvTarget& target)
       : expected_(expected), target_(target), layer_(expected.layer_begin) {}
 
-  // DataLoss for whatever is not the next chunk, whole and true; the array it was for
-  // is then unspecified. ResourceExhausted when the target refuses.
+  // DataLoss unless `chunk` is the next chunk, complete and uncorrupted; the contents
+  // of its array are then unspecified. ResourceExhausted when the target refuses the
+  // array.
   absl::Status Add(const wire::KvChunk& chunk);
 
   bool complete() const {
@@ -58,7 +59,7 @@ class KvReceiver {
   // Layers before this one are complete; a broken transfer resumes here.
   int32_t layer() const { return layer_; }
   int64_t bytes() const { return bytes_; }
-  // Forgets the part of layer() that has come.
+  // Discards the received part of layer().
   void Rewind();
 
  private:

@@ -1,9 +1,9 @@
-// Keeps a lease while its cache is fetched: a fetch may take longer than the lease has
-// left. The lease keeps the time that it was given, also when somebody else renews it
-// meanwhile.
+// Renews a lease while its cache is fetched, because a fetch may take longer than the
+// lease lives. Every renewal is for the lease's own time to live, also when another
+// holder renews it meanwhile.
 //
-// Threading: a thread of its own, which the destructor ends; it waits for a reply that
-// is on its way. Memory: none to speak of.
+// Threading: one thread of its own. The destructor ends it and waits for a pending
+// reply. Memory: O(1).
 #pragma once
 
 #include <thread>
@@ -18,8 +18,9 @@ namespace pbs::client {
 
 class LeaseKeeper {
  public:
-  // Renews the lease that was described as `kv` now and whenever half of its time is
-  // over. `client` must outlive this; no call takes longer than that or `deadline`.
+  // Renews the lease that `kv` describes, first at once and then whenever half of its
+  // time has passed. No call takes longer than half of that time or passes `deadline`.
+  // `client` must outlive this.
   LeaseKeeper(Client& client, v1::KvDescriptor kv, absl::Time deadline);
   ~LeaseKeeper();
   LeaseKeeper(const LeaseKeeper&) = delete;
@@ -27,7 +28,7 @@ class LeaseKeeper {
 
  private:
   void Run(absl::StatusOr<v1::KvDescriptor> kv);
-  // Of a call that has to be over before the lease is.
+  // Terms of a call that must end before the lease does.
   CallTerms Terms(absl::Duration half) const;
 
   Client& client_;

@@ -1,7 +1,8 @@
-// A blocking call of raw messages on a queue of its own, so that the calling thread
-// does all the work and no message changes threads.
+// A blocking call of raw messages with a completion queue of its own: the calling
+// thread does all the work, and no message passes between threads.
 //
-// Threading: one thread at a time, but for Cancel(). Memory: one message each way.
+// Threading: one thread at a time; Cancel() from any thread. Memory: one message in
+// each direction.
 #pragma once
 
 #include <memory>
@@ -29,7 +30,7 @@ class RawStream {
   // Starts `method` ("/pbs.v1.KvSource/Fetch").
   RawStream(const std::shared_ptr<grpc::Channel>& channel, const std::string& method,
             const CallTerms& terms);
-  // Cancels what has not ended.
+  // Cancels the call if it has not ended.
   ~RawStream();
   RawStream(const RawStream&) = delete;
   RawStream& operator=(const RawStream&) = delete;
@@ -39,13 +40,13 @@ class RawStream {
   bool WritesDone();
   // False at the end of the stream.
   bool Read(grpc::ByteBuffer* message);
-  // The call's status, once Read() or Write() was false. Once.
+  // The call's status. Call it once, after Read() or Write() returned false.
   absl::Status Finish();
-  // From any thread.
+  // Cancels the call. Safe from any thread.
   void Cancel() { context_.TryCancel(); }
 
  private:
-  // Waits for the one operation under way; true when it succeeded.
+  // Waits for the operation under way; true when it succeeded.
   bool Await();
 
   grpc::ClientContext context_;
@@ -54,7 +55,7 @@ class RawStream {
   bool finished_ = false;
 };
 
-// One request, one reply.
+// A call of one request and one reply.
 absl::Status CallUnary(const std::shared_ptr<grpc::Channel>& channel,
                        const std::string& method, const CallTerms& terms,
                        const google::protobuf::MessageLite& request,

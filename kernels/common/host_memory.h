@@ -1,5 +1,5 @@
-// Pages straight from the operating system, given back to it when a buffer dies: large
-// workspaces and caches must not linger in an allocator.
+// Pages directly from the operating system. A buffer's destructor returns them, so that
+// large workspaces and caches do not stay in an allocator.
 //
 // Threading: safe from any thread.
 #pragma once
@@ -10,8 +10,8 @@
 
 namespace pbs {
 
-// Zeroed and page-aligned; 0 bytes give an empty buffer. Buffers of a few huge pages
-// and more ask for huge pages. ResourceExhausted names the size that was refused.
+// Zeroed and page-aligned; 0 bytes give an empty buffer. Buffers of at least a few huge
+// pages request huge pages. ResourceExhausted names the refused size.
 StatusOr<Buffer> AllocatePages(int64_t bytes);
 
 }  // namespace pbs

@@ -1,15 +1,15 @@
-// How scores of keys and blocks are rounded, and what is said when they overflow.
+// Rounding of the scores of keys and blocks, and the error of scores that overflow.
 #pragma once
 
 #include "pbs/attention.h"
 
 namespace pbs {
 
-// Query-head scope repeats the published code's rounding of scores to the input dtype:
-// kF32 means none.
+// The dtype to which scores are rounded: with query-head scope the input dtype, as in
+// the published code; else kF32, which means no rounding.
 DType ScoreRoundingOf(const AttentionProblem& problem);
 
-// InvalidArgument: finite inputs whose scores are not.
+// InvalidArgument for finite inputs whose scores are not finite.
 Status ScoreOverflow(const AttentionProblem& problem);
 
 }  // namespace pbs

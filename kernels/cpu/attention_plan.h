@@ -1,9 +1,9 @@
-// The CPU backend's attention plan: how the work is cut, and where the workspace holds
-// what.
+// The CPU backend's attention plan: the partition of the work and the layout of the
+// workspace.
 //
-// A *unit* is one order head of one sequence: the keys and values that are ordered,
-// packed and read together. Units run in *waves* whose packed operands share one region
-// of the workspace, so that memory does not grow with the number of heads.
+// A *unit* is one order head of one sequence. Its keys and values are ordered, packed
+// and read together. Units run in *waves*. The packed operands of all waves share one
+// region of the workspace, so that memory does not grow with the number of heads.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +18,13 @@ namespace pbs::cpu {
 
 inline constexpr int32_t kKeyTile = 128;    // keys scored together
 inline constexpr int32_t kQueryTile = 128;  // query rows attended together
-// Query heads whose tiles walk their lists side by side, so that each block of keys and
-// values comes once from the memory behind the second cache.
+// Query heads whose tiles read their lists side by side, so that each block of keys and
+// values is loaded into the second-level cache once.
 inline constexpr int32_t kSharedTiles = 4;
-inline constexpr int32_t kScoreTile = 16;        // query blocks scored together
-inline constexpr int64_t kWaveBytes = 32 << 20;  // packed operands of a wave, about
-inline constexpr int32_t kLanePad = 16;          // column counts are multiples of this
+inline constexpr int32_t kScoreTile = 16;  // query blocks scored together
+// Approximate bytes of a wave's packed operands.
+inline constexpr int64_t kWaveBytes = 32 << 20;
+inline constexpr int32_t kLanePad = 16;  // column counts are multiples of this
 
 constexpr int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -38,16 +39,16 @@ struct Unit {
   int64_t pooled_begin = 0;  // floats into the wave's pooled region
 };
 
-// Offsets inside a unit's part of the scoring region, in floats.
+// Offsets in a unit's part of the scoring region, in floats.
 struct ScoringLayout {
   int64_t proxies = 0;     // packed proxy queries [depth, proxies]
   int64_t importance = 0;  // [body]
   int64_t tile_max = 0;    // [key tiles, proxies]
-  int64_t tile_sum = 0;    // [key tiles, proxies]; then the tiles' weights
+  int64_t tile_sum = 0;    // [key tiles, proxies]; later the tiles' weights
   int64_t size = 0;
 };
 
-// Offsets inside a unit's part of the pooled region, in floats.
+// Offsets in a unit's part of the pooled region, in floats.
 struct PooledLayout {
   int64_t keys = 0;     // packed block means [head_dim, key blocks padded]
   int64_t queries = 0;  // block means [members, query blocks, head_dim]
@@ -58,8 +59,8 @@ struct Wave {
   int32_t first_unit = 0;
   int32_t num_units = 0;
   // Prefix sums over the wave's units, [num_units + 1] each.
-  std::vector<int64_t> key_tiles;  // of whole segments
-  std::vector<int64_t> segments;   // whole ones, and one for the tail
+  std::vector<int64_t> key_tiles;  // key tiles of whole segments
+  std::vector<int64_t> segments;   // whole segments, and one for the tail
   std::vector<int64_t> key_blocks;
   std::vector<int64_t> query_blocks;  // x members
   std::vector<int64_t> score_tiles;   // x members
@@ -72,20 +73,21 @@ struct CpuAttentionPlan final : AttentionPlan {
   int32_t num_members = 0;  // query heads per order head
   int32_t tiles_per_block = 0;
   int32_t query_tile = 0;   // rows
-  int32_t tile_groups = 0;  // of members, per query block
+  int32_t tile_groups = 0;  // groups of members, per query block
   int32_t num_workers = 0;
   std::vector<Unit> units;
   std::vector<Wave> waves;
   std::vector<int64_t>
-      row_entries;  // [total_query_blocks] first entry, from the head's
-  // [sequences + 1] rows per head sampled for coverage in the sequences before.
+      row_entries;  // [total_query_blocks] first entry, relative to the head's first
+  // [sequences + 1] rows per head that are sampled for coverage in earlier sequences.
   std::vector<int64_t> sampled_before;
 
   // Workspace offsets in bytes.
-  int64_t positions_at = 0;    // int32 [num_order_heads, total_slots]
-  int64_t block_range_at = 0;  // int32 [num_order_heads, key blocks, 2] least, largest
+  int64_t positions_at = 0;  // int32 [num_order_heads, total_slots]
+  // int32 [num_order_heads, key blocks, 2]: smallest and largest position
+  int64_t block_range_at = 0;
   int64_t first_block_at = 0;  // int32 [units] block of key 0
-  int64_t unit_dense_at = 0;   // uint8 [units] ran with arithmetic lists
+  int64_t unit_dense_at = 0;   // uint8 [units] 1: ran with lists of all blocks
   int64_t counts_at = 0;       // uint16 [num_heads, query blocks]
   int64_t entries_at = 0;      // uint16
   int64_t coverage_at = 0;     // double [num_heads, sampled rows of all sequences]
@@ -102,7 +104,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   int32_t Body(const SequenceGeometry& s) const {
     return s.k_len / geometry.segment_size * geometry.segment_size;
   }
-  // Keys scored by proxies: whether this plan computes an order for `unit`.
+  // True when this plan scores the keys of `unit` and computes its order.
   bool ComputesOrder(const Unit& unit) const {
     return unit.sparse && problem.options.method == Method::kPbs &&
            !problem.options.use_given_order;
@@ -112,7 +114,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   }
   ScoringLayout Scoring(const SequenceGeometry& s) const;
   PooledLayout Pooled(const SequenceGeometry& s) const;
-  // Words of the packed keys of one unit; the values take as many.
+  // Words of the packed keys of one unit. The values take as many.
   int64_t PackedWords(const SequenceGeometry& s) const {
     return static_cast<int64_t>(s.num_key_blocks) * geometry.block_size * depth;
   }

@@ -1,4 +1,5 @@
-// One Run() of the CPU backend: typed access to the workspace, shared by its stages.
+// State of one Run() of the CPU backend, with typed access to the workspace. Its stages
+// share it.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +50,7 @@ struct AttentionRun {
     return At<int32_t>(plan.positions_at) +
            unit.order_head * plan.geometry.total_slots + Sequence(unit).slot_begin;
   }
-  // Least and largest position of each block, padding left out.
+  // Smallest and largest position of each block, without padding.
   int32_t* BlockRange(const Unit& unit) const {
     const AttentionGeometry& g = plan.geometry;
     return At<int32_t>(plan.block_range_at) +
@@ -79,7 +80,7 @@ struct AttentionRun {
     return At<float>(plan.pooled_at) + unit.pooled_begin;
   }
 
-  // The list of (query head, query block index of the sequence) when blocks are
+  // Length of the list of (query head, query block of the sequence), when blocks are
   // selected.
   uint16_t& ListCount(const Unit& unit, int32_t head, int32_t query_block) const {
     return At<uint16_t>(
@@ -124,11 +125,11 @@ void FallBackToDense(AttentionRun& run, const Wave& wave);   // where lists do n
 void Attend(AttentionRun& run, const Wave& wave);            // o, lse
 void MeasureCoverage(AttentionRun& run, const Wave& wave);
 
-// Executed over causal blocks of the unit's selected lists.
+// Ratio of executed to causal blocks of the unit's selected lists.
 double UnitCausalRatio(const AttentionRun& run, const Unit& unit);
 
-// Mean over block_size of up to block_size rows of words, [head_dim]; rounded to the
-// input dtype where the published code does so.
+// Sum of up to block_size rows of words divided by block_size, [head_dim]; rounded to
+// the input dtype where the published code rounds.
 void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
                 float* mean);
 

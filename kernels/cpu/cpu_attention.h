@@ -1,10 +1,10 @@
 // Attention on the CPU: packed operands, register-tiled products, online softmax.
 //
-// Work per wave of units (attention_plan.h): score keys against the last query block,
-// sort inside segments, pack keys and values in that order, pool and select blocks,
-// attend. docs/KERNELS.md, "CPU", has the arithmetic.
+// Steps for each wave of units (attention_plan.h): score keys against the last query
+// block, sort them inside segments, pack keys and values in that order, pool and select
+// blocks, attend. docs/KERNELS.md, "CPU", has the arithmetic.
 //
-// Threading: one Run() at a time. Memory: Run() uses the workspace only.
+// Threading: one Run() at a time. Memory: Run() uses only the workspace.
 #pragma once
 
 #include <deque>
@@ -17,13 +17,13 @@
 
 namespace pbs::cpu {
 
-// The table of `isa`. Requires IsSupported(isa) before any of it is called.
+// The table of `isa`. Call its functions only when IsSupported(isa).
 const TileKernels& KernelsFor(Isa isa);
 
 class CpuAttention final : public AttentionBackend {
  public:
-  // Requires IsSupported(isa). bf16 operands are multiplied as pairs where the table
-  // can and `use_pairs` says so: that is not faster on every CPU that can.
+  // Requires IsSupported(isa). With `use_pairs`, bf16 operands are multiplied as pairs
+  // where the table has that product, which is not faster on every CPU.
   CpuAttention(ThreadPool& pool, Isa isa, bool use_pairs);
 
   StatusOr<std::unique_ptr<AttentionPlan>> Plan(
@@ -39,7 +39,7 @@ class CpuAttention final : public AttentionBackend {
   ThreadPool& pool_;
   const TileKernels& kernels_;
   const bool use_pairs_;
-  std::deque<AttentionReport> under_way_;  // read when they were started
+  std::deque<AttentionReport> under_way_;  // read by StartReport()
 };
 
 }  // namespace pbs::cpu

@@ -1,6 +1,6 @@
 // The CPU backend's composition: threads, attention, linear layers, pointwise steps.
 //
-// See pbs/cpu_backend.h for what callers may rely on.
+// pbs/cpu_backend.h has the contract for callers.
 #pragma once
 
 #include <array>

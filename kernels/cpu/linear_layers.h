@@ -1,11 +1,12 @@
 // Linear layers of the CPU backend: weights cut into panels, one job per panel.
 //
-// Weights stay in memory as they were stored, in panel order. Where the compute dtype
-// is wider (bf16 or f16 weights that multiply as f32), a job widens its panel into
-// scratch first; spread over the rows of a call that costs about 1 % and it halves
-// memory. The result equals multiplying a widened copy, bit for bit.
+// Weights stay in memory in their stored dtype, in panel order. Where the compute dtype
+// is wider (bf16 or f16 weights that are multiplied as f32), a job first widens its
+// panel into scratch. That halves memory and costs about 1 % of a call. The result
+// equals that of a widened weight bit for bit.
 //
-// Threading: as Backend. Memory: Run() uses its workspace; each worker has a slice.
+// Threading: as Backend. Memory: Run() uses its workspace, of which each worker has a
+// part.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +37,7 @@ class LinearLayers {
              Workspace workspace);
 
  private:
-  // Products are shared by all layers of equal shape.
+  // All layers of equal shape share their products.
   StatusOr<const MatmulKernels*> KernelsFor(DType operands, int64_t depth, int64_t cols,
                                             int64_t x_stride);
 

@@ -1,16 +1,16 @@
 // Products of a row block with one weight panel, through oneDNN.
 //
 // A weight [out, in] is cut into panels of kPanelCols output columns. A panel is packed
-// in whatever layout oneDNN likes for it, and multiplied into a dense f32 tile that
-// stays in the cache until the epilogue has used it: oneDNN's fast implementation needs
-// a dense target, and a tile makes bias, residual and activation ours to fuse.
+// in the layout that oneDNN chooses, and multiplied into a dense f32 tile. The tile
+// stays in the cache until the epilogue has read it. oneDNN's fast implementation needs
+// a dense target, and the tile lets us fuse bias, residual and activation.
 //
-// oneDNN is built on OpenMP here, so every thread that calls Create() or Multiply()
-// does so with its OpenMP thread count at 1 (UseOneThread()).
+// oneDNN is built on OpenMP here. So every thread that calls Create() or Multiply()
+// must have its OpenMP thread count at 1 (UseOneThread()).
 //
 // Threading: MatmulKernels is immutable; Multiply() may run on many threads at once.
-// Memory: Multiply() uses the scratch it is given; oneDNN's own per call is O(1) where
-// it has a "brg" implementation (AVX-512) and a few MiB per thread elsewhere.
+// Memory: Multiply() uses the given scratch. oneDNN's own memory per call is O(1) with
+// its "brg" implementation (AVX-512) and a few MiB per thread elsewhere.
 #pragma once
 
 #include <array>
@@ -26,21 +26,22 @@ namespace pbs::cpu {
 inline constexpr int64_t kPanelCols = 64;
 inline constexpr int64_t kRowBlock = 256;
 
-// Products exist for these row counts; RowPiece composes every other one.
+// Products exist for these row counts; other row counts are composed of RowPieces.
 inline constexpr std::array<int64_t, 9> kRowBuckets = {1,  2,  4,   8,  16,
                                                        32, 64, 128, 256};
 static_assert(kRowBuckets.back() == kRowBlock);
 
-// One product: rows [first, first + count) of x, of which those from `done` on are new.
+// One product: rows [first, first + count) of x. Rows before `done` were multiplied
+// before.
 struct RowPiece {
   int64_t first = 0;
   int64_t bucket = 0;  // index into kRowBuckets
   int64_t count = 0;   // kRowBuckets[bucket]
 };
 
-// The next piece of a matrix of `rows` rows, `done` < rows of them already multiplied.
-// Whole blocks first; a rest is covered by one larger product that repeats earlier
-// rows, where there are enough of them, so that it costs at most two calls.
+// The next piece of a matrix of `rows` rows, of which `done` < rows are multiplied.
+// Whole blocks come first. One larger product covers the rest and repeats earlier rows
+// where there are enough of them, so that the rest costs at most two calls.
 RowPiece NextPiece(int64_t rows, int64_t done);
 
 // Sets the calling thread's OpenMP thread count to 1.
@@ -48,8 +49,9 @@ void UseOneThread();
 
 class MatmulKernels {
  public:
-  // Products of f32 or bf16 operands: x [rows, depth] with rows `x_stride` apart, and
-  // panels of `cols` columns. Internal when oneDNN has nothing but its reference code.
+  // Creates products of f32 or bf16 operands: x [rows, depth] with rows `x_stride`
+  // apart, and panels of `cols` columns. Internal when oneDNN has only its reference
+  // code.
   static StatusOr<std::unique_ptr<MatmulKernels>> Create(const dnnl::engine& engine,
                                                          DType operands, int64_t depth,
                                                          int64_t cols,
@@ -63,7 +65,7 @@ class MatmulKernels {
 
   // rows [cols, depth], operand dtype -> panel [panel_bytes()].
   Status Pack(const void* rows, void* panel) const;
-  // A packed panel as Multiply() wants it. Writes zeros to the panel's padding.
+  // A packed panel as an argument of Multiply(). Writes zeros to the panel's padding.
   dnnl::memory PanelMemory(void* panel) const;
   // tile[piece.count, cols] = x[piece.first ...] * panel
   Status Multiply(const void* x, const RowPiece& piece, const dnnl::memory& panel,

@@ -1,5 +1,6 @@
-// Moves rows into the operand forms of the tile kernels (tile_kernels.h): packing *is*
-// the gather, so permuted keys and values cost no pass of their own.
+// Copies rows into the operand forms of the tile kernels (tile_kernels.h). The same
+// pass gathers permuted keys and values, so that a permutation needs no pass of its
+// own.
 //
 // Threading: stateless. Memory: allocates nothing.
 #pragma once
@@ -11,23 +12,23 @@
 
 namespace pbs::cpu {
 
-// How operands of one problem are held: f32 words, or bf16 pairs when the kernels
-// multiply those and the input is bf16.
+// Form of a problem's operands: f32 words, or bf16 pairs when the kernels multiply
+// pairs and the input is bf16.
 struct OperandFormat {
-  DType dtype = DType::kF32;  // of the tensors
+  DType dtype = DType::kF32;  // dtype of the tensors
   bool pairs = false;
 
   // Words of a row of `width` elements.
   int32_t Words(int32_t width) const { return pairs ? width / 2 : width; }
 };
 
-// One row of `width` elements as f32, and back.
+// Converts one row of `width` elements to f32, and back.
 void RowToF32(const TileKernels& kernels, DType dtype, const void* row, int32_t width,
               float* out);
 void RowFromF32(const TileKernels& kernels, DType dtype, const float* row,
                 int32_t width, void* out);
 
-// One row as words of `format`.
+// Converts one row to words of `format`.
 void RowToWords(const TileKernels& kernels, const OperandFormat& format,
                 const void* row, int32_t width, uint32_t* words);
 

@@ -1,4 +1,5 @@
-// Pointwise operations of the CPU backend: rows spread over the pool's workers.
+// Pointwise operations of the CPU backend, with rows distributed over the pool's
+// workers.
 //
 // Threading and memory: as Backend; nothing is allocated.
 #pragma once
@@ -10,10 +11,10 @@
 
 namespace pbs::cpu {
 
-// The table of `isa`. Requires IsSupported(isa) before any of it is called.
+// The table of `isa`. Call its functions only when IsSupported(isa).
 const PointwiseKernels& PointwiseFor(Isa isa);
 
-// As Backend's methods of these names.
+// As the methods of Backend with these names.
 void Embed(ThreadPool& pool, const PointwiseKernels& kernels, const EmbedOp& op);
 void Rotations(ThreadPool& pool, const RotationsOp& op);
 void RmsNorm(ThreadPool& pool, const PointwiseKernels& kernels, const RmsNormOp& op);

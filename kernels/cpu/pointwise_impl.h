@@ -2,7 +2,8 @@
 // registers) and PBS_DOT_ROWS (register tile of RowDots), then includes this header
 // inside its own anonymous namespace. See pointwise_kernels.h.
 //
-// Written with the compilers' vector extension: one text for SSE2, AVX2 and AVX-512.
+// It uses the compilers' vector extension, so that the same code serves SSE2, AVX2 and
+// AVX-512.
 
 constexpr int64_t kLanes = PBS_LANES;
 
@@ -42,7 +43,7 @@ inline void StoreSome(V v, T* target, int64_t count) {
   }
 }
 
-// Element types: how `count` <= kLanes elements at index `at` are read and written.
+// Element types: each reads and writes `count` <= kLanes elements at index `at`.
 // Rounding as pbs/dtype.h.
 struct AsF32 {
   static F32s Load(const void* p, int64_t at, int64_t count) {
@@ -75,7 +76,8 @@ struct AsF16 {
     const U32s magnitude = (wide & 0x7FFFu) << 13;
     U32s bits = magnitude + 0x38000000u;  // exponent bias 127 instead of 15
     bits = Select((I32s)(magnitude >= 0x0F800000u), magnitude | 0x7F800000u, bits);
-    // Subnormals by an integer conversion: arithmetic on f32 subnormals would be slow.
+    // Subnormals use an integer conversion, because arithmetic on f32 subnormals is
+    // slow.
     const F32s small = __builtin_convertvector((I32s)(wide & 0x3FFu), F32s) * 0x1p-24f;
     bits = Select((I32s)(magnitude < 0x00800000u), AsBits(small), bits);
     return AsFloat(bits | ((wide & 0x8000u) << 16));
@@ -109,8 +111,8 @@ inline void VisitElement(Element type, Visitor visit) {
   }
 }
 
-// Calls body(at, lanes) for whole registers, then once for what is left. Inlined, so
-// that `lanes` is a constant in the loop.
+// Calls body(at, lanes) for whole registers, then once for the rest. Inlined, so that
+// `lanes` is a constant in the loop.
 template <class Body>
 inline void ForLanes(int64_t count, Body body) {
   int64_t at = 0;
@@ -131,7 +133,7 @@ inline float Sum(F32s x) {
 inline F32s Exp(F32s x) {
   x = Select((I32s)(x > 88.0f), Splat(88.0f), x);
   x = Select((I32s)(x < -87.0f), Splat(-87.0f), x);
-  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits.
+  // Adding 1.5 * 2^23 rounds to an integer and puts it in the low bits.
   const F32s shifted = x * 1.44269504f + 12582912.0f;
   const F32s n = shifted - 12582912.0f;
   F32s f = x - n * 0.693359375f;  // ln 2 in two parts, the first exact times n

@@ -1,8 +1,9 @@
 // The inner loops of the pointwise operations, one table per instruction set. All
-// arithmetic is f32; `Element` says how a row is stored.
+// arithmetic is f32; `Element` is the stored type of a row.
 //
-// Included by files built with ISA flags, so no library header but <stdint.h>: an
-// inline function compiled for AVX-512 must never be the copy that the linker keeps.
+// Files built with ISA flags include this header, so it includes no library header
+// except <stdint.h>: the linker must never keep an inline function that was compiled
+// for AVX-512.
 //
 // Threading: stateless. Memory: allocates nothing. Pointers need no alignment beyond
 // that of their element type; rows may have any length.
@@ -28,8 +29,7 @@ struct PointwiseKernels {
                       const float* cosines, const float* sines, int64_t head_dim,
                       void* y, Element y_type);
 
-  // Ends of a linear layer; `bias` may be null.
-  // y = sums + bias
+  // Last steps of a linear layer; `bias` may be null. y = sums + bias
   void (*store_sums)(const float* sums, const float* bias, int64_t count, void* y,
                      Element y_type);
   // y += sums + bias

@@ -18,10 +18,10 @@ class ThreadPool {
 
   int num_threads() const { return num_threads_; }
 
-  // Calls body(index, worker) once for every index in [0, count), indices handed out in
-  // rising order, and returns when all calls have. `worker` is in [0, num_threads) and
-  // is never used by two calls at once, so it names per-worker scratch. `body` must not
-  // throw.
+  // Calls body(index, worker) once for every index in [0, count) and returns when all
+  // calls have returned. Indices are assigned in rising order. `worker` is in [0,
+  // num_threads), and two calls never have the same one at once, so that it can select
+  // per-worker scratch. `body` must not throw.
   template <class Body>
   void ParallelFor(int64_t count, Body&& body) {
     Run(

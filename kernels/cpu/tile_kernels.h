@@ -1,13 +1,13 @@
 // The inner loops of CPU attention, one table per instruction set.
 //
-// Matrix operands are made of 32-bit *words*: one f32, or two bf16 that lie next to
-// each other along the depth of the product. `a` is row-major. `b` is packed in panels:
-// panel p holds columns [p * panel_width, ...) as [depth][width] words, width being
-// panel_width or, in the last panel, what is left. Column counts are multiples of 16.
+// Matrix operands consist of 32-bit *words*: one f32, or two bf16 that are adjacent
+// along the depth of the product. `a` is row-major. `b` is packed in panels: panel p
+// holds columns [p * panel_width, ...) as [depth][width] words, width being panel_width
+// or, in the last panel, the rest. Column counts are multiples of 16.
 //
-// This header is included by files built with ISA flags, so it includes no library
-// header but <stdint.h>: an inline function compiled for AVX-512 must never be the copy
-// that the linker keeps for the whole program.
+// Files built with ISA flags include this header, so it includes no library header
+// except <stdint.h>: the linker must never keep an inline function that was compiled
+// for AVX-512 for the whole program.
 //
 // Threading: stateless. Memory: allocates nothing. Pointers need no alignment beyond
 // that of their element type.
@@ -17,14 +17,14 @@
 
 namespace pbs::cpu {
 
-// One block of scores on its way through the online softmax (docs/KERNELS.md, "CPU").
+// One block of scores in the online softmax (docs/KERNELS.md, "CPU").
 struct SoftmaxTile {
   int32_t rows;
   int32_t cols;      // a multiple of 16
   int32_t head_dim;  // a multiple of 32
   float scale;       // log2(e) / sqrt(head_dim)
-  // Original positions of the columns, or null when every row sees every column. A
-  // column is seen by row r when its position is at most first_query + r.
+  // Original positions of the columns, or null when every row sees every column. Row r
+  // sees a column whose position is at most first_query + r.
   const int32_t* positions;
   int32_t first_query;
   // [rows, cols] in: raw dot products. Out: probabilities relative to row_max, unless
@@ -38,8 +38,8 @@ struct SoftmaxTile {
   float* out;
 };
 
-// What dot products and their quotients by sqrt(head_dim) are rounded to before the
-// softmax, as the published code does.
+// Rounding of dot products and of their quotients by sqrt(head_dim) before the softmax,
+// as in the published code.
 enum class ProxyRounding : int32_t { kNone, kF16, kBf16 };
 
 // Scores of `keys` keys (rows) against `proxies` proxy queries (columns).
@@ -69,7 +69,7 @@ struct Product {
 using GemmFunction = void (*)(const Product& product);
 
 struct TileKernels {
-  const char* isa_name;  // IsaName() of what the table was compiled for
+  const char* isa_name;  // IsaName() of the table's ISA
   int32_t panel_width;
 
   // f32 words.

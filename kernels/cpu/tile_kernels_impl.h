@@ -1,5 +1,5 @@
-// The body of every tile-kernel table. A file per ISA defines `Vec` (W f32 lanes), the
-// tile constants and the conversions, then includes this header inside its own
+// The body of every tile-kernel table. One file per ISA defines `Vec` (W f32 lanes),
+// the tile constants and the conversions, then includes this header inside its
 // anonymous namespace. See tile_kernels.h.
 //
 // Vec must offer: kLanes, Load, Store, Set1, Zero, Fma(a, b, c) = a * b + c, Add, Sub,
@@ -19,8 +19,8 @@ inline void GemmTile(int32_t depth, const float* a, int64_t a_stride, const floa
   PBS_UNROLL for (int r = 0; r < kRows; ++r) {
     PBS_UNROLL for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::Zero();
   }
-  // An accumulating product sums keys: from the last, since a permuted segment has its
-  // largest weights first, and a sum that meets them last rounds less.
+  // An accumulating product sums keys from the last to the first. A permuted segment
+  // has its largest weights first, and a sum that adds them last rounds less.
   const int64_t step = accumulate ? -1 : 1;
   const float* a_at = a + (accumulate ? depth - 1 : 0);
   const float* b_at = b + (accumulate ? depth - 1 : 0) * int64_t{kVecs * Vec::kLanes};
@@ -38,7 +38,7 @@ inline void GemmTile(int32_t depth, const float* a, int64_t a_stride, const floa
     a_at += step;
     b_at += step * (kVecs * Vec::kLanes);
   }
-  // Adding at the end sums a long c block by block, which rounds less than one chain.
+  // Adding to c at the end sums block by block, which rounds less than one chain.
   PBS_UNROLL for (int r = 0; r < kRows; ++r) {
     PBS_UNROLL for (int v = 0; v < kVecs; ++v) {
       float* at = c + r * c_stride + v * Vec::kLanes;
@@ -83,12 +83,13 @@ void Gemm(const Product& x) {
   }
 }
 
-// Columns that are summed before they join a row's sum: column counts are multiples.
+// Columns that are summed before they are added to a row's sum. Column counts are
+// multiples of it.
 constexpr int32_t kGroup = 16;
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Scales and exponentiates one row; returns the sum of its probabilities, largest slots
-// last as in GemmTile.
+// Scales and exponentiates one row. Returns the sum of its probabilities, added from
+// the last slot to the first as in GemmTile.
 template <bool kPairs>
 inline float ExponentiateRow(int32_t cols, float scale, float row_max, float* scores,
                              uint32_t* pairs) {
@@ -117,7 +118,7 @@ inline float ExponentiateRow(int32_t cols, float scale, float row_max, float* sc
   return sum.HorizontalAdd();
 }
 
-// Largest score of a row; with positions, unseen columns become -inf on the way.
+// Largest score of a row. With positions it also sets unseen columns to -inf.
 inline float RowMaximum(int32_t cols, const int32_t* positions, int32_t last,
                         float* scores) {
   Vec top = Vec::Set1(kMinusInfinity);
@@ -135,9 +136,9 @@ inline float RowMaximum(int32_t cols, const int32_t* positions, int32_t last,
   return top.HorizontalMax();
 }
 
-// From here on a product rounded once (the maximum) and one not rounded at all (inside
-// the multiply-add) may differ by more than the exponent's range: scores are scaled
-// first. Below, the difference is common to a row and cancels out.
+// Above this value a product that is rounded once (the maximum) and one that is not
+// rounded (inside the multiply-add) may differ by more than the exponent's range, so
+// scores are scaled first. Below it the difference is common to a row and cancels out.
 constexpr float kLargeLogit = 0x1p24f;
 
 inline void ScaleRow(int32_t cols, float scale, float* scores) {
@@ -147,8 +148,8 @@ inline void ScaleRow(int32_t cols, float scale, float* scores) {
   }
 }
 
-// Rows whose maxima are found before the first of them is exponentiated: the chains of
-// dependent steps of one row then overlap with its neighbours'.
+// Rows whose maxima are computed before the first of them is exponentiated, so that the
+// dependent steps of one row overlap with those of its neighbours.
 constexpr int32_t kSoftmaxRows = 8;
 
 // Multiplies a row's sum and output by 2^(old_max - new_max).

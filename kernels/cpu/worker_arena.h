@@ -1,8 +1,8 @@
-// Where oneTBB begins: an arena of worker threads that runs one task on each.
+// The interface to oneTBB: an arena of worker threads that runs one task on each.
 //
-// Alone in its file because ThreadSanitizer does not see into oneTBB's library: built
-// without it, the half of oneTBB that is in headers raises no false alarms.
-// thread_pool.cc says in atomics of its own what the library orders.
+// It is in a file of its own because ThreadSanitizer does not see oneTBB's library. The
+// file is built without it, so that oneTBB's headers cause no false alarms.
+// thread_pool.cc repeats the library's ordering with its own atomics.
 //
 // Threading: RunTasks() from one thread at a time. Memory: the arena's.
 #pragma once
@@ -21,7 +21,7 @@ class WorkerArena {
 
   using Task = void (*)(void* context, int index);
   // Calls task(context, i) once for every i in [0, count), on any of the threads, and
-  // returns when all calls have. `task` must not throw.
+  // returns when all calls have returned. `task` must not throw.
   void RunTasks(int count, Task task, void* context);
 
  private:

@@ -1,7 +1,7 @@
-// libpbs_cuda.so, loaded at run time (pbs/cuda_backend.h): so a program that can use a
-// GPU starts without CUDA.
+// Loads libpbs_cuda.so at run time (pbs/cuda_backend.h), so that a program that can use
+// a GPU also starts without CUDA.
 //
-// Threading: safe from any thread. Memory: a module that was loaded stays.
+// Threading: safe from any thread. Memory: a loaded module is never unloaded.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,15 @@ namespace pbs {
 
 class CudaModule {
  public:
-  // `file`, or, if that is empty, libpbs_cuda.so beside the running program, in ../lib
-  // seen from there, or where the loader looks. FailedPrecondition names what was tried
-  // and why it failed, or that the module is of another build.
+  // Loads `file`. If that is empty, libpbs_cuda.so is looked for beside the running
+  // program, in ../lib relative to it, then in the loader's search path.
+  // FailedPrecondition names the tried files with the reasons, or states that the
+  // module is of another build.
   static StatusOr<CudaModule> Load(const std::string& file);
 
   const std::string& file() const { return file_; }
 
-  // At least one, or FailedPrecondition says why CUDA sees none.
+  // The number of devices, at least one; FailedPrecondition states why CUDA sees none.
   StatusOr<int32_t> CountDevices() const;
   StatusOr<std::unique_ptr<Backend>> Create(const CudaBackendOptions& options) const;
 

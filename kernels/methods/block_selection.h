@@ -1,5 +1,5 @@
-// Block selection: which key blocks one query block reads (arXiv 2510.21270, section
-// 3.3; docs/KERNELS.md states the rule).
+// Block selection: chooses the key blocks that one query block reads (arXiv 2510.21270,
+// section 3.3; docs/KERNELS.md states the rule).
 //
 // Threading: stateless. Memory: allocates nothing.
 #pragma once
@@ -10,10 +10,10 @@
 
 namespace pbs {
 
-// The blocks that may be selected by score are [0, num_candidates); the blocks
-// [own_begin, own_end) of the query's own segment are always read, and so is
-// `forced_block` when it is not negative. Own blocks may be candidates too (mean
-// pooling: the diagonal takes its share of the mass).
+// Blocks [0, num_candidates) may be selected by score. Blocks [own_begin, own_end) of
+// the query's own segment are always read, and so is `forced_block` when it is not
+// negative. Own blocks may be candidates too (mean pooling: the diagonal has a share of
+// the mass).
 struct SelectionRow {
   int32_t num_candidates = 0;
   int32_t own_begin = 0;
@@ -28,8 +28,9 @@ struct SelectedRow {
 };
 
 // Writes the fewest highest-scored candidates whose softmax mass reaches
-// `row.threshold`, joined with the forced blocks, ascending. Ties go to the lower
-// block. A row whose mass never reaches the threshold (rounding) takes every candidate.
+// `row.threshold`, joined with the forced blocks, ascending. Of equal scores the lower
+// block is taken first. A row whose mass never reaches the threshold because of
+// rounding takes every candidate.
 //
 //   logits  [num_candidates]  scaled pooled logits
 //   scratch [num_candidates]

@@ -8,8 +8,8 @@
 
 namespace pbs {
 
-// Sorts the keys of every whole segment by falling importance, lower position first on
-// ties; keys behind the last whole segment stay in place.
+// Sorts the keys of every whole segment by falling importance; of equal importance the
+// lower position comes first. Keys after the last whole segment stay in place.
 //
 //   importance [k_len / segment_size * segment_size]  finite, >= 0
 //   scratch    [segment_size]

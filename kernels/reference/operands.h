@@ -61,8 +61,8 @@ class Operands {
   const std::vector<double> q_, k_, v_;
 };
 
-// Query-head scope repeats the published code's rounding of intermediate scores to the
-// input dtype; every other case keeps full precision.
+// With query-head scope, intermediate scores are rounded to the input dtype, as in the
+// published code. All other cases keep full precision.
 class ScoreRounding {
  public:
   explicit ScoreRounding(const AttentionProblem& problem)
@@ -82,7 +82,7 @@ class ScoreRounding {
   DType dtype_;
 };
 
-// Softmax in place; a row that is wholly -inf becomes zeros.
+// Softmax in place. A row that is -inf everywhere becomes zeros.
 inline void Softmax(std::vector<double>& row) {
   double top = -INFINITY;
   for (double x : row) top = std::max(top, x);

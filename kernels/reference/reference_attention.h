@@ -1,6 +1,6 @@
-// The oracle: every method in plain f64 loops, written to be read beside
-// docs/KERNELS.md. Shares the geometry and the dtype conversions with the backends it
-// judges, nothing of the computation.
+// The reference that tests compare with: every method in plain f64 loops, in the terms
+// of docs/KERNELS.md. It shares the geometry and the dtype conversions with the
+// backends, but no computation.
 //
 // Shapes and options as pbs/attention.h. Results are packed: o [num_heads, total_q,
 // head_dim], lse [num_heads, total_q], order [num_order_heads, total_k].
@@ -14,9 +14,9 @@
 
 namespace pbs::reference {
 
-// How the logits of Attend() are summed over the head dim. An f32 backend differs from
-// f64 logits by the rounding of that sum, which grows with the logits; from f32 logits
-// in the same order of summation it differs by its softmax and output sums only.
+// The sum of the logits of Attend() over the head dim. An f32 backend differs from f64
+// logits by the rounding of that sum, which grows with the logits. From f32 logits in
+// the same order of summation it differs only by its softmax and output sums.
 enum class LogitSum {
   kF64,
   kF32,  // in head-dim order, rounded after every fused multiply-add
@@ -26,7 +26,7 @@ struct Decision {
   std::vector<int32_t> order;
   BlockLists lists;
   int32_t heads_fallen_back = 0;  // order heads whose dense fallback fired
-  // [num_sequences, num_order_heads], 1: runs dense, short ones included.
+  // [num_sequences, num_order_heads], 1: runs dense, short sequences included.
   std::vector<uint8_t> ran_dense = {};
 };
 
@@ -47,7 +47,7 @@ std::vector<double> KeyImportance(const AttentionProblem& problem,
                                   const AttentionTensors& tensors, int32_t sequence,
                                   int32_t order_head);
 
-// Key order and block lists of `problem`, given ones taken over unchecked.
+// Key order and block lists of `problem`. Given ones are used unchecked.
 Decision Decide(const AttentionProblem& problem, const AttentionTensors& tensors);
 
 // Attention under `decision`. A row that sees nothing has o = 0 and lse = -inf.
@@ -59,7 +59,8 @@ Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
 double Coverage(const AttentionProblem& problem, const AttentionTensors& tensors,
                 const Decision& decision);
 
-// All of it. Requires ValidateProblem(problem).ok() and finite inputs.
+// Decide(), Attend() and Coverage() together. Requires ValidateProblem(problem).ok()
+// and finite inputs.
 Result Run(const AttentionProblem& problem, const AttentionTensors& tensors);
 
 }  // namespace pbs::reference

@@ -1,6 +1,6 @@
-// Standard normals from a small generator, seeded per place.
+// Standard normals from a small generator that is seeded for each position.
 //
-// Threading: one generator per thread. Memory: 32 bytes; the tables are shared.
+// Threading: one generator per thread. Memory: 32 bytes; generators share the tables.
 #pragma once
 
 #include <bit>
@@ -9,8 +9,8 @@
 
 namespace pbs {
 
-// Mixes `value` into `key` (the finaliser of a 64-bit hash): streams of neighbouring
-// places are independent.
+// Mixes `value` into `key` (the finaliser of a 64-bit hash), so that streams of
+// neighbouring positions are independent.
 constexpr uint64_t MixKey(uint64_t key, uint64_t value) {
   uint64_t x = key ^ (value + 0x9E3779B97F4A7C15u + (key << 6) + (key >> 2));
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;

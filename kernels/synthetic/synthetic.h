@@ -1,11 +1,11 @@
-// Synthetic Q, K and V for benchmarks: white noise, and the structure that attention
-// over long prompts shows.
+// Synthetic Q, K and V for benchmarks: white noise, and data with the structure of
+// attention over long prompts.
 //
-// All terms are in logit units (behind the 1/sqrt(head_dim)). Per KV head there are
-// orthonormal directions u (importance), w_1..w_C (topics) and z (what the proxy
-// queries miss) on the slow rotary pairs (frequency * seq_len < 0.6), where a position
-// hardly turns them, and a +-1 vector e on the fast pairs (frequency > 2 pi / 512),
-// normalised, whose rotated product peaks at distance 0.
+// All terms are in logit units (after the factor 1/sqrt(head_dim)). Each KV head has
+// orthonormal directions u (importance), w_1..w_C (topics) and z (importance that the
+// proxy queries do not see) on the slow rotary pairs (frequency * seq_len < 0.6), which
+// positions hardly rotate. It also has a normalised +-1 vector e on the fast pairs
+// (frequency > 2 pi / 512), whose rotated product peaks at distance 0.
 //
 //   imp_j = sigma_token N + sigma_segment AR1_j(correlation_len)
 //           + heavy [Bernoulli(p_heavy)] + sink [j < num_sinks]
@@ -18,11 +18,11 @@
 // N is a fresh standard normal, n_i a vector of them without its parts along u, w and
 // z; gain_h is uniform in [0.8, 1.2] per query head, sign_h one sign per topic; the
 // label changes with probability 1 / piece per token. q and k are then rotated (half
-// split, `rope_base`). Permutation pays when importance is spread over many keys
-// (sigma_token >= ~2); white noise is the worst case.
+// split, `rope_base`). A permutation saves most when importance is spread over many
+// keys (sigma_token >= ~2). White noise is the worst case.
 //
 // Threading: stateless. Memory: a few values per token of one KV head.
-// Determinism: every element depends on the seed and its own place alone.
+// Determinism: every element depends only on the seed and its position.
 #pragma once
 
 #include <atomic>
@@ -46,7 +46,7 @@ struct SyntheticSetting {
   double piece = 700;      // tokens, mean length
   double local = 2;
   double noise = 1;
-  double rho = 1;  // share of importance that all queries agree on
+  double rho = 1;  // share of importance that all queries have in common
   double jitter = 0.25;
   double rope_base = 500'000;
 };
@@ -74,7 +74,7 @@ Status GenerateStructured(const SyntheticShape& shape, const SyntheticSetting& s
                           const SyntheticTargets& targets,
                           const std::atomic<bool>* stop);
 
-// The same shapes, every element a standard normal.
+// As GenerateStructured(), but every element is a standard normal.
 Status GenerateWhiteNoise(const SyntheticShape& shape, uint64_t seed, int32_t sequence,
                           const SyntheticTargets& targets,
                           const std::atomic<bool>* stop);

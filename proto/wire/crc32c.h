@@ -1,8 +1,9 @@
 // CRC-32C (Castagnoli) of chunks and layers: the checksum of every KV transfer.
 //
-// Written here because no library with a dispatched CRC-32C is in the distributions we
-// build on. x86-64 with SSE 4.2 runs three hardware streams (about 8 bytes a cycle);
-// any other CPU reads eight bytes a step from tables.
+// It is implemented here because the supported distributions have no library whose
+// CRC-32C chooses the instruction set at run time. x86-64 with SSE 4.2 runs three
+// hardware streams (about 8 bytes per cycle). Other CPUs use tables, eight bytes per
+// step.
 //
 // Threading: stateless functions; a LayerDigest belongs to one thread.
 #pragma once
@@ -13,14 +14,14 @@
 
 namespace pbs::wire {
 
-// The CRC of everything behind `crc`, continued by `bytes`; start with 0.
+// Extends `crc`, the CRC of earlier bytes (0 for none), by `bytes`.
 uint32_t ExtendCrc32c(uint32_t crc, std::span<const std::byte> bytes);
 
 inline uint32_t Crc32c(std::span<const std::byte> bytes) {
   return ExtendCrc32c(0, bytes);
 }
 
-// The same by tables, whatever the CPU has. For tests.
+// The same with tables on every CPU. For tests.
 uint32_t ExtendCrc32cPortable(uint32_t crc, std::span<const std::byte> bytes);
 
 // KvChunk.layer_digest: CRC-32C over the crc32c fields of a layer's chunks, in order,

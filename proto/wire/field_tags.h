@@ -1,5 +1,5 @@
-// Field numbers of the messages that the codec writes and reads by hand. The unit test
-// compares the result with protobuf's own, so a number that drifts cannot pass.
+// Field numbers of the messages that the codec writes and reads itself. A unit test
+// compares its output with protobuf's, so a wrong number fails the test.
 #pragma once
 
 #include <cstdint>

@@ -1,13 +1,14 @@
-// The slice codec: messages that carry tensor bytes, without copying those bytes.
+// The slice codec: encodes and decodes messages with tensor bytes without copying those
+// bytes.
 //
-// A chunk's small fields are written by hand in protobuf's wire format and its payload
-// is attached as a slice, so that any ordinary protobuf peer reads it; whatever an
-// ordinary peer may send is read: fields in any order, unknown fields, a payload that
-// is not last, a repeated oneof (the last wins, equal members merge).
+// The codec writes a chunk's small fields in protobuf's wire format and attaches the
+// payload as a slice, so that any protobuf peer can read it. It reads everything that a
+// protobuf peer may send: fields in any order, unknown fields, a payload that is not
+// last, a repeated oneof (the last wins, equal members merge).
 //
 // Threading: stateless functions. Memory: Encode keeps references to the payload's
 // slices until gRPC has sent them; Decode's payloads refer to the received slices.
-// Errors: INVALID_ARGUMENT that names the message and says what is wrong with it.
+// Errors: INVALID_ARGUMENT names the message and its defect.
 #pragma once
 
 #include <cstdint>
@@ -62,13 +63,13 @@ grpc::ByteBuffer EncodeKvEvent(const KvChunk& chunk);            // PrefillEvent
 grpc::ByteBuffer EncodeRequestChunk(const TensorChunk& chunk);   // AttendRequest.chunk
 grpc::ByteBuffer EncodeResponseChunk(const TensorChunk& chunk);  // AttendResponse.chunk
 
-// On error `out` holds what was read so far.
+// After an error `out` holds the fields read so far.
 grpc::Status DecodeKvChunk(const grpc::ByteBuffer& buffer, KvChunk* out);
 grpc::Status DecodeAttendRequest(const grpc::ByteBuffer& buffer, AttendRequest* out);
 grpc::Status DecodeAttendResponse(const grpc::ByteBuffer& buffer, AttendResponse* out);
 grpc::Status DecodePrefillEvent(const grpc::ByteBuffer& buffer, PrefillEvent* out);
 
-// Ordinary messages on the same raw path.
+// Messages without tensor bytes, for the same raw methods.
 grpc::ByteBuffer EncodeMessage(const google::protobuf::MessageLite& message);
 grpc::Status DecodeMessage(const grpc::ByteBuffer& buffer,
                            google::protobuf::MessageLite* out);

@@ -1,4 +1,5 @@
-// The payload of a chunk: bytes that stay in the slices gRPC sends or received.
+// The payload of a chunk: bytes that stay in the slices that gRPC sends or has
+// received.
 //
 // Threading: values, as safe as the slices they hold references to.
 // Memory:    a slice lives as long as anything refers to it; nothing here copies bytes
@@ -43,8 +44,8 @@ class Payload {
       target += piece.size();
     }
   }
-  // The same into a part of `tensor_bytes` bytes that are used when all of them are
-  // there.
+  // As CopyTo(), into a part of a tensor of `tensor_bytes` bytes that is used only when
+  // it is complete.
   void CopyInto(std::byte* target, size_t tensor_bytes) const {
     if (tensor_bytes < kStreamedBytesMin) return CopyTo(target);
     for (const grpc::Slice& piece : pieces_) {
@@ -59,7 +60,8 @@ class Payload {
   size_t size_ = 0;
 };
 
-// A slice of memory that `owner` keeps alive, until the last reference to it is gone.
+// A slice of memory that `owner` keeps alive. The slice drops `owner` with its last
+// reference.
 template <class Owner>
 grpc::Slice SliceOf(const void* data, size_t size, std::shared_ptr<Owner> owner) {
   return grpc::Slice(

@@ -1,4 +1,5 @@
-// Protobuf wire format out of the slices of one received message, bounds checked.
+// Reads protobuf's wire format from the slices of one received message, with bounds
+// checks.
 //
 // Threading: one thread. Memory: keeps references to the slices; payloads read from it
 // share them.
@@ -18,7 +19,7 @@
 
 namespace pbs::wire {
 
-// The slices as protobuf's input stream, able to name the slice behind a pointer.
+// The slices as protobuf's input stream. Part() gives the slice of a returned range.
 class SliceStream final : public google::protobuf::io::ZeroCopyInputStream {
  public:
   explicit SliceStream(std::vector<grpc::Slice> slices) : slices_(std::move(slices)) {}
@@ -33,20 +34,20 @@ class SliceStream final : public google::protobuf::io::ZeroCopyInputStream {
 
  private:
   std::vector<grpc::Slice> slices_;
-  size_t slice_idx_ = 0;  // of the slice that Next() reads from
-  size_t offset_ = 0;     // bytes of it that were returned
+  size_t slice_idx_ = 0;  // index of the slice that Next() reads from
+  size_t offset_ = 0;     // bytes of it that Next() has returned
   int64_t byte_count_ = 0;
 };
 
-// Reads fields one by one. Every Read returns false on malformed or missing bytes and
-// leaves the reader where that was found.
+// Reads fields one by one. Every Read method returns false on malformed or missing
+// bytes; the reader then stays at that position.
 class SliceReader {
  public:
   // Requires Length() <= INT32_MAX.
   explicit SliceReader(const grpc::ByteBuffer& buffer);
 
   // Calls `read(tag)` for every field until the end of the message. `read` returns
-  // false to fail and SkipField(tag) for what it does not know.
+  // false to fail; for an unknown field it returns SkipField(tag).
   template <class ReadField>
   bool ReadMessage(ReadField&& read) {
     while (const uint32_t tag = coded_.ReadTag()) {
@@ -54,19 +55,19 @@ class SliceReader {
     }
     return coded_.ConsumedEntireMessage() && coded_.BytesUntilLimit() == 0;
   }
-  // A length, and then the fields of that many bytes through `read`.
+  // Reads a length and then, through `read`, the fields in that many bytes.
   template <class ReadField>
   bool ReadNested(ReadField&& read) {
     return Nested([&] { return ReadMessage(read); });
   }
-  // A length, and then `message`'s fields, merged into it.
+  // Reads a length and then fields of `message`, which are merged into it.
   bool ReadNestedMessage(google::protobuf::MessageLite* message);
 
   bool ReadInt32(int32_t* value);
   bool ReadUint64(uint64_t* value) { return coded_.ReadVarint64(value); }
   bool ReadFixed32(uint32_t* value) { return coded_.ReadLittleEndian32(value); }
   bool ReadFixed64(uint64_t* value) { return coded_.ReadLittleEndian64(value); }
-  // A length, and that many bytes by reference; replaces what `payload` held.
+  // Reads a length and refers to that many bytes; replaces the contents of `payload`.
   bool ReadPayload(Payload* payload);
   bool SkipField(uint32_t tag) { return SkipField(tag, kGroupDepthMax); }
 
@@ -84,7 +85,7 @@ class SliceReader {
     coded_.PopLimit(outer);
     return true;
   }
-  // False unless that many bytes are left in the enclosing message.
+  // Reads a length; false unless the enclosing message has that many bytes left.
   bool ReadLength(uint32_t* length);
   bool SkipField(uint32_t tag, int depth_left);
 

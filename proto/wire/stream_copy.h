@@ -1,8 +1,8 @@
-// A copy for bytes that nobody reads soon: past the caches, so that lines of the target
-// are neither read before they are overwritten nor put in the place of others. Moving a
-// tensor larger than the caches takes less than half the time that memcpy() does.
+// A copy for bytes that are not read soon. It writes past the caches, so that lines of
+// the target are not loaded before they are overwritten and do not evict other lines.
+// It copies a tensor larger than the caches in less than half the time of memcpy().
 //
-// Threading: stateless; what was copied is visible to other threads as after memcpy().
+// Threading: stateless; the copy is visible to other threads as after memcpy().
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ namespace pbs::wire {
 // Below this a tensor may still be in the caches when it is used.
 inline constexpr size_t kStreamedBytesMin = size_t{8} << 20;
 
-// memcpy() where the CPU has no such stores.
+// Uses memcpy() where the CPU has no such stores.
 void StreamCopy(std::byte* target, const std::byte* source, size_t size);
 
 }  // namespace pbs::wire

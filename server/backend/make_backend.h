@@ -1,4 +1,4 @@
-// The backends that the settings ask for, one for each device.
+// Creates the backends of the settings, one for each device.
 #pragma once
 
 #include <memory>
@@ -11,8 +11,9 @@
 
 namespace pbs::server {
 
-// At least one. cuda: on every device that is named, or FailedPrecondition says why
-// not. auto: cuda, or the CPU and one line that says why.
+// At least one backend. "cuda": one on every device in the settings, or
+// FailedPrecondition with the reason. "auto": as "cuda", or else the CPU and one log
+// line with the reason.
 absl::StatusOr<std::vector<std::unique_ptr<Backend>>> MakeBackends(
     const ServerSettings& settings, Log& log);
 

@@ -1,4 +1,4 @@
-// What requests may hold.
+// Budgets of memory that requests may hold, in bytes.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@
 
 namespace pbs::server {
 
-// Of ordinary memory: what the settings say, or half of what this process may use, or
-// most of what the models' files leave of it when that is less.
+// Budget of ordinary memory: the setting. Without one: half of the process's memory
+// limit, or most of what the models' files leave of that limit when this is less.
 int64_t MemoryBudget(const ServerSettings& settings);
 
-// Of a device's own memory: what the settings say, or most of what is free; weights are
-// then charged to it.
+// Budget of a device's own memory: the setting, or without one most of its free memory,
+// to which weights are charged.
 int64_t DeviceBudget(const CudaSettings& settings, const Backend& backend);
 
 }  // namespace pbs::server

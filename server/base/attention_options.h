@@ -1,8 +1,8 @@
-// AttentionOptions of the wire <-> AttentionOptions of the data plane. The one place
-// that knows both; requests and the configuration use it.
+// Converts AttentionOptions of the wire to and from AttentionOptions of the data plane,
+// for requests and the configuration.
 //
-// Threading: stateless. A target of its own (pbs::attention_options), which needs
-// protobuf; the rest of the room does not.
+// Threading: stateless. It is a CMake target of its own (pbs::attention_options),
+// because the other files of server/base do not need protobuf.
 #pragma once
 
 #include <optional>
@@ -13,19 +13,19 @@
 
 namespace pbs::server {
 
-// What a request that names no method gets (ServerConfig.default_attention).
+// Options of a request that names no method (ServerConfig.default_attention).
 struct AttentionProfile {
-  AttentionOptions options;                 // dense_fallback apart
+  AttentionOptions options;                 // without dense_fallback
   std::optional<bool> dense_fallback = {};  // unset: the RPC's own default
 
   bool operator==(const AttentionProfile&) const = default;
 };
 
-// A message that names no method means `profile`; one that does starts from the
-// documented defaults of that method. `dense_fallback` is the RPC's own default: what
-// is meant where neither the message nor a profile that applies says. Ranges are not
-// looked at (ValidateProblem()). Errors: InvalidArgument for an enum value outside its
-// enum, Unimplemented for a method that is reserved.
+// A message without a method takes `profile`. A message with one takes the documented
+// defaults of that method for unset fields. `dense_fallback` is the RPC's default: it
+// applies when neither the message nor an applicable profile sets the field. Ranges are
+// not checked (ValidateProblem() does). Errors: InvalidArgument for an enum value
+// outside its enum, Unimplemented for a reserved method.
 absl::StatusOr<AttentionOptions> DecodeAttentionOptions(
     const v1::AttentionOptions& wire, const AttentionProfile& profile,
     bool dense_fallback);

@@ -1,10 +1,12 @@
-// BlockCache: freed blocks of memory, kept for the next upload.
+// BlockCache: keeps freed blocks of memory for the next upload.
 //
-// A new mapping costs a page fault and a cleared page per page, which takes longer than
-// receiving the bytes, and far longer where a hypervisor takes freed pages away. A kept
-// block is marked free for the system, which takes its pages back when it needs them.
+// A new mapping costs a page fault and the clearing of each page. That takes longer
+// than receiving the bytes, and far longer where a hypervisor reclaims freed pages. A
+// kept block is marked as free for the system, which may take its pages when it needs
+// them.
 //
-// Threading: safe from any thread. Memory: bytes_max of mappings; oldest go first.
+// Threading: safe from any thread. Memory: mappings of at most bytes_max bytes; it
+// unmaps the oldest first.
 #pragma once
 
 #include <cstddef>
@@ -23,8 +25,8 @@ class BlockCache {
   BlockCache(const BlockCache&) = delete;
   BlockCache& operator=(const BlockCache&) = delete;
 
-  // The smallest kept block that has `size` bytes and at most a quarter more, with any
-  // content; empty when there is none.
+  // Takes out the smallest kept block of at least `size` and at most 1.25 `size` bytes.
+  // Its contents are unspecified. Empty when there is none.
   std::span<std::byte> Take(int64_t size);
   // Keeps or unmaps a private anonymous mapping.
   void Keep(std::span<std::byte> block);

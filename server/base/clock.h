@@ -1,4 +1,5 @@
-// Clock: where every decision about time gets its time, so that it replays in a test.
+// Clock: the source of time for every decision about time, so that tests can control
+// it.
 //
 // Threading: safe from any thread. Memory: none.
 #pragma once
@@ -14,11 +15,12 @@ namespace pbs::server {
 class Clock {
  public:
   virtual ~Clock() = default;
-  // Never goes back, whatever happens to the system's date.
+  // Never goes back, also when the system's date is changed.
   virtual absl::Time Now() const = 0;
 
-  // The moment as far ahead of Now() as `deadline` is ahead of the system clock. The
-  // latest representable time (a call without a deadline) is InfiniteFuture.
+  // Converts `deadline` of the system clock: the result is as far from Now() as
+  // `deadline` is from the system's time. The latest representable time (a call without
+  // a deadline) gives InfiniteFuture.
   absl::Time FromSystem(std::chrono::system_clock::time_point deadline) const;
 };
 

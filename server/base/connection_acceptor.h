@@ -1,12 +1,12 @@
-// ConnectionAcceptor: accepts TCP connections and hands them on, up to a number of
-// them, and goes on whatever a single accept answers.
+// ConnectionAcceptor: accepts a bounded number of TCP connections and passes them on.
+// It continues after any error of a single accept.
 //
 // A connection beyond the limit, or one for which the process has no descriptor, is
-// closed at once: its peer learns that it should go elsewhere. As soon as others have
-// closed, connections are accepted again.
+// closed at once, so that its peer can try another server. It accepts again as soon as
+// other connections have closed.
 //
-// Threading: a thread of its own, which calls `take` and `on_full`; destroy it from
-// another one. Memory: 16 bytes per open connection.
+// Threading: one thread of its own, which calls `take` and `on_full`. Destroy it from
+// another thread. Memory: 16 bytes per open connection.
 #pragma once
 
 #include <cstdint>
@@ -21,20 +21,20 @@ namespace pbs::server {
 
 struct AcceptorOptions {
   int32_t connections_max = 1;
-  // What was sent and not acknowledged for so long ends a connection.
+  // A connection ends when sent bytes stay unacknowledged for this long.
   absl::Duration unacknowledged_max = absl::Seconds(20);
 };
 
 class ConnectionAcceptor {
  public:
-  // Owns the connection from then on, and closes it.
+  // Takes ownership of the connection and closes it.
   using Take = std::function<void(FileDescriptor connection, int listener)>;
-  // Connections are being refused; `refused` so far. Once per minute at most.
+  // Reports, at most once per minute, that connections are refused: `refused` in all.
   using OnFull = std::function<void(int64_t refused)>;
 
   ConnectionAcceptor(Listener listener, const AcceptorOptions& options, Take take,
                      OnFull on_full);
-  // Accepts no more and closes the sockets; `take` is called no more.
+  // Stops accepting and closes the sockets. `take` is not called afterwards.
   ~ConnectionAcceptor();
   ConnectionAcceptor(const ConnectionAcceptor&) = delete;
   ConnectionAcceptor& operator=(const ConnectionAcceptor&) = delete;
@@ -45,8 +45,8 @@ class ConnectionAcceptor {
   class OpenConnections;
 
   void Run();
-  // Accepts what waits at `listener`; false when the process or the system has run out
-  // of something, and a pause is due.
+  // Accepts all waiting connections of `listener`; false when the process or the system
+  // is out of a resource, so that a pause is due.
   bool AcceptAll(int listener, OpenConnections& open);
   void RefuseOne(int listener);
   void CountRefusal();
@@ -55,7 +55,8 @@ class ConnectionAcceptor {
   const AcceptorOptions options_;
   const Take take_;
   const OnFull on_full_;
-  FileDescriptor spare_;  // given up to accept and close one when there is no other
+  // Closed to accept and close a connection when no descriptor is free
+  FileDescriptor spare_;
   int64_t refused_ = 0;
   absl::Time said_ = absl::InfinitePast();
   FileDescriptor stop_;  // an eventfd that the destructor writes

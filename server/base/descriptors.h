@@ -1,4 +1,4 @@
-// File descriptors: how many this process may have.
+// The number of file descriptors of this process.
 //
 // Threading: safe from any thread.
 #pragma once
@@ -7,11 +7,11 @@
 
 namespace pbs::server {
 
-// Open at the moment.
+// Descriptors that are open at the moment.
 int64_t OpenDescriptors();
 
-// Raises the soft limit to `wanted` where it is lower, as far as the hard limit lets
-// it; never lowers it. Returns the soft limit.
+// Raises the soft limit to `wanted`, or to the hard limit when that is less; never
+// lowers it. Returns the soft limit.
 int64_t RaiseDescriptorLimit(int64_t wanted);
 
 }  // namespace pbs::server

@@ -12,7 +12,7 @@ namespace pbs::server {
 class FileDescriptor {
  public:
   FileDescriptor() = default;
-  // Takes `number` over; -1 is none.
+  // Takes ownership of descriptor `number`; -1 is none.
   explicit FileDescriptor(int number) : number_(number) {}
   ~FileDescriptor() { Close(); }
   FileDescriptor(FileDescriptor&& other) noexcept : number_(other.Release()) {}
@@ -26,7 +26,7 @@ class FileDescriptor {
 
   int get() const { return number_; }
   bool is_open() const { return number_ >= 0; }
-  // Its number, which the caller closes.
+  // Gives up ownership: the caller closes the returned number.
   int Release() { return std::exchange(number_, -1); }
   void Close() {
     if (is_open()) close(Release());

@@ -1,5 +1,5 @@
-// absl::Status -> grpc::Status with google.rpc details. The one file of this room that
-// knows gRPC.
+// absl::Status -> grpc::Status with google.rpc details. No other file of server/base
+// uses gRPC.
 //
 // Threading: stateless.
 #pragma once
@@ -12,12 +12,13 @@
 
 namespace pbs::server {
 
-// Messages are cut here: trailers share one HTTP/2 header budget of 8 KiB.
+// The longest message; longer ones are cut. Trailers share one HTTP/2 header limit of 8
+// KiB.
 inline constexpr size_t kGrpcMessageBytesMax = 1024;
 
-// Same code; the message, cut to kGrpcMessageBytesMax at a character; and, when the
-// status says when to try again (RetryAfter()), a google.rpc.Status with RetryInfo in
-// the `grpc-status-details-bin` trailer.
+// Keeps the code, and the message up to kGrpcMessageBytesMax, cut between characters. A
+// status with a retry delay (RetryAfter()) also gets a google.rpc.Status with RetryInfo
+// in the `grpc-status-details-bin` trailer.
 grpc::Status ToGrpc(const absl::Status& status);
 
 }  // namespace pbs::server

@@ -1,11 +1,11 @@
 // HostBytes: a block of host memory for tensors.
 //
-// Large blocks are anonymous mappings of their own, so that freeing one gives its pages
-// back to the operating system at once; small ones come from the heap.
+// A large block is an anonymous mapping of its own, so that freeing it returns its
+// pages to the operating system at once. Small blocks come from the heap.
 //
 // Threading: a value; as safe as std::unique_ptr.
-// Memory: 64-byte aligned and, but for Reuse(), zero-filled. A mapping takes physical
-// pages when first written.
+// Memory: 64-byte aligned and, except from Reuse(), zero-filled. A mapping takes
+// physical pages when it is first written.
 #pragma once
 
 #include <cstddef>
@@ -33,8 +33,8 @@ class HostBytes {
   // `size` zero bytes; 0 gives an empty block. Requires size >= 0. ResourceExhausted
   // when the system has no memory to give.
   static absl::StatusOr<HostBytes> Allocate(int64_t size);
-  // The same with any content, for what is overwritten whole. Large blocks come from
-  // `cache`, which they keep alive, and go back to it.
+  // As Allocate(), but the contents are unspecified: for blocks that are overwritten
+  // whole. Large blocks come from `cache` and return to it; they keep it alive.
   static absl::StatusOr<HostBytes> Reuse(int64_t size,
                                          const std::shared_ptr<BlockCache>& cache);
 
@@ -55,7 +55,7 @@ class HostBytes {
 
   std::byte* data_ = nullptr;
   int64_t size_ = 0;
-  // Where the block goes in the end, and how long it is in truth.
+  // The cache that the block returns to, and the size of the whole block.
   std::shared_ptr<BlockCache> cache_;
   int64_t capacity_ = 0;
 };

@@ -13,7 +13,7 @@ namespace pbs::server {
 
 struct HostPort {
   std::string host;  // without the brackets of an IPv6 address
-  int32_t port = 0;  // 0 .. 65535; 0 lets the system pick
+  int32_t port = 0;  // 0 .. 65535; 0: the system picks one
 
   // "host:port", an IPv6 address in brackets; ParseHostPort() reads it back.
   std::string ToString() const;
@@ -21,8 +21,8 @@ struct HostPort {
   bool IsLoopback() const;
 };
 
-// "127.0.0.1:50051", "localhost:0", "[::1]:50051", "prefill-0.example:50051".
-// InvalidArgument without the field's name: the caller adds it.
+// "127.0.0.1:50051", "localhost:0", "[::1]:50051", "prefill-0.example:50051". The
+// message of InvalidArgument does not name the field; the caller adds it.
 absl::StatusOr<HostPort> ParseHostPort(absl::string_view text);
 
 }  // namespace pbs::server

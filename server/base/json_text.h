@@ -1,4 +1,4 @@
-// JSON text by hand, for lines that are built field by field.
+// JSON text for lines that are built field by field.
 //
 // Threading: stateless.
 #pragma once

@@ -5,8 +5,9 @@
 // `event` names what happened in snake_case; the fields are its facts. Prompts, token
 // ids, tensor values and secrets are never logged.
 //
-// Threading: safe from any thread. Writing happens on a thread of its own behind a
-// bounded queue: a reader that stalls costs the oldest lines, never a request.
+// Threading: safe from any thread. A thread of its own writes the lines from a bounded
+// queue. When the reader of stderr stalls, the queue drops its oldest lines and no
+// request waits.
 // Memory: at most kQueuedLinesMax lines.
 #pragma once
 
@@ -60,11 +61,11 @@ class Log {
  public:
   static constexpr size_t kQueuedLinesMax = 4096;
 
-  // Lines below `level` cost one comparison. Writes to stderr.
+  // Writes to stderr. A line below `level` costs one comparison.
   explicit Log(LogLevel level);
   // Writes to `stream`, which must outlive the log.
   Log(LogLevel level, std::ostream& stream);
-  // Writes what is queued.
+  // Writes all queued lines.
   ~Log();
 
   void Debug(std::string_view event, std::initializer_list<LogField> fields = {}) {

@@ -1,9 +1,9 @@
 // Mutex, MutexLock and CondVar: std::mutex with clang's thread-safety attributes.
 //
-// Not absl::Mutex: the distribution's build of it is not instrumented, so that
-// ThreadSanitizer reports races that are none and hides those that are.
+// absl::Mutex is not used because the distribution builds it without instrumentation:
+// ThreadSanitizer then reports false races and misses real ones.
 //
-// Threading: what it is for. Memory: no allocation.
+// Threading: safe from any thread. Memory: no allocation.
 #pragma once
 
 #include <chrono>
@@ -42,8 +42,8 @@ class ABSL_SCOPED_LOCKABLE MutexLock {
   Mutex& mutex_;
 };
 
-// Waits release the mutex and hold it again when they return. They may wake without a
-// reason: wait in a loop on the condition.
+// A wait releases the mutex and holds it again when it returns. It may return without a
+// notification: call it in a loop that checks the condition.
 class CondVar {
  public:
   void Wait(Mutex& mutex) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
@@ -51,7 +51,7 @@ class CondVar {
     condition_.wait(lock);
     lock.release();
   }
-  // At most `seconds`.
+  // Waits at most `seconds`.
   void WaitFor(Mutex& mutex, double seconds) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
     std::unique_lock<std::mutex> lock(mutex.mutex_, std::adopt_lock);
     condition_.wait_for(lock, std::chrono::duration<double>(seconds));

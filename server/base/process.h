@@ -1,6 +1,6 @@
-// What the operating system says about this process: memory, limits, CPUs.
+// Facts of the operating system about this process: memory, limits, CPUs.
 //
-// Threading: safe from any thread; the answers are of the moment.
+// Threading: safe from any thread; each call reads the current values.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@
 
 namespace pbs::server {
 
-// Resident memory now and at its highest since start or the last reset; 0 where the
-// system does not say.
+// Resident memory: the current value, and the highest since start or the last reset; 0
+// where the system does not tell.
 int64_t ResidentBytes();
 int64_t PeakResidentBytes();
-// Sets the peak back to what is resident now. Unavailable where the system cannot.
+// Resets the peak to the current value. Unavailable where the system cannot.
 absl::Status ResetPeakResidentBytes();
 
-// Where the pseudo files live; a test points it at a folder of its own.
+// The folder of the pseudo files; tests use a folder of their own.
 struct SystemRoot {
   std::string path;  // in front of "/proc" and "/sys"
 };
@@ -37,8 +37,8 @@ int32_t UsableCpus(const SystemRoot& root = {});
 // an arena per thread. Call before other threads start.
 void TuneMalloc();
 
-// Gives the pages of freed memory back to the system, all arenas'. Takes milliseconds,
-// in which other threads may wait for memory.
+// Returns the pages of freed memory of all arenas to the system. It takes milliseconds,
+// during which other threads may wait for memory.
 void ReturnFreedMemory();
 
 // ---- the parsers, public for their tests

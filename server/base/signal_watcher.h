@@ -28,11 +28,12 @@ class SignalWatcher {
   SignalWatcher(const SignalWatcher&) = delete;
   SignalWatcher& operator=(const SignalWatcher&) = delete;
 
-  // For code that looks at a flag between its steps.
+  // True once the process was asked to stop; for code that polls between its steps.
   const std::atomic<bool>& stop_flag() const { return stop_; }
   bool stop_requested() const { return stop_.load(); }
   void WaitForStop();
-  // Stops as the first signal does, and is none: one that follows is the first.
+  // Asks the process to stop, as the first signal does, but does not count as a signal:
+  // the next signal is still the first.
   void RequestStop();
 
  private:

@@ -1,7 +1,7 @@
-// Status of the data plane <-> status of the control plane.
+// Converts the data plane's Status to the control plane's.
 //
-// pbs::Status and absl::Status share their code values; this is the one place that
-// turns the former into the latter. It also carries the advice "try again after",
+// pbs::Status and absl::Status share their code values; only this file converts the
+// former to the latter. It also attaches the advice "try again after" to a status,
 // which grpc_status.h puts on the wire.
 //
 // Threading: stateless.
@@ -28,7 +28,8 @@ absl::StatusOr<T> ToAbsl(pbs::StatusOr<T> result) {
 
 // `status` with the advice to repeat the call after `delay`. OK stays OK.
 absl::Status WithRetryAfter(absl::Status status, absl::Duration delay);
-// The advice; without one, kRetryAfterDefault for ResourceExhausted and nothing else.
+// The delay of WithRetryAfter(). Without it, kRetryAfterDefault for ResourceExhausted
+// and nullopt for other codes.
 std::optional<absl::Duration> RetryAfter(const absl::Status& status);
 
 inline constexpr absl::Duration kRetryAfterDefault = absl::Seconds(1);

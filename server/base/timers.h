@@ -1,7 +1,7 @@
 // Timers: callbacks at moments of a Clock, cancellable.
 //
-// TimerQueue holds them and runs those that are due when told to; TimerThread tells it
-// in a server. A test advances its ManualClock and calls RunDue() itself.
+// TimerQueue holds the timers and runs due ones in RunDue(). In a server TimerThread
+// calls it; a test advances its ManualClock and calls RunDue() itself.
 //
 // Threading: safe from any thread. Callbacks run on the thread that runs the queue, one
 // at a time, without a lock held; they may add and cancel timers and must not block.
@@ -36,8 +36,8 @@ class TimerQueue {
   // is running or is unknown (0 is). Never waits for a running callback.
   bool Cancel(TimerId id);
 
-  // Runs what is due now, earliest first and, at equal times, in the order of At().
-  // Returns how many callbacks ran. One thread at a time.
+  // Runs the timers that are due now, earliest first and, at equal times, in the order
+  // of At(). Returns how many callbacks ran. One thread at a time.
   int RunDue();
 
   // Moment of the earliest pending timer; InfiniteFuture without one.
@@ -48,7 +48,8 @@ class TimerQueue {
   using Key = std::pair<absl::Time, TimerId>;
 
   absl::AnyInvocable<void()> TakeDue();
-  // Waits until a timer is due, or until StopWaiting(), and then returns false.
+  // Waits until a timer is due and returns true, or until StopWaiting() and returns
+  // false.
   bool WaitForDue();
   void StopWaiting();
 
@@ -61,8 +62,8 @@ class TimerQueue {
   std::unordered_map<TimerId, absl::Time> times_ ABSL_GUARDED_BY(mutex_);
 };
 
-// Runs a queue from one thread until destroyed. Timers still pending then stay in the
-// queue, uncalled. Needs a clock that moves by itself.
+// Runs a queue from one thread until destroyed. Timers that are pending then stay in
+// the queue and are not called. It needs a clock that advances by itself.
 class TimerThread {
  public:
   explicit TimerThread(TimerQueue& queue);

@@ -1,4 +1,4 @@
-// Which devices: "all", or their numbers, "0,2".
+// A list of devices: "all", or their numbers, "0,2".
 //
 // Threading: pure functions.
 #pragma once
@@ -13,8 +13,8 @@ namespace pbs::server {
 
 inline constexpr int32_t kDevicesMax = 64;
 
-// In the order of `text`, each once; empty for "all" and for "". InvalidArgument quotes
-// what is not a number below kDevicesMax, or is there twice.
+// The numbers in the order of `text`, each once; empty for "all" and for "".
+// InvalidArgument quotes a part that is not a number below kDevicesMax or is repeated.
 absl::StatusOr<std::vector<int32_t>> ParseDevices(const std::string& text);
 
 }  // namespace pbs::server

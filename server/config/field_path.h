@@ -10,8 +10,8 @@
 
 namespace pbs::server {
 
-// Semantics and errors of ApplySet() (config_source.h), without the "--set" in front.
-// On error `message` is unspecified.
+// As ApplySet() (config_source.h); error messages do not begin with "--set". On error
+// `message` is unspecified.
 absl::Status SetField(absl::string_view path, absl::string_view value,
                       google::protobuf::Message& message);
 

@@ -1,7 +1,7 @@
 // ServerSettings: the configuration as plain values, every default applied and every
-// limit checked. Each module takes its own part; nobody below main() sees a protobuf.
-// The initial values of these structs, and of the modules' structs in them, are the
-// defaults of the configuration.
+// limit checked. Each module takes its own part, so that only main() sees the protobuf
+// message. The initial values of these structs, and of the modules' structs in them,
+// are the defaults of the configuration.
 //
 // Threading: a value, immutable after start.
 #pragma once
@@ -41,7 +41,7 @@ struct CpuSettings {
 struct CudaSettings {
   std::string module;  // "": CudaModule::Load() looks for it
   std::string cublaslt;
-  std::vector<int32_t> devices;  // each once; empty: all that CUDA shows
+  std::vector<int32_t> devices;  // each once; empty: all that CUDA lists
   int64_t memory_bytes_max = 0;  // of each device; 0: decided at start
 };
 
@@ -52,7 +52,7 @@ struct SchedulingSettings {
 };
 
 struct ServerSettings {
-  // Version, commit and backend facts are main()'s to fill in.
+  // main() fills in version, commit and backend facts.
   ServiceOptions service;
   std::string metrics_listen = "127.0.0.1:9464";  // "": off
   BackendChoice backend = BackendChoice::kAuto;
@@ -70,8 +70,9 @@ struct ServerSettings {
 // Sets every unset field to its documented default.
 void ApplyDefaults(v1::ServerConfig& config);
 
-// Every violation, each "field value limit"; empty when there is none. Pure: looks at
-// no file, clock or machine. Unset fields are violations: apply defaults first.
+// Returns every violation as "field value limit"; empty when there is none. Pure: it
+// reads no file, clock or fact of the machine. Unset fields are violations: apply
+// defaults first.
 std::vector<std::string> Validate(const v1::ServerConfig& config);
 
 // ApplyDefaults(), Validate() and the conversion. InvalidArgument lists every

@@ -1,9 +1,8 @@
-// One raw attention as a job: every warm-up run and every repetition is a step.
+// One raw attention as a job. Every warm-up run and every repetition is a step.
 //
-// Threading: as Job. Memory: the job's tensors; outputs and workspace are allocated at
-// the first step, inside what the job's reservation has charged. On a device with
-// memory of its own inputs, and what was charged for them, are an upload's
-// (device_uploads.h).
+// Threading: as Job. Memory: the job's tensors. The first step allocates outputs and
+// workspace, within the job's reservation. On a device with memory of its own an upload
+// (device_uploads.h) owns the inputs and their charge.
 #pragma once
 
 #include <cstdint>
@@ -21,17 +20,17 @@
 
 namespace pbs::server {
 
-// What an Attend holds at its peak, part by part.
+// Peak memory of an Attend, in bytes by part.
 struct AttendBytes {
   int64_t inputs = 0;  // q, k, v; given order and lists
   int64_t workspace = 0;
   int64_t outputs = 0;  // o; wanted lse, order and lists (worst case)
-  // What a report reads of a device's workspace before it makes order and lists of it.
+  // Parts of a device's workspace that a report copies to the host to make order and
+  // lists.
   int64_t read_back = 0;
 
   int64_t Total() const { return inputs + workspace + outputs; }
-  // Of which host memory holds all but the workspace, too, where a device has memory of
-  // its own.
+  // Bytes of tensors. Where a device has memory of its own, the host holds them too.
   int64_t Tensors() const { return inputs + outputs; }
 };
 
@@ -41,10 +40,10 @@ struct AttendWanted {
 
 AttendBytes BytesOfAttend(const AttentionPlan& plan, const AttendWanted& wanted);
 
-// Warm-ups and repetitions.
+// Number of warm-ups and repetitions together.
 int32_t NumRuns(const AttendJob& job);
 
-// The key and the size of its work for the cost model.
+// The key of the cost model for this work.
 CostKey AttendCostKey(const AttentionProblem& problem);
 Work AttendWork(const AttentionGeometry& geometry, int32_t runs);
 
@@ -56,7 +55,7 @@ class AttendTask final : public Job {
     CostModel& costs;
     EngineMetrics& metrics;
     const Clock& clock;
-    DeviceUploads* uploads = nullptr;  // where device memory is not ordinary memory
+    DeviceUploads* uploads = nullptr;  // null where device memory is ordinary memory
   };
 
   // `plan` is the backend's for job.problem.
@@ -67,7 +66,8 @@ class AttendTask final : public Job {
   absl::StatusOr<StepResult> Step(const RunControl& control) override;
   void Finish(const absl::Status& status) override;
 
-  // Of the inputs, which wait for its Begin() or the first step. Requires `uploads`.
+  // The upload of the inputs, which begins at DeviceUploads::Begin() or at the first
+  // step. Requires `uploads`.
   UploadId upload_id() const { return DeviceUploads::IdOf(upload_); }
 
  private:
@@ -84,7 +84,7 @@ class AttendTask final : public Job {
   AttendListener& listener_;
   const int32_t num_runs_;
   int32_t runs_done_ = 0;
-  double run_seconds_ = 0;  // of all runs
+  double run_seconds_ = 0;  // sum over all runs
   Buffer workspace_;
   DeviceUploads::Handle upload_;         // with `uploads`
   std::optional<DeviceTensors> device_;  // with `uploads`

@@ -1,7 +1,7 @@
-// The admission budget: bytes are charged before they are allocated and given back when
-// the last owner lets go.
+// The admission budget. Bytes are charged before they are allocated, and given back
+// when their last owner is destroyed.
 //
-// Threading: safe from any thread. A reservation may outlive nothing but the ledger.
+// Threading: safe from any thread. The ledger must outlive its reservations.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ class ByteReservation {
   int64_t bytes() const { return bytes_; }
   // Gives back all but `bytes`; requires 0 <= bytes <= bytes().
   void ShrinkTo(int64_t bytes);
-  // Moves `bytes` of this charge into a reservation of their own; as ShrinkTo().
+  // Moves `bytes` of this charge into a new reservation. Requires as ShrinkTo().
   ByteReservation Split(int64_t bytes);
   void Reset();
 
@@ -43,12 +43,12 @@ class ByteLedger {
  public:
   explicit ByteLedger(int64_t bytes_max) : bytes_max_(bytes_max) {}
 
-  // InvalidArgument when `bytes` could never fit, naming bytes_max; ResourceExhausted
-  // when it does not fit now, naming what is free.
+  // InvalidArgument, which names bytes_max, when `bytes` exceed it; ResourceExhausted,
+  // which names the free bytes, when they do not fit now.
   absl::StatusOr<ByteReservation> Reserve(int64_t bytes);
 
-  // Takes bytes out of the budget for good, and so lowers bytes_max(). InvalidArgument
-  // when there are not so many, with nothing changed. Not while anything is reserved.
+  // Removes bytes from the budget for good, which lowers bytes_max(). InvalidArgument
+  // when the budget has fewer; it is then unchanged. Requires that nothing is reserved.
   absl::Status Withhold(int64_t bytes);
 
   int64_t bytes_max() const;

@@ -1,11 +1,11 @@
-// How long will it take? Learned from what was measured.
+// Predicts how long work takes, from measurements of earlier work.
 //
 // A request's work has a part that grows with its tokens and a part that grows with
-// their square. Both are timed apart, so each has a rate of its own: seconds per unit,
-// by least squares through the origin over all measurements, where older ones fade with
-// the seconds of work that were measured since. Large requests thus weigh more than
-// small ones, whose fixed costs would mislead, and a flood of small ones does not wash
-// a large one out.
+// their square. The two are timed separately, and each has its own rate in seconds per
+// unit: least squares through the origin over all measurements. The weight of a
+// measurement decays with the seconds of work that were measured after it. So large
+// requests count more than small ones, whose fixed costs would mislead, and many small
+// requests do not displace a large one.
 //
 // Threading: safe from any thread. Memory: one entry per key; keys come from the models
 // and the enums.
@@ -23,7 +23,7 @@
 
 namespace pbs::server {
 
-// Work that is alike but for its size.
+// Key of work that differs only in its size.
 struct CostKey {
   const void* model = nullptr;  // null for raw attention
   Method method = Method::kDense;
@@ -33,8 +33,8 @@ struct CostKey {
   auto operator<=>(const CostKey&) const = default;
 };
 
-// Units are the caller's, the same for every call with one key: tokens and tokens^2 for
-// a prefill, 0 and multiply-adds for raw attention.
+// Units of work. The caller chooses them, the same for every call with one key: tokens
+// and tokens^2 for a prefill, 0 and multiply-adds for raw attention.
 struct Work {
   double linear = 0;
   double quadratic = 0;
@@ -42,23 +42,24 @@ struct Work {
 
 struct Prediction {
   double seconds = 0;
-  // Measured lately: a refusal may rest on it. Otherwise one request should be let
-  // through, or a node that was slow once would refuse for ever.
+  // True when it rests on recent measurements, so that a request may be refused because
+  // of it. Otherwise one request should be let through: a node that was slow once would
+  // else refuse forever.
   bool fresh = false;
 };
 
 class CostModel {
  public:
-  // A request of more than this many times the longest measured length is predicted as
-  // if it were that long: a lower bound, since nothing is known about it.
+  // A request longer than this many times the longest measured length is predicted as
+  // if it had that product as its length. The prediction is then a lower bound.
   static constexpr double kExtrapolatedLengthsMax = 4;
   static constexpr absl::Duration kFreshTime = absl::Minutes(1);
 
-  // None until something with this key was measured.
+  // nullopt until work with this key was measured.
   std::optional<Prediction> Predict(const CostKey& key, const Work& work,
                                     absl::Time now) const;
 
-  // `seconds` hold what `work` took, part by part.
+  // Adds a measurement: `work` took `seconds`, part by part.
   void Measure(const CostKey& key, const Work& work, const Work& seconds,
                absl::Time now);
 

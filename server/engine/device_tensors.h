@@ -12,28 +12,28 @@
 
 namespace pbs::server {
 
-// A tensor in host memory, and where it goes.
+// A tensor in host memory and its copy on the device.
 struct TensorCopy {
   const void* source = nullptr;
   int64_t bytes = 0;  // > 0
-  Buffer target;      // empty until it was allocated
+  Buffer target;      // empty until it is allocated
 };
 
-// The inputs in `host`, whose tensors have no gaps; targets are empty.
+// Copies of the inputs in `host`, whose tensors have no gaps. The targets are empty.
 std::vector<TensorCopy> CopiesOfInputs(const AttentionPlan& plan,
                                        const AttentionTensors& host);
 
 class DeviceTensors {
  public:
-  // `inputs` as CopiesOfInputs() made them of `host`, uploaded; they must outlive this.
-  // Makes room for outputs; layouts as on the host.
+  // `inputs` are the uploaded CopiesOfInputs() of `host` and must outlive this.
+  // Allocates outputs, with the layouts of `host`.
   static absl::StatusOr<DeviceTensors> Create(const AttentionPlan& plan,
                                               const AttentionTensors& host,
                                               std::span<const TensorCopy> inputs,
                                               Backend& backend);
 
   const AttentionTensors& tensors() const { return tensors_; }
-  // Waits; o, and lse if it was asked for, are then in `host`.
+  // Copies o, and lse if it was requested, to `host`, and waits for that.
   absl::Status Download(const AttentionTensors& host, Backend& backend) const;
 
  private:

@@ -14,25 +14,29 @@
 
 namespace pbs::server {
 
-// All but `id`, `source` and, once there is room, `copies` is guarded by the mutex.
+// All but `id`, `source` and, once its memory is allocated, `copies` is guarded by the
+// mutex.
 class DeviceUploads::Upload {
  public:
-  enum class Room : uint8_t { kNone, kAsked, kMade };
+  enum class Allocation : uint8_t { kNone, kRequested, kDone };
 
   Upload(UploadId upload_id, UploadSource inputs, std::vector<TensorCopy> tensors)
       : id(upload_id), source(std::move(inputs)), copies(std::move(tensors)) {}
 
-  bool all_sent() const { return room == Room::kMade && next == copies.size(); }
+  bool all_sent() const {
+    return allocation == Allocation::kDone && next == copies.size();
+  }
   bool has_part() const {
-    return begun && !dropped && status.ok() && room != Room::kAsked && !all_sent();
+    return begun && !dropped && status.ok() && allocation != Allocation::kRequested &&
+           !all_sent();
   }
   bool ended() const { return under_way == 0 && (!status.ok() || all_sent()); }
 
   // Requires has_part().
   Part TakePart() {
     ++under_way;
-    if (room == Room::kNone) {
-      room = Room::kAsked;
+    if (allocation == Allocation::kNone) {
+      allocation = Allocation::kRequested;
       return {this, nullptr, nullptr, 0};
     }
     const TensorCopy& copy = copies[next];
@@ -52,7 +56,7 @@ class DeviceUploads::Upload {
   std::vector<TensorCopy> copies;
   bool begun = false;
   bool dropped = false;
-  Room room = Room::kNone;
+  Allocation allocation = Allocation::kNone;
   size_t next = 0;          // copy to be sent
   int64_t next_offset = 0;  // in it
   int32_t under_way = 0;    // parts
@@ -153,7 +157,7 @@ void DeviceUploads::OnSent(const Part& part, const Status& sent) {
   {
     MutexLock lock(mutex_);
     if (upload.status.ok()) upload.status = status;
-    if (part.source == nullptr) upload.room = Upload::Room::kMade;
+    if (part.source == nullptr) upload.allocation = Upload::Allocation::kDone;
     --upload.under_way;
     if (upload.dropped && upload.under_way == 0) ended = Remove(upload);
   }

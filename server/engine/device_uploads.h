@@ -1,10 +1,10 @@
-// Inputs of raw attention on their way to a device with memory of its own, while other
-// jobs run there: upload by upload, in the order of Add(), but first of all what
-// somebody waits for.
+// Copies inputs of raw attention to a device with memory of its own while other jobs
+// run there. Uploads are sent one after the other in the order of Add(); an upload in
+// Wait() goes first.
 //
 // Threading: safe from any thread; only Wait() and the destructor wait. Memory: an
-// upload holds its inputs, their copies on the device, and what was charged for both,
-// until its handle is gone and nothing of it is under way any more.
+// upload holds its inputs, their copies on the device and the charges for both until
+// its handle is destroyed and its last copy under way has ended.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@
 
 namespace pbs::server {
 
-// In the order in which they are made; they end in reverse.
+// Members are destroyed in reverse order.
 struct UploadSource {
   JobReservation reservation;
   HostBytes q, k, v, order;
@@ -35,46 +35,47 @@ using UploadId = int64_t;
 
 class DeviceUploads {
  public:
-  // Tensors go in parts of this size. What is under way can be neither stopped nor
+  // Tensors are sent in parts of this size. A part under way can be neither stopped nor
   // overtaken.
   static constexpr int64_t kPartBytes = int64_t{16} << 20;
-  static constexpr int32_t kPartsUnderWay = 2;  // of all uploads
+  static constexpr int32_t kPartsUnderWay = 2;  // over all uploads
 
   class Upload;
   struct Drop {
     DeviceUploads* uploads = nullptr;
     void operator()(Upload* upload) const { uploads->OnDropped(*upload); }
   };
-  // Dropped, an upload begins nothing more.
+  // Destroying the handle stops the upload: no further part is sent.
   using Handle = std::unique_ptr<Upload, Drop>;
 
   explicit DeviceUploads(Backend& backend);
-  // Waits for what is under way; handles must be gone.
+  // Waits for parts under way. All handles must be destroyed before.
   ~DeviceUploads();
   DeviceUploads(const DeviceUploads&) = delete;
   DeviceUploads& operator=(const DeviceUploads&) = delete;
 
-  // Nothing happens before Begin() or Wait(). The sources of `copies` lie in `source`.
+  // Adds an upload, which starts at Begin() or Wait(). The sources of `copies` are in
+  // `source`.
   Handle Add(UploadSource source, std::vector<TensorCopy> copies);
   static UploadId IdOf(const Handle& handle);
-  // Lets the upload begin; no-op when it was dropped.
+  // Starts the upload; no-op when its handle was destroyed.
   void Begin(UploadId id);
-  // Waits until all copies are on the device, before those of others, and gives them;
-  // they live as long as the handle. The error of the first that failed, or Cancelled,
-  // soon, when `control.stop` turns true.
+  // Sends this upload before others, waits until all its copies are on the device and
+  // returns them; they live as long as the handle. On failure returns the first error,
+  // or Cancelled soon after `control.stop` turns true.
   absl::StatusOr<std::span<const TensorCopy>> Wait(const Handle& handle,
                                                    const RunControl& control);
 
  private:
   struct Part {
     Upload* upload;
-    const std::byte* source;  // null: room for the copies
+    const std::byte* source;  // null: allocates the copies
     std::byte* target;
     int64_t bytes;
   };
 
   void OnDropped(Upload& upload);
-  // What may be sent now, counted as under way.
+  // Takes the parts that may be sent now and counts them as under way.
   std::vector<Part> TakeParts() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Send(const std::vector<Part>& parts);
   void OnSent(const Part& part, const Status& sent);

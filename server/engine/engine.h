@@ -1,19 +1,20 @@
-// The engine: admits work, decides what runs next, runs it, completes it once.
+// The engine admits work, decides which job runs next, runs it and completes it once.
 //
 //   Submit -> bounded queue -> Scheduler::Pick (pure) -> executor thread -> listener
 //
-// A job is a sequence of steps (a prefill: one layer each), and between steps the
-// executor looks at cancellation and deadlines. Every accepted job completes exactly
+// A job is a sequence of steps (a prefill: one step per layer). Between steps the
+// executor checks cancellation and deadlines. Every accepted job completes exactly
 // once: with a result, an error, CANCELLED or DEADLINE_EXCEEDED.
 //
-// Threading: all methods are safe from any thread and never block on work. Listener
-// calls come from the executor thread (or, for a job that never ran, from the thread
-// that cancelled it or, at its deadline, the timers' thread; OnKvReady also from a
-// backend's thread), one at a time per job; they must not block and may not call back
-// into the job. OnDone may come before Submit returns.
-// Memory: a job's bytes are reserved before it is accepted (ReserveAttend/-Prefill) and
-// travel inside it, so that finishing, failing or dropping a job gives them back; those
-// of tensors on their way to a device when the copies under way have ended.
+// Threading: all methods are safe from any thread and never block on work. The executor
+// thread calls the listener. For a job that never ran, the thread that cancelled it
+// calls it, or the timers' thread at its deadline. A backend's thread may call
+// OnKvReady. Calls come one at a time per job; they must not block or call back into
+// the job. OnDone may come before Submit returns.
+// Memory: a job's bytes are reserved before it is accepted (ReserveAttend/-Prefill).
+// The job owns the reservation, so that finishing, failing or dropping the job gives
+// the bytes back. Bytes of tensors that are being copied to a device come back when the
+// copies under way have ended.
 #pragma once
 
 #include <cstdint>
@@ -33,18 +34,18 @@
 
 namespace pbs::server {
 
-// Wall seconds by stage, as StageSeconds (types.proto) has them; what comes after the
-// work is not the engine's to know.
+// Wall seconds by stage, as StageSeconds (types.proto). The engine does not know the
+// stages after its work.
 struct StageTimes {
   double queue = 0, embed = 0, qkv = 0, permute = 0, select = 0, attend = 0, mlp = 0;
   double copy = 0;
 };
 
-// What a job may hold, charged before it is accepted.
+// Memory that a job may hold, charged before it is accepted.
 struct JobReservation {
   ByteReservation host;
   ByteReservation device;  // empty where device memory is ordinary memory
-  int32_t replica = 0;     // where the job will run
+  int32_t replica = 0;     // the replica that will run the job
 
   void Reset() {
     host.Reset();
@@ -114,17 +115,18 @@ struct PrefillResult {
   std::vector<AttentionStats> layers;
   StageTimes stages;
   double time_to_first_layer_seconds = 0;
-  double total_seconds = 0;    // admission to last layer
-  double kv_copy_seconds = 0;  // keys and values leaving a device, beside the stages
+  double total_seconds = 0;  // admission to last layer
+  // Copying keys and values from a device, in parallel with the stages
+  double kv_copy_seconds = 0;
 };
 
 class PrefillListener {
  public:
   virtual ~PrefillListener() = default;
-  // Layer's K and V are published in the job's HeldKv.
+  // K and V of the layer are published in the job's HeldKv.
   virtual void OnKvReady(int32_t layer) = 0;
-  // Layer's attention and MLP have run; on a device perhaps after the next layer's
-  // OnKvReady().
+  // Attention and MLP of the layer have run. On a device the next layer's OnKvReady()
+  // may come first.
   virtual void OnLayerDone(int32_t layer, double density, double seconds) = 0;
   virtual void OnDone(absl::StatusOr<PrefillResult> result) = 0;
 };
@@ -144,22 +146,23 @@ class Engine {
   virtual absl::StatusOr<JobReservation> ReserveAttend(const AttentionProblem& problem,
                                                        bool want_lse, bool want_order,
                                                        bool want_lists) = 0;
-  // Charges and allocates the KV cache, charges the workspace and the `reply_bytes`
-  // that the caller will hold beside them. Errors as above.
+  // Charges and allocates the KV cache. Charges the workspace, and the `reply_bytes`
+  // that the caller will hold in addition. Errors as above.
   virtual absl::StatusOr<PrefillReservation> ReservePrefill(
       const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
       int32_t num_logit_rows, int64_t reply_bytes) = 0;
 
   // ResourceExhausted when the queue is full, DeadlineExceeded when the deadline has
   // passed or the backlog ahead cannot meet it, Unavailable while draining. On error
-  // the listener is never called and everything the job held is free. `listener` must
-  // live until OnDone.
+  // the listener is never called and all the job's memory is free. `listener` must live
+  // until OnDone.
   virtual absl::StatusOr<Admission> SubmitAttend(AttendJob job,
                                                  AttendListener& listener) = 0;
   virtual absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,
                                                   PrefillListener& listener) = 0;
 
-  // Stops the job at its next step; it completes as `reason` says. No-op when finished.
+  // Stops the job before its next step; it completes with the code of `reason`. No-op
+  // when finished.
   virtual void Cancel(JobId id, CancelReason reason) = 0;
 
   // Accepts no more work; `on_idle` is called once all accepted work has completed.

@@ -4,7 +4,7 @@
 //
 // Threading and memory: as Engine. The backend is used by the executor's thread; from
 // other threads only to plan, to allocate and to upload, which every backend allows.
-// The end waits for uploads that are under way.
+// The destructor waits for uploads under way.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,9 @@
 
 namespace pbs::server {
 
-// Borrowed; all must outlive the engine. `metrics.kv` counts held caches, and must
-// outlive those too. Replicas differ in backend and device ledger, and share the rest.
+// Borrowed; all must outlive the engine. `metrics.kv` counts held caches and must
+// outlive those too. Replicas have their own backend and device ledger and share the
+// rest.
 struct EngineParts {
   Backend& backend;
   ByteLedger& ledger;
@@ -35,36 +36,36 @@ struct EngineParts {
   TimerQueue& timers;
   ServerMetrics& metrics;
   CostModel& costs;
-  // Of the device's own memory; null where that is ordinary memory.
+  // Ledger of the device's own memory; null where that is ordinary memory.
   ByteLedger* device_ledger = nullptr;
   int32_t replica = 0;
 };
 
 struct EngineOptions {
   int32_t queue_requests_max = 0;  // waiting
-  double yield_share = 0;          // as ExecutorOptions has it
+  double yield_share = 0;          // as ExecutorOptions::yield_share
   BatchLimits batch = {};
 };
 
-// Counts a reservation that found no room, and makes its OutOfRange InvalidArgument.
+// Counts a refused reservation and changes its code OutOfRange to InvalidArgument.
 absl::Status CountRefusal(EngineMetrics& metrics, const absl::Status& status);
 
 class EngineImpl final : public Engine {
  public:
   EngineImpl(const EngineOptions& options, const EngineParts& parts);
 
-  // To be run by an ExecutorThread, or by hand in a test.
+  // An ExecutorThread runs it; a test calls RunOneStep() itself.
   Executor& executor() { return executor_; }
 
-  // What was accepted and is not finished, and what the ledgers have charged.
+  // Accepted and unfinished work, and bytes that the ledgers have charged.
   struct Load {
     Backlog backlog;
     int64_t device_bytes_held = 0;
   };
   Load load() const;
 
-  // As Reserve*(), but a refusal is not counted, as another replica may have room, and
-  // what could never fit is OutOfRange.
+  // As Reserve*(), but a refusal is not counted, because another replica may accept the
+  // job. Bytes that could never fit are OutOfRange.
   absl::StatusOr<JobReservation> TryReserveAttend(const AttentionProblem& problem,
                                                   const AttendWanted& wanted);
   absl::StatusOr<PrefillReservation> TryReservePrefill(

@@ -2,18 +2,19 @@
 //
 //   Submit -> [waiting] -> Start -> Step, Step, ... -> Finish
 //
-// Jobs that say so run as one (Job::RunWith): a job that starts takes along those that
-// wait and fit. Before every step Pick() looks at all jobs, so that a more important
-// one overtakes a long one between two of its steps, and short ones do while its
-// patience lasts. A job's deadline is a timer: a waiting job ends at once, a running
-// one at its next look at RunControl::stop.
+// Jobs with equal keys may run as one batch (Job::RunWith): when a job starts, waiting
+// jobs that fit join it. Before every step Pick() looks at all jobs. So a job of higher
+// priority overtakes a long one between two of its steps, and shorter jobs do within
+// the long one's patience (ExecutorOptions::yield_share). A timer enforces a job's
+// deadline: a waiting job ends at once, a running one when it next reads
+// RunControl::stop.
 //
 // ExecutorThread runs it in a server; a test calls RunOneStep() itself.
 //
-// Threading: all methods are safe from any thread but RunOneStep(), which belongs to
+// Threading: all methods are safe from any thread except RunOneStep(), which belongs to
 // one thread. Jobs are called without a lock held. The thread that runs the timer queue
 // must have stopped before the executor is destroyed. Memory: at most
-// queue_requests_max waiting jobs, and those that have started.
+// queue_requests_max waiting jobs, and the started ones.
 #pragma once
 
 #include <atomic>
@@ -42,48 +43,50 @@
 
 namespace pbs::server {
 
-// What is known about a job before it runs.
+// The size of a job, known before it runs.
 struct JobSize {
   int64_t prompt_tokens = 0;             // 0 for raw attention
-  std::optional<Prediction> prediction;  // none while nothing like it was measured
-  int32_t num_steps = 1;                 // of about the same length
-  // Steps whose work may be under way at the end of one's call, that one included.
+  std::optional<Prediction> prediction;  // none until similar work was measured
+  int32_t num_steps = 1;                 // of about the same duration
+  // Steps whose work may be under way when a call of Step() returns, its own included.
   int32_t steps_under_way = 1;
 };
 
-// All that was accepted and is not finished.
+// Accepted and unfinished jobs.
 struct Backlog {
-  double seconds = 0;  // predicted; jobs without a prediction count nothing
+  double seconds = 0;  // predicted; 0 for jobs without a prediction
   int32_t jobs = 0;
-  // Since a step last ended, or since work came to an idle executor; 0 without work.
+  // Time since a step last ended, or since an idle executor got work; 0 without work.
   double progress_age_seconds = 0;
 };
 
 struct ExecutorOptions {
   int32_t queue_requests_max = 0;  // waiting
-  // A job's patience: this share of its own predicted time, and never so much that its
-  // deadline would be missed for it. 0: strictly in order of arrival.
+  // A job's patience is the time by which later jobs may delay it: this share of its
+  // own predicted time, or less where its deadline would be missed. 0: strictly in
+  // order of arrival.
   double yield_share = 0;
-  // Of jobs that run as one (Job::RunWith); 1: none do.
+  // Tokens of jobs that run as one batch (Job::RunWith); 1: every job runs alone.
   int32_t batch_tokens_max = 1;
 };
 
 class Executor {
  public:
-  // Jobs that run as one.
+  // The most jobs of one batch.
   static constexpr int32_t kBatchJobsMax = 64;
-  // A deadline is refused when this share of the predicted time already passes it.
+  // A job is refused when this share of its predicted time already exceeds its
+  // deadline.
   static constexpr double kRefusalConfidence = 0.8;
 
   Executor(const ExecutorOptions& options, const Clock& clock, TimerQueue& timers,
            EngineMetrics& metrics);
-  // Shutdown(), and ends what is left.
+  // Calls Shutdown() and ends the remaining jobs.
   ~Executor();
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
-  // Errors as Engine::SubmitAttend(); the job is then destroyed and Finish() never
-  // called. The job may run, and finish, before this returns.
+  // Errors as Engine::SubmitAttend(); the job is then destroyed without a call of
+  // Finish(). The job may run and finish before this returns.
   absl::StatusOr<Admission> Submit(const JobTerms& terms, const JobSize& size,
                                    std::unique_ptr<Job> job);
 
@@ -97,12 +100,11 @@ class Executor {
   // As Engine::Drain().
   void Drain(absl::AnyInvocable<void()> on_idle);
 
-  // As Drain(), and everything there is ends with UNAVAILABLE. Returns how many jobs
-  // this cuts.
+  // As Drain(), and all unfinished jobs end with UNAVAILABLE. Returns their number.
   int32_t Shutdown();
 
-  // Ends what must end and runs one step of what Pick() says; false when there was
-  // nothing to do.
+  // Ends jobs that must end and runs one step of the job that Pick() chooses; false
+  // when there was nothing to do.
   bool RunOneStep();
 
  private:
@@ -110,7 +112,7 @@ class Executor {
 
   enum class StopReason : uint8_t { kNone, kCancelled, kDeadline, kShutdown };
 
-  // Guarded by mutex_, but for `stop` and, while it steps, `job`.
+  // Guarded by mutex_, except `stop` and, during a step, `job`.
   struct Record {
     JobTerms terms;
     JobSize size;
@@ -119,25 +121,25 @@ class Executor {
     bool started = false;
     double progress = 0;
     double delayed_seconds = 0;  // by later jobs of its priority
-    int32_t batch_tokens = 0;    // as the job says, and its key
+    int32_t batch_tokens = 0;    // Job::batch_tokens(), and the job's key
     BatchKey batch_key;
-    JobId batch = 0;  // of those that run as one: the first; 0: alone
+    JobId batch = 0;  // the first job of its batch; 0: runs alone
     StopReason stop_reason = StopReason::kNone;
     std::atomic<bool> stop{false};
     TimerId timer = 0;
 
     double SecondsLeft() const;
-    // What is left of the steps that are under way, at most.
+    // Upper bound of the remaining time of the steps under way.
     double StepSecondsLeft() const;
   };
   using Records = std::map<JobId, std::unique_ptr<Record>>;  // in order of arrival
-  // Jobs that run as one, or one job, in order of arrival.
+  // The jobs of a batch, or one job, in order of arrival.
   using Batch = std::vector<std::pair<JobId, Record*>>;
 
-  // `seconds_ahead` are those of the jobs that run before it.
+  // `seconds_ahead` is the predicted time of the jobs that run before it.
   double PatienceSeconds(const Record& record, double seconds_ahead,
                          absl::Time now) const;
-  // Whether all jobs of its priority would let a job that arrives now go first.
+  // True when a job that arrives now may go before all jobs of its priority.
   bool MayOvertake(const JobTerms& terms, const JobSize& size) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The place in the queue of a job that arrives now, and the time until it is done.
@@ -152,12 +154,12 @@ class Executor {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   static void AddToBatch(const Record& record, std::vector<Candidate>& candidates,
                          Candidate& candidate, std::map<JobId, size_t>& first_of);
-  // The run of a job: of those that run as one the first, else the job itself.
+  // Identifies the run of a job: the first job of its batch, or the job itself.
   static JobId RunOf(JobId id, const Record& record) {
     return record.batch != 0 ? record.batch : id;
   }
   Batch BatchOf(JobId run) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Marks `id` as started, and with it the waiting jobs that run with it.
+  // Marks `id`, and the waiting jobs that join its batch, as started.
   void JoinWaiting(JobId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   std::unique_ptr<Record> Take(JobId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void MarkStopped(Record& record, StopReason reason)
@@ -165,20 +167,21 @@ class Executor {
 
   // True when the job ends because of this call.
   bool Stop(JobId id, StopReason reason);
-  // Another run than that of `next` must leave nothing under way.
+  // Sets the last run aside when `next` is another one, so that nothing of it is under
+  // way.
   void SetAsideOther(const Batch& next);
-  // Those that cannot run with the first one leave `batch`.
+  // Starts the jobs. Jobs that cannot run with the first one are removed from `batch`.
   void Start(Batch& batch);
-  // All but the first go back to wait, or end if they were stopped meanwhile.
+  // All but the first job wait again, or end if they were stopped meanwhile.
   void Disband(Batch& batch);
-  // Runs one step and finishes what that ends.
+  // Runs one step and finishes the jobs that it ends.
   void Step(const Batch& batch);
-  // A step of a batch took `seconds`, and whoever it has overtaken waited. One that
-  // arrived between jobs of the batch is charged all of it.
+  // A step of a batch took `seconds`: charges them to the patience of the jobs that it
+  // overtook. A job that arrived between jobs of the batch is charged all of them.
   void ChargeDelay(const Batch& batch, double seconds)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Finish(std::unique_ptr<Record> record, const absl::Status& status);
-  // Waits for work; false when shut down and nothing is left.
+  // Waits for work; false after a shutdown when no job is left.
   bool WaitForWork();
 
   const ExecutorOptions options_;
@@ -191,19 +194,21 @@ class Executor {
   CondVar work_arrived_;
   JobId last_id_ ABSL_GUARDED_BY(mutex_) = 0;
   Records records_ ABSL_GUARDED_BY(mutex_);
-  JobId stepping_ ABSL_GUARDED_BY(mutex_) = 0;     // its step is under way; 0: none
-  JobId stepped_run_ ABSL_GUARDED_BY(mutex_) = 0;  // the last one; 0: none
-  int32_t num_unfinished_ ABSL_GUARDED_BY(mutex_) = 0;  // Finish() has not returned
-  absl::Time progressed_ ABSL_GUARDED_BY(mutex_);       // see Backlog
+  // The job whose step is under way; 0: none
+  JobId stepping_ ABSL_GUARDED_BY(mutex_) = 0;
+  JobId stepped_run_ ABSL_GUARDED_BY(mutex_) = 0;  // the run of the last step; 0: none
+  // Jobs whose Finish() has not returned
+  int32_t num_unfinished_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::Time progressed_ ABSL_GUARDED_BY(mutex_);  // see Backlog
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<absl::AnyInvocable<void()>> on_idle_ ABSL_GUARDED_BY(mutex_);
 };
 
-// Runs an executor until destroyed; ends what is left with UNAVAILABLE.
+// Runs an executor until destroyed; then ends remaining jobs with UNAVAILABLE.
 class ExecutorThread {
  public:
-  // `after_step` is called on the thread after every step; may be null.
+  // Calls `after_step`, which may be null, on the thread after every step.
   explicit ExecutorThread(Executor& executor, std::function<void()> after_step = {});
   ~ExecutorThread();
   ExecutorThread(const ExecutorThread&) = delete;

@@ -1,8 +1,8 @@
-// A KV cache that one prefill fills and any number of readers follow.
+// A KV cache that one prefill fills while any number of readers read it.
 //
-// The executor writes layer after layer and publishes each; readers read published
-// layers only, so tensor memory needs no lock. Shared ownership (std::shared_ptr): the
-// running job, the lease and every open fetch hold it, and whoever is last frees it.
+// The executor writes layer after layer and publishes each. Readers read published
+// layers only, so tensor memory needs no lock. Ownership is shared (std::shared_ptr):
+// the running job, the lease and every open fetch own it; the last owner frees it.
 //
 // Threading: one writer; readers from any thread. Callbacks run on the thread that
 // publishes, without a lock held, and must not block.
@@ -25,7 +25,8 @@ using WaiterId = uint64_t;
 
 class HeldKv {
  public:
-  // `bytes` are what the cache costs; they go back to the ledger with this object.
+  // `bytes` is the charge for the cache, which this object returns to the ledger when
+  // destroyed.
   HeldKv(KvCache cache, ByteReservation bytes);
 
   const KvCache& cache() const { return cache_; }
@@ -41,14 +42,14 @@ class HeldKv {
   void Finish(absl::Status status);
 
   // Calls `callback` once, as soon as layer `layer` is ready or the prefill has
-  // finished (then perhaps without that layer: look at status()); at once, and then
-  // returns 0, when that is so already. Dropping the last reference drops callbacks
-  // uncalled.
+  // finished. A failed prefill may finish without that layer: check status(). When that
+  // is already the case it calls `callback` at once and returns 0. Callbacks that wait
+  // when this is destroyed are not called.
   WaiterId WhenReady(int32_t layer, absl::AnyInvocable<void()> callback);
 
   // True when the callback will never run because of this call; false when it has run,
-  // is running or is unknown (0 is). A reader that goes away must not leave its waiter
-  // behind: readers come and go any number of times while one prefill runs.
+  // is running or is unknown (0 is). A reader that ends must cancel its wait, because
+  // any number of readers may come and end during one prefill.
   bool CancelWait(WaiterId id);
 
  private:

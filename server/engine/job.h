@@ -1,7 +1,7 @@
-// A job as the executor sees it: something that runs step by step and then ends.
+// The executor's view of a job: it runs step by step and then ends.
 //
-// Threading: Start() and Step() are called by the executor's thread only. Finish() by
-// the same thread, or, for a job that never started, by whichever thread ended it.
+// Threading: only the executor's thread calls Start() and Step(). It also calls
+// Finish(), except for a job that never started: the thread that ended it does.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct StepResult {
   double progress = 0;  // share of the job's steps that have run, [0, 1]
 };
 
-// Jobs of equal keys may run as one.
+// Jobs of equal keys may run as one batch.
 struct BatchKey {
   const void* model = nullptr;
   AttentionOptions attention = {};
@@ -36,30 +36,30 @@ class Job {
  public:
   virtual ~Job() = default;
 
-  // Tokens that it would bring to a run that it shares; 0: it runs alone.
+  // Tokens that it adds to a shared run; 0: it runs alone.
   virtual int32_t batch_tokens() const { return 0; }
   virtual BatchKey batch_key() const { return {}; }
-  // Before Start(): makes `others`, which have this job's key, part of its run. From
-  // then on a Step() of any of them is a step of all, and an error is everyone's. Each
-  // is started and finished as if it were alone, perhaps before the others. False: it
-  // cannot be, and nothing has changed.
+  // Called before Start(). Adds `others`, which have this job's key, to its run.
+  // Afterwards a Step() of any of them is a step of all, and an error ends all. Each is
+  // started and finished as if it were alone, perhaps before the others. Returns false,
+  // with nothing changed, when they cannot share a run.
   virtual bool RunWith(std::span<Job* const> /*others*/) { return false; }
 
-  // Once, before the first step.
+  // Called once, before the first step.
   virtual void Start(const JobTiming& timing) = 0;
 
   // Runs the next step. When `control.stop` turns true it returns soon, with any
   // status. An error ends the job with that status.
   virtual absl::StatusOr<StepResult> Step(const RunControl& control) = 0;
 
-  // Another job is about to use the backend: nothing of this one may be under way there
-  // from then on. May come between any two steps of a job that has not ended; an error
-  // is that of the next step.
+  // Called before another job uses the backend: after the call no work of this job may
+  // be under way there. It may come between any two steps of an unfinished job. The
+  // next step returns its error.
   virtual void SetAside() {}
 
-  // Once, last: gives back everything the job holds and then completes its listener,
-  // with the result when `status` is OK. The job is destroyed afterwards. What jobs
-  // that run as one share goes back with the last of them.
+  // Called once, last. Frees everything the job holds and then completes its listener,
+  // with the result when `status` is OK. The job is destroyed afterwards. Memory that a
+  // batch shares is freed with its last job.
   virtual void Finish(const absl::Status& status) = 0;
 };
 

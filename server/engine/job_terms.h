@@ -1,4 +1,4 @@
-// On what terms a job runs, and what the engine says when it accepts one.
+// Terms of a job, and the engine's answer when it accepts one.
 //
 // Threading: values.
 #pragma once
@@ -12,10 +12,11 @@ namespace pbs::server {
 
 using JobId = uint64_t;
 
-// Why a job is cancelled from outside.
+// The reason for cancelling a job.
 enum class CancelReason : uint8_t {
-  kCaller,    // it completes with CANCELLED
-  kDeadline,  // with DEADLINE_EXCEEDED: the caller's clock was ahead of ours
+  kCaller,  // the job completes with CANCELLED
+  // The job completes with DEADLINE_EXCEEDED: the caller's clock was ahead of ours.
+  kDeadline,
 };
 
 struct JobTerms {

@@ -1,4 +1,4 @@
-// What the memory of a model's prompts comes to, before anything is allocated.
+// Memory that prompts of a model take, computed before anything is allocated.
 //
 // Threading: pure functions.
 #pragma once
@@ -12,12 +12,12 @@
 
 namespace pbs::server {
 
-// One prompt that runs alone, as the engine charges it (ReservePrefill), logits of one
-// row. One that may share a run is charged its part of a window more.
+// Memory of one prompt that runs alone with one row of logits, as the engine charges it
+// (ReservePrefill). A prompt that may share a run is also charged its part of a window.
 struct PromptMemory {
   int32_t num_tokens = 0;
   PrefillMemory workspace;
-  int64_t kv = 0;         // all layers: what a lease holds
+  int64_t kv = 0;         // all layers, as a lease holds them
   int64_t kv_window = 0;  // layers on a device with memory of its own; else 0
   int64_t host = 0;       // charged to the host's ledger
   int64_t device = 0;     // charged to the device's; 0 where that is host memory
@@ -32,8 +32,8 @@ struct FreeMemory {
   int64_t device = 0;
 };
 
-// The longest prompt of at most `tokens_max` that fits into what is free when nothing
-// else runs; 0: none does.
+// The longest prompt of at most `tokens_max` tokens that fits when nothing else runs;
+// 0: none fits.
 int32_t LongestPrompt(const Model& model, const AttentionOptions& attention,
                       int32_t tokens_max, const FreeMemory& free);
 

@@ -1,13 +1,14 @@
-// One run of the model on behalf of one prompt, or of several short ones.
+// One run of the model for one prompt, or for several short ones.
 //
 // Prompts of a group go through every layer together, back to back, so that a layer's
-// weights are read and its kernels are launched once for all of them. Each has its own
-// cache and hears of its own layers. One that leaves early is computed to the end, but
-// nothing of it is kept.
+// weights are read and its kernels are launched once for all of them. Each prompt has
+// its own cache and its own callbacks. A prompt that leaves early is still computed to
+// the end, but its results are dropped.
 //
-// Threading: one thread, but for Prompt::OnHeld(). Memory: the workspace, and a window
-// where there are several prompts or device memory is not ordinary memory; allocated at
-// the first layer, inside what the group was given, which goes back with the group.
+// Threading: one thread, except Prompt::OnHeld(). Memory: the workspace, and a KvWindow
+// where there are several prompts or device memory is not ordinary memory. Both are
+// allocated at the first layer, within `charged`, which the group returns when
+// destroyed.
 #pragma once
 
 #include <cstddef>
@@ -29,16 +30,17 @@ namespace pbs::server {
 
 class PrefillGroup final : private PrefillObserver {
  public:
-  // Who wants a prompt run. Called by the group's thread, but for OnHeld().
+  // The callbacks of one prompt. The group's thread calls them, except OnHeld().
   class Prompt {
    public:
     virtual ~Prompt() = default;
     virtual std::span<const int32_t> tokens() const = 0;
     virtual HeldKv& held() = 0;
-    // The layer's keys and values are in held(). From the group's thread or the
+    // The layer's keys and values are in held(). Called from the group's thread or the
     // backend's.
     virtual void OnHeld(int32_t layer) = 0;
-    // `is_first` of the group, so that what they share is counted once.
+    // `is_first` is true for the first prompt of the group, so that shared work is
+    // counted once.
     virtual void OnLayerDone(const LayerReport& report, bool is_first) = 0;
     // ReadLogits() may be called.
     virtual void OnLogits() = 0;
@@ -46,9 +48,9 @@ class PrefillGroup final : private PrefillObserver {
     virtual void OnRunDone(bool is_first) = 0;
   };
 
-  // `plan` is that of the prompts in this order, with the logit rows of the first, then
-  // of the second, ...; `charged` covers BytesOfGroup(). Prompts must outlive the group
-  // or leave it.
+  // `plan` is the plan of the prompts in this order; its logit rows are those of the
+  // first prompt, then of the second, and so on. `charged` covers BytesOfGroup().
+  // Prompts must outlive the group or leave it.
   PrefillGroup(const Model& model, PrefillPlan plan, std::vector<Prompt*> prompts,
                std::vector<JobReservation> charged, const Clock& clock);
 
@@ -56,20 +58,21 @@ class PrefillGroup final : private PrefillObserver {
   int32_t layers_done() const { return run_ == nullptr ? 0 : run_->layers_finished(); }
   bool done() const { return run_ != nullptr && run_->layers_done(); }
   double embed_seconds() const { return run_->embed_seconds(); }
-  // Of KvWindow; 0 without one.
+  // KvWindow::copy_seconds(); 0 without a window.
   double copy_seconds() const { return window_ ? window_->copy_seconds() : 0; }
   double copy_wait_seconds() const { return window_ ? window_->wait_seconds() : 0; }
 
-  // The next layer, and after the last one the logits. On a device the layer before may
-  // be what ends with it (PrefillRun). After an error the group is over.
+  // Runs the next layer, and after the last layer the logits. On a device the call may
+  // finish the layer before it instead (PrefillRun). After an error only destroy the
+  // group.
   absl::Status RunLayer(const RunControl& control);
-  // Waits for what was called, so that another run may use the backend. An error is
-  // that of the next RunLayer().
+  // Waits for all called work, so that another run may use the backend. The next
+  // RunLayer() returns its error.
   void SetAside();
-  // Of the plan's logit row; waits.
+  // Waits for the logits of the plan's logit row `row` and copies them.
   absl::Status ReadLogits(int32_t row, std::span<float> logits);
 
-  // The prompt hears nothing any more and its cache is not touched again.
+  // Ends the prompt's callbacks. Its cache is not written afterwards.
   void Leave(Prompt& prompt);
 
  private:
@@ -86,14 +89,15 @@ class PrefillGroup final : private PrefillObserver {
   const std::vector<JobReservation> charged_;
   const Clock& clock_;
   Mutex mutex_;
-  std::vector<Prompt*> prompts_ ABSL_GUARDED_BY(mutex_);  // null: has left
+  std::vector<Prompt*> prompts_ ABSL_GUARDED_BY(mutex_);  // null: it has left
   Buffer workspace_;
   std::unique_ptr<KvWindow> window_;
   std::unique_ptr<PrefillRun> run_;
   absl::Status set_aside_;
 };
 
-// What a run takes beside the prompts' caches; `shared`: by several.
+// Memory that a run takes beside the prompts' caches; `shared`: several prompts share
+// it.
 struct GroupBytes {
   int64_t host = 0;
   int64_t device = 0;

@@ -1,11 +1,11 @@
-// One prefill as a job: every layer is a step. On a device with memory of its own a
-// step calls one layer and waits for the one before.
+// One prefill as a job. Every layer is a step. On a device with memory of its own a
+// step enqueues one layer and waits for the layer before it.
 //
-// The job's HeldKv is published layer by layer and finished before the listener hears
-// of the end, whatever the end is. Short prompts may share a run (prefill_group.h):
-// stage times are then those of the run, and densities those of all its prompts.
+// The job publishes its HeldKv layer by layer, and finishes it before the listener's
+// OnDone(), also after an error. Short prompts may share a run (prefill_group.h); stage
+// times are then those of the run, and densities those of all its prompts.
 //
-// Threading: as Job. Memory: of its group.
+// Threading: as Job. Memory: as its group.
 #pragma once
 
 #include <memory>
@@ -23,22 +23,23 @@
 
 namespace pbs::server {
 
-// The rows whose logits a prefill computes: the asked positions, then the last token.
+// The rows whose logits a prefill computes: the requested positions, then the last
+// token.
 std::vector<int32_t> LogitRows(const PrefillJob& job);
 
-// Host memory for the logits of one row: the copy and its sorting.
+// Host memory to copy and sort the logits of one row.
 int64_t LogitScratchBytes(const Model& model);
 
 CostKey PrefillCostKey(const ServedModel& model, const AttentionOptions& attention);
 Work PrefillWork(int32_t num_tokens);
 
-// Which prompts may run with others, and how many.
+// Limits of prompts that run as one batch.
 struct BatchLimits {
-  int32_t tokens_max = 1;         // of all together; 1: every prompt runs alone
-  int32_t prompt_tokens_max = 1;  // of each
+  int32_t tokens_max = 1;         // sum over the batch; 1: every prompt runs alone
+  int32_t prompt_tokens_max = 1;  // limit of each prompt
 };
 
-// Whether a prompt may share a run, which its reservation then provides for.
+// True when a prompt may share a run; its reservation then covers that.
 bool MayShareRun(const BatchLimits& limits, int32_t num_tokens,
                  const AttentionOptions& attention);
 
@@ -53,7 +54,7 @@ class PrefillTask final : public Job, private PrefillGroup::Prompt {
     BatchLimits batch = {};
   };
 
-  // `plan` is that of the job, with LogitRows().
+  // `plan` is the plan of the job, with its LogitRows().
   PrefillTask(const Parts& parts, PrefillJob job, PrefillPlan plan,
               PrefillListener& listener);
 
@@ -78,20 +79,21 @@ class PrefillTask final : public Job, private PrefillGroup::Prompt {
   absl::Status ReadRow(int32_t row, std::vector<float>& logits,
                        std::vector<TokenScore>* best);
   void Measure();
-  // What the prompts of a run share.
+  // Measures the work that the prompts of a run share.
   void MeasureRun();
   double SecondsSinceAdmission() const;
 
   const Parts parts_;
   PrefillJob job_;
-  std::optional<PrefillPlan> plan_;  // of this prompt alone; until there is a group
+  // Plan of this prompt alone; until there is a group
+  std::optional<PrefillPlan> plan_;
   PrefillListener& listener_;
   JobTiming timing_;
   std::shared_ptr<PrefillGroup> group_;
   int32_t first_logit_row_ = 0;  // in the group's plan
-  Work run_work_;                // of the group
+  Work run_work_;                // work of the group
   PrefillResult result_;
-  absl::Status status_;   // of this prompt, where the run went well
+  absl::Status status_;   // error of this prompt in a run that succeeded
   Mutex listener_mutex_;  // calls come one at a time
 };
 

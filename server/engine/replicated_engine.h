@@ -1,10 +1,10 @@
 // One engine over several, each on a device of its own with a replica of every model.
 //
-// A job goes to the replica with the least predicted backlog (then with the fewest
-// jobs, then with the fewest device bytes charged), or, where that has no room, to the
-// next. It is chosen when its memory is reserved and stays there, also when that
-// replica's queue turns out to be full. What is reserved and not submitted counts as
-// bytes only.
+// A job goes to the replica with the least predicted backlog (of equals, the fewest
+// jobs, then the fewest charged device bytes). Where that replica has too little
+// memory, it goes to the next one. The choice is made when the job's memory is
+// reserved, and it is final, also when that replica's queue is full later. A reserved
+// job that is not yet submitted counts only by its bytes.
 //
 // Threading: as Engine. Memory: none of its own.
 #pragma once
@@ -39,17 +39,17 @@ class ReplicatedEngine final : public Engine {
   void Cancel(JobId id, CancelReason reason) override;
   void Drain(absl::AnyInvocable<void()> on_idle) override;
 
-  // As Executor::Shutdown(), of all.
+  // As Executor::Shutdown(), for all replicas.
   int32_t Shutdown();
 
  private:
-  // The least loaded first.
+  // The replicas, least loaded first.
   std::vector<EngineImpl*> ByLoad() const;
-  // Of the first replica that has room. Without one: ResourceExhausted where some
-  // replica may have room later.
+  // Reserves at the first replica that has the memory. If none has: ResourceExhausted
+  // when some replica may have it later.
   template <class Reservation, class Reserve>
   absl::StatusOr<Reservation> ReserveSomewhere(const Reserve& reserve);
-  // Ids are unique over all replicas: id = theirs * replicas + replica.
+  // Makes job ids unique over all replicas: id = the replica's id * replicas + replica.
   absl::StatusOr<Admission> WithId(absl::StatusOr<Admission> admission,
                                    int32_t replica) const;
 

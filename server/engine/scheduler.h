@@ -1,4 +1,4 @@
-// What runs next: a pure function of the jobs there are and the time.
+// The choice of the next job: a pure function of the jobs and the time.
 //
 // Threading: stateless. Memory: the result's.
 #pragma once
@@ -19,37 +19,38 @@ struct Candidate {
   JobId id = 0;
   int32_t priority = 0;
   absl::Time deadline = absl::InfiniteFuture();
-  bool stopped = false;  // somebody has asked it to end
-  // Predicted until it is done; 0: nothing is known.
+  bool stopped = false;  // it was asked to end
+  // Predicted time until it is done; 0: unknown.
   double seconds_left = 0;
-  // For how long later ones of its priority may still delay it.
+  // Time by which later jobs of its priority may still delay it.
   double patience_seconds = 0;
-  bool follows = false;  // it runs with an earlier one and is never next itself
+  // It runs in the batch of an earlier job and is never next itself
+  bool follows = false;
 };
 
 struct Decision {
-  std::vector<JobId> ended;   // stopped, or past their deadline; in order of arrival
-  std::optional<JobId> next;  // runs its next step; none when nothing is left
+  std::vector<JobId> ended;  // stopped, or past their deadline; in order of arrival
+  // The job that runs its next step; none when no job is left
+  std::optional<JobId> next;
 };
 
-// `candidates` in order of arrival. The highest priority runs. Among equals the
-// earliest arrival does, so that a job that has begun goes on until a more important
-// one comes; but it yields to the shortest of those that are shorter than itself and
-// that fit into the patience of everyone who came before them. If what a job was
-// delayed is taken off its patience, no job is delayed by more than its patience and
-// the step that ended it. Whoever is overtaken by one of several jobs that run as one
-// is charged the whole step.
+// `candidates` are in order of arrival. The job of the highest priority runs. Among
+// equal priorities the earliest arrival runs, so that a started job continues until one
+// of higher priority comes. It yields to shorter jobs: to the shortest one that fits
+// into the patience of every job that arrived before it. When the caller subtracts a
+// job's delays from its patience, no job is delayed by more than its patience and one
+// step. A job that a batch overtakes is charged the batch's whole step.
 Decision Pick(std::span<const Candidate> candidates, absl::Time now);
 
-// A job that waits and could run with the one that is next.
+// A waiting job that could join the batch of the next job.
 struct Companion {
-  size_t index = 0;    // among the candidates
-  int32_t tokens = 0;  // that it brings
+  size_t index = 0;    // index among the candidates
+  int32_t tokens = 0;  // tokens that it adds
 };
 
-// Which of `companions`, in order of arrival, run with `candidates[next]`: as many as
-// `tokens_left` and `places_left` allow, and only those that fit together into the
-// patience of everyone whom they overtake.
+// Chooses the `companions`, in order of arrival, that run with `candidates[next]`: as
+// many as `tokens_left` and `places_left` allow, of which all together fit into the
+// patience of every job that they overtake.
 std::vector<size_t> PickCompanions(std::span<const Candidate> candidates, size_t next,
                                    std::span<const Companion> companions,
                                    int32_t tokens_left, int32_t places_left);

@@ -1,8 +1,8 @@
-// The self-test of a backend: small fixed attention problems, every method and dtype,
-// against the f64 reference. A server that fails it must not serve.
+// The self-test of a backend: it runs small fixed attention problems of every method
+// and dtype and compares with the f64 reference. A server that fails it must not serve.
 //
-// Threading: uses the backend; call before anything else does.
-// Memory: a few megabytes, given back on return.
+// Threading: uses the backend; call it before any other use of the backend.
+// Memory: a few megabytes, freed on return.
 #pragma once
 
 #include <cstdint>
@@ -13,14 +13,14 @@
 namespace pbs::server {
 
 struct SelfTestReport {
-  int32_t num_cases = 0;       // that ran
+  int32_t num_cases = 0;       // cases that ran
   double worst_f32_error = 0;  // largest |o - reference| of f32 cases; 0: none ran
 };
 
-// Internal names the first case that is outside its tolerance, with the error and the
-// tolerance; a failure of the backend itself is passed on. Cases that it says it does
-// not have are left out; at least one of every dtype of memory.info() must run. Tensors
-// lie in `memory`, which in a server is `attention` itself.
+// Internal names the first case outside its tolerance, with error and tolerance. Errors
+// of the backend are passed on. Cases that the backend does not implement are skipped,
+// but at least one case of every dtype of memory.info() must run. Tensors are in
+// `memory`, which in a server is the same object as `attention`.
 absl::StatusOr<SelfTestReport> RunSelfTest(AttentionBackend& attention,
                                            Backend& memory);
 

@@ -1,7 +1,7 @@
-// A model as the server offers it.
+// A model that the server offers.
 //
-// Threading: immutable after loading; its name and facts are read from any thread, its
-// weights by the executor only.
+// Threading: immutable after loading. Any thread may read its name and facts; only the
+// executor reads its weights.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +17,11 @@ struct ServedModel {
   const Model& model() const { return *replicas.front(); }
 
   std::string name;
-  // One on every device, in the order of the engine's replicas; all of one digest.
+  // One model per device, in the order of the engine's replicas, all with the same
+  // digest.
   std::vector<std::unique_ptr<Model>> replicas;
-  int32_t tokens_max = 0;  // longest prompt: the least of the model's and our limits
+  // Longest prompt: the lowest of the model's and the server's limits
+  int32_t tokens_max = 0;
 };
 
 }  // namespace pbs::server

@@ -1,11 +1,11 @@
 // The weight files of a model folder: one model.safetensors, or shards named by
 // model.safetensors.index.json.
 //
-// Where both are there, model.safetensors is read. Shards may split a layer anywhere.
-// Every tensor of a shard is in the index, under that shard, and none is in two;
-// entries of the index that no shard has are told of, because nobody may need them.
-// Shard names are plain file names inside the folder; a folder of symbolic links (a hub
-// cache) is fine, a name with '/' or '..' is not.
+// If both exist, model.safetensors is read. Shards may split a layer anywhere. Every
+// tensor of a shard must be in the index, under that shard, and in no other shard. An
+// index entry that no shard has is only a note, because the model may not need it.
+// Shard names are plain file names inside the folder. Symbolic links (a hub cache) are
+// accepted; names with '/' or '..' are refused.
 //
 // Threading: Read() may be called from many threads. Memory: headers only; every file
 // stays open.
@@ -35,27 +35,27 @@ StatusOr<std::map<std::string, std::string>> ParseShardIndex(std::string_view te
 
 class Checkpoint {
  public:
-  // Opens and checks every file. NotFound, with what to do, when the folder has no
-  // weights that we read.
+  // Opens and checks every file. NotFound, with advice, when the folder has no weights
+  // in a supported format.
   static StatusOr<Checkpoint> Open(const std::string& folder);
 
-  // Of a model with more parts: keeps the language model's tensors, under the names
-  // that they would have alone ("model.layers...", "lm_head.weight"). InvalidArgument
-  // when two tensors would have one name.
+  // For a model with several parts: keeps the language model's tensors only, under the
+  // names of a model that has no other part ("model.layers...", "lm_head.weight").
+  // InvalidArgument when two tensors would get the same name.
   Status KeepTextPart();
 
   // All tensors, sorted by name.
   const std::vector<TensorInfo>& tensors() const { return tensors_; }
-  // Null when there is none of that name.
+  // Null when no tensor has that name.
   const TensorInfo* Find(std::string_view name) const;
 
-  // What is odd about the files, in sentences.
+  // Peculiarities of the files, in sentences.
   const std::vector<std::string>& notes() const { return notes_; }
-  // Of the index, for a tensor that no shard has; empty otherwise.
+  // The shard that the index names for a tensor that no shard has; empty otherwise.
   std::string PromisedIn(const std::string& tensor) const;
 
-  // Bytes [offset, offset + bytes) of a tensor of this checkpoint, as stored. DataLoss
-  // when its file has shrunk.
+  // Reads bytes [offset, offset + bytes) of a tensor of this checkpoint, as stored.
+  // DataLoss when its file has shrunk.
   Status Read(const TensorInfo& tensor, int64_t offset, int64_t bytes,
               void* target) const;
 
@@ -72,7 +72,7 @@ class Checkpoint {
   std::vector<File> files_;
   std::vector<TensorInfo> tensors_;
   std::map<std::string, size_t, std::less<>> file_of_;  // by tensor name
-  std::map<std::string, std::string> promised_;         // tensor -> shard without it
+  std::map<std::string, std::string> promised_;         // tensor -> shard that lacks it
   std::vector<std::string> notes_;
 };
 

@@ -1,7 +1,7 @@
-// What transformers takes for a key that config.json leaves out, per architecture.
+// Defaults of transformers for keys that config.json leaves out, per architecture.
 //
-// Published folders leave keys out that were not there when they were made: Llama 2 has
-// no rope_theta. The values are the documented defaults of LlamaConfig, MistralConfig,
+// Published folders lack keys that were introduced after them: Llama 2 has no
+// rope_theta. The values are the documented defaults of LlamaConfig, MistralConfig,
 // Qwen2Config and Qwen3Config (transformers 5); tests/python/test_config_defaults.py
 // compares them with an installed transformers.
 //

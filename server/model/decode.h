@@ -1,8 +1,8 @@
-// Decoding on a cache, one token at a time, with dense attention: a prefill of one
-// token behind the cached ones.
+// Decoding on a cache, one token at a time, with dense attention. Each step is a
+// prefill of one token after the cached ones.
 //
-// Threading: one caller at a time, as the backend. Memory: one workspace, made for the
-// cache's capacity when the decoder is.
+// Threading: one caller at a time, as the backend. Memory: one workspace for the
+// cache's capacity, allocated by Create().
 #pragma once
 
 #include <cstdint>
@@ -20,12 +20,14 @@ namespace pbs {
 class Decoder {
  public:
   // Continues `cache`, which holds the keys and values of cache.num_tokens() tokens.
-  // Model and cache must outlive the decoder. ResourceExhausted without memory.
+  // Model and cache must outlive the decoder. ResourceExhausted when there is not
+  // enough memory.
   static StatusOr<std::unique_ptr<Decoder>> Create(const Model& model, KvCache& cache);
 
-  // Appends `token` to the cache and returns the logits behind it, [vocab_size], valid
-  // until the next call. InvalidArgument when the cache or the model's positions are
-  // full, or the token is out of range; the cache then stays as it was.
+  // Appends `token` to the cache and returns the logits of the token after it,
+  // [vocab_size], valid until the next call. InvalidArgument when the cache or the
+  // model's positions are full, or the token is out of range; the cache is then
+  // unchanged.
   StatusOr<std::span<const float>> Step(int32_t token);
 
  private:

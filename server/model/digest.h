@@ -1,10 +1,11 @@
-// The model digest: what a decode tier compares before it continues another's cache.
+// The model digest. A decode tier compares it before it uses a cache of another
+// process.
 //
 // XXH3-128 over the canonical architecture line (model_config.h), then, for every
 // tensor that the model uses, in order of names: name, NUL, dtype, NUL, shape ("[2,
 // 3]"), NUL, and the 16 bytes of the tensor's own XXH3-128 in canonical (big-endian)
-// form. So it depends on the stored bytes, and not on shards, file order or unused
-// tensors.
+// form. So the digest depends on the stored bytes, and not on shards, file order or
+// unused tensors.
 //
 // Threading: values.
 #pragma once
@@ -48,7 +49,7 @@ class ModelDigest {
 
  private:
   const std::string architecture_;
-  std::map<std::string, std::string> tensors_;  // name -> what follows it
+  std::map<std::string, std::string> tensors_;  // name -> the bytes to hash after it
 };
 
 }  // namespace pbs

@@ -1,10 +1,10 @@
 // Read-only files, read by position into the caller's memory.
 //
-// Never mapped: a mapped file that shrinks is a SIGBUS, a short read is a Status.
-// Symbolic links are followed (hub caches are made of them); anything that is not a
-// regular file in the end - a FIFO, a device, a folder - is refused before it is read.
-// So is what an unfinished download leaves in a file's place: a link whose target is
-// missing, and a Git LFS pointer.
+// Files are never mapped: a mapped file that shrinks raises SIGBUS, but a short read is
+// a Status. Symbolic links are followed (hub caches are made of them). A target that is
+// not a regular file - a FIFO, a device, a folder - is refused before it is read. So
+// are the traces of an unfinished download: a link whose target is missing, and a Git
+// LFS pointer.
 //
 // Threading: a File may be read from many threads at once.
 #pragma once
@@ -19,9 +19,9 @@ namespace pbs {
 
 class File {
  public:
-  // NotFound when there is none; InvalidArgument for what is no regular file, a link to
-  // nothing or a Git LFS pointer, with what to do; FailedPrecondition names the
-  // system's reason otherwise.
+  // NotFound when the file is missing. InvalidArgument, with advice, when it is no
+  // regular file, a link without a target or a Git LFS pointer. FailedPrecondition,
+  // with the system's reason, for other errors.
   static StatusOr<File> Open(const std::string& path);
 
   File(File&& other) noexcept;
@@ -31,7 +31,7 @@ class File {
   int64_t size() const { return size_; }  // when it was opened
   const std::string& path() const { return path_; }
 
-  // Reads exactly `bytes` at `offset`. DataLoss when the file ends before.
+  // Reads exactly `bytes` bytes at `offset`. DataLoss when the file ends earlier.
   Status ReadAt(int64_t offset, int64_t bytes, void* target) const;
 
  private:
@@ -43,7 +43,7 @@ class File {
   std::string path_;
 };
 
-// A small file as text. InvalidArgument when it is larger than `bytes_max`.
+// Reads a small file as text. InvalidArgument when it is larger than `bytes_max`.
 StatusOr<std::string> ReadTextFile(const std::string& path, int64_t bytes_max);
 
 }  // namespace pbs

@@ -1,15 +1,15 @@
-// What a folder is that is no model folder, and what to do with it.
+// Advice about a folder that is not a model folder.
 #pragma once
 
 #include <string>
 
 namespace pbs {
 
-// At most this many entries of a folder are looked at.
+// The most entries of a folder that are examined.
 inline constexpr int kHintEntriesMax = 4096;
 
-// To follow a refusal for a missing file: "" when there is nothing to tell, or
-// ": it is a LoRA adapter (adapter_config.json); ...". Never fails.
+// Text to append to an error about a missing file: ": it is a LoRA adapter
+// (adapter_config.json); ...", or "" when there is no advice. Never fails.
 std::string FolderHint(const std::string& folder);
 
 }  // namespace pbs

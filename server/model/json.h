@@ -1,8 +1,8 @@
-// Strict JSON for model files, which come from anywhere.
+// Strict JSON for model files, which may come from any source.
 //
-// Size, nesting and number of values are bounded, and a repeated key is an error: two
-// readers that keep different copies would see two different models. null counts as
-// absent, as in the configs that people publish.
+// Size, nesting and number of values are bounded. A repeated key is an error, because
+// two readers that keep different copies would read different models. null counts as
+// absent, as in published configs.
 //
 // Threading: values. Memory: O(text). Errors: InvalidArgument that names the document,
 // the key, and what was expected.
@@ -21,7 +21,7 @@ namespace pbs {
 struct JsonLimits {
   int64_t bytes_max = 1 << 20;
   int32_t depth_max = 16;       // nested arrays and objects
-  int64_t values_max = 65'536;  // everything that is not a key
+  int64_t values_max = 65'536;  // all values; keys do not count
 };
 
 // `what` names the document in errors: "config.json".
@@ -49,11 +49,11 @@ class JsonObject {
   StatusOr<bool> BoolOr(std::string_view key, bool fallback) const;
   StatusOr<std::string> String(std::string_view key) const;
   StatusOr<JsonObject> Object(std::string_view key) const;
-  // The member must be an array; its elements are the caller's to check.
+  // The member must be an array. The caller checks its elements.
   StatusOr<const nlohmann::json*> Array(std::string_view key) const;
 
   const nlohmann::json& json() const { return *object_; }
-  // InvalidArgument with this object's place in front.
+  // InvalidArgument whose message begins with `where`.
   Status Error(std::string_view message) const;
 
  private:
@@ -67,7 +67,7 @@ class JsonObject {
 
 // `text` in quotes for an error message: cut at 64 bytes, control characters replaced.
 std::string Quoted(std::string_view text);
-// 0.1, 500000, 1e-05: as short as it gets with 6 digits.
+// The shortest text with at most 6 digits: 0.1, 500000, 1e-05.
 std::string NumberText(double value);
 
 }  // namespace pbs

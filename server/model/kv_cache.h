@@ -2,11 +2,12 @@
 //
 // Layout: for each layer K, then V, each [num_kv_heads, capacity, head_dim] in `dtype`;
 // tokens in prompt order, keys after rotation (and after yarn's attention factor),
-// heads not repeated. That is what every decode tier expects, and no method changes it.
+// heads not repeated. Every decode tier expects this layout, and no method changes it.
 //
-// Threading: one writer. A layer that its writer has announced is never written again
-// below num_tokens, so others may read it.
-// Memory: one allocation. Device: pointers are the backend's, but for CreateOnHost().
+// Threading: one writer. After the writer has announced a layer it does not write it
+// again below num_tokens, so other threads may read it.
+// Memory: one allocation. Device: pointers are device pointers, except after
+// CreateOnHost().
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ struct KvShape {
   int32_t capacity = 0;  // tokens, 1 .. kSeqLenMax
   DType dtype = DType::kF32;
 
-  // Of K or V of one layer; of the whole cache.
+  // Bytes of K or of V of one layer, and bytes of the whole cache.
   int64_t plane_bytes() const;
   int64_t bytes() const { return 2 * plane_bytes() * num_layers; }
   bool operator==(const KvShape&) const = default;
@@ -33,12 +34,14 @@ struct KvShape {
 
 class KvCache {
  public:
-  // Backend memory. ResourceExhausted when it cannot be had; so all three.
+  // Allocates backend memory. ResourceExhausted when there is not enough, as in the
+  // other two.
   static StatusOr<KvCache> Create(const KvShape& shape, Backend& backend);
-  // Ordinary memory, for readers: where it is not the backend's, no prefill runs on it.
+  // Allocates ordinary memory, for readers. Where that is not the backend's memory, no
+  // prefill can run on it.
   static StatusOr<KvCache> CreateOnHost(const KvShape& shape, Backend& backend);
-  // Backend memory of `resident_layers` layers, for one prefill from position 0: layer
-  // l is written where layer l - resident_layers was.
+  // Allocates backend memory of `resident_layers` layers, for one prefill from position
+  // 0. Layer l overwrites layer l - resident_layers.
   static StatusOr<KvCache> CreateWindow(const KvShape& shape, int32_t resident_layers,
                                         Backend& backend);
 
@@ -46,12 +49,12 @@ class KvCache {
   int32_t resident_layers() const { return resident_layers_; }
   void* k(int32_t layer) const { return Plane(2 * (layer % resident_layers_)); }
   void* v(int32_t layer) const { return Plane(2 * (layer % resident_layers_) + 1); }
-  // Of k(layer) and v(layer).
+  // Layout of k(layer) and v(layer).
   RowLayout layout() const { return PackedLayout(shape_.capacity, shape_.head_dim); }
   int64_t head_stride() const { return int64_t{shape_.capacity} * shape_.head_dim; }
 
-  // Tokens that all layers hold. Set by a finished prefill or decode step, or by
-  // whoever filled the cache from outside; at most the capacity.
+  // Tokens that all layers hold, at most the capacity. A finished prefill or decode
+  // step sets it, or the code that fills the cache with fetched layers.
   int32_t num_tokens() const { return num_tokens_; }
   void set_num_tokens(int32_t num_tokens);
 

@@ -1,4 +1,4 @@
-// How whoever loads a model follows it and stops it.
+// Progress and cancellation of loading a model.
 #pragma once
 
 #include <atomic>
@@ -8,7 +8,7 @@
 namespace pbs {
 
 struct LoadControl {
-  // Called from time to time with tensor bytes read so far and in all.
+  // Called repeatedly with the tensor bytes read so far and in total.
   std::function<void(int64_t done, int64_t total)> progress = {};
   // When set and true, loading stops with Cancelled.
   const std::atomic<bool>* stop = nullptr;

@@ -1,4 +1,4 @@
-// A model, loaded: its config, its weights on a backend, its digest.
+// A loaded model: its config, its weights on a backend, its digest.
 //
 // Threading: immutable after Load(); running it uses the backend, whose rule is one
 // caller at a time. Memory: weight_bytes(). The backend must outlive the model.
@@ -19,7 +19,7 @@
 namespace pbs {
 
 struct ModelOptions {
-  // Of the KV cache, and with it of attention. Default: the compute dtype.
+  // dtype of the KV cache and of attention. Default: the compute dtype.
   std::optional<DType> kv_dtype = {};
   RopeOptions rope = {};
   LoadControl control = {};
@@ -28,9 +28,8 @@ struct ModelOptions {
 class Model {
  public:
   // Reads `folder` (config.json, safetensors and, where there is one,
-  // generation_config.json). Errors name the file, and in it the key or tensor; see
-  // model_config.h, checkpoint.h and weights.h. A folder that is not right leaves
-  // nothing behind.
+  // generation_config.json). Errors name the file and the key or tensor in it; see
+  // model_config.h, checkpoint.h and weights.h. After an error nothing stays allocated.
   static StatusOr<std::unique_ptr<Model>> Load(const std::string& folder,
                                                const ModelOptions& options,
                                                Backend& backend);
@@ -39,13 +38,13 @@ class Model {
   const ModelWeights& weights() const { return weights_; }
   Backend& backend() const { return backend_; }
 
-  // What an operator should know of how the folder was read, in sentences.
+  // Facts about reading the folder that an operator should know, in sentences.
   std::vector<std::string> notes() const;
   const std::string& digest() const { return weights_.digest; }
   int64_t weight_bytes() const { return weights_.bytes; }
   DType compute_dtype() const { return weights_.compute_dtype; }
   DType kv_dtype() const { return kv_dtype_; }
-  // The cache of one sequence of up to `capacity` tokens.
+  // Shape of a cache for one sequence of up to `capacity` tokens.
   KvShape kv_shape(int32_t capacity) const;
   // [head_dim / 2], device memory; see rope.h.
   const double* inverse_frequencies() const {

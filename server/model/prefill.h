@@ -1,27 +1,27 @@
-// A prefill, one layer at a time: tokens in, keys and values and a few logits out.
+// A prefill, one layer at a time, from tokens to keys, values and a few logits.
 //
 //   PlanPrefill -> KvCache::Create -> Allocate(plan.workspace_bytes)
 //     -> PrefillRun::Start -> RunLayer x num_layers -> ComputeLogits -> ReadLogits
 //
-// Between layers the whole state is the workspace and the cache, so a run may be set
-// aside there and taken up again (CatchUp()). A run over `past_len` cached tokens
-// continues them: that is how prefixes are reused and how decoding works (decode.h).
+// Between layers the whole state is in the workspace and the cache, so a run can be
+// suspended there (CatchUp()) and resumed. A run over `past_len` cached tokens
+// continues them. Prefix reuse and decoding (decode.h) work this way.
 //
-// Several short prompts may run as one, back to back in the run's rows and in the
-// cache: every one is a sequence of its own to attention and starts at position 0.
+// Several short prompts may share a run, back to back in the run's rows and in the
+// cache. Each is a separate sequence for attention and starts at position 0.
 //
-// The last layer's output projection and MLP run on the rows whose logits are wanted
-// only: nothing else reads the others.
+// The last layer's output projection and MLP run only on the rows whose logits are
+// wanted, because nothing reads the other rows.
 //
 // On a device with memory of its own the host is one layer ahead, so that the device
-// never waits for it: RunLayer() calls all of a layer, then waits for the layer before
-// and tells of that one; the last call waits for both. What goes wrong in a layer on
-// such a device is therefore answered one call later, when the next layer's keys and
-// values may have been told of already. Where device memory is ordinary memory a call
-// is about its own layer.
+// never waits for it. RunLayer() enqueues a layer, then waits for the layer before it
+// and reports that one; the last call waits for both. So an error in a layer is
+// returned one call later, and the observer may by then have had OnKvReady() of the
+// next layer. Where device memory is ordinary memory a call finishes and reports its
+// own layer.
 //
-// Threading: one caller at a time, as the backend. Memory: the workspace and the cache;
-// nothing is allocated per layer but the small vectors of the attention report.
+// Threading: one caller at a time, as the backend. Memory: the workspace and the cache.
+// Per layer only the small vectors of the attention report are allocated.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,9 @@ namespace pbs {
 
 struct PrefillInputs {
   std::span<const int32_t> tokens = {};  // [num_tokens], each below vocab_size
-  // For every layer, with AttentionOptions::use_given_order / use_given_lists; device
-  // memory, used until the run ends. Must satisfy ValidateOrder() / ValidateLists().
+  // Order and lists of every layer, with AttentionOptions::use_given_order and
+  // use_given_lists. They are in device memory, must live until the run ends and must
+  // satisfy ValidateOrder() and ValidateLists().
   ConstRows order = {};
   BlockListsView lists = {};
 };
@@ -50,18 +51,18 @@ struct LayerReport {
   AttentionStats attention;  // with permute, select and attend seconds
   double qkv_seconds = 0;    // norm, projection, rotation, cache
   double mlp_seconds = 0;    // output projection, norm, MLP
-  double seconds = 0;        // all of the layer
+  double seconds = 0;        // the whole layer
 };
 
-// Called from RunLayer() and CatchUp(), on their thread. Either call comes once for
-// every layer, in the order of the layers.
+// RunLayer() and CatchUp() call the observer on their thread. Each of its methods is
+// called once for every layer, in the order of the layers.
 class PrefillObserver {
  public:
   virtual ~PrefillObserver() = default;
-  // The work that puts the layer's keys and values into the cache has been called (on
-  // the CPU: is done). Its attention and MLP have not.
+  // The work that writes the layer's keys and values to the cache is enqueued (on the
+  // CPU: done). The layer's attention and MLP are not.
   virtual void OnKvReady(int32_t layer) = 0;
-  // All of the layer is done. The next one's OnKvReady() may have come before.
+  // The whole layer is done. OnKvReady() of the next layer may have come before.
   virtual void OnLayerDone(const LayerReport& report) = 0;
 };
 
@@ -70,41 +71,41 @@ class PrefillRun {
   // Checks tokens, cache and workspace against the plan, and embeds the tokens. The
   // model, the plan, the cache and the workspace must outlive the run. InvalidArgument
   // names field, value and limit; ResourceExhausted for a workspace below the plan's.
-  // Once started, the cache holds past_len tokens: what lay behind is written over.
+  // After the start the cache holds past_len tokens; later ones are overwritten.
   static StatusOr<std::unique_ptr<PrefillRun>> Start(const Model& model,
                                                      const PrefillPlan& plan,
                                                      const PrefillInputs& inputs,
                                                      KvCache& cache,
                                                      Workspace workspace);
 
-  // Waits for the reports of what was called.
+  // Waits for the reports of enqueued layers.
   ~PrefillRun();
   PrefillRun(const PrefillRun&) = delete;
   PrefillRun& operator=(const PrefillRun&) = delete;
 
-  // Layers that may have been called and not finished.
+  // The most layers that may be enqueued and unfinished.
   static int32_t LayersUnderWayMax(const Backend& backend);
 
-  // Layers [0, next_layer()) have been called, [0, layers_finished()) are done.
+  // Layers [0, next_layer()) are enqueued, [0, layers_finished()) are done.
   int32_t next_layer() const { return next_layer_; }
   int32_t layers_finished() const { return layers_finished_; }
   bool layers_done() const;
-  // After the first RunLayer().
+  // Valid after the first RunLayer().
   double embed_seconds() const { return embed_seconds_; }
 
-  // Calls the next layer and finishes what it must; `observer` may be null. After the
-  // last one the cache's num_tokens is past_len + num_tokens. Cancelled when
-  // control.stop is set: it is looked at between row tiles and inside attention; layers
-  // that were under way are not told of then. After an error the run is over: destroy
-  // it. The cache then still holds its past_len tokens.
+  // Enqueues the next layer and finishes earlier ones as described above; `observer`
+  // may be null. After the last layer the cache's num_tokens is past_len + num_tokens.
+  // Cancelled when control.stop is set, which is checked between row tiles and inside
+  // attention; layers under way are then not reported. After an error only destroy the
+  // run; the cache still holds its past_len tokens.
   Status RunLayer(PrefillObserver* observer, const RunControl& control);
-  // Finishes what was called. Another run may use the backend from then on, and must
-  // not before: marks and reports are the backend's. Errors as RunLayer().
+  // Finishes all enqueued layers. Another run may use the backend only after this call,
+  // because time marks and reports belong to the backend. Errors as RunLayer().
   Status CatchUp(PrefillObserver* observer);
 
-  // Requires layers_done(). Final norm and output head on the wanted rows.
+  // Runs the final norm and the output head on the wanted rows. Requires layers_done().
   Status ComputeLogits();
-  // Logits of problem.logit_rows[index], f32 [vocab_size]; waits.
+  // Waits for and copies the logits of problem.logit_rows[index], f32 [vocab_size].
   Status ReadLogits(int32_t index, std::span<float> logits);
 
  private:
@@ -113,7 +114,7 @@ class PrefillRun {
     float* residual = nullptr;
     void* queries = nullptr;
     void* attended = nullptr;
-    float* pooled_queries = nullptr;  // null where attention does not take them
+    float* pooled_queries = nullptr;  // null when the attention plan does not take them
     float* cosines = nullptr;
     float* sines = nullptr;
     Workspace attention;
@@ -131,18 +132,19 @@ class PrefillRun {
   PrefillRun(const Model& model, const PrefillPlan& plan, const PrefillInputs& inputs,
              KvCache& cache, Workspace workspace);
   Status Embed(std::span<const int32_t> tokens);
-  // Enqueues all of the next layer.
+  // Enqueues the whole next layer.
   Status CallLayer(PrefillObserver* observer, const RunControl& control);
-  // Waits for the oldest layer under way and tells of it.
+  // Waits for the oldest layer under way and reports it.
   Status FinishLayer(PrefillObserver* observer);
   Status RunQkv(int32_t layer, const RunControl& control);
-  // Where the row tile that begins at `row` ends: not inside a block of pooled queries.
+  // End of the row tile that begins at `row`; never inside a block of pooled queries.
   int64_t TileEnd(int64_t row) const;
-  // And starts its report.
+  // Runs the layer's attention and starts its report.
   Status RunAttention(int32_t layer, const RunControl& control);
-  // Everything behind attention.
+  // Runs all steps after attention.
   Status RunMlp(int32_t layer, const RunControl& control);
-  // Rows of the residual stream with their attention outputs, tile by tile.
+  // Runs these steps on rows of the residual stream with their attention outputs, tile
+  // by tile.
   Status RunMlpRows(const LayerWeights& layer, float* residual, const void* attended,
                     int64_t rows, const RunControl& control);
   Status CheckStop(const RunControl& control) const;

@@ -1,4 +1,4 @@
-// What a prefill will do and what memory it takes, decided before anything is
+// The plan of a prefill: its steps and its memory, computed before anything is
 // allocated.
 //
 // Threading: pure functions; plans are immutable. Device: host-only.
@@ -19,29 +19,30 @@ namespace pbs {
 inline constexpr int32_t kLogitRowsMax = 1024;
 
 struct PrefillProblem {
-  int32_t num_tokens = 0;  // to run now, at least 1
+  int32_t num_tokens = 0;  // tokens of this run, at least 1
   int32_t past_len = 0;    // tokens that the cache holds already
   AttentionOptions attention = {};
   // Tokens of this run, counted from its first, whose logits are wanted; at most
   // kLogitRowsMax, in any order. Empty: the last token.
   std::vector<int32_t> logit_rows = {};
-  // Several prompts that run as one, back to back: the tokens of each, num_tokens
-  // together; past_len is 0 then. Empty: one prompt.
+  // For several prompts that share the run back to back: the number of tokens of each,
+  // whose sum is num_tokens; past_len is then 0. Empty: one prompt.
   std::vector<int32_t> prompt_tokens = {};
 };
 
 // Bytes of the workspace by purpose. `attention` and `tiles` + `linear` share their
-// bytes: they are never alive together.
+// bytes, because they are never in use at the same time.
 struct PrefillMemory {
   int64_t residual = 0;
-  int64_t queries = 0;         // and attention output
+  int64_t queries = 0;         // and attention outputs
   int64_t pooled_queries = 0;  // AttentionPlan::pooled_queries_bytes
   int64_t rotations = 0;       // cosines and sines
   int64_t attention = 0;       // the backend's attention workspace
   int64_t tiles = 0;           // activations of one row tile
   int64_t linear = 0;          // the backend's linear workspace
-  int64_t logits = 0;          // of the wanted rows, and what leads to them
-  int64_t tokens = 0;          // ids
+  // Logits of the wanted rows and their intermediate values
+  int64_t logits = 0;
+  int64_t tokens = 0;  // ids
 
   int64_t total() const {
     return residual + queries + pooled_queries + rotations +
@@ -70,18 +71,19 @@ struct PrefillRegions {
 };
 
 struct PrefillPlan {
-  PrefillProblem problem;  // logit_rows and prompt_tokens filled in
+  PrefillProblem problem;  // with logit_rows and prompt_tokens filled in
   std::unique_ptr<AttentionPlan> attention;
   PrefillMemory memory;
   PrefillRegions regions;
-  int64_t workspace_bytes = 0;  // memory.total(); the KV cache is apart (kv_cache.h)
-  // Rows that pass through a linear layer at once, at most the backend's row_tile:
-  // weights are read once per tile, and the tile bounds the activations that exist
-  // beside the residual stream.
+  int64_t workspace_bytes = 0;  // memory.total(); without the KV cache (kv_cache.h)
+  // Rows that pass through a linear layer at once, at most the backend's row_tile.
+  // Weights are read once per tile. The tile bounds the memory of activations beside
+  // the residual stream.
   int32_t row_tile = 0;
 };
 
-// InvalidArgument names field, value and limit; errors of the backend's Plan().
+// InvalidArgument names field, value and limit. Errors of the backend's Plan() are
+// passed on.
 StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem);
 
 // Sets regions, memory and workspace_bytes of a plan that has all else.

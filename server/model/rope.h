@@ -1,8 +1,8 @@
 // Rotary position embedding: rotate-half, dimension i pairs with i + head_dim / 2.
 //
 // Angles are position times inverse frequency, computed and reduced in f64
-// (RotationsOp), so that they are right at any position; cosines and sines are f32 and
-// carry the attention factor of yarn (and therefore so do cached keys).
+// (RotationsOp), so that they are exact enough at any position. Cosines and sines are
+// f32 and include yarn's attention factor, so cached keys include it too.
 //
 // Threading: pure functions.
 #pragma once
@@ -14,7 +14,7 @@
 
 namespace pbs {
 
-// [head_dim / 2], falling.
+// Inverse frequencies, [head_dim / 2], in falling order.
 std::vector<double> InverseFrequencies(const RopeConfig& rope, int32_t head_dim);
 
 }  // namespace pbs

@@ -2,7 +2,7 @@
 //
 // transformers 5 writes `rope_parameters {rope_theta, rope_type, ...}`; most published
 // folders have `rope_theta` and `rope_scaling` (whose type is `rope_type` or, older,
-// `type`). Both are read; where both speak, they must agree.
+// `type`). Both are read. A folder that has both must state the same in both.
 //
 // Threading: pure functions.
 #pragma once
@@ -17,7 +17,7 @@
 namespace pbs {
 
 // dynamic (NTK) and longrope are refused: their frequencies depend on the length of the
-// sequence, so keys cached during prefill would change meaning while decoding goes on.
+// sequence, so keys cached during prefill would be wrong for later decode steps.
 enum class RopeType : uint8_t { kDefault, kLinear, kLlama3, kYarn };
 
 struct RopeConfig {
@@ -38,9 +38,9 @@ struct RopeConfig {
 // "default", "linear", "llama3", "yarn".
 const char* RopeTypeName(RopeType type);
 
-// What yarn's attn_factor does. Decode tiers disagree (ADR 18): vLLM multiplies cosines
-// and sines by it, transformers does not read it. Caches of the one are wrong for the
-// other, so the result is part of the model digest.
+// The use of yarn's attn_factor. Decode tiers disagree (ADR 18): vLLM multiplies
+// cosines and sines by it, transformers ignores it. Caches of one are wrong for the
+// other, so the resulting factor is part of the model digest.
 enum class AttnFactor : uint8_t { kApplied, kIgnored };
 
 // "applied", "ignored".
@@ -50,17 +50,16 @@ struct RopeOptions {
   AttnFactor attn_factor = AttnFactor::kApplied;
 };
 
-// What config.json says outside of the rope settings.
+// Settings of config.json outside of its rope settings.
 struct RopeContext {
   double theta_default = 0;
   int64_t max_position = 0;  // max_position_embeddings
   RopeOptions options = {};
 };
 
-// From the top level of config.json. InvalidArgument names key, value and limit;
-// Unimplemented gives the reason why a kind of scaling is refused. A scaling key that
-// we do not know is refused: it might change the result. Appends to `notes` what was
-// assumed.
+// Parses the top level of config.json. InvalidArgument names key, value and limit;
+// Unimplemented states why a kind of scaling is refused. An unknown scaling key is
+// refused, because it might change the result. Appends assumptions to `notes`.
 StatusOr<RopeConfig> ParseRopeConfig(const JsonObject& config,
                                      const RopeContext& context,
                                      std::vector<std::string>& notes);

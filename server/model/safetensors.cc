@@ -144,7 +144,7 @@ Status CheckTiling(const std::vector<TensorInfo>& tensors, int64_t data_begin,
   }
   if (next != file_bytes) {
     return InvalidArgument(std::to_string(file_bytes - next) +
-                           " bytes behind the last tensor belong to none");
+                           " bytes after the last tensor belong to no tensor");
   }
   return OkStatus();
 }

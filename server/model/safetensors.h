@@ -1,9 +1,9 @@
 // The header of a safetensors file: u64 length (little endian), JSON, tensor bytes.
 //
-// Every file is treated as hostile. What the reference reader refuses we refuse, and
-// more: repeated keys, unknown fields, a header that does not start with '{', tensors
-// without elements, and headers beyond kSafetensorsHeaderBytesMax. Tensor bytes may be
-// misaligned for their dtype; they are copied, never cast.
+// No file is trusted. This reader refuses every file that the reference reader refuses.
+// It also refuses repeated keys, unknown fields, a header that does not start with '{',
+// tensors without elements, and headers beyond kSafetensorsHeaderBytesMax. Tensor bytes
+// may be misaligned for their dtype; they are copied, never cast.
 //
 // Threading: pure functions. Memory: O(header).
 #pragma once
@@ -29,9 +29,9 @@ inline constexpr int64_t kTensorNameBytesMax = 512;
 struct TensorInfo {
   std::string name;
   std::string dtype_name;      // "BF16"
-  std::optional<DType> dtype;  // of those we can compute with
+  std::optional<DType> dtype;  // nullopt when we cannot compute with it
   std::vector<int64_t> shape;  // every dimension >= 1; [] is one element
-  int64_t begin = 0;           // byte in the file
+  int64_t begin = 0;           // offset in the file, bytes
   int64_t bytes = 0;
 };
 

@@ -1,4 +1,4 @@
-// Greedy choice and the best few tokens, from logits.
+// Greedy choice, and the best few tokens, from logits.
 //
 // Threading: pure functions.
 #pragma once
@@ -14,11 +14,12 @@ struct TokenScore {
   float log_probability = 0;  // natural log of the softmax
 };
 
-// The token of the largest logit; of equals the lowest id. NaN never wins. Requires at
-// least one logit.
+// The token of the largest logit; of equal logits, the lowest id. NaN never wins.
+// Requires at least one logit.
 int32_t Argmax(std::span<const float> logits);
 
-// The min(count, logits.size()) best tokens, falling, of equals the lowest id first.
+// The min(count, logits.size()) best tokens in falling order; of equal logits, the
+// lowest id first.
 std::vector<TokenScore> TopTokens(std::span<const float> logits, int32_t count);
 
 }  // namespace pbs

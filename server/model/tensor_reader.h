@@ -1,5 +1,5 @@
-// Reads the tensors of a checkpoint once each, in rising order, hashes what it reads
-// and refuses numbers that are not finite.
+// Reads each tensor of a checkpoint once, in rising order, hashes the bytes and refuses
+// numbers that are not finite.
 //
 // Threading: one thread. Memory: O(1) beyond what callers ask for.
 #pragma once
@@ -17,7 +17,7 @@
 
 namespace pbs {
 
-// What all readers of one load share.
+// State that all readers of one load share.
 struct ReadSession {
   const Checkpoint& checkpoint;
   const LoadControl& control;
@@ -28,16 +28,17 @@ struct ReadSession {
   int64_t bytes_reported = 0;
 };
 
-// One tensor from its first byte to its last; the digest learns it at the end.
+// Reads one tensor from its first byte to its last. After the last byte it adds the
+// tensor to the digest.
 class TensorReader {
  public:
   TensorReader(ReadSession& session, const TensorInfo& tensor)
       : session_(&session), tensor_(&tensor) {}
 
   const TensorInfo& tensor() const { return *tensor_; }
-  // The next `bytes` bytes, whole elements, as stored. Cancelled when the load was
-  // stopped; InvalidArgument at the last byte of a tensor with NaN or infinite
-  // elements, with their number.
+  // Reads the next `bytes` bytes, whole elements, as stored. Cancelled when the load
+  // was stopped. A tensor with NaN or infinite elements gives InvalidArgument, with
+  // their number, at its last byte.
   Status Read(int64_t bytes, void* target);
 
  private:
@@ -48,14 +49,14 @@ class TensorReader {
   int64_t num_not_finite_ = 0;
 };
 
-// One weight [rows, cols], row by row: as stored, or, of FP8, as bf16 (fp8.h).
+// Reads one weight [rows, cols] row by row, as stored; an FP8 weight as bf16 (fp8.h).
 class WeightReader {
  public:
   WeightReader(ReadSession& session, const TensorInfo& weight);
 
   const TensorInfo& tensor() const { return reader_.tensor(); }
   DType dtype() const { return is_fp8_ ? DType::kBF16 : *tensor().dtype; }
-  // The next `count` rows in dtype().
+  // Reads the next `count` rows in dtype().
   Status Read(int64_t count, void* rows);
 
  private:
@@ -70,21 +71,21 @@ class WeightReader {
   std::vector<uint8_t> stored_;
 };
 
-// Several weights [rows_i, cols] under one another, as one weight in `dtype`.
+// Reads several weights [rows_i, cols], one below the other, as one weight in dtype().
 class StackedRows {
  public:
   StackedRows(ReadSession& session, std::span<const TensorInfo* const> parts);
 
-  // Of the parts when they agree, else f32.
+  // The dtype of the parts when all have the same, else f32.
   DType dtype() const { return dtype_; }
   int64_t num_rows() const;
-  // The next `count` rows, converted to dtype().
+  // Reads the next `count` rows, converted to dtype().
   Status Read(int64_t count, void* rows);
 
  private:
   std::vector<WeightReader> parts_;
   DType dtype_;
-  size_t part_ = 0;       // being read
+  size_t part_ = 0;       // the part that is being read
   int64_t part_row_ = 0;  // its next row
   std::vector<uint8_t> stored_;
 };
@@ -92,7 +93,7 @@ class StackedRows {
 // The scales of an FP8 weight; null when there are none.
 const TensorInfo* FindFp8Scale(const Checkpoint& checkpoint, const TensorInfo& weight);
 
-// A whole small tensor as f32.
+// Reads a whole small tensor as f32.
 StatusOr<std::vector<float>> ReadAsFloats(ReadSession& session,
                                           const TensorInfo& tensor);
 

@@ -1,9 +1,9 @@
 // A model's weights on a backend, read from a checkpoint.
 //
-// Before a byte of tensor data is read, the checkpoint is compared with the config:
-// every tensor the model needs is there with its shape and a dtype that we multiply (of
-// linear layers also FP8 with scales, fp8.h), and there is no other but those that are
-// known to be harmless (weights.cc). Elements must be finite.
+// Before any tensor data is read, the checkpoint is compared with the config. Every
+// tensor that the model needs must exist with its shape and a supported dtype (for
+// linear layers also FP8 with scales, fp8.h). Other tensors are refused, unless they
+// are known to have no effect (weights.cc). Elements must be finite.
 //
 // Threading: immutable after Load(). Memory: linear layers and the embedding keep their
 // stored dtype, FP8 becomes bf16; norms and biases become f32. Loading needs a few MiB
@@ -36,7 +36,7 @@ struct LayerWeights {
 };
 
 struct ModelWeights {
-  // Of all activations (Backend::ComputeDType).
+  // dtype of all activations (Backend::ComputeDType).
   DType compute_dtype = DType::kF32;
   Buffer embedding;  // [vocab, hidden]
   DType embedding_dtype = DType::kF32;
@@ -45,17 +45,18 @@ struct ModelWeights {
   Buffer norms;
   const float* final_norm = nullptr;  // [hidden]
   std::vector<LayerWeights> layers;
-  int64_t bytes = 0;               // device memory of all of it
+  int64_t bytes = 0;               // device memory of all weights
   std::string digest;              // digest.h
-  std::vector<std::string> notes;  // what is odd about the checkpoint, in sentences
+  std::vector<std::string> notes;  // peculiarities of the checkpoint, in sentences
 
   const void* head_data() const {
     return head.bytes() > 0 ? head.data() : embedding.data();
   }
 };
 
-// InvalidArgument names the tensor, what it has and what the config asks for; DataLoss
-// when a file shrinks while it is read; otherwise the backend's errors.
+// InvalidArgument names the tensor, its properties and the ones that the config
+// requires. DataLoss when a file shrinks while it is read. Errors of the backend are
+// passed on.
 StatusOr<ModelWeights> LoadWeights(const Checkpoint& checkpoint,
                                    const ModelConfig& config, Backend& backend,
                                    const LoadControl& control);

@@ -1,7 +1,8 @@
 // One device of a node: its backend, its memory, its engine, its replicas of the
 // models.
 //
-// Threading: one thread makes and prepares it; engine() and health() are safe from any.
+// Threading: one thread creates and prepares it; engine() and health() are safe from
+// any thread.
 #pragma once
 
 #include <atomic>
@@ -26,9 +27,9 @@ namespace pbs::server {
 
 class Device {
  public:
-  // What the devices of a node share. Borrowed.
+  // Objects that the devices of a node share. Borrowed.
   struct Shared {
-    ByteLedger& ledger;  // of host memory
+    ByteLedger& ledger;  // ledger of host memory
     const Clock& clock;
     TimerQueue& timers;
     ServerMetrics& metrics;
@@ -36,13 +37,13 @@ class Device {
     Log& log;
   };
 
-  // `number` among the node's devices, from 0 on.
+  // `number` counts the node's devices from 0.
   Device(int32_t number, std::unique_ptr<Backend> backend,
          const ServerSettings& settings, const Shared& shared);
 
   Backend& backend() const { return *backend_; }
   EngineImpl& engine() { return engine_; }
-  // As metrics and logs call it: its number.
+  // Its name in metrics and logs: the number.
   std::string name() const { return std::to_string(number_); }
   bool has_memory() const { return ledger_.has_value(); }
   int64_t bytes_max() const { return ledger_ ? ledger_->bytes_max() : 0; }
@@ -50,18 +51,18 @@ class Device {
 
   absl::Status RunSelfTest() const;
 
-  // Loads a replica. Cancelled when `stop` is set meanwhile; FailedPrecondition and
-  // others name model and reason.
+  // Loads a replica. Cancelled when `stop` is set meanwhile; other errors name model
+  // and reason.
   absl::StatusOr<std::unique_ptr<Model>> LoadModel(const ModelSettings& source,
                                                    const std::atomic<bool>& stop);
-  // When all models are loaded: what the longest prompt would take, part by part, and
-  // the longest that fits.
+  // Logs the memory of the longest prompt, part by part, and the longest prompt that
+  // fits. Call it when all models are loaded.
   void LogMemoryPlan(const ModelSettings& source, const Model& model) const;
 
  private:
-  // Weights are no request's.
+  // Takes the weights out of the budget of requests.
   absl::Status WithholdWeights(const Model& model);
-  // What this backend cannot run for anybody must not be served.
+  // Refuses a model for which this backend cannot run any prompt.
   absl::Status CheckThatItRuns(const Model& model) const;
 
   const int32_t number_;
@@ -72,7 +73,7 @@ class Device {
   EngineImpl engine_;
 };
 
-// The longest prompt that the server takes for a model.
+// The longest prompt that the server accepts for a model.
 int32_t TokensMax(const ModelSettings& source, const Model& model,
                   const ServiceLimits& limits);
 

@@ -1,10 +1,9 @@
-// A running server: devices, models, queue, leases, services, metrics, in the order in
-// which they need each other.
+// A running server: devices, models, queue, leases, services and metrics.
 //
 //   Create -> Prepare -> Serve (until asked to stop) -> Drain
 //
-// Threading: one thread. Errors: of Create() and Prepare(), to be shown to whoever
-// started the server.
+// Threading: one thread. Errors: those of Create() and Prepare() are messages for the
+// operator.
 #pragma once
 
 #include <prometheus/registry.h>
@@ -39,17 +38,17 @@ namespace pbs::server {
 
 class Node {
  public:
-  // Makes the backends and listens; nothing is served yet.
+  // Creates the backends and listens. Nothing is served yet.
   static absl::StatusOr<std::unique_ptr<Node>> Create(const ServerSettings& settings,
                                                       const BuildLabels& build,
                                                       SignalWatcher& signals, Log& log);
 
-  // The self-tests, then the models. Cancelled when asked to stop meanwhile.
+  // Runs the self-tests, then loads the models. Cancelled when asked to stop meanwhile.
   absl::Status Prepare();
-  // Says so and serves until asked to stop.
+  // Logs that it serves, and serves until asked to stop.
   void Serve();
-  // Finishes what was admitted and serves leases, for at most the configured time.
-  // False when that was too short for the work.
+  // Finishes admitted work and serves leases, for at most the configured time. False
+  // when that time was too short for the work.
   bool Drain();
   bool device_lost() const { return device_lost_.load(); }
 
@@ -59,24 +58,26 @@ class Node {
        Log& log);
   std::vector<std::unique_ptr<Device>> MakeDevices(
       std::vector<std::unique_ptr<Backend>> backends);
-  // Makes room for the connections, or lowers their number to the room there is.
+  // Raises the descriptor limit for the connections, or lowers their number to that
+  // limit.
   absl::Status LimitConnections(TransportOptions& transport) const;
   absl::Status Listen();
   absl::Status ExportMetrics();
-  // A gauge of one value for every device.
+  // A gauge with one value per device.
   std::shared_ptr<prometheus::Collectable> DeviceGauge(const MetricName& metric,
                                                        double (*value)(Device&)) const;
   absl::Status LoadModel(const ModelSettings& source);
   ServiceOptions MakeServiceOptions() const;
   void LogServing() const;
   void WatchDevices();
-  // Gives memory that calls have freed back to the system while none is open.
+  // Returns freed memory to the system while no call is open.
   void TrimWhenIdle();
   void StopIfADeviceIsLost();
-  // True when all admitted work was done before `until`; what is left then ends.
+  // Waits for admitted work until `until` and then ends the rest; true when all was
+  // done.
   bool FinishWork(absl::Time until);
-  // Calls `start` with a callback and waits for that to be called; false when `until`
-  // came first.
+  // Calls `start` with a callback and waits until the callback is called; false when
+  // `until` came first.
   bool WaitFor(absl::Time until,
                absl::FunctionRef<void(absl::AnyInvocable<void()>)> start);
 
@@ -86,21 +87,21 @@ class Node {
   Log& log_;
   const RealClock clock_;
   TimerQueue timers_{clock_};
-  // shared_ptr: the exposer's interface asks for it.
+  // shared_ptr: the interface of the metrics exposer requires it.
   const std::shared_ptr<prometheus::Registry> registry_ =
       std::make_shared<prometheus::Registry>();
   ServerMetrics metrics_{*registry_};
   CostModel costs_;
   ByteLedger ledger_;
   std::atomic<bool> device_lost_ = false;
-  int64_t resident_after_trim_ = 0;  // the timer thread's
+  int64_t resident_after_trim_ = 0;  // used by the timer thread only
   const std::vector<std::unique_ptr<Device>> devices_;
   std::vector<std::unique_ptr<ServedModel>> models_;
   ReplicatedEngine engine_;
   LeaseStore leases_;
   std::unique_ptr<MetricsServer> metrics_server_;
   std::unique_ptr<GrpcServer> server_;
-  // Threads last: they stop first.
+  // Threads are the last members, so that they stop first.
   std::unique_ptr<TimerThread> timer_thread_;
   std::vector<std::unique_ptr<ExecutorThread>> executor_threads_;
 };

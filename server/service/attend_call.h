@@ -3,10 +3,10 @@
 //   slot -> header -> checks, reservation, memory -> chunks -> half-close
 //     -> Submit -> reply
 //
-// Submit runs on gRPC's thread, or on the background thread when a generator or checks
-// of an order or lists come first. The slot is held until it is done.
+// Submit runs on gRPC's thread, or on the background thread when a generator or a check
+// of order or lists must run first. The call holds its slot until Submit is done.
 //
-// Finish() waits for what still refers to the call: Submit and the engine's job.
+// Finish() waits until Submit and the engine's job no longer refer to the call.
 #pragma once
 
 #include <atomic>
@@ -32,7 +32,7 @@ class AttendCall final
   void OnReadDone(bool ok) override;
 
  private:
-  // The upload: gRPC's reading thread only.
+  // Reads the upload; on gRPC's reading thread only.
   absl::Status Read();
   absl::Status TakeHeader(const v1::AttendHeader& header);
   absl::Status EndUpload();
@@ -50,21 +50,21 @@ class AttendCall final
 
   grpc::CallbackServerContext& context_;
   grpc::ByteBuffer read_;
-  // The reading thread's; from the half-close on TakeUpload()'s and, while queued_,
-  // OnFailed()'s, under the mutex.
+  // Used by the reading thread; after the half-close by TakeUpload() and, while
+  // queued_, by OnFailed(), under the mutex.
   std::unique_ptr<AttendUpload> upload_;
   JobTerms terms_;
-  std::atomic<bool> stop_{false};  // for MakeJob()
+  std::atomic<bool> stop_{false};  // stops MakeJob()
 
-  int references_ ABSL_GUARDED_BY(mutex_) = 0;   // Submit(), engine's job
+  int references_ ABSL_GUARDED_BY(mutex_) = 0;   // from Submit() and the engine's job
   bool queued_ ABSL_GUARDED_BY(mutex_) = false;  // for the background thread
   JobId job_ ABSL_GUARDED_BY(mutex_) = 0;
   std::optional<AttendResult> result_ ABSL_GUARDED_BY(mutex_);
 
-  std::optional<AttendSpec> spec_;      // from the header on
-  std::unique_ptr<AttendReply> reply_;  // Next() only
-  Uploads::Slot
-      slot_;  // last: a drain, which looks at everything above, fails the call
+  std::optional<AttendSpec> spec_;      // set by the header
+  std::unique_ptr<AttendReply> reply_;  // used by NextMessage() only
+  // Last: a drain ends the call through it and uses all members above.
+  Uploads::Slot slot_;
 };
 
 }  // namespace pbs::server

@@ -1,5 +1,5 @@
-// One Attend's way out: header, chunks of the wanted results, stats, one message at a
-// time.
+// The reply of an Attend, one message at a time: header, chunks of the wanted results,
+// stats.
 //
 // Threading: one thread at a time. Memory: chunks point into the result, which lives
 // until gRPC has sent the last of them.
@@ -25,7 +25,7 @@ namespace pbs::server {
 
 class AttendReply {
  public:
-  // Slices of one chunk: each costs some 100 bytes that nobody has charged.
+  // The most slices of one chunk: each takes about 100 bytes that are not charged.
   static constexpr int32_t kSlicesMax = 256;
 
   // `clock` must outlive the reply.
@@ -35,17 +35,18 @@ class AttendReply {
   // The next message; nullopt after the stats.
   std::optional<grpc::ByteBuffer> Next();
 
-  // From the header's Next() to that of the stats, which say it too.
+  // Seconds from the Next() of the header to the Next() of the stats, which state them
+  // too.
   double send_seconds() const { return send_seconds_; }
 
  private:
-  // What the chunks point into. Shared with the slices that gRPC still holds.
+  // The memory that the chunks point into. Slices that gRPC still holds share it.
   struct Held {
     AttendResult result;
-    int64_t list_end = 0;  // the last of LIST_OFFSETS
+    int64_t list_end = 0;  // the last value of LIST_OFFSETS
   };
-  // A stretch of a tensor that is a matrix of rows on the wire, [outer, inner], and
-  // lies in the result as [inner, outer].
+  // A part of a tensor: a matrix of rows, [outer, inner] on the wire and [inner, outer]
+  // in the result.
   struct Part {
     v1::TensorName tensor;
     const std::byte* data;
@@ -54,11 +55,11 @@ class AttendReply {
     int64_t outer = 1;
     int64_t inner = 1;
 
-    // What lies at byte `offset` of the part, to the end of its row.
+    // The bytes from byte `offset` of the part to the end of its row.
     std::span<const std::byte> At(int64_t offset) const;
   };
 
-  // Announces a tensor and makes it one part.
+  // Announces a tensor and adds it as one part.
   void AddTensor(v1::TensorName tensor, v1::DType dtype,
                  const std::vector<int64_t>& shape, const void* data);
   void AddOrder(const AttendSpec& spec, const AttentionGeometry& geometry);
@@ -76,7 +77,7 @@ class AttendReply {
   bool header_sent_ = false;
   bool stats_sent_ = false;
   size_t part_idx_ = 0;
-  int64_t part_offset_ = 0;  // bytes of the part that were sent
+  int64_t part_offset_ = 0;  // bytes of the part that are sent
   absl::Time send_start_;
   double send_seconds_ = 0;
 };

@@ -1,5 +1,5 @@
-// AttendHeader -> plain values. The boundary that checks: what comes out is valid, and
-// every size in it fits int64 by far.
+// Converts an AttendHeader to checked plain values. The result is valid, and every size
+// in it is far below the range of int64.
 //
 // Threading: stateless. Memory: a few words per sequence of the batch.
 #pragma once
@@ -38,26 +38,26 @@ struct GeneratorSpec {
 struct AttendSpec {
   std::string request_id;
   AttentionProblem problem;  // valid
-  // Packed: tensors are [heads, tokens of all sequences, width]; else
-  // [batch, heads, tokens, width].
+  // True: tensors are [heads, tokens of all sequences, width]; else they are [batch,
+  // heads, tokens, width].
   bool packed = false;
   RowLayout q_layout, kv_layout, o_layout, lse_layout, order_layout;
   std::vector<UploadSpec> uploads;
-  std::optional<GeneratorSpec> generator;  // makes q, k and v instead of an upload
+  std::optional<GeneratorSpec> generator;  // generates q, k and v instead of an upload
   bool want_o = false, want_lse = false, want_order = false, want_lists = false;
   bool allow_non_finite = false;
   int32_t warmup = 0;
   int32_t repetitions = 1;
 };
 
-// Every rule of attention.proto that can be told from the header. Errors:
+// Checks every rule of attention.proto that depends on the header alone. Errors:
 // InvalidArgument names field, value and limit; Unimplemented for a reserved method.
 absl::StatusOr<AttendSpec> DecodeAttendHeader(const v1::AttendHeader& header,
                                               const AttendLimits& limits);
 
-// Uploaded block lists (CSR) as the kernels take them. InvalidArgument when offsets do
-// not start at 0, fall, jump by more than kKeyBlocksMax or end elsewhere than at the
-// number of indices. Whether the blocks may be read is for ValidateLists() to say.
+// Converts uploaded block lists (CSR) to those of the kernels. InvalidArgument when the
+// offsets do not start at 0, fall, rise by more than kKeyBlocksMax or do not end at the
+// number of indices. ValidateLists() checks whether the blocks may be read.
 absl::StatusOr<BlockLists> DecodeBlockLists(std::span<const int64_t> offsets,
                                             std::span<const uint16_t> indices);
 

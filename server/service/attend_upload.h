@@ -1,10 +1,9 @@
-// One Attend's way in: from header to a job that the engine takes.
+// The upload of an Attend, from its header to a job for the engine.
 //
-// Threading: one thread at a time. MakeJob() may take seconds where takes_time() says
-// so (generator, checks of orders and lists), and then belongs on the background
-// thread.
-// Memory: everything is charged before it is allocated, and allocated before the first
-// chunk; dropping the upload frees it.
+// Threading: one thread at a time. When takes_time() is true (generator, checks of
+// orders and lists) MakeJob() may take seconds: call it on the background thread.
+// Memory: all of it is charged before it is allocated, and allocated before the first
+// chunk. Destroying the upload frees it.
 #pragma once
 
 #include <array>
@@ -26,18 +25,18 @@ namespace pbs::server {
 
 class AttendUpload {
  public:
-  // `reservation` is the engine's for `spec`; tensors come from `blocks` and go
-  // back to it. ResourceExhausted when the system has no memory after all.
+  // `reservation` is the engine's for `spec`. Memory of tensors comes from `blocks` and
+  // returns to it. ResourceExhausted when the system refuses the memory.
   static absl::StatusOr<std::unique_ptr<AttendUpload>> Create(
       AttendSpec spec, JobReservation reservation,
       const std::shared_ptr<BlockCache>& blocks);
 
-  // Copies a chunk to its place and looks at the new elements. Errors as
+  // Copies a chunk to its place and checks the new elements. Errors as
   // ChunkAssembler::Add(); InvalidArgument names the tensor and index of a NaN or
   // infinity.
   absl::Status Add(const wire::TensorChunk& chunk);
 
-  // After the last chunk. InvalidArgument when a tensor is not whole.
+  // Call it after the last chunk. InvalidArgument when a tensor is incomplete.
   absl::Status Finish() const { return assembler_.Finish(); }
 
   bool takes_time() const {
@@ -52,7 +51,8 @@ class AttendUpload {
   absl::StatusOr<AttendJob> MakeJob(JobTerms terms, const std::atomic<bool>& stop);
 
  private:
-  // A block of memory per input tensor; those that the problem lacks stay empty.
+  // One block of memory per input tensor. Blocks of tensors that the problem lacks are
+  // empty.
   struct Input {
     v1::TensorName tensor;
     HostBytes bytes;

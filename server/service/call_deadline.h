@@ -1,8 +1,8 @@
-// The deadline of a call, and whether it is what ended the call.
+// The deadline of a call, and the test whether the deadline ended the call.
 //
-// A caller's clock ends a call too, and may do so a little before the server's: its
-// time-out travels rounded up, and the request may have been longer under way than the
-// news that the call is over. Such an end is the deadline's all the same.
+// The caller's clock also ends a call, perhaps shortly before the server's clock would:
+// gRPC sends time-outs rounded up, and the request may have taken longer to arrive than
+// the cancellation. Such an end counts as DEADLINE_EXCEEDED.
 //
 // Threading: values. Memory: none.
 #pragma once
@@ -26,11 +26,11 @@ class CallDeadline {
       : time_(deadline), ends_from_(EndsFrom(begin, deadline)) {}
 
   absl::Time time() const { return time_; }
-  // Whether the deadline is why a call ends that its caller ends at `now`.
+  // True when a call that its caller ends at `now` ends because of the deadline.
   bool Ends(absl::Time now) const { return now >= ends_from_; }
 
  private:
-  // Never sooner than after half of the call's time.
+  // Never before half of the call's time has passed.
   static absl::Time EndsFrom(absl::Time begin, absl::Time deadline) {
     if (deadline == absl::InfiniteFuture()) return deadline;
     const absl::Duration whole = std::max(deadline - begin, absl::ZeroDuration());
@@ -41,7 +41,7 @@ class CallDeadline {
   absl::Time ends_from_;
 };
 
-// How a call that ends with `status` cancels its job.
+// The reason with which a call that ends with `status` cancels its job.
 inline CancelReason CancelReasonOf(const absl::Status& status) {
   return absl::IsDeadlineExceeded(status) ? CancelReason::kDeadline
                                           : CancelReason::kCaller;

@@ -1,4 +1,4 @@
-// Time limits of one call: timers that cut it, although the call may end first.
+// Time limits of one call: timers that cut the call unless it ends before.
 //
 // Threading: safe from any thread. Memory: one small block that the last timer frees.
 #pragma once
@@ -27,13 +27,13 @@ class CallGuard {
   CallGuard(const CallGuard&) = delete;
   CallGuard& operator=(const CallGuard&) = delete;
 
-  // Cuts the call with DEADLINE_EXCEEDED `message` after `limit`, unless Met() first.
-  // One at a time.
+  // Cuts the call with DEADLINE_EXCEEDED and `message` after `limit`, unless Met() is
+  // called before. One limit at a time.
   void Limit(absl::Duration limit, std::string message);
   void Met();
 
-  // Cuts the call with CANCELLED when one write stays in flight for `limit`; looks once
-  // per `limit`, so that it costs nothing per message.
+  // Cuts the call with CANCELLED when one write stays in flight for `limit`. It checks
+  // once per `limit`, so that it costs nothing per message.
   void WatchWrites(const WriteLoop& loop, absl::Duration limit);
 
   void Disarm();
@@ -45,20 +45,20 @@ class CallGuard {
     TimerId limit_timer ABSL_GUARDED_BY(mutex) = 0;
     TimerId watch_timer ABSL_GUARDED_BY(mutex) = 0;
   };
-  // What a look at the writes needs; `loop` lives as long as the state is armed.
+  // State of the check of writes. `loop` lives as long as the state is armed.
   struct Watch {
     TimerQueue& timers;
     const Clock& clock;
     const WriteLoop& loop;
     absl::Duration limit;
-    uint64_t seen;  // ticks at the last look
+    uint64_t seen;  // ticks at the last check
   };
   static void ScheduleLook(std::shared_ptr<State> state, const Watch& watch);
   static void Look(const std::shared_ptr<State>& state, Watch watch);
 
   TimerQueue& timers_;
   const Clock& clock_;
-  // Shared with the timers: one may be running while the call ends.
+  // Shared with the timers, because one may run while the call ends.
   const std::shared_ptr<State> state_;
 };
 

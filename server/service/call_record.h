@@ -1,4 +1,4 @@
-// The one way a call ends: logged, counted, converted.
+// Ends a call: logs it, counts it and converts its status.
 //
 // Threading: one owner; End() from any thread, once.
 #pragma once
@@ -19,11 +19,11 @@ class CallRecord {
   CallRecord(const ServiceParts& parts, Rpc rpc)
       : parts_(parts), rpc_(rpc), start_(parts.clock.Now()) {}
 
-  // For the log; empty until known.
+  // The id in the log; empty until known.
   void set_request_id(std::string id) { request_id_ = std::move(id); }
 
-  // What the client gets. Writes one line, its message cut as the client's, and counts
-  // pbs_requests_total{rpc,code}.
+  // Returns the status for the client. Writes one log line, whose message is cut like
+  // the client's, and counts pbs_requests_total{rpc,code}.
   grpc::Status End(const absl::Status& status) const;
 
  private:

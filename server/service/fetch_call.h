@@ -1,6 +1,6 @@
-// KvSource.Fetch: one stream out of a held cache, which may still be filling.
+// KvSource.Fetch: streams a held cache, whose prefill may still run.
 //
-// Finish() waits for a callback that the cache may be running.
+// Finish() waits for a callback of the cache that may be running.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ class FetchCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteBuf
  private:
   absl::Status Open(const grpc::CallbackServerContext& context,
                     const grpc::ByteBuffer& request);
-  // Asks to be woken when the exporter's layer is ready.
+  // Registers a callback for when the exporter's layer is ready.
   void AwaitLayer();
   // OK while chunks may be sent.
   absl::Status CheckSource() const;

@@ -1,11 +1,11 @@
 // grpc.health.v1.Health.
 //
-// Our own rather than gRPC's default, which says SERVING from the moment it listens
-// until it is told otherwise, and whose watchers hold up a shutdown.
+// It replaces gRPC's default health service. That one answers SERVING as soon as it
+// listens, and its watchers delay a shutdown.
 //
-// Threading: safe from any thread. Memory: one entry per watcher, with a name of at
-// most kRequestTextBytesMax; a longer one is INVALID_ARGUMENT. HTTP/2 streams are
-// bounded.
+// Threading: safe from any thread. Memory: one entry per watcher, whose name has at
+// most kRequestTextBytesMax bytes (a longer one is INVALID_ARGUMENT). The limit of
+// HTTP/2 streams bounds the watchers.
 #pragma once
 
 #include <atomic>
@@ -33,15 +33,15 @@ class HealthService final
 
   explicit HealthService(TaskPool& movers) : movers_(movers) {}
 
-  // A service is unknown until it is set.
+  // Sets the status of a service, which is unknown before the first call.
   void Set(const std::string& service, bool serving);
-  // Ends all watchers; later ones end at once.
+  // Ends all watchers. Later watchers end at once.
   void EndWatches();
 
-  // What Watch says; SERVICE_UNKNOWN for a name that was never set.
+  // The status for Watch; SERVICE_UNKNOWN for a name that was never set.
   Status::ServingStatus Get(const std::string& service) const;
 
-  // Calls so far.
+  // Number of calls so far.
   int64_t begun() const { return begun_; }
 
   grpc::ServerUnaryReactor* Check(grpc::CallbackServerContext* context,

@@ -1,4 +1,4 @@
-// What the server says about itself and its models.
+// Facts about the server and its models, for GetServerInfo and ListModels.
 //
 // Threading: stateless.
 #pragma once

@@ -1,8 +1,7 @@
-// Lines that libraries write about themselves become events of our log: `library_line`
-// with library, message and place. Otherwise they would stand on stderr between the
-// JSON lines.
+// Turns log lines of libraries into events of our log, `library_line` with library,
+// message and place, so that stderr has JSON lines only.
 //
-// Threading: create before other threads start and destroy when they have ended.
+// Threading: create it before other threads start and destroy it after they have ended.
 // Memory: none.
 #pragma once
 
@@ -12,10 +11,10 @@ namespace pbs::server {
 
 class LibraryLog {
  public:
-  // gRPC and protobuf write to `log`, which must outlive this. One at a time: both
-  // libraries take a plain function.
+  // gRPC and protobuf write to `log`, which must outlive this. Only one LibraryLog may
+  // exist, because both libraries take a plain function.
   explicit LibraryLog(Log& log);
-  // Their lines go to stderr again.
+  // The libraries write to stderr again.
   ~LibraryLog();
   LibraryLog(const LibraryLog&) = delete;
   LibraryLog& operator=(const LibraryLog&) = delete;

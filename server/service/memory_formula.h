@@ -1,13 +1,14 @@
-// What gRPC may hold in memory beside what the ledger charges.
+// Upper bound of gRPC's memory that the ledger does not charge.
 //
 // Received: a peer may send `stream_window_bytes` ahead on every stream before we read
-// it (the probe that would widen windows by itself is off: with it, 200 streams that
-// nobody reads held 3 GB), and a message that is being put together grows to its limit.
-// The resource quota bounds both for all connections together.
+// it. (gRPC's probe that widens windows is off: with it, 200 unread streams held 3 GB.)
+// A message that is being assembled may grow to its limit. The resource quota bounds
+// both over all connections.
 //
 // Sent: a call makes one message at a time, the next when HTTP/2 has taken the one
-// before. A message that points into a held cache or a result costs its header; one
-// that is laid out anew is charged to the ledger, two chunks per call.
+// before. A message that points into a held cache or a result takes memory for its
+// header only. A message whose payload is copied is charged to the ledger, two chunks
+// per call.
 //
 // Each call also has its own state, ours and gRPC's.
 //
@@ -25,7 +26,7 @@
 
 namespace pbs::server {
 
-// A token id takes at most 5 bytes on the wire; 64 KiB are for everything else.
+// A token id takes at most 5 bytes on the wire. All other fields have 64 KiB.
 inline constexpr int64_t kTokenWireBytes = 5;
 inline constexpr int64_t kReceiveExtraBytes = 64 << 10;
 // Call object, arena, header slices: measured below 40 KiB.

@@ -1,5 +1,5 @@
-// Counts the calls under way, so that a shutdown can end as soon as the last one has:
-// gRPC's own waits for idle connections too, whose peers may not look for seconds.
+// Counts the open calls, so that a shutdown can end with the last of them. gRPC's own
+// shutdown also waits for idle connections, whose peers may take seconds to react.
 //
 // Threading: safe from any thread. Memory: none.
 #pragma once
@@ -15,7 +15,7 @@ namespace pbs::server {
 
 class OpenCalls {
  public:
-  // One call, from its construction on.
+  // Counts one call from its construction to its destruction.
   class Call {
    public:
     explicit Call(OpenCalls& calls) : calls_(calls) { calls_.Add(1); }
@@ -27,7 +27,7 @@ class OpenCalls {
     OpenCalls& calls_;
   };
 
-  // Calls that were ever open.
+  // Number of calls that were ever open.
   int64_t begun() {
     MutexLock lock(mutex_);
     return begun_;

@@ -1,5 +1,5 @@
-// What the composition root tells the service, as plain structs. ServerConfig's
-// messages of the same names turn into these. Their initial values are the defaults.
+// Options of the service, as plain structs. ServerConfig's messages of the same names
+// are converted to them. Their initial values are the defaults.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@
 
 namespace pbs::server {
 
-// What a setting may be: the configuration and GrpcServer::Create() refuse the rest.
+// Valid range of a setting. The configuration and GrpcServer::Create() refuse other
+// values.
 struct SettingRange {
   int64_t low;
   int64_t high;
@@ -31,7 +32,7 @@ inline constexpr SettingRange kKeepaliveSecondsRange = {1, 3600};
 inline constexpr SettingRange kWriteStallSecondsRange = {1, 3600};
 
 struct TransportOptions {
-  int32_t chunk_bytes = 1 << 20;             // of a reply that asks for no other size
+  int32_t chunk_bytes = 1 << 20;             // when a request asks for no other size
   int32_t connections_max = 1024;            // open at once
   int32_t concurrent_streams_max = 64;       // per connection
   int32_t metadata_bytes_max = 64 << 10;     // of a call: names, values, 32 per entry
@@ -39,11 +40,12 @@ struct TransportOptions {
   int32_t stream_window_bytes = 1 << 20;     // HTTP/2 lookahead of a stream
   int32_t keepalive_seconds = 30;            // ping a silent client after
   int32_t keepalive_timeout_seconds = 20;    // and drop it after
-  // Cut a call whose reader has taken nothing for this long (at most twice as long).
+  // A call is cut when its reader takes nothing for this time (at the latest after
+  // twice this time).
   int32_t write_stall_seconds_max = 60;
 };
 
-// gRPC itself takes this many times metadata_bytes_max.
+// gRPC accepts this many times metadata_bytes_max.
 inline constexpr int32_t kMetadataConnectionFactor = 4;
 
 struct ServiceLimits {
@@ -54,7 +56,7 @@ struct ServiceLimits {
   int32_t upload_requests_max = 32;     // uploads under way at once
 };
 
-// What GetServerInfo says about a backend.
+// Facts about a backend for GetServerInfo.
 struct BackendFacts {
   std::string name;    // "cpu"
   std::string isa;     // "avx512"

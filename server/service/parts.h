@@ -1,4 +1,4 @@
-// What the service is built on.
+// Objects that the service uses.
 #pragma once
 
 #include "server/base/clock.h"

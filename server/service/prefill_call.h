@@ -1,4 +1,5 @@
-// Prefill.Prefill: tokens in; events, and perhaps the cache, out.
+// Prefill.Prefill: takes tokens and streams events and, with inline delivery, the
+// cache.
 //
 //   checks -> lease -> reservation -> Submit -> admitted
 //     -> (layer events, inline chunks as layers get ready) -> done
@@ -31,7 +32,7 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
               const grpc::ByteBuffer& request);
 
  private:
-  // On gRPC's thread, before the call's first message.
+  // Called on gRPC's thread, before the call's first message.
   absl::Status Open(const grpc::CallbackServerContext& context,
                     const grpc::ByteBuffer& request);
   absl::Status Decode(const v1::PrefillRequest& request);
@@ -44,7 +45,7 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
 
   void PushEvent(grpc::ByteBuffer event);
 
-  // PrefillListener, on the executor's thread.
+  // PrefillListener, called on the executor's thread.
   void OnKvReady(int32_t layer) override;
   void OnLayerDone(int32_t layer, double density, double seconds) override;
   void OnDone(absl::StatusOr<PrefillResult> result) override;
@@ -69,12 +70,13 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   std::unique_ptr<KvExporter> exporter_;
 
   bool job_runs_ ABSL_GUARDED_BY(mutex_) = false;
-  bool admitted_ ABSL_GUARDED_BY(mutex_) = false;  // nothing is sent before that
+  bool admitted_ ABSL_GUARDED_BY(mutex_) = false;  // nothing is sent before it is true
   JobId job_ ABSL_GUARDED_BY(mutex_) = 0;
-  // At most one per layer, `admitted` and `done`.
+  // At most one event per layer, `admitted` and `done`.
   std::deque<grpc::ByteBuffer> events_ ABSL_GUARDED_BY(mutex_);
   std::optional<PrefillResult> result_ ABSL_GUARDED_BY(mutex_);
-  bool ending_ ABSL_GUARDED_BY(mutex_) = false;  // OK, once the events are sent
+  // Ends with OK once the events are sent
+  bool ending_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace pbs::server

@@ -1,4 +1,4 @@
-// PrefillResult -> the messages of a PrefillEvent stream.
+// Converts a PrefillResult to the messages of a PrefillEvent stream.
 //
 // Threading: stateless.
 #pragma once
@@ -15,20 +15,20 @@
 
 namespace pbs::server {
 
-// What the reply says beside the result.
+// Facts of the reply beside the result.
 struct PrefillFacts {
   int32_t prompt_tokens = 0;
   std::string model_digest;
   std::string sparsity_digest;
-  double send_seconds = 0;    // inline delivery: time its chunks took
+  double send_seconds = 0;    // inline delivery: seconds that its chunks took
   int64_t planned_bytes = 0;  // charged to the ledger
 };
 
-// Everything but ticket and expiry, which the lease store fills in.
+// Encodes `done` except ticket and expiry, which the lease store fills in.
 v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
                     const PrefillFacts& facts, const BackendFacts& backend);
 
-// An upper bound of what a result and its encoded form take, to be charged before the
+// Upper bound of the bytes of a result and its encoded form. It is charged before the
 // work is admitted.
 int64_t PrefillResultBytes(const PrefillSpec& spec, int32_t vocab_size,
                            int32_t num_layers);

@@ -138,7 +138,7 @@ absl::StatusOr<PrefillSpec> DecodePrefill(const v1::PrefillRequest& request,
   PBS_ABSL_RETURN_IF_ERROR(DecodeLogits(request, spec));
   if (!request.idempotency_key().empty() && spec.delivery != Delivery::kLease) {
     return absl::InvalidArgumentError(
-        "idempotency_key needs delivery lease: only a lease can be given twice");
+        "idempotency_key needs delivery lease: equal keys return the same lease");
   }
   spec.request_id = request.request_id();
   spec.priority = request.priority();

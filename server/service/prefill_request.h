@@ -1,6 +1,6 @@
-// PrefillRequest -> plain values. The boundary that checks: what comes out is valid.
+// Converts a PrefillRequest to checked plain values.
 //
-// Threading: stateless. Memory: the tokens once more, as int32.
+// Threading: stateless. Memory: a copy of the tokens as int32.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,11 @@
 
 namespace pbs::server {
 
-// What a request must fit: the model and the server's settings.
+// Limits of a request, from the model and the server's settings.
 struct PrefillLimits {
-  int32_t tokens_max = 0;         // of the model and of the server
-  std::string tokens_max_reason;  // ModelConfig::max_tokens_reason, if that decided
+  int32_t tokens_max = 0;  // the lower limit of model and server
+  // ModelConfig::max_tokens_reason, if the model's limit is the lower one
+  std::string tokens_max_reason;
   int32_t vocab_size = 0;
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
@@ -45,14 +46,15 @@ struct PrefillSpec {
   std::string tenant_salt;
 };
 
-// Every rule of prefill.proto but the model's name. Errors: InvalidArgument names
-// field, value and limit (token ids never); Unimplemented for what is reserved.
+// Checks every rule of prefill.proto except the model's name. Errors: InvalidArgument
+// names field, value and limit, but never a token id; Unimplemented for reserved
+// fields.
 absl::StatusOr<PrefillSpec> DecodePrefill(const v1::PrefillRequest& request,
                                           const PrefillLimits& limits);
 
-// A name of everything that decides the result, for idempotency. What a request leaves
-// to a default and what it spells out are the same. The request id, priority and time
-// limits are not part of it.
+// A digest of all that decides the result, for idempotency. An unset field and its
+// explicit default give the same digest. Request id, priority and time limits are not
+// part of it.
 std::string PrefillFingerprint(const PrefillSpec& spec, absl::string_view model_digest);
 
 }  // namespace pbs::server

@@ -1,8 +1,7 @@
-// Server reflection, off unless asked for.
+// Server reflection, off by default.
 //
-// Linking gRPC's reflection library registers it for every server of the process, so
-// the choice is made per server: this option takes its plugin out of the builder or
-// puts one in.
+// Linking gRPC's reflection library registers its plugin for every server of the
+// process. This option removes the plugin from one server's builder, or adds it.
 #pragma once
 
 #include <memory>

@@ -1,19 +1,19 @@
 // GrpcServer: the node's one port. Prefill, Attention, KvSource, health v1 and, when
 // configured, reflection.
 //
-// Life: Create() listens at once. Until SetModels() every RPC but health answers
+// Life: Create() listens at once. Until SetModels() every RPC except health answers
 // UNAVAILABLE "loading models"; until SetServing(true) health answers NOT_SERVING. The
-// health service "liveness" is SERVING from the first moment. Drain() refuses new work,
-// lets admitted work finish and keeps serving leases; Shutdown() ends what is left.
+// health service "liveness" is SERVING from the start. Drain() refuses new work, lets
+// admitted work finish and keeps serving leases. Shutdown() ends the remaining calls.
 //
-// A port of its own accepts connections (connection_acceptor.h), at most
-// transport.connections_max at once, and gives them to gRPC.
+// A ConnectionAcceptor accepts at most transport.connections_max connections at once
+// and passes them to gRPC.
 //
 // Threading: all methods are safe from any thread; Shutdown() blocks and must not be
 // called from a gRPC or executor thread. gRPC's threads decode, check and submit; they
 // never wait for work.
-// Memory: what a call holds is charged to the ledger before it is allocated; what gRPC
-// buffers is bounded by memory_formula.h.
+// Memory: a call charges its memory to the ledger before it allocates it;
+// memory_formula.h bounds gRPC's buffers.
 #pragma once
 
 #include <cstdint>
@@ -35,33 +35,33 @@ class GrpcServer {
   // option is outside its range.
   static absl::StatusOr<std::unique_ptr<GrpcServer>> Create(
       const ServiceOptions& options, const ServiceParts& parts);
-  // Shutdown(now) unless done before.
+  // Calls Shutdown() without grace, unless it was called before.
   ~GrpcServer();
   GrpcServer(const GrpcServer&) = delete;
   GrpcServer& operator=(const GrpcServer&) = delete;
 
   int port() const;
 
-  // Accept requests, for these models (none: raw attention only). Once; the models must
-  // outlive the server.
+  // Starts to accept requests for these models (none: raw attention only). Call it
+  // once; the models must outlive the server.
   void SetModels(std::vector<const ServedModel*> models);
 
-  // Whether no call is open; watches of health do not count.
+  // True when no call is open; health watches do not count.
   bool IsIdle();
 
-  // What health v1 answers for "" and for each service.
+  // Sets the answer of health v1 for "" and for each service.
   void SetServing(bool serving);
 
-  // From here on Prefill and Attend answer UNAVAILABLE "draining", an Attend that has
-  // sent no header yet included; what was admitted goes on, and leases are served.
-  // Calls `on_uploaded` once the engine has the job of every admitted upload: drain the
-  // engine after that. Health is the caller's to set.
+  // From here on Prefill and Attend answer UNAVAILABLE "draining", and so does an
+  // Attend that has not sent its header. Admitted work continues, and leases are
+  // served. Calls `on_uploaded` once the engine has the job of every admitted upload:
+  // drain the engine only then. The caller sets health.
   void Drain(absl::AnyInvocable<void()> on_uploaded = [] {});
 
   // Ends the uploads under way with UNAVAILABLE; returns how many were admitted.
   int32_t CutUploads();
 
-  // Calls still open after `grace` are cancelled; returns when all have ended.
+  // Cancels calls that are open after `grace`; returns when all calls have ended.
   void Shutdown(absl::Duration grace);
 
  private:

@@ -1,4 +1,4 @@
-// What every call of the service shares.
+// State that all calls of the service share.
 //
 // Threading: safe from any thread.
 #pragma once
@@ -25,8 +25,8 @@
 
 namespace pbs::server {
 
-// Freed tensors that are kept for the next upload: at most this, and an eighth of the
-// ledger.
+// The most bytes of freed tensors that are kept for later uploads; an eighth of the
+// ledger when that is less.
 inline constexpr int64_t kUploadBlockBytesMax = int64_t{512} << 20;
 
 class ServiceContext {
@@ -37,37 +37,39 @@ class ServiceContext {
 
   const ServiceOptions options;
   const ServiceParts parts;
-  // shared_ptr: what is on its way to a device may outlive the service.
+  // shared_ptr: tensors that are being copied to a device may outlive the service.
   const std::shared_ptr<BlockCache> upload_blocks = std::make_shared<BlockCache>(
       std::min(kUploadBlockBytesMax, parts.ledger.bytes_max() / 8));
   OpenCalls open_calls;
   Uploads uploads{options.limits.upload_requests_max};
-  TaskPool movers{2};      // make chunks when the executor has published something
-  TaskPool background{1};  // generators and checks that take longer than a call may
+  // Make chunks when the executor has published layers or results
+  TaskPool movers{2};
+  // Generators and checks that take too long for gRPC's threads
+  TaskPool background{1};
 
   // Unavailable while models are loading; InvalidArgument when the call's metadata is
   // larger than transport.metadata_bytes_max.
   absl::Status CheckReady(const grpc::CallbackServerContext& call) const;
-  // CheckReady(), and Unavailable while draining. Counts refusals for load.
+  // As CheckReady(), and Unavailable while draining. Counts refusals because of load.
   absl::Status CheckAdmitting(const grpc::CallbackServerContext& call) const;
-  // Uploads::Take(), with refusals counted.
+  // As Uploads::Take(); counts refusals.
   absl::StatusOr<Uploads::Slot> TakeUploadSlot(Uploads::End end);
 
-  // Why gRPC ends a call of ours that is not finished: the server stops, the deadline
-  // passed, or the caller went away.
+  // The reason why gRPC ends an unfinished call: the server stops, the deadline has
+  // passed, or the caller has gone.
   absl::Status WhyCut(const CallDeadline& deadline) const;
   // The deadline of a call that begins now.
   CallDeadline DeadlineOf(const grpc::CallbackServerContext& context) const;
-  // From here on gRPC ends calls because the server stops.
+  // From here on WhyCut() gives the server's stop as the reason.
   void SetStopping() { stopping_ = true; }
   bool stopping() const { return stopping_; }
 
-  // The ledger, with refusals counted.
+  // As ByteLedger::Reserve(); counts refusals.
   absl::StatusOr<ByteReservation> Reserve(int64_t bytes);
 
   // Requires CheckReady().ok().
   const std::vector<const ServedModel*>& models() const { return *models_.load(); }
-  // NotFound names the models there are; "" means the only one.
+  // "" means the only model. NotFound names the served models.
   absl::StatusOr<const ServedModel*> FindModel(const std::string& name) const;
 
   void SetModels(std::vector<const ServedModel*> models);

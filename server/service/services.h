@@ -1,8 +1,8 @@
-// The three services of pbs.v1: methods to calls. All methods are raw, so that tensor
-// bytes are never parsed and every malformed message takes the same way as any other
-// error.
+// The three services of pbs.v1: each method creates its call object. All methods are
+// raw, so that tensor bytes are never parsed and malformed messages are handled like
+// all other errors.
 //
-// Threading: gRPC calls methods from its threads. Memory: none of their own.
+// Threading: gRPC calls methods from its threads. Memory: none.
 #pragma once
 
 #include <grpcpp/grpcpp.h>

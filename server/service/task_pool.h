@@ -1,8 +1,8 @@
-// A few threads for work that neither gRPC's threads nor the executor should do.
+// A few threads for work that is too long for gRPC's threads and the executor.
 //
 // Threading: Post() is safe from any thread and never waits.
-// Memory: one entry per posted task. Every user posts at most one task at a time, so
-// that the queue is bounded by the calls that are open.
+// Memory: one entry per posted task. Every call posts at most one task at a time, so
+// the number of open calls bounds the queue.
 #pragma once
 
 #include <deque>
@@ -18,7 +18,7 @@ class TaskPool {
  public:
   // num_threads >= 1.
   explicit TaskPool(int num_threads);
-  // Runs what was posted, then stops.
+  // Runs all posted tasks, then stops.
   ~TaskPool();
   TaskPool(const TaskPool&) = delete;
   TaskPool& operator=(const TaskPool&) = delete;

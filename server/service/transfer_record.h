@@ -18,12 +18,12 @@ class TransferRecord {
   explicit TransferRecord(const ServiceContext& service)
       : service_(service), parts_(service.parts) {}
 
-  // A chunk is handed to the transport.
+  // Call it when a chunk is passed to the transport.
   void AddChunk(size_t bytes) {
     if (!start_.has_value()) start_ = parts_.clock.Now();
     parts_.metrics.kv.transfer_bytes.Increment(static_cast<double>(bytes));
   }
-  // The last chunk is gone. Returns the seconds since the first.
+  // Call it when the last chunk was sent. Returns the seconds since the first.
   double Complete() {
     const double seconds =
         start_.has_value() ? absl::ToDoubleSeconds(parts_.clock.Now() - *start_) : 0;
@@ -32,8 +32,8 @@ class TransferRecord {
     complete_ = true;
     return seconds;
   }
-  // The call ends with `status`. Counts when that cuts a transfer: one that has begun
-  // and is not complete.
+  // Call it when the call ends with `status`. It counts a failure when the transfer has
+  // begun and is not complete.
   void Fail(const absl::Status& status) {
     if (!start_.has_value() || complete_) return;
     parts_.metrics.kv.TransferFailed(ReasonOf(status)).Increment();

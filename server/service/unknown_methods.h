@@ -1,5 +1,5 @@
-// Answers calls of methods that this server does not have: UNIMPLEMENTED, logged and
-// counted as any other call.
+// Answers calls of methods that this server does not have with UNIMPLEMENTED, and logs
+// and counts them like all other calls.
 //
 // Threading: gRPC calls it from its threads. Memory: none.
 #pragma once

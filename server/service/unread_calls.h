@@ -1,8 +1,8 @@
-// Finds the calls that ended before any code of ours saw them. gRPC refuses some by
-// itself (a request that is longer than its limit, or compressed), and some callers
-// leave while they send their request. gRPC does not tell of them, but it counts every
-// call of a server (channelz): what it has begun and what has not reached us is
-// missing.
+// Counts calls that ended before our code received them. gRPC refuses some by itself
+// (requests that exceed its limit or are compressed), and some callers leave while they
+// send their request. gRPC does not report these, but it counts every call of a server
+// (channelz). The difference between that count and the calls that reached us is the
+// number of missing calls.
 //
 // Threading: one thread at a time. Memory: fixed.
 #pragma once
@@ -15,20 +15,20 @@
 
 namespace pbs::server {
 
-// gRPC's number of the server that this process has started last; 0 when it has none.
+// gRPC's id of the server that this process started last; 0 when there is none.
 int64_t NewestServer();
-// Calls that have begun on a server; none when gRPC does not count them.
+// Number of calls that have begun on a server; nullopt when gRPC does not count them.
 std::optional<int64_t> CallsBegun(int64_t server);
 
 class UnreadCalls {
  public:
-  // A request may be on its way. A call counts once it was missing in each of the last
-  // kLooks looks, which is for half a minute.
+  // A missing call may still be receiving its request. So it counts only after it was
+  // missing in each of the last kLooks looks, which is half a minute.
   static constexpr absl::Duration kLookInterval = absl::Seconds(5);
   static constexpr int kLooks = 7;
 
-  // `begun` calls have begun, `seen` of them reached us. Returns how many more are
-  // unread than the looks before have found. Take `begun` before `seen`.
+  // `begun` calls have begun, and `seen` of them reached us. Returns the number of
+  // unread calls that earlier looks have not returned. Read `begun` before `seen`.
   int64_t Look(int64_t begun, int64_t seen);
 
  private:

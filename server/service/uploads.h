@@ -1,11 +1,12 @@
-// The Attends on their way in: from a call's first moment until the engine has its job.
+// The uploads of Attend calls, each from the start of its call until the engine has its
+// job.
 //
-// One whose header was taken is admitted work: a drain waits for it. The others hold
-// nothing yet, and a drain sends them home.
+// An upload whose header was accepted is admitted work, and a drain waits for it. Other
+// uploads hold no memory yet, and a drain ends them.
 //
 // Threading: safe from any thread; a slot belongs to one thread at a time. `end` is
-// called with the lock held, so that a call cannot be gone while it is being ended: it
-// must not call back.
+// called with the lock held, so that the call exists until it returns; `end` must not
+// call this object.
 // Memory: one entry per upload, at most `uploads_max`.
 #pragma once
 
@@ -26,7 +27,7 @@ class Uploads {
   // Ends an upload's call; may come more than once.
   using End = absl::AnyInvocable<void(absl::Status)>;
 
-  // The place of one upload; gives it back when destroyed. Move-only.
+  // The slot of one upload, which its destructor frees. Move-only.
   class Slot {
    public:
     Slot() = default;
@@ -34,7 +35,7 @@ class Uploads {
     Slot& operator=(Slot&& other) noexcept;
     ~Slot() { Reset(); }
 
-    // The header is here. Unavailable once draining.
+    // Call it when the header has arrived. Unavailable once draining.
     absl::Status Admit();
     // `end` is not called after this.
     void Reset();
@@ -51,8 +52,8 @@ class Uploads {
   // ResourceExhausted when uploads_max are under way, Unavailable once draining.
   absl::StatusOr<Slot> Take(End end);
 
-  // Refuses from here on, and ends the uploads that have no header. Returns how many
-  // those were. Calls `on_idle` without the lock once no admitted upload is left.
+  // Refuses uploads from here on and ends those without a header. Returns the number of
+  // ended uploads. Calls `on_idle`, without the lock, once no admitted upload is left.
   int32_t Drain(absl::AnyInvocable<void()> on_idle);
 
   // Ends every upload with `status`; returns how many of them were admitted.
@@ -60,7 +61,7 @@ class Uploads {
 
   int32_t size() const;
 
-  // What is refused while draining gets this.
+  // The status of uploads that are refused while draining.
   static absl::Status Draining();
 
  private:

@@ -1,4 +1,4 @@
-// grpc::Status of the slice codec -> absl::Status.
+// Converts grpc::Status of the slice codec to absl::Status.
 #pragma once
 
 #include <grpcpp/support/status.h>

@@ -1,10 +1,11 @@
-// Sends a stream's messages one after the other, each made when the one before it is
-// gone. So a call holds one message at a time, however slow its reader is.
+// Sends a stream's messages one after the other and makes each when the one before it
+// was sent. So a call holds one message at a time, also when its reader is slow.
 //
 //   Wake() -> Next() -> Send() ... OnWriteDone() -> Next() -> ... -> End()
 //
-// Next() runs on a mover thread after Wake() and on gRPC's thread after a write, never
-// twice at once, and never on the thread that called Wake(): the executor may call it.
+// Next() runs on a mover thread after Wake() and on gRPC's thread after a write. It
+// never runs twice at once. It never runs on the thread that called Wake(), because
+// that may be the executor's.
 //
 // Threading: Wake() and the counters are safe from any thread; OnWriteDone() belongs to
 // gRPC. Memory: the message in flight.
@@ -23,15 +24,15 @@
 
 namespace pbs::server {
 
-// What a stream does next.
+// The next action of a stream.
 class NextWrite {
  public:
   static NextWrite Message(grpc::ByteBuffer message) {
     return NextWrite(Kind::kMessage, std::move(message), absl::OkStatus());
   }
-  // Nothing until the next Wake().
+  // Waits for the next Wake().
   static NextWrite Wait() { return NextWrite(Kind::kWait, {}, absl::OkStatus()); }
-  // Nothing ever; the call ends with `status`.
+  // Ends the call with `status`.
   static NextWrite End(absl::Status status) {
     return NextWrite(Kind::kEnd, {}, std::move(status));
   }
@@ -53,19 +54,19 @@ class WriteLoop {
    public:
     virtual ~Stream() = default;
     virtual NextWrite Next() = 0;
-    // The last write failed: the call is broken. Next() follows and must come to an
-    // end.
+    // Called when the last write failed, so that the call is broken. Next() follows and
+    // must eventually return End().
     virtual void OnBroken() = 0;
-    // StartWrite(). `message` stays until OnWriteDone().
+    // Calls StartWrite(). `message` lives until OnWriteDone().
     virtual void Send(const grpc::ByteBuffer* message) = 0;
-    // Finish(), once. The stream, and with it the loop, may be gone when it returns.
+    // Calls Finish(), once. The stream and the loop may be destroyed when it returns.
     virtual void End(const absl::Status& status) = 0;
   };
 
   // Both must outlive the loop.
   WriteLoop(Stream& stream, TaskPool& movers) : stream_(stream), movers_(movers) {}
 
-  // Something changed that Next() looks at. No-op after End().
+  // Call it when the result of Next() may have changed. No-op after End().
   void Wake();
   void OnWriteDone(bool ok);
 
@@ -79,9 +80,10 @@ class WriteLoop {
   TaskPool& movers_;
   std::atomic<uint64_t> ticks_{0};
   Mutex mutex_;
-  bool busy_ ABSL_GUARDED_BY(mutex_) = false;   // Run() is under way, or a write is
-  bool woken_ ABSL_GUARDED_BY(mutex_) = false;  // since Run() last called Next()
-  grpc::ByteBuffer message_;                    // of the write in flight
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;  // Run() or a write is under way
+  // Wake() was called since Run() last called Next()
+  bool woken_ ABSL_GUARDED_BY(mutex_) = false;
+  grpc::ByteBuffer message_;  // of the write in flight
 };
 
 }  // namespace pbs::server

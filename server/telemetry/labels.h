@@ -28,8 +28,7 @@ inline constexpr std::array<const char*, 9> kRpcNames = {
     "prefill", "attend",      "describe",        "fetch",  "renew",
     "release", "list_models", "get_server_info", "unknown"};
 
-// Label `stage`: StageSeconds (types.proto) without `copy`, which replies tell beside
-// what it is a part of.
+// Label `stage`: StageSeconds (types.proto) without `copy`, which only replies state.
 enum class Stage : uint8_t {
   kQueue,
   kEmbed,

@@ -1,5 +1,5 @@
-// Name and HELP of every metric: the one place of both. docs/OPERATIONS.md has the same
-// sentences; tests/structure/check_docs.py holds it to that.
+// Name and HELP of every metric. docs/OPERATIONS.md has the same sentences;
+// tests/structure/check_docs.py compares them.
 //
 // Threading: constants.
 #pragma once

@@ -1,7 +1,7 @@
 // MetricsServer: GET and HEAD of /metrics on a port of its own.
 //
-// Connections do not wait for each other: one that sends nothing costs a descriptor
-// until it is closed after kMetricsIdleSecondsMax.
+// Connections do not wait for each other. A connection that sends nothing takes a
+// descriptor until it is closed after kMetricsIdleSecondsMax.
 //
 // Threading: Create and destroy from one thread; scrapes run on one thread of its own
 // per address. Memory: a page per scrape, a few KiB per connection.
@@ -26,8 +26,8 @@ inline constexpr unsigned kMetricsIdleSecondsMax = 5;
 class MetricsServer {
  public:
   // `listen` is host:port; port 0 picks a free one. Serves `sources`. shared_ptr: the
-  // registry is shared with those who count.
-  // Unavailable when the address cannot be bound, naming it and the reason.
+  // code that counts shares the registry. When the address cannot be bound, Unavailable
+  // names it and the reason.
   static absl::StatusOr<std::unique_ptr<MetricsServer>> Create(
       const std::string& listen,
       std::vector<std::shared_ptr<prometheus::Collectable>> sources);

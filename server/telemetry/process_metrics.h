@@ -1,5 +1,5 @@
-// What the operating system says about this process, under the names that Prometheus
-// clients use for it everywhere.
+// Facts of the operating system about this process, under the standard names of
+// Prometheus clients.
 //
 // Threading: Collect() runs on the metrics server's threads. Memory: none.
 #pragma once
@@ -12,7 +12,8 @@
 namespace pbs::server {
 
 // process_resident_memory_bytes, process_cpu_seconds_total, process_start_time_seconds,
-// process_open_fds, process_max_fds. One that the system does not tell is left out.
+// process_open_fds, process_max_fds. A value that the system does not provide is left
+// out.
 class ProcessMetrics final : public prometheus::Collectable {
  public:
   std::vector<prometheus::MetricFamily> Collect() const override;

@@ -16,11 +16,11 @@
 
 namespace pbs::server {
 
-// A gauge whose value is asked for at every scrape; the function must be safe from any
-// thread.
+// A gauge that calls a function for its value at every scrape. The function must be
+// safe from any thread.
 class SampledGauge final : public prometheus::Collectable {
  public:
-  // By the label `device`; the name "" stands for no label.
+  // Values by the label `device`; the name "" means no label.
   using Values = std::vector<std::pair<std::string, double>>;
 
   SampledGauge(const MetricName& metric, std::function<Values()> values);
@@ -31,7 +31,8 @@ class SampledGauge final : public prometheus::Collectable {
   const std::function<Values()> values_;
 };
 
-// The same figures under vLLM's names, for dashboards and gateways that read those:
+// Metrics of this server under vLLM's names, for dashboards and gateways that read
+// those:
 //
 //   vllm:num_requests_waiting          pbs_requests_waiting
 //   vllm:num_requests_running          pbs_requests_running

@@ -1,9 +1,9 @@
-// The metrics that the server counts; sampled_metrics.h and process_metrics.h have
-// those that are looked at when they are scraped. Their names are in metric_names.h.
-// docs/OPERATIONS.md says which alert, panel or decision uses each.
+// The metrics that the server counts. sampled_metrics.h and process_metrics.h have the
+// metrics that are computed when they are scraped. metric_names.h has the names.
+// docs/OPERATIONS.md states which alert, panel or decision uses each.
 //
-// Units are seconds and bytes. Handles resolve once, at construction: the hot path does
-// one atomic addition and no lookup.
+// Units are seconds and bytes. Handles are resolved once, at construction, so that the
+// hot path does one atomic addition and no lookup.
 //
 // Threading: construct once; handles are safe from any thread.
 // Memory: fixed at construction; labels come from labels.h only.
@@ -35,8 +35,8 @@ struct EngineMetrics {
 
   // pbs_request_queue_time_seconds: from admission to the first step.
   prometheus::Histogram& queue_time;
-  // pbs_request_prefill_time_seconds: of a finished prefill, from its first step to its
-  // last.
+  // pbs_request_prefill_time_seconds: time of a finished prefill from its first step to
+  // its last.
   prometheus::Histogram& prefill_time;
   // pbs_time_to_first_layer_seconds: from admission to the first layer's KV.
   prometheus::Histogram& time_to_first_layer;
@@ -50,14 +50,14 @@ struct EngineMetrics {
   // pbs_prefill_batch_requests: prompts that shared a run.
   prometheus::Histogram& batch_requests;
 
-  // pbs_attention_flops_computed_total, pbs_attention_flops_dense_total: what attention
-  // did, and what dense attention would have done.
+  // pbs_attention_flops_computed_total, pbs_attention_flops_dense_total: the FLOPs of
+  // attention, and those of dense attention on the same prompts.
   prometheus::Counter& flops_computed;
   prometheus::Counter& flops_dense;
-  // pbs_prompt_tokens_total: of finished prefills.
+  // pbs_prompt_tokens_total: prompt tokens of finished prefills.
   prometheus::Counter& prompt_tokens;
 
-  // One for every executor; their queues add up.
+  // Identifies an executor; the gauges sum over all executors.
   using Part = size_t;
   Part AddPart() { return num_parts_++; }
 
@@ -68,23 +68,23 @@ struct EngineMetrics {
   // not finished, and the predicted time until all admitted work is done.
   SummedGauge backlog_tokens;
   SummedGauge backlog_seconds;
-  // pbs_memory_budget_bytes: what admission may charge. pbs_memory_charged_bytes: what
-  // it has charged, looked at when scraped (SampledGauge).
+  // pbs_memory_budget_bytes: bytes that admission may charge. pbs_memory_charged_bytes:
+  // bytes that it has charged, read at every scrape (SampledGauge).
   prometheus::Gauge& memory_budget;
 
-  // pbs_stage_time_seconds{stage}: of a finished request; stages that did not run are
-  // not observed. `send`: of an Attend's reply, an inline cache or a fetch, from its
-  // first message to its last.
+  // pbs_stage_time_seconds{stage}: stage times of a finished request; stages that did
+  // not run are not observed. `send` is the time of an Attend's reply, an inline cache
+  // or a fetch from its first message to its last.
   prometheus::Histogram& StageTime(Stage stage) const {
     return *stage_time_[static_cast<size_t>(stage)];
   }
   // pbs_attention_density_ratio{method}: AttentionStats::Density() of one attention;
-  // `method` is what ran.
+  // `method` is the method that ran.
   prometheus::Histogram& Density(Method method) const {
     return *density_[static_cast<size_t>(method)];
   }
   // pbs_prefill_tokens_wasted_total{reason}: prompt tokens times the share of the
-  // prefill's layers that had run when it was thrown away.
+  // prefill's layers that had run when the prefill was dropped.
   prometheus::Counter& TokensWasted(WasteReason reason) const {
     return *tokens_wasted_[static_cast<size_t>(reason)];
   }
@@ -101,23 +101,23 @@ struct EngineMetrics {
   PerLabel<prometheus::Counter, kRejectReasonNames.size()> rejected_;
 };
 
-// Caches held for the decode tier and their transfer.
+// Caches that are held for the decode tier, and their transfer.
 struct KvMetrics {
   explicit KvMetrics(prometheus::Registry& registry);
 
   // pbs_kv_leases: held now. pbs_kv_lease_expired_total: freed by time, not by release.
   prometheus::Gauge& leases;
   prometheus::Counter& lease_expired;
-  // pbs_kv_transfer_bytes_total, pbs_kv_transfer_time_seconds: KV payload handed to the
-  // transport, inline or by fetch, and the time of one transfer from its first chunk to
-  // its last.
+  // pbs_kv_transfer_bytes_total, pbs_kv_transfer_time_seconds: KV payload bytes passed
+  // to the transport, inline or by fetch, and the time of one transfer from its first
+  // chunk to its last.
   prometheus::Counter& transfer_bytes;
   prometheus::Histogram& transfer_time;
-  // pbs_kv_export_outstanding_bytes: KV bytes that are held and that no finished fetch
-  // has covered. The signal to scale the decode tier by.
+  // pbs_kv_export_outstanding_bytes: held KV bytes that no finished fetch has covered.
+  // The decode tier is scaled by it.
   prometheus::Gauge& export_outstanding;
 
-  // pbs_kv_held_bytes{tier}: of all caches, under construction included.
+  // pbs_kv_held_bytes{tier}: bytes of all held caches, unfinished ones included.
   prometheus::Gauge& Held(Tier tier) const { return *held_[static_cast<size_t>(tier)]; }
   // pbs_kv_transfer_failures_total{reason}: transfers that had begun and ended early.
   prometheus::Counter& TransferFailed(TransferFailure reason) const {
@@ -133,7 +133,8 @@ struct KvMetrics {
 struct RpcMetrics {
   explicit RpcMetrics(prometheus::Registry& registry);
 
-  // pbs_requests_unread_total: calls that never reached us (service/unread_calls.h).
+  // pbs_requests_unread_total: calls that never reached our code
+  // (service/unread_calls.h).
   prometheus::Counter& unread;
 
   // pbs_requests_total{rpc,code}: finished calls. A code outside the canonical ones
@@ -171,8 +172,8 @@ struct ServerMetrics {
   prometheus::Registry& registry_;
 };
 
-// Bucket bounds: 1/64 ms doubling to 4194 s; ratios in steps of .05 to 1; coverage with
-// its interest near 1.
+// Bucket bounds. Times: 1/64 ms, doubling up to 4194 s. Ratios: steps of .05 up to 1.
+// Coverage: finer near 1.
 const prometheus::Histogram::BucketBoundaries& TimeBuckets();
 const prometheus::Histogram::BucketBoundaries& CountBuckets();  // 1 doubling to 256
 const prometheus::Histogram::BucketBoundaries& RatioBuckets();

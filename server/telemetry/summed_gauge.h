@@ -1,4 +1,4 @@
-// A gauge that several parts of the server have a share in: its value is their sum.
+// A gauge whose value is the sum of the values of several parts of the server.
 //
 // Threading: safe from any thread.
 #pragma once
@@ -16,7 +16,7 @@ class SummedGauge {
  public:
   explicit SummedGauge(prometheus::Gauge& gauge) : gauge_(gauge) {}
 
-  // Parts are numbered from 0 on.
+  // Sets the value of a part. Parts are numbered from 0.
   void Set(size_t part, double value) {
     MutexLock lock(mutex_);
     if (part >= values_.size()) values_.resize(part + 1);

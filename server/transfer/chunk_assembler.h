@@ -1,6 +1,6 @@
-// Puts the chunks of an upload into the tensors they belong to.
+// Copies the chunks of an upload into their tensors.
 //
-// Chunks of different tensors may interleave in any way; those of one tensor must
+// Chunks of different tensors may interleave in any way; chunks of one tensor must
 // ascend without gaps. Every byte is copied once, from the received slice to its place.
 //
 // Threading: one thread at a time. Memory: borrows the targets; keeps nothing of a
@@ -19,24 +19,24 @@
 
 namespace pbs::server {
 
-// "Q", "LIST_OFFSETS"; "TensorName 42" for what is no tensor.
+// "Q", "LIST_OFFSETS"; "TensorName 42" for a value outside the enum.
 std::string TensorLabel(v1::TensorName tensor);
 
 class ChunkAssembler {
  public:
-  // `tensor` will fill `target`. Once per tensor, before the first Add().
+  // Sets the memory of `tensor`. Call it once per tensor, before the first Add().
   void Expect(v1::TensorName tensor, std::span<std::byte> target);
 
-  // Copies the chunk's bytes to their place. InvalidArgument, with tensor, offset, what
-  // was expected and the tensor's size, for a tensor that was not announced, for bytes
-  // that are missing, doubled or past the end, and for an empty chunk of a tensor that
-  // is not empty; the targets are then as before.
+  // Copies the chunk's bytes to their place. InvalidArgument names tensor, offset, the
+  // expected offset and the tensor's size: for a tensor that was not announced, for
+  // bytes that are missing, doubled or past the end, and for an empty chunk of a tensor
+  // that is not empty. The targets are then unchanged.
   absl::Status Add(const wire::TensorChunk& chunk);
 
-  // OK when every tensor is whole; InvalidArgument names the first that is not.
+  // OK when every tensor is complete; InvalidArgument names the first one that is not.
   absl::Status Finish() const;
 
-  // The bytes of an expected `tensor` that are there.
+  // The received bytes of an expected `tensor`.
   std::span<const std::byte> Received(v1::TensorName tensor) const;
 
  private:

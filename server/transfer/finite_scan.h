@@ -1,4 +1,4 @@
-// Looks for NaN and infinity in uploaded tensors.
+// Finds NaN and infinity in uploaded tensors.
 //
 // Threading: stateless. Memory: none.
 #pragma once
@@ -12,8 +12,8 @@
 
 namespace pbs::server {
 
-// Index of the first element that is NaN or infinite. Bytes behind the last whole
-// element are not looked at. `bytes` is aligned to the element.
+// Index of the first element that is NaN or infinite. Bytes after the last whole
+// element are ignored. `bytes` must be aligned to the element.
 std::optional<int64_t> FirstNonFinite(std::span<const std::byte> bytes, DType dtype);
 
 }  // namespace pbs::server

@@ -1,12 +1,13 @@
-// Turns a held cache into the chunks of kv.proto.
+// Makes the chunks of kv.proto from a held cache.
 //
-// Every requested (layer, kind) array leaves as contiguous byte ranges in the asked
-// layout; each is a rectangle of tokens and heads, cut at page boundaries. Where that
-// range lies in the cache as it is asked for, a chunk points into the cache and nothing
-// is copied; else it is laid out anew in a buffer of at most chunk_bytes.
+// Every requested (layer, kind) array is sent as contiguous byte ranges in the
+// requested layout. Each range is a rectangle of tokens and heads, cut at page
+// boundaries. Where the cache holds the range in the requested form, a chunk points
+// into the cache and nothing is copied. Else the range is copied to a buffer of at most
+// chunk_bytes.
 //
-// Threading: one thread at a time. Memory: a reference to the cache, also from every
-// slice that is still being sent; one buffer per copied chunk.
+// Threading: one thread at a time. Memory: it and every unsent slice own a reference to
+// the cache; one buffer per copied chunk.
 #pragma once
 
 #include <cstddef>
@@ -22,23 +23,24 @@
 
 namespace pbs::server {
 
-// A block of a cache. Inside the cache's shape.
+// A range of layers, tokens and heads inside a cache's shape.
 struct KvRange {
   int32_t layer_begin = 0, layer_count = 0;
   int32_t token_begin = 0, token_count = 0;
   int32_t head_begin = 0, head_count = 0;
 };
 
-// The whole of `shape`: a held cache has room for its prompt and no more.
+// The range of all of `shape`: the capacity of a held cache is the length of its
+// prompt.
 KvRange WholeRange(const KvShape& shape);
-// The ranges of a request. InvalidArgument names field, value and limit.
+// The range of a request. InvalidArgument names field, value and limit.
 absl::StatusOr<KvRange> DecodeKvRange(const v1::FetchRequest& request,
                                       const KvShape& shape);
 
 class KvExporter {
  public:
-  // InvalidArgument when one page of tokens (NHD: of all requested heads; HND: of one)
-  // does not fit chunk_bytes.
+  // InvalidArgument when one page of tokens (NHD: of all requested heads; HND: of one
+  // head) exceeds chunk_bytes.
   static absl::StatusOr<std::unique_ptr<KvExporter>> Create(
       std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,
       const KvFormat& format);
@@ -49,23 +51,23 @@ class KvExporter {
   // Requires !done() and a ready layer().
   wire::KvChunk Next();
 
-  // What one chunk allocates; 0 when chunks point into the cache.
+  // Bytes that one chunk allocates; 0 when chunks point into the cache.
   static int64_t BufferBytes(const KvShape& shape, const KvRange& range,
                              const KvFormat& format);
   // Payload of all chunks.
   int64_t total_bytes() const;
-  // The same elements as the cache holds them.
+  // Bytes of the same elements in the cache.
   int64_t held_bytes() const;
 
  private:
   KvExporter(std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,
              const KvFormat& format);
 
-  // Where the next chunk ends: sets its token and head ranges.
+  // Sets the token and head ranges of the next chunk.
   void CutNext(wire::KvChunk& chunk) const;
-  // Bytes of one token of one head, in the asked dtype.
+  // Bytes of one token of one head, in the requested dtype.
   int64_t RowBytes() const;
-  int64_t ArrayBytes() const;  // of one (layer, kind)
+  int64_t ArrayBytes() const;  // bytes of one (layer, kind) array
   wire::Payload Point(const wire::KvChunk& chunk, int64_t bytes) const;
   wire::Payload Copy(const wire::KvChunk& chunk, int64_t bytes) const;
   const std::byte* Row(int32_t head, int32_t token) const;
@@ -75,7 +77,7 @@ class KvExporter {
   const uint64_t epoch_;
   const KvRange range_;
   const KvFormat format_;
-  const DType dtype_;  // asked
+  const DType dtype_;  // requested
   const bool copies_;
   int32_t layer_;
   v1::KvChunk::Kind kind_ = v1::KvChunk::K;

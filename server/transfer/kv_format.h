@@ -1,4 +1,4 @@
-// In which form a cache leaves: the checked wishes of a FetchRequest or of an inline
+// The format of a sent cache: the checked options of a FetchRequest or an inline
 // delivery, and the dtypes of the wire.
 //
 // Threading: values and stateless functions.
@@ -17,12 +17,13 @@ namespace pbs::server {
 
 inline constexpr int32_t kChunkBytesMin = 64 << 10;
 inline constexpr int32_t kChunkBytesMax = 4 << 20;
-// A chunk's message, with the fields around its payload, fits the 4 MiB that a gRPC
-// client receives unless it is told otherwise.
+// The longest payload. A chunk's message, fields included, then fits gRPC's default
+// limit of 4 MiB for received messages.
 inline constexpr int32_t kChunkPayloadBytesMax = kChunkBytesMax - (4 << 10);
 
 v1::DType EncodeDType(DType dtype);
-// F32, F16 or BF16; else InvalidArgument that names `field`, the value and these.
+// Decodes F32, F16 or BF16. For other values InvalidArgument names `field`, the value
+// and these three.
 absl::StatusOr<DType> DecodeDType(absl::string_view field, v1::DType dtype);
 
 enum class KvLayout : uint8_t {
@@ -36,7 +37,7 @@ struct KvFormat {
   std::optional<DType> dtype = {};  // unset: as held
   KvLayout layout = KvLayout::kHnd;
   int32_t page_tokens = 1;  // chunks begin and end at multiples of it
-  int32_t chunk_bytes = 0;  // of a payload, at most; up to kChunkPayloadBytesMax
+  int32_t chunk_bytes = 0;  // the longest payload; at most kChunkPayloadBytesMax
   bool checksums = true;
 };
 

@@ -1,10 +1,12 @@
-// Leases: who may fetch which held cache, and until when.
+// Leases: a ticket gives its holder the right to fetch one held cache for a limited
+// time.
 //
 //   Begin -> Attach -> Complete -> (Find, Renew)* -> Release | expiry
 //   (a prefill is running)        (its time runs)    (gone)
 //
 // A ticket is 128 random bits plus the process's epoch. Unknown, foreign, expired and
-// released tickets are told apart by nobody: one NOT_FOUND, one message.
+// released tickets all give the same NOT_FOUND with the same message, so that a client
+// cannot tell them apart.
 //
 // Idempotency: a key names one piece of work while its lease lives. The same key with
 // an equal request gives the lease that exists (ABORTED while its prefill still runs);
@@ -12,9 +14,9 @@
 //
 // Threading: safe from any thread. Expiry runs on the timer queue's thread, which must
 // have stopped before the store is destroyed.
-// Memory: at most leases_max entries. The caches are charged where they are allocated;
-// the store drops its reference at once on release and expiry, and whoever still reads
-// one sees `end` and lets go.
+// Memory: at most leases_max entries. A cache is charged where it is allocated. On
+// release and expiry the store drops its reference at once; readers see `end` and drop
+// theirs.
 #pragma once
 
 #include <atomic>
@@ -55,28 +57,28 @@ struct LeaseRequest {
   std::string fingerprint;             // equal requests have equal ones
 };
 
-// What became of a lease that somebody still reads.
+// The state of a lease for its readers.
 enum class LeaseEnd : uint8_t {
   kNone,
   kGone,       // released or expired
   kAbandoned,  // its prefill ended early
 };
 
-// A lease as it was when asked for.
+// A snapshot of a lease.
 struct LeaseView {
   v1::KvTicket ticket;
   std::string model;
-  std::shared_ptr<HeldKv> kv;            // shared: a reader outlives the lease
+  std::shared_ptr<HeldKv> kv;            // shared: a reader may outlive the lease
   std::shared_ptr<const v1::Done> done;  // null while the prefill runs
   absl::Time expires;                    // InfiniteFuture while it runs
   int32_t ttl_seconds = 0;
-  // A reader looks at it and stops. Shared: it outlives the lease.
+  // A reader checks it and stops. Shared because it outlives the lease.
   std::shared_ptr<const std::atomic<LeaseEnd>> end;
 };
 
 class LeaseStore;
 
-// A lease whose prefill runs. Dropped without Complete(), the lease is no more.
+// A lease whose prefill runs. Destroying it without Complete() ends the lease.
 class PendingLease {
  public:
   PendingLease() = default;
@@ -86,14 +88,14 @@ class PendingLease {
 
   bool valid() const { return store_ != nullptr; }
   const v1::KvTicket& ticket() const { return ticket_; }
-  // Released by its holder while the prefill runs.
+  // True when its holder released it while the prefill runs.
   bool gone() const { return end_->load() != LeaseEnd::kNone; }
 
   // From here on the ticket finds the lease.
   void Attach(std::shared_ptr<HeldKv> kv);
   // Stores the result with ticket and expiry filled in, starts the lease's time and
-  // returns what was stored. `bytes` are what the result costs; they live as long as
-  // the lease. Aborted when the lease is gone.
+  // returns what was stored. `bytes` is the charge for the result, held as long as the
+  // lease. Aborted when the lease has ended.
   absl::StatusOr<std::shared_ptr<const v1::Done>> Complete(v1::Done done,
                                                            ByteReservation bytes);
 
@@ -106,7 +108,7 @@ class PendingLease {
   std::shared_ptr<const std::atomic<LeaseEnd>> end_;
 };
 
-// Either a new lease or, by idempotency, one that is complete.
+// Either a new lease or, by its idempotency key, an existing complete one.
 struct BegunLease {
   PendingLease pending;
   std::optional<LeaseView> existing;
@@ -114,14 +116,14 @@ struct BegunLease {
 
 class LeaseStore {
  public:
-  // `epoch` tells this process from every other; not 0.
+  // `epoch` identifies this process; not 0.
   LeaseStore(const LeaseOptions& options, uint64_t epoch, const Clock& clock,
              TimerQueue& timers, KvMetrics& metrics);
   ~LeaseStore();
   LeaseStore(const LeaseStore&) = delete;
   LeaseStore& operator=(const LeaseStore&) = delete;
 
-  // What every ticket without a lease gets.
+  // The status for every ticket without a lease.
   static absl::Status NotFound();
 
   const LeaseOptions& options() const { return options_; }
@@ -132,8 +134,8 @@ class LeaseStore {
   // lease is renewed for the request's ttl.
   absl::StatusOr<BegunLease> Begin(const LeaseRequest& request);
 
-  // NotFound; FailedPrecondition when a digest that the ticket states is not the
-  // lease's.
+  // NotFound without a lease; FailedPrecondition when a digest in the ticket differs
+  // from the lease's.
   absl::StatusOr<LeaseView> Find(const v1::KvTicket& ticket);
   // The lease ends `ttl_seconds` from now, or from Complete() while the prefill runs.
   // InvalidArgument as Begin(), else as Find().
@@ -142,12 +144,13 @@ class LeaseStore {
   // As Find(). After OK the ticket is NotFound.
   absl::Status Release(const v1::KvTicket& ticket);
 
-  // `bytes` of the held cache were fetched: they no longer wait for export. What is
-  // fetched twice counts twice; more than the cache is the cache.
+  // Notes that `bytes` of the held cache were fetched, so that they no longer count as
+  // outstanding. Bytes that are fetched twice count twice, up to the size of the cache.
   void MarkExported(const v1::KvTicket& ticket, int64_t bytes);
 
   int64_t size() const;
-  // Calls `callback` once no lease is held; at once when none is. One at a time.
+  // Calls `callback` once no lease is held; at once when none is. One callback at a
+  // time.
   void WhenEmpty(absl::AnyInvocable<void()> callback);
 
  private:
@@ -174,7 +177,8 @@ class LeaseStore {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void StartTime(const std::string& handle, Lease& lease)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Takes the lease out; the caller drops it after the lock is released.
+  // Removes and returns the lease; the caller destroys it after it has released the
+  // lock.
   std::shared_ptr<Lease> Remove(LeaseMap::iterator entry, LeaseEnd end)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Expire(const std::string& handle);

@@ -1,5 +1,5 @@
-// SHA-256 (FIPS 180-4), for names that must not collide: digests and fingerprints of
-// requests. Not for bulk data.
+// SHA-256 (FIPS 180-4) for digests and fingerprints of requests, which must not
+// collide. Not for bulk data.
 //
 // Threading: one hasher per thread. Memory: 112 bytes.
 #pragma once
@@ -15,9 +15,9 @@ namespace pbs::server {
 class Sha256 {
  public:
   void Add(std::string_view bytes);
-  // Adds the length first, so that two fields never read as one.
+  // Adds the length and then the bytes, so that two fields never hash like one.
   void AddField(std::string_view bytes);
-  // 64 lower-case hex digits. Once.
+  // 64 lower-case hex digits. Call it once.
   std::string Finish();
 
  private:

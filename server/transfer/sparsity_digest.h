@@ -1,5 +1,5 @@
-// The name of a cache's approximation, so that an approximate cache is never taken for
-// an exact one, nor one tenant's for another's.
+// The digest of the approximation in a cache. It distinguishes an approximate cache
+// from an exact one, and one tenant's cache from another's.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@ namespace pbs::server {
 
 inline constexpr char kExactDigest[] = "exact";
 
-// "exact" when the options make a prompt of `num_tokens` run dense whatever it says;
-// else the method's name and 32 hex digits over everything that decides the result and
-// the salt: "pbs-5d41402abc4b2a76b9719d911017c592". With a salt an exact cache has the
-// digits, too: "exact-...". Equal inputs give equal digests in every build.
+// "exact" when the options make every prompt of `num_tokens` tokens run dense. Else the
+// method's name and 32 hex digits over the salt and all options that decide the result:
+// "pbs-5d41402abc4b2a76b9719d911017c592". With a salt an exact cache also has digits:
+// "exact-...". Equal inputs give equal digests in every build.
 std::string SparsityDigest(const AttentionOptions& options, int32_t num_tokens,
                            std::string_view tenant_salt);
 

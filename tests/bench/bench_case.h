@@ -15,7 +15,7 @@ class Model;
 
 namespace pbs::bench {
 
-// What a command says, by name, with defaults.
+// The NAME=VALUE words of a command, with defaults.
 class Words {
  public:
   void Set(const std::string& key, const std::string& value) { words_[key] = value; }

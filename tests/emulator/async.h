@@ -1,4 +1,4 @@
-// Copies and products that end later than they are asked for.
+// Asynchronous copies and products, which end after their start.
 #pragma once
 
 #include <array>
@@ -36,21 +36,22 @@ struct TensorMap {
 constexpr int kBoxColumns = 64;  // 128 bytes
 
 // Copies the box at (column, row, head, batch) to `target`, 1024-byte aligned shared
-// memory; what lies outside the tensor arrives as zeros. `barrier` is told the bytes of
-// the whole box. The target is poisoned until then.
+// memory; what lies outside the tensor arrives as zeros. `barrier` receives the bytes
+// of the whole box when the copy ends. The target is poisoned until then.
 void CopyBox(void* target, const TensorMap& map, uint64_t* barrier, int32_t column,
              int32_t row, int32_t head, int32_t batch, const Location& where);
 
-// Bytes that lie side by side, as CopyBox().
+// As CopyBox(), for contiguous bytes.
 void CopyBytes(void* target, const void* source, int64_t bytes, uint64_t* barrier,
                const Location& where);
 
-// Copies a box of shared memory to the tensor, later; what lies outside of it is left
-// out. Until then shared memory must stay as it is.
+// Copies a box of shared memory to the tensor at a later moment, without the part
+// outside the tensor. Until then the shared memory must not change.
 void StoreBox(const TensorMap& map, const void* source, int32_t column, int32_t row,
               int32_t head, int32_t batch, const Location& where);
 void StoreCommit();
-// Returns when the stores of all committed groups of the calling thread have read.
+// Returns when the stores of all committed groups of the calling thread have read
+// shared memory.
 void StoreWaitRead(const Location& where);
 
 // Warpgroup products sums[64, columns] (+)= a[64, 16] b[16, columns]. `sums` holds the

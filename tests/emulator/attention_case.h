@@ -1,5 +1,5 @@
 // Attention problems for the emulator: inputs, permuted keys, lists, tiles, and the f64
-// answer over the same lists.
+// result over the same lists.
 #pragma once
 
 #include <algorithm>
@@ -105,7 +105,7 @@ class AttentionCase {
     double o = 0;
     double lse = 0;
   };
-  // Largest differences from the f64 answer, over every row.
+  // Largest differences from the f64 result, over all rows.
   Errors Compare() const {
     Errors errors;
     for (const cuda::AttentionTile& tile : tiles_) {
@@ -124,7 +124,7 @@ class AttentionCase {
                         written);
   }
 
-  // That a sequence takes: whole blocks where they are permuted.
+  // Keys that a sequence takes: whole blocks where they are permuted.
   int64_t Keys(int64_t k_len) const {
     return setting_.arithmetic_lists ? k_len : (k_len + 127) / 128 * 128;
   }
@@ -172,7 +172,8 @@ class AttentionCase {
     }
   }
 
-  // Queries, keys and values of a sequence that have no place in another's answer.
+  // Poisons queries, keys and values of a sequence, which must not reach the result of
+  // another.
   void Poison() {
     int64_t first_q = 0;
     int64_t first_key = 0;

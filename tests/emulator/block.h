@@ -1,4 +1,4 @@
-// The state that the threads of one emulated block share. Internal to this folder.
+// The state that all threads of one emulated block share. Internal to this folder.
 #pragma once
 
 #include <array>
@@ -16,7 +16,8 @@ constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
 constexpr int kNamedBarriers = 16;
 
-// Threads that wait for each other: `rounds` grows when the last of them has come.
+// Threads that wait for each other. `rounds` increases when the last of them has
+// arrived.
 struct Gathering {
   int expected = 0;
   int arrived = 0;
@@ -34,7 +35,7 @@ struct Gathering {
 struct Mbarrier {
   int arrivals = 0;  // of a phase
   int missing = 0;
-  int64_t bytes = 0;  // announced and not yet come; below 0 when they come first
+  int64_t bytes = 0;  // announced and not yet arrived; negative when they arrive first
   int64_t phases = 0;
 };
 
@@ -76,7 +77,8 @@ struct AsyncCopies {
   void Commit() { under_way.push_back(0); }
 };
 
-// Where a thread may have written to shared memory since its last proxy fence.
+// The range in which a thread may have written shared memory since its last proxy
+// fence.
 struct WrittenSpan {
   int64_t begin = INT64_MAX;
   int64_t end = 0;
@@ -88,7 +90,7 @@ struct Block {
   uint8_t* shared = nullptr;  // 1024-byte aligned, inside storage
   int64_t shared_bytes = 0;
   std::vector<bool> written;  // of shared
-  // Of its bytes: 1 + the thread that wrote it and made no proxy fence since; 0: none.
+  // For each byte: 1 + the thread that wrote it without a proxy fence since; 0: none.
   std::vector<uint16_t> unfenced;
   int running = 0;  // threads that have not returned
   int late_operations = 0;

@@ -10,7 +10,7 @@
 
 namespace pbs::emulator {
 
-// Runs kernels as the pipeline asks for them, until one faults.
+// Runs the kernels that the pipeline enqueues, until one faults.
 struct EmulatorLauncher {
   uint32_t seed = 1;
   Fault fault;

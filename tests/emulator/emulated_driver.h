@@ -1,10 +1,10 @@
-// A driver whose device is the emulator: what the CUDA backend does, run and tested
-// without a GPU.
+// A driver whose device is the emulator, so that tests run the CUDA backend without a
+// GPU.
 //
 // Device memory is host memory that only kernels and copies may touch, poisoned until
-// written. Streams are queues: what is enqueued happens when somebody waits for it, the
-// streams in seeded random turns, so that a wait that was forgotten shows. Products are
-// sums in f32. Faults can be planted (EmulatedFaults).
+// written. Streams are queues. Enqueued work runs when a caller waits for it, and the
+// streams take seeded random turns, so that a missing wait causes a fault. Products are
+// sums in f32. Tests can plant faults (EmulatedFaults).
 //
 // Threading: as Driver; one call at a time, by a lock.
 #pragma once
@@ -28,7 +28,7 @@ namespace pbs::emulator {
 struct EmulatedOptions {
   uint32_t seed = 1;
   int64_t memory_bytes = int64_t{1} << 30;  // Allocate() fails beyond
-  // The so-many-th enqueued operation, or product, breaks the device; 0: none does.
+  // The number of the enqueued operation, or product, that breaks the device; 0: none.
   int64_t breaks_at = 0;
   int64_t breaks_at_product = 0;
   // Head dims 64 and 128 run Hopper's kernels, others those of compute capability 8.0.
@@ -90,14 +90,14 @@ class EmulatedDriver final : public cuda::LaunchedDriver<EmulatedLauncher> {
   Status Attend(const cuda::CudaAttentionPlan& plan,
                 const cuda::RunParams& run) override;
 
-  // Bytes that Allocate() and AllocateHost() have given and not got back.
+  // Bytes that Allocate() and AllocateHost() have given and that are not freed.
   int64_t bytes_held() const;
 
  protected:
   EmulatedLauncher MakeLauncher() override;
 
  private:
-  // One thing that a stream does; a wait is not ready before its event.
+  // One operation of a stream. A wait is not ready before its event.
   struct Operation {
     std::function<Fault()> run;
     std::function<bool()> is_ready = nullptr;

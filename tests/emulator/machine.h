@@ -1,12 +1,13 @@
-// A GPU that runs kernel source on the host, for tests: one fiber per CUDA thread, run
-// in seeded random order, with the faults that a GPU does not report.
+// An emulated GPU that runs kernel source on the host, for tests. It has one fiber per
+// CUDA thread, runs them in seeded random order, and reports faults that a GPU does not
+// report.
 //
-// What it models: thread blocks, named and transaction barriers, shuffles, shared
-// memory that is poisoned until written, TMA boxes and warpgroup products that complete
-// late (primitives in this folder). What it does not: time, caches, register pressure.
+// It models thread blocks, named and transaction barriers, shuffles, shared memory that
+// is poisoned until written, and TMA boxes and warpgroup products that complete late
+// (primitives in this folder). It does not model time, caches or register pressure.
 //
-// A run ends when every thread has returned, or with the first Fault. A deadlock is
-// one.
+// A run ends when every thread has returned, or with the first Fault. A deadlock is a
+// Fault.
 //
 // Threading: one machine per OS thread at a time.
 #pragma once
@@ -43,7 +44,7 @@ struct LaunchShape {
 // Runs `body` in every thread of the grid; returns the first fault.
 Fault Launch(const LaunchShape& shape, const std::function<void()>& body);
 
-// For primitives: all of the following concern the thread that calls.
+// Functions for primitives. All of them concern the calling thread.
 
 struct Block;
 
@@ -62,24 +63,25 @@ int64_t GlobalTimer();
 // Ends the run.
 [[noreturn]] void Fail(const std::string& what, const Location& where);
 
-// Returns when *counter != value; other threads run meanwhile. `what` and `where` are
-// told should that never happen.
+// Returns when *counter != value; other threads run meanwhile. The Fault of a deadlock
+// has `what` and `where`.
 void WaitWhileEqual(const int64_t* counter, int64_t value, const char* what,
                     const Location& where);
 
 // Lets other threads run now and then, where the hardware may.
 void Preempt();
 
-// Lets an operation of the calling thread happen later, at a random moment. A block
-// must not end before it has.
+// Runs an operation of the calling thread later, at a random moment. A block must not
+// end before that.
 void Later(std::function<void()> operation);
 
 // Shared memory of the calling thread's block.
 uint8_t* SharedBase();
 int64_t SharedBytes();
-// Marks bytes as holding values, or as not; faults when one that is read does not.
-// Written by the thread itself: copies and products (MarkCopied() is their mark, what
-// they read CheckFenced()) see it behind the thread's next ProxyFence() only.
+// Marks bytes as holding values, or not; checks that read bytes hold values, else a
+// Fault. MarkWritten() is for writes of the thread itself, which copies and products
+// see only after the thread's next ProxyFence(). MarkCopied() is for writes of copies,
+// and CheckFenced() for reads of copies and products.
 void MarkWritten(const void* at, int64_t bytes, const Location& where);
 void MarkCopied(const void* at, int64_t bytes, const Location& where);
 void CheckFenced(const void* at, int64_t bytes, const Location& where);
@@ -94,9 +96,11 @@ class GlobalMemory {
   // Adds [at, at + bytes); it stays until Forbid(at) or Clear().
   static void Allow(const void* at, int64_t bytes, bool written);
   static void Forbid(const void* at);
-  // What somebody else than a kernel writes; a fault when kernels may not touch it.
+  // Marks bytes that other code than a kernel writes; a fault when kernels may not
+  // touch them.
   static Fault MarkWritten(const void* at, int64_t bytes);
-  // For somebody else than a kernel who reads: a fault when it is nobody's memory.
+  // Checks bytes that other code than a kernel reads; a fault when kernels may not
+  // touch them.
   static Fault CheckAllowed(const void* at, int64_t bytes);
   static void Clear();
   static void CheckRead(const void* at, int64_t bytes, int64_t alignment,

@@ -1,6 +1,6 @@
-// For programs that tell whether kernels are right: check_mutants.py builds them from
-// sources with one planted defect each. Exit status 0 when every case equals the exact
-// answer, 1 when not (the fault or the error on stdout).
+// For programs that check kernels. check_mutants.py builds them from sources with one
+// planted defect each. Exit status 0: every case equals the exact result; 1: one does
+// not (the fault or the error is on stdout).
 #pragma once
 
 #include <cstdio>

@@ -1,4 +1,4 @@
-// Whole runs of the CUDA pipeline on the emulator: inputs, launches, what they left.
+// Whole runs of the CUDA pipeline on the emulator: inputs, launches and results.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 
 namespace pbs::emulator {
 
-// Inputs and outputs of a problem, normal values: packed, or every sequence as long as
-// the longest, NaN behind its end.
+// Inputs and outputs of a problem, with normal values. They are packed, or every
+// sequence is as long as the longest, with NaN after its end.
 struct PipelineInputs {
   enum class Layout { kPacked, kStrided };
 
@@ -94,7 +94,7 @@ struct PipelineInputs {
   }
 };
 
-// One run: the workspace it left, and how it ended.
+// One run: its workspace and its status.
 template <class Element, int kHeadDim>
 class PipelineRun {
  public:
@@ -125,7 +125,7 @@ class PipelineRun {
   }
 
   const Fault& fault() const { return launcher_.fault; }
-  // As if all of it had taken a second.
+  // The report of the run, as if the run had taken one second.
   Status Report(const ReportRequest& request, AttentionReport* report) const {
     PBS_RETURN_IF_ERROR(cuda::TellSummary(plan_, workspace_.data() + plan_.summary_at,
                                           /*total_seconds=*/1, report));

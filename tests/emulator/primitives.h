@@ -1,5 +1,5 @@
-// The host's half of cuda/primitives/primitives.h: the same names, for kernel source
-// that the emulator runs. See ptx.h for what each does.
+// The host's implementation of cuda/primitives/primitives.h, for kernel source that the
+// emulator runs. ptx.h documents each function.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// How the threads of a block wait for each other and for copies.
+// Barriers, with which threads of a block wait for each other and for copies.
 #pragma once
 
 #include <array>
@@ -22,8 +22,8 @@ void MbarrierArrive(uint64_t* barrier, int64_t announced_bytes, const Location& 
 void MbarrierWait(uint64_t* barrier, int parity, const Location& where);
 void MbarrierBytesCame(uint64_t* barrier, int64_t bytes, const Location& where);
 
-// The lanes of the caller's warp bring a part each; the last of them works on all parts
-// while the others wait.
+// Each lane of the caller's warp brings a part. The last lane to arrive works on all
+// parts while the others wait.
 using WarpParts = std::array<void*, 32>;  // null: no such lane
 void Together(void* part, void (*work)(const WarpParts& parts), const Location& where);
 

@@ -1,5 +1,5 @@
-// The order of attention's tiles alone: random lists, what the kernel makes of them,
-// and what it should.
+// Tests the order of attention's tiles alone: random lists, the kernel's tiles and the
+// expected ones.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +20,9 @@ namespace pbs::emulator {
 
 class TileOrderCase {
  public:
-  // `density`: of the blocks of earlier segments. Lists are those of a selection or,
-  // with use_given_lists, of the caller, who may leave blocks of the own segment out.
+  // `density` is the density of the blocks of earlier segments. Lists are like those of
+  // a selection or, with use_given_lists, like a caller's, which may lack blocks of the
+  // own segment.
   TileOrderCase(const AttentionProblem& problem, double density, uint32_t seed,
                 bool wide_tiles = false)
       : random_(seed),
@@ -40,7 +41,7 @@ class TileOrderCase {
       GlobalMemory::Allow(at, static_cast<int64_t>(bytes), /*written=*/true);
   }
 
-  // "" or what is wrong.
+  // Returns "" or the defect.
   std::string Run(uint32_t seed) {
     AttentionTensors tensors;
     tensors.q = tensors.k =
@@ -129,7 +130,7 @@ class TileOrderCase {
   }
   bool IsWide() const { return plan_->tile_rows != cuda::kTileRows; }
 
-  // Where every block is read: rows from `first` of the sequence on.
+  // The expected tile where every block is read: rows of the sequence from `first` on.
   Tile ExpectedWide(int32_t sequence, int32_t head, int32_t first) const {
     const SequenceGeometry& s = g_.sequences[sequence];
     Tile tile{};
@@ -275,7 +276,7 @@ class TileOrderCase {
     return "";
   }
 
-  // Lists of the caller are copied to where those of a selection would lie.
+  // The caller's lists must be copied to the place of a selection's lists.
   std::string CompareGiven() const {
     if (!plan_->problem.options.use_given_lists) return "";
     for (int32_t n = 0; n < static_cast<int32_t>(g_.sequences.size()); ++n) {

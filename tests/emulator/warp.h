@@ -1,5 +1,5 @@
-// What warps do: votes, copies by single threads that end later, loads of 16-bit
-// matrices, and products of fragments (sm_80 on).
+// Operations of warps: votes, asynchronous copies by single threads, loads of 16-bit
+// matrices, and products of fragments (from sm_80 on).
 #pragma once
 
 #include <array>

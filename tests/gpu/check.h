@@ -1,5 +1,5 @@
-// What check_attention is made of: problems and their inputs, a run on a device, and
-// how what came out differs from the exact answer.
+// Parts of check_attention: problems and their inputs, a run on a device, and the
+// comparison with the exact result.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ struct Case {
   std::string name;
   AttentionProblem problem;
   uint32_t seed = 1;
-  // A sequence whose every value is NaN or infinite: nothing of it may reach another
-  // one. -1: none.
+  // A sequence whose values are all NaN or infinite. They must not reach another
+  // sequence. -1: none.
   int32_t poisoned = -1;
 };
 
@@ -48,15 +48,16 @@ struct Outputs {
   AttentionReport report;
 };
 
-// Over a poisoned workspace and poisoned outputs: twice as it is, then as a graph.
-// Internal behind the first run in which a wait did not end.
+// Runs a case with poisoned workspace and outputs: twice directly, then as a graph.
+// Internal after the first run in which a wait did not end.
 StatusOr<Outputs> RunCase(Session& session, const Case& c, const Inputs& inputs);
 
-// Prints the line of a case that failed; gives where its kernel hangs, or "".
+// Prints the line of a case that failed. Returns the description of its kernel's hang,
+// or "".
 std::string TellFailure(const Device& device, const Case& c, const Status& status);
 
-// Does so and ends the program with status 2, unless it is destroyed in time: a kernel
-// that hangs never returns to the thread that waits for it.
+// Does so and ends the program with status 2, unless it is destroyed in time. It is
+// needed because the wait for a kernel that hangs never returns.
 std::jthread EndIfLate(const Device& device, const Case& c, int seconds);
 
 struct Place {
@@ -90,8 +91,8 @@ struct Verdict {
   Mismatches mismatches;
 };
 
-// With the exact answer over the order and the lists that ran; sequences that are
-// poisoned are not looked at. `inputs`: without the poison.
+// Compares with the exact result over the order and the lists that ran, without
+// poisoned sequences. `inputs` are without the poison.
 Verdict Judge(const Case& c, const Inputs& inputs, const Outputs& outputs);
 
 }  // namespace pbs::gpu

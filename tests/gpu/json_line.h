@@ -25,7 +25,7 @@ class JsonLine {
   JsonLine& Integer(const char* name, int64_t value) {
     return Raw(name, std::to_string(value));
   }
-  // What JSON cannot hold is null.
+  // Numbers that JSON cannot hold become null.
   JsonLine& Number(const char* name, double value) {
     char text[32];
     std::snprintf(text, sizeof(text), "%.4g", value);
@@ -43,7 +43,7 @@ class JsonLine {
   }
 
   std::string ToString() const { return "{" + fields_ + "}"; }
-  // At once: what comes next may end the program.
+  // Flushes at once, because the next step may end the program.
   void Print(std::FILE* out = stdout) const {
     std::fprintf(out, "%s\n", ToString().c_str());
     std::fflush(out);

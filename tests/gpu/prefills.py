@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 from machine import REHEARSAL
-from pbs_client import Client, Dense, Pbs, PbsError
+from pbs_client import Client, Dense, Logits, Pbs, PbsError
 from progress import first_line
 
 MODEL = "big"
@@ -72,7 +72,7 @@ def measure_length(
     try:
         calls = {"dense": lambda: serve(Dense()), "pbs": lambda: serve(Pbs())}
         begin = time.monotonic()
-        warm = serve(Dense(), last_token_logits=True)
+        warm = serve(Dense(), logits=Logits(all_of_last_token=True))
         dense_seconds = time.monotonic() - begin
         if peer is not None:
             rows["torch"] = {"peer": True}

@@ -1,4 +1,4 @@
-// Attention on a device with what it takes, and memory there. The device is a GPU
+// Attention on a device, with its driver and memory. The device is a GPU
 // (device_cuda.cc), or an emulated one (device_emulated.cc), so that the programs of
 // this folder run and are tested where there is no GPU.
 //
@@ -25,25 +25,25 @@ namespace pbs::gpu {
 
 struct Device {
   std::unique_ptr<cuda::Driver> driver;
-  void* stream = nullptr;  // that it computes on; emulated, there is none
+  void* stream = nullptr;  // the stream that it computes on; null when emulated
   cuda::AttentionVariant variant = cuda::AttentionVariant::kChosen;
 };
 
-// `stream`: to compute on; nothing: a new one, which stays. Errors as
+// Computes on `stream`, or on a new one, which is never destroyed. Errors as
 // CreateCudaDriver().
 StatusOr<Device> OpenDevice(cuda::AttentionVariant variant,
                             std::optional<void*> stream);
 
-// Runs what `enqueue` enqueues as a captured graph, and waits. Emulated, it runs as it
-// is.
+// Runs the work of `enqueue` as a captured graph, and waits. The emulated device runs
+// it directly.
 Status RunCaptured(const Device& device, const std::function<Status()>& enqueue);
 
-// Where a kernel of this process waited in vain, or "" (hang_watch.h). Emulated, it is
-// what PBS_PLANTED_HANG says.
+// Describes the wait of a kernel of this process that never ended, or ""
+// (hang_watch.h). For the emulated device it is the value of PBS_PLANTED_HANG.
 std::string DescribeHang(const Device& device, int32_t head_dim);
 
-// Emulated, kernels will touch memory that is not the driver's, or, without bytes, no
-// more.
+// Lets kernels of the emulated device touch memory that is not the driver's; with 0
+// bytes, forbids it again.
 void Lend(const void* data, int64_t bytes);
 
 class Session {
@@ -66,7 +66,7 @@ class Session {
   cuda::StagedCopies& copies() { return *copies_; }
   cuda::CudaAttention& attention() { return *attention_; }
 
-  // For everything that was enqueued.
+  // Waits for all enqueued work.
   Status Wait() {
     PBS_RETURN_IF_ERROR(driver().Record(passed_, cuda::StreamId::kCompute));
     return driver().Synchronize(passed_);
@@ -79,7 +79,7 @@ class Session {
   cuda::EventId passed_ = 0;
 };
 
-// Of packed operands, wherever they lie; `o` and `lse` may be null.
+// Tensors of packed operands; `o` and `lse` may be null.
 inline AttentionTensors PackedTensors(const AttentionGeometry& g, const void* q,
                                       const void* k, const void* v, void* o,
                                       void* lse) {
@@ -103,7 +103,7 @@ inline StatusOr<Buffer> Allocate(Session& session, int64_t bytes) {
   return Buffer(data, bytes, free, &session.driver());
 }
 
-// Sets every bit, which is NaN.
+// Sets every bit, so that all values are NaN.
 inline Status Poison(Session& session, const Buffer& buffer) {
   const std::vector<uint8_t> ones(static_cast<size_t>(buffer.bytes()), 0xFF);
   return session.copies().ToDevice(ones.data(), buffer.data(), buffer.bytes());

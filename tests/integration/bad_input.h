@@ -1,6 +1,6 @@
-// Cases of bad input for the tables in bad_input_test.cc and bad_attend_test.cc.
-// Whatever is sent, the answer has the right code, the value and the limit; the server
-// stays healthy and holds nothing.
+// Cases of bad input for the tables in bad_input_test.cc and bad_attend_test.cc. For
+// every input the answer has the right code, the value and the limit. The server stays
+// healthy and holds nothing afterwards.
 #pragma once
 
 #include <gmock/gmock.h>
@@ -21,7 +21,7 @@
 
 namespace pbs::server {
 
-// One node for all cases: what one leaves behind the next would see.
+// One node for all cases, so that a case sees what an earlier one failed to free.
 class BadInputNode {
  public:
   static BadInputNode& Get() {
@@ -90,8 +90,8 @@ class BadInputNode {
     options.memory_bytes_max = 64 << 20;
     return options;
   }
-  // The bytes of the lease that lives are counted before there is another, whose own
-  // bytes may outlast the reply to its release by a moment.
+  // The bytes of the live lease are counted before another lease exists, because bytes
+  // of a released lease may be freed shortly after the reply.
   BadInputNode() {
     PrefillEvents events;
     lease_ = client_->Prefill(LeaseOf(40), events)->ticket();
@@ -120,7 +120,7 @@ inline void ExpectRefused(const BadInputCase& bad) {
   const grpc::Status status = bad.call(node);
   EXPECT_EQ(status.error_code(), bad.code);
   const std::string message = bad.message;
-  if (message.starts_with("...")) {  // behind a number that the planner decides
+  if (message.starts_with("...")) {  // after a number that the planner decides
     EXPECT_THAT(status.error_message(), testing::EndsWith(message.substr(3)));
   } else {
     EXPECT_EQ(status.error_message(), message);

@@ -61,8 +61,7 @@ INSTANTIATE_TEST_SUITE_P(
             "tenant_salt has 129 bytes, more than 128"),
         BadPrefill(
             "key_without_lease", [](auto& r) { r.set_idempotency_key("k"); },
-            "idempotency_key needs delivery lease: only a lease can be given "
-            "twice"),
+            "idempotency_key needs delivery lease: equal keys return the same lease"),
         BadPrefill(
             "threshold_0",
             [](auto& r) { r.mutable_attention()->mutable_pbs()->set_threshold(0); },

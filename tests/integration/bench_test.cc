@@ -154,7 +154,7 @@ TEST_F(BenchSpec, RefusesToReportATransferOfWrongBytes) {
              "off", "--streams", "1"});
   EXPECT_EQ(result.exit_status, 1);
   EXPECT_EQ(result.out, "");
-  EXPECT_THAT(result.err, HasSubstr("DATA_LOSS: a fetch brought other bytes"));
+  EXPECT_THAT(result.err, HasSubstr("DATA_LOSS: a fetch returned other bytes"));
 }
 
 // ---- refusals

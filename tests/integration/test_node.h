@@ -1,6 +1,6 @@
 // A whole node in this process: real engine, real CPU backend, tiny random model, real
-// gRPC over loopback. Time stands still until a test moves it; steps of the executor
-// are taken by hand or by a thread, as the test likes.
+// gRPC over loopback. Time stands still until a test advances it. The test takes the
+// executor's steps itself or lets a thread take them.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -52,8 +52,8 @@ struct SharedModel {
   }
 };
 
-// Waits for something another thread is about to do. Not a test of time: it ends as
-// soon as the condition holds, and only a failure takes long.
+// Waits for a condition that another thread will meet. It returns as soon as the
+// condition holds; only a failure takes long.
 template <class Condition>
 [[nodiscard]] bool Eventually(const Condition& condition) {
   const absl::Time give_up = absl::Now() + absl::Seconds(30);
@@ -64,8 +64,8 @@ template <class Condition>
   return true;
 }
 
-// A test's clock leaps, and a write that is under way in that moment would look
-// stalled: the limit is out of the way where it is not the subject.
+// A test's clock leaps, and a write under way would then look stalled. So the limit is
+// very large in tests of other subjects.
 inline ServiceOptions PatientService() {
   ServiceOptions options;
   options.transport.write_stall_seconds_max = 3600;
@@ -105,7 +105,7 @@ class TestNode {
     if (server != nullptr) Stop();
   }
 
-  // Everything that was charged must be free once nobody holds a lease.
+  // All charged bytes must be free once no lease is held.
   void Stop() {
     server->Shutdown(absl::ZeroDuration());
     executor_thread.reset();
@@ -120,8 +120,8 @@ class TestNode {
     return grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(),
                                      arguments);
   }
-  // Its window stays at 64 KiB a stream, where gRPC's probe would let it grow: what
-  // nobody reads stays with the server.
+  // The window stays at 64 KiB per stream, because gRPC's probe is off. Unread bytes
+  // then stay at the server.
   std::shared_ptr<grpc::Channel> NewNarrowChannel() const {
     grpc::ChannelArguments arguments;
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
@@ -152,7 +152,7 @@ class TestNode {
     clock.Advance(duration);
     timers.RunDue();
   }
-  // What was logged; nothing may be logged afterwards.
+  // All logged lines; nothing may be logged afterwards.
   std::string FlushedLog() {
     log.reset();
     return log_text.str();

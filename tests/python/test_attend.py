@@ -9,7 +9,18 @@ import numpy as np
 import pbs_client
 import pytest
 from attention_reference import allowed_by, attention
-from pbs_client import Client, Dense, MeanPooling, Pbs, safetensors_file
+from pbs_client import (
+    Attention,
+    Client,
+    Dense,
+    Given,
+    MeanPooling,
+    Packed,
+    Pbs,
+    Synthetic,
+    Timing,
+    safetensors_file,
+)
 from pbs_client.cli import main
 
 # |o - reference|. f32: sums of a few hundred terms of size 1, reordered. f16 and bf16:
@@ -69,7 +80,7 @@ def test_packed_sequences_of_different_lengths_stay_apart(client, dtype):
     q_ends, k_ends = [0, 5, 5, 140, 141], [0, 200, 201, 336, 437]
     q, k, v = (a[0] for a in tensors(4, 2, q_ends[-1], k_ends[-1], 64, dtype))
     result = client.attend(
-        q, k, v, Dense(), cu_seqlens=q_ends, cu_seqlens_k=k_ends, want=("o", "lse")
+        q, k, v, Dense(), packed=Packed(q_ends, k_ends), want=("o", "lse")
     )
     for index in range(4):
         own_q = slice(q_ends[index], q_ends[index + 1])
@@ -125,8 +136,9 @@ def test_given_order_and_blocks_are_used_as_they_are(client):
         begin = block // 2 * 2
         mask[:, :, block, begin : begin + 2] = 1
         mask[:, 1, block, block // 3] = 1
+    given = Given(order=order, block_mask=mask)
     result = client.attend(
-        q, k, v, method, order=order, block_mask=mask, want=("o", "order", "block_mask")
+        q, k, v, method, given=given, want=("o", "order", "block_mask")
     )
     np.testing.assert_array_equal(result.order, order)
     np.testing.assert_array_equal(result.block_mask, mask)
@@ -136,16 +148,16 @@ def test_given_order_and_blocks_are_used_as_they_are(client):
 
 
 def test_lists_and_mask_of_packed_sequences_come_back_as_they_were_given(client):
-    ends = [0, 100, 420]
+    packed = Packed([0, 100, 420])
     q, k, v = (a[0] for a in tensors(2, 1, 420, 420, 64))
     method = MeanPooling(block_size=64)
     first = client.attend(
-        q, k, v, method, cu_seqlens=ends, want=("o", "lists", "block_mask")
+        q, k, v, method, packed=packed, want=("o", "lists", "block_mask")
     )
     assert [mask.shape for mask in first.block_mask] == [(2, 2, 2), (2, 5, 5)]
-    for given in ({"lists": first.lists}, {"block_mask": first.block_mask}):
+    for given in (Given(lists=first.lists), Given(block_mask=first.block_mask)):
         again = client.attend(
-            q, k, v, method, cu_seqlens=ends, want=("o", "lists"), **given
+            q, k, v, method, packed=packed, given=given, want=("o", "lists")
         )
         np.testing.assert_array_equal(again.lists.indices, first.lists.indices)
         np.testing.assert_array_equal(again.lists.offsets, first.lists.offsets)
@@ -182,7 +194,9 @@ def test_synthetic_tensors_are_a_matter_of_their_seed(client):
     shape = {"num_heads": 4, "num_kv_heads": 2, "seq_len": 600, "head_dim": 64}
     want = ("o", "lse", "block_mask")
     first, again, other = (
-        client.attend_synthetic(Pbs(), seed=seed, dtype="bf16", want=want, **shape)
+        client.attend_synthetic(
+            Synthetic(seed=seed, dtype="bf16", **shape), Pbs(), want=want
+        )
         for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first.o, again.o)
@@ -195,7 +209,8 @@ def test_synthetic_tensors_are_a_matter_of_their_seed(client):
 
 def test_every_repetition_is_timed(client):
     stats = client.attend_synthetic(
-        num_heads=2, num_kv_heads=1, seq_len=300, head_dim=64, warmup=1, repetitions=3
+        Synthetic(num_heads=2, num_kv_heads=1, seq_len=300, head_dim=64),
+        timing=Timing(warmup=1, repetitions=3),
     ).stats
     assert len(stats.iterations) == 3
     assert all(times.attend_seconds > 0 for times in stats.iterations)
@@ -205,7 +220,8 @@ def test_every_repetition_is_timed(client):
 
 def test_coverage_is_measured_on_request(client):
     q, k, v = tensors(2, 1, 600, 600, 64)
-    stats = client.attend(q, k, v, Pbs(threshold=0.5), coverage_rows=8).stats
+    measured = Attention(Pbs(threshold=0.5), coverage_rows=8)
+    stats = client.attend(q, k, v, measured).stats
     assert stats.coverage_rows == 2 * 8
     assert 0.5 < stats.coverage < 1
 
@@ -214,33 +230,33 @@ REFUSED = [
     ("threshold of 2", Pbs(threshold=2.0), {}, "threshold 2"),
     ("block of 100", Pbs(block_size=100), {}, "block_size 100"),
     ("segment of 200", Pbs(segment_size=200), {}, "segment_size 200"),
-    ("1025 coverage rows", Dense(), {"coverage_rows": 1025}, "1025"),
-    ("101 warm-ups", Dense(), {"warmup": 101}, "101"),
+    ("1025 coverage rows", Attention(Dense(), coverage_rows=1025), {}, "1025"),
+    ("101 warm-ups", Dense(), {"timing": Timing(warmup=101)}, "101"),
     (
         "an order across segments",
         Pbs(segment_size=128),
-        {"order": np.arange(300)[::-1].reshape(1, 1, 300)},
+        {"given": Given(order=np.arange(300)[::-1].reshape(1, 1, 300))},
         "order",
     ),
     (
         "a row that does not read itself",
         MeanPooling(),
-        {"block_mask": np.zeros((1, 2, 3, 3), np.uint8)},
+        {"given": Given(block_mask=np.zeros((1, 2, 3, 3), np.uint8))},
         "block",
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("method", "arguments", "message"),
+    ("attention", "arguments", "message"),
     [pytest.param(*case[1:], id=case[0]) for case in REFUSED],
 )
 def test_a_refusal_names_the_value_and_the_server_goes_on(
-    client, method, arguments, message
+    client, attention, arguments, message
 ):
     q, k, v = tensors(2, 1, 300, 300, 64)
     with pytest.raises(pbs_client.InvalidArgumentError, match=message):
-        client.attend(q, k, v, method, **arguments)
+        client.attend(q, k, v, attention, **arguments)
     assert client.health() == "SERVING"
 
 

@@ -59,7 +59,9 @@ STATS = AttendResponse(stats={"density": 1.0})
             id="another shape",
         ),
         pytest.param(
-            [header("O"), chunk(), STATS], "do not attend as they should", id="zeros"
+            [header("O"), chunk(), STATS],
+            "attention of the uploaded tensors is wrong",
+            id="zeros",
         ),
     ],
 )

@@ -106,6 +106,9 @@ def tensors(path, **changes):
         pytest.param(
             {"q": np.ones((1, 2, 4, 32))}, "", "q has dtype float64", id="f64"
         ),
+        pytest.param(
+            {"cu_seqlens_k": np.zeros(2, np.int64)}, "", "no tensor cu_seqlens", id="ends"
+        ),
         pytest.param({}, "--threshold 0.5", "--threshold needs --method", id="method"),
         pytest.param(
             {"q": np.ones((1, 2, 4, 32), np.float32)}, "", "dtypes", id="mixed dtypes"
@@ -172,7 +175,7 @@ def aborting(code: grpc.StatusCode):
         ("NOT_FOUND", 3, "lists the models"),
         ("RESOURCE_EXHAUSTED", 3, "try again later"),
         ("UNIMPLEMENTED", 3, "pbs-client info"),
-        ("INTERNAL", 3, "its log has more"),
+        ("INTERNAL", 3, "its log has details"),
         ("FAILED_PRECONDITION", 3, "the model that the cache was made with"),
         ("UNAVAILABLE", 4, "check that pbs-prefilld runs at 127.0.0.1:"),
         ("DEADLINE_EXCEEDED", 4, "--timeout"),

@@ -10,7 +10,7 @@ import pbs_client
 import pytest
 from fake_server import fake_server, replies
 from kv_chunks import EPOCH, Cache
-from pbs_client import Client, _messages
+from pbs_client import Client, Given, _messages
 
 AttendRequest = _messages._message_class("pbs.v1.AttendRequest")
 AttendResponse = _messages._message_class("pbs.v1.AttendResponse")
@@ -127,24 +127,32 @@ def test_uploads_are_cut_into_chunks_that_ascend_without_gaps():
     ("arguments", "message"),
     [
         pytest.param({"want": ("p",)}, "want 'p'", id="unknown result"),
-        pytest.param({"order": np.zeros((1, 1, 2))}, "method pbs", id="order, no pbs"),
         pytest.param(
-            {"order": np.zeros((1, 1, 2)), "method": pbs_client.Pbs()},
+            {"given": Given(order=np.zeros((1, 1, 2)))},
+            "method pbs",
+            id="order, no pbs",
+        ),
+        pytest.param(
+            {"given": Given(order=np.zeros((1, 1, 2))), "attention": "pbs"},
             "float64",
             id="order of floats",
         ),
         pytest.param(
-            {"order": np.full(2, 1 << 40), "method": pbs_client.Pbs()},
+            {"given": Given(order=np.full(2, 1 << 40)), "attention": "pbs"},
             "int32",
             id="order beyond int32",
         ),
         pytest.param(
-            {"block_mask": np.ones((1, 1, 1, 1), bool), "method": pbs_client.Dense()},
+            {
+                "given": Given(block_mask=np.ones((1, 1, 1, 1), bool)),
+                "attention": "dense",
+            },
             "need pbs or mean_pooling",
             id="mask for dense",
         ),
-        pytest.param({"cu_seqlens": [0, 2]}, "total, head_dim", id="packed but 4-d"),
-        pytest.param({"cu_seqlens": [0.5]}, "integers", id="cu_seqlens of floats"),
+        pytest.param(
+            {"packed": pbs_client.Packed([0, 2])}, "total, head_dim", id="packed but 4-d"
+        ),
     ],
 )
 def test_what_cannot_be_sent_is_refused_before_any_traffic(arguments, message):
@@ -161,7 +169,7 @@ def test_what_cannot_be_sent_is_refused_before_any_traffic(arguments, message):
             [(1, 1, 2, 4), (1, 1, 2, 4), (1, 1, 3, 4)], "fff", "v has shape", id="v"
         ),
         pytest.param([(1, 1, 2, 4)] * 3, "ffe", "float16", id="mixed dtypes"),
-        pytest.param([(1, 1, 2, 4)] * 3, "ddd", "float64 does not travel", id="f64"),
+        pytest.param([(1, 1, 2, 4)] * 3, "ddd", "float64 cannot be sent", id="f64"),
         pytest.param(
             [(1, 1, 3, 4), (1, 1, 2, 4), (1, 1, 2, 4)], "fff", "q_len 3", id="q_len"
         ),
@@ -213,14 +221,11 @@ def test_tokens_that_are_no_ids_are_refused_before_any_traffic(tokens, error, me
         client.prefill("m", tokens)
 
 
-def test_a_delivery_and_a_dtype_that_do_not_exist_are_refused():
-    with Client("127.0.0.1:1") as client:
-        with pytest.raises(
-            ValueError, match="'push' is not one of none, inline, lease"
-        ):
-            client.prefill("m", [1], delivery="push")
-        with pytest.raises(ValueError, match="'fp8' is not one of"):
-            client.prefill("m", [1], kv_dtype="fp8")
+@pytest.mark.parametrize("delivery", ["push", "none", "", 1, pbs_client.Lease])
+def test_another_delivery_is_refused_with_a_sentence(delivery):
+    sentence = "is not one of None, 'inline', 'lease', nor Inline"
+    with Client("127.0.0.1:1") as client, pytest.raises(ValueError, match=sentence):
+        client.prefill("m", [1], delivery=delivery)
 
 
 # ---- Fetch
@@ -330,7 +335,7 @@ def test_a_range_outside_the_cache_is_refused(ranges):
         Client(target) as client,
         pytest.raises(ValueError, match="are not inside"),
     ):
-        client.fetch(TICKET, **ranges)
+        client.fetch(TICKET, part=pbs_client.KvPart(**ranges))
 
 
 def test_a_ticket_survives_json():

@@ -24,7 +24,14 @@ from http2_peer import (
     framed,
     http2_peer,
 )
-from pbs_client import Client, MeanPooling, UnavailableError, _transport
+from pbs_client import (
+    Client,
+    Inline,
+    KvFormat,
+    MeanPooling,
+    UnavailableError,
+    _transport,
+)
 from real_server import (
     RECALL_MODEL,
     REPOSITORY,
@@ -303,8 +310,8 @@ def test_the_largest_chunk_fits_a_client_of_default_settings():
         Client(server.target, channel_options=default_receive) as client,
     ):
         leased = client.prefill("recall", tokens, delivery="lease")
-        fetched = client.fetch(leased.ticket, dtype="f32")
-        inline = client.prefill("recall", tokens, delivery="inline", kv_dtype="f32").kv
+        fetched = client.fetch(leased.ticket, kv_format=KvFormat("f32"))
+        inline = client.prefill("recall", tokens, delivery=Inline("f32")).kv
         assert fetched.nbytes == inline.nbytes == 2 * 2 * array_bytes
         attended = client.attend(q, q, q, MeanPooling(threshold=0.01))
         assert attended.o.nbytes == 2 * array_bytes

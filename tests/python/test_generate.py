@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from pbs_client import Client, Dense, MeanPooling, Pbs
+from pbs_client import Attention, Client, Dense, MeanPooling, Pbs
 from pbs_client.cli import main
 from real_server import RECALL_MODEL, running_server
 
@@ -84,9 +84,8 @@ def test_exact_prefills_decode_to_transformers_own_tokens(
     hf, models_server, name, model, prompt, own_tokens, method, with_first_token
 ):
     with Client(models_server.target) as client:
-        result = client.prefill(
-            name, prompt, EXACT_METHODS[method], delivery="inline", dense_fallback=False
-        )
+        exact = Attention(EXACT_METHODS[method], dense_fallback=False)
+        result = client.prefill(name, prompt, exact, delivery="inline")
     tokens = hf.generate(
         model,
         prompt,

@@ -60,7 +60,7 @@ def wide_model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("delivery", ["none", "lease"])
+@pytest.mark.parametrize("delivery", [None, "lease"])
 def test_the_planned_bytes_are_what_the_process_takes(wide_model, delivery):
     tokens = np.random.default_rng(1).integers(0, 512, TOKENS)
     flags = ("--model", f"wide={wide_model}", "--threads", "2")
@@ -69,9 +69,8 @@ def test_the_planned_bytes_are_what_the_process_takes(wide_model, delivery):
         client.prefill("wide", tokens[:1])  # what stays: threads, kernels, pools
         before = process_bytes(pid, "VmRSS")
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM starts from here
-        result = client.prefill(
-            "wide", tokens, Pbs(threshold=0.1), delivery=delivery, dense_fallback=False
-        )
+        sparse = pbs_client.Attention(Pbs(threshold=0.1), dense_fallback=False)
+        result = client.prefill("wide", tokens, sparse, delivery=delivery)
         measured = process_bytes(pid, "VmHWM") - before
         if result.ticket is not None:
             client.release(result.ticket)
@@ -93,7 +92,7 @@ def test_what_unread_fetches_held_goes_back_when_no_call_is_open():
     flags = ("--model", f"recall={RECALL_MODEL}")
     with running_server(*flags) as server, pbs_client.Client(server.target) as client:
         ticket = client.prefill("recall", [7] * 8192, delivery="lease").ticket
-        client.fetch(ticket, layout="NHD")
+        client.fetch(ticket, kv_format=pbs_client.KvFormat(layout="NHD"))
         pid = server.process.pid
         before = process_bytes(pid, "VmRSS")
         request = _messages.FetchRequest(ticket=ticket.to_message(), layout="NHD")

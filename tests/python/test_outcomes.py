@@ -53,9 +53,8 @@ def eventually(condition):
 
 def test_a_deadline_that_passes_is_no_cancellation(server):
     with Client(server.target) as client, pytest.raises(pbs_client.DeadlineExceededError):
-        client.prefill(
-            "recall", LONG_PROMPT, request_id="late", dense_fallback=False, timeout=0.25
-        )
+        sparse = pbs_client.Attention(dense_fallback=False)
+        client.prefill("recall", LONG_PROMPT, sparse, request_id="late", timeout=0.25)
     (call,) = eventually(
         lambda: [e for e in events(server) if e.get("request_id") == "late"]
     )

@@ -13,7 +13,18 @@ import numpy as np
 import pbs_client
 import pytest
 from fake_server import fake_server
-from pbs_client import Client, Dense, Pbs, _messages, safetensors_file
+from pbs_client import (
+    Attention,
+    Client,
+    Dense,
+    KvFormat,
+    KvPart,
+    Lease,
+    Logits,
+    Pbs,
+    _messages,
+    safetensors_file,
+)
 from pbs_client.cli import main
 from real_server import RECALL_MODEL
 
@@ -63,11 +74,8 @@ def test_a_prefill_returns_the_next_token_and_what_it_did(client):
     result = client.prefill(
         "recall",
         np.array(PROMPT, np.uint16),
-        SPARSE,
-        top_logits=5,
-        last_token_logits=True,
-        logit_positions=[0, 700],
-        dense_fallback=False,
+        Attention(SPARSE, dense_fallback=False),
+        logits=Logits(top=5, positions=[0, 700], all_of_last_token=True),
         on_layer=seen.append,
     )
     assert [layer.index for layer in seen] == [0, 1]
@@ -88,9 +96,8 @@ def test_a_prefill_returns_the_next_token_and_what_it_did(client):
 
 
 def test_the_log_probabilities_are_those_of_the_logits(client):
-    result = client.prefill(
-        "recall", PROMPT, Dense(), top_logits=3, last_token_logits=True
-    )
+    asked = Logits(top=3, all_of_last_token=True)
+    result = client.prefill("recall", PROMPT, Dense(), logits=asked)
     logits = result.last_token_logits.astype(np.float64)
     log_sum = np.log(np.exp(logits - logits.max()).sum()) + logits.max()
     for best in result.top_logits:
@@ -117,7 +124,7 @@ def test_an_inline_cache_equals_a_fetched_one(client, method):
 
 def test_a_cache_may_be_fetched_in_parts_that_make_the_whole(client, lease):
     whole = client.fetch(lease)
-    part = client.fetch(lease, layers=(1, 1), tokens=(100, 50), heads=(1, 1))
+    part = client.fetch(lease, part=KvPart((1, 1), (100, 50), (1, 1)))
     assert part.k[0].shape == (1, 50, HEAD_DIM)
     np.testing.assert_array_equal(part.k[0], whole.k[1][1:, 100:150])
     np.testing.assert_array_equal(part.v[0], whole.v[1][1:, 100:150])
@@ -126,9 +133,10 @@ def test_a_cache_may_be_fetched_in_parts_that_make_the_whole(client, lease):
 
 def test_a_cache_may_be_fetched_token_by_token(client, lease):
     whole = client.fetch(lease)
-    turned = client.fetch(lease, layout="NHD")
+    nhd = KvFormat(layout="NHD")
+    turned = client.fetch(lease, kv_format=nhd)
     assert_same_arrays([k.transpose(1, 0, 2) for k in turned.k], whole.k)
-    part = client.fetch(lease, layout="NHD", heads=(1, 1), tokens=(3, 7))
+    part = client.fetch(lease, part=KvPart(heads=(1, 1), tokens=(3, 7)), kv_format=nhd)
     np.testing.assert_array_equal(part.v[1], turned.v[1][3:10, 1:])
 
 
@@ -138,7 +146,7 @@ def test_a_cache_may_be_fetched_token_by_token(client, lease):
 )
 def test_the_server_converts_to_the_asked_dtype(client, lease, name, dtype):
     held = client.fetch(lease)
-    converted = client.fetch(lease, dtype=name)
+    converted = client.fetch(lease, kv_format=KvFormat(name))
     assert converted.dtype == dtype
     assert_same_arrays(converted.k, [k.astype(dtype) for k in held.k])
 
@@ -203,9 +211,9 @@ def test_a_ticket_of_another_model_or_method_is_refused(client, lease):
 
 
 def test_equal_idempotency_keys_name_one_cache(client):
-    arguments = {"delivery": "lease", "idempotency_key": "a test's key"}
-    first = client.prefill("recall", PROMPT, SPARSE, **arguments)
-    second = client.prefill("recall", PROMPT, SPARSE, **arguments)
+    keyed = Lease(idempotency_key="a test's key")
+    first = client.prefill("recall", PROMPT, SPARSE, delivery=keyed)
+    second = client.prefill("recall", PROMPT, SPARSE, delivery=keyed)
     assert first.ticket == second.ticket
     client.release(first.ticket)
 
@@ -228,7 +236,7 @@ REFUSED = [
     ("model", "tokens", "error", "message"),
     [pytest.param(*case[1:], id=case[0]) for case in REFUSED],
 )
-@pytest.mark.parametrize("delivery", ["none", "inline", "lease"])
+@pytest.mark.parametrize("delivery", [None, "inline", "lease"])
 def test_a_refusal_names_the_value_and_the_server_goes_on(
     client, model, tokens, error, message, delivery
 ):
@@ -285,7 +293,7 @@ def test_a_corrupted_v_chunk_is_refused_with_its_place(server, lease):
 
 def test_without_checksums_the_corruption_comes_through(server, client, lease):
     with spoiling_proxy(server.target, flip_a_bit_of_v) as proxy, Client(proxy) as far:
-        spoiled = far.fetch(lease, checksums=False)
+        spoiled = far.fetch(lease, kv_format=KvFormat(checksums=False))
     whole = client.fetch(lease)
     assert_same_arrays(spoiled.k, whole.k)
     assert not np.array_equal(spoiled.v[1], whole.v[1])

@@ -14,7 +14,15 @@ import sys
 
 import numpy as np
 import pytest
-from pbs_client import Client, Dense, Pbs, safetensors_file
+from pbs_client import (
+    Attention,
+    Client,
+    Dense,
+    Inline,
+    Logits,
+    Pbs,
+    safetensors_file,
+)
 from real_server import REPOSITORY, running_server
 
 pytestmark = pytest.mark.peers
@@ -68,11 +76,9 @@ def test_logits_and_cache_are_those_of_transformers(models, folders, name, metho
     result = models.prefill(
         name,
         tokens,
-        method,
-        delivery="inline",
-        kv_dtype="f32",
-        last_token_logits=True,
-        dense_fallback=False,
+        Attention(method, dense_fallback=False),
+        delivery=Inline("f32"),
+        logits=Logits(all_of_last_token=True),
     )
     logits = difference(result.last_token_logits, expected["logits"][len(tokens) - 1])
     kv = max(

@@ -33,7 +33,19 @@ from collections.abc import Callable, Iterator
 
 import ml_dtypes
 import numpy as np
-from pbs_client import Client, Dense, MeanPooling, Pbs, errors
+from pbs_client import (
+    Client,
+    Dense,
+    Inline,
+    KvFormat,
+    KvPart,
+    Lease,
+    MeanPooling,
+    Pbs,
+    Synthetic,
+    Timing,
+    errors,
+)
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "python"))
 from real_server import RECALL_MODEL, RunningServer, running_server  # noqa: E402
@@ -125,15 +137,10 @@ class Soak:
     def attend_synthetic(self, client: Client, rng: random.Random) -> None:
         name, method = rng.choice(list(METHODS.items()))
         dtype = rng.choice(("f32", "f16", "bf16"))
-        result = client.attend_synthetic(
-            method,
-            num_heads=4,
-            num_kv_heads=2,
-            seq_len=2048,
-            head_dim=128,
-            dtype=dtype,
-            repetitions=2,
+        tensors = Synthetic(
+            num_heads=4, num_kv_heads=2, seq_len=2048, head_dim=128, dtype=dtype
         )
+        result = client.attend_synthetic(tensors, method, timing=Timing(repetitions=2))
         self.expect_same(f"synthetic {name} {dtype}", result.o)
 
     def prefill(self, client: Client, rng: random.Random) -> None:
@@ -141,7 +148,7 @@ class Soak:
         question, tokens = self.prompt(rng)
         inline = rng.random() < 0.5
         result = client.prefill(
-            "recall", tokens, method, delivery="inline" if inline else "none"
+            "recall", tokens, method, delivery="inline" if inline else None
         )
         self.expect_same(f"token {name} {question}", result.first_token)
         if inline:
@@ -151,17 +158,18 @@ class Soak:
         name, method = rng.choice(list(METHODS.items()))
         question, tokens = self.prompt(rng)
         result = client.prefill(
-            "recall", tokens, method, delivery="lease", ttl_seconds=LEASE_SECONDS
+            "recall", tokens, method, delivery=Lease(LEASE_SECONDS)
         )
         part = rng.randrange(3)
         try:
             if part == 0:
                 self.expect_same_cache(f"{name} {question}", client.fetch(result.ticket))
             elif part == 1:
-                cache = client.fetch(result.ticket, dtype="f32", layout="NHD")
+                cache = client.fetch(result.ticket, kv_format=KvFormat("f32", "NHD"))
                 self.expect_same(f"f32 NHD {name} {question}", *arrays_of(cache))
             else:
-                cache = client.fetch(result.ticket, layers=(1, 1), heads=(1, 1))
+                second = KvPart(layers=(1, 1), heads=(1, 1))
+                cache = client.fetch(result.ticket, part=second)
                 self.expect_same(f"part {name} {question}", *arrays_of(cache))
             if rng.random() < 0.7:  # the rest expire
                 client.release(result.ticket)
@@ -176,12 +184,10 @@ class Soak:
 
         with contextlib.suppress(StopHere, errors.DeadlineExceededError):
             if rng.random() < 0.5:
-                delivery = rng.choice(("none", "inline", "lease"))
                 client.prefill(
                     "recall",
                     tokens,
-                    delivery=delivery,
-                    ttl_seconds=1 if delivery == "lease" else None,
+                    delivery=rng.choice((None, Inline(), Lease(ttl_seconds=1))),
                     timeout=rng.uniform(0.001, 0.1),
                 )
             else:
@@ -216,9 +222,8 @@ class Soak:
         command = [self.hanging_client, self.server.target, what]
         if what == "fetch":
             _, tokens = self.prompt(rng)
-            ticket = client.prefill(
-                "recall", tokens, delivery="lease", ttl_seconds=LEASE_SECONDS
-            ).ticket
+            lease = Lease(LEASE_SECONDS)
+            ticket = client.prefill("recall", tokens, delivery=lease).ticket
             command += [ticket.handle, str(ticket.epoch)]
         process = subprocess.Popen(command)
         with contextlib.suppress(subprocess.TimeoutExpired):

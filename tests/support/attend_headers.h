@@ -20,7 +20,7 @@ inline v1::AttendHeader UploadHeader(const std::array<int64_t, 4>& shape) {
   return header;
 }
 
-// Tensors that the server makes itself.
+// A header for tensors that the server generates.
 inline v1::AttendHeader SyntheticHeader(int32_t heads, int32_t kv_heads, int32_t tokens,
                                         int32_t head_dim) {
   v1::AttendHeader header;

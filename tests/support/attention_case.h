@@ -1,5 +1,5 @@
-// Attention problems with inputs, for tests: seeded, structured enough that selection
-// has something to select, in any dtype and layout.
+// Attention problems with seeded inputs for tests, in any dtype and layout. The inputs
+// have structure, so that selection has blocks to select.
 #pragma once
 
 #include <cmath>
@@ -13,8 +13,8 @@
 
 namespace pbs::testing_support {
 
-// Standard normals of a seed, from its first. Drawing them is most of what a case costs
-// and many cases have one seed: a thread keeps what it has drawn.
+// Standard normals of a seed, from the first. Drawing them takes most of a case's time,
+// and many cases have the same seed, so each thread keeps its drawn values.
 class Normals {
  public:
   explicit Normals(uint32_t seed) : stream_(StreamOf(seed)) {}

@@ -1,4 +1,4 @@
-// Another process that a test starts and kills.
+// A child process that a test starts and kills.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -15,7 +15,7 @@ namespace pbs::testing_support {
 
 class ChildProcess {
  public:
-  // Runs `command` with this process's outputs.
+  // Runs `command` with the stdout and stderr of this process.
   explicit ChildProcess(std::vector<std::string> command) {
     std::vector<char*> argv;
     for (std::string& argument : command) argv.push_back(argument.data());
@@ -26,7 +26,7 @@ class ChildProcess {
   ChildProcess(const ChildProcess&) = delete;
   ChildProcess& operator=(const ChildProcess&) = delete;
 
-  // As `kill -9`: it gets no chance to say goodbye. Fails when it had ended by itself.
+  // As `kill -9`. The test fails when the process has ended before.
   void Kill() {
     if (pid_ <= 0) return;
     EXPECT_EQ(kill(pid_, SIGKILL), 0);

@@ -1,4 +1,4 @@
-// A TCP relay that cuts a connection: a broken network between a client and a server.
+// A TCP relay that cuts connections, like a broken network between client and server.
 #pragma once
 
 #include <arpa/inet.h>
@@ -18,9 +18,9 @@ namespace pbs::testing_support {
 
 class CuttingProxy {
  public:
-  // Relays 127.0.0.1:port() to 127.0.0.1:`server_port`, one connection at a time. Each
-  // of the first `cuts.size()` connections is cut once the server has sent so many
-  // bytes through it; later ones are left alone.
+  // Relays 127.0.0.1:port() to 127.0.0.1:`server_port`, one connection at a time.
+  // Connection i is cut once the server has sent cuts[i] bytes through it; connections
+  // after the last entry are not cut.
   CuttingProxy(int server_port, std::vector<int64_t> cuts)
       : server_port_(server_port), cuts_(std::move(cuts)) {
     listener_ = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -68,7 +68,8 @@ class CuttingProxy {
     }
   }
 
-  // Until an end closes, `allowed` bytes have come from the server, or the proxy stops.
+  // Relays until one end closes, `allowed` bytes have come from the server, or the
+  // proxy stops.
   void Relay(int client, int server, int64_t allowed) {
     std::vector<char> bytes(64 << 10);
     pollfd ends[] = {{client, POLLIN, 0}, {server, POLLIN, 0}};

@@ -1,6 +1,6 @@
-// The CPU backend as if its memory were a device's own: nobody may take its pointers
-// for ordinary memory, and what is uploaded or downloaded later arrives from another
-// thread, late. For tests of what a server does around a device, under sanitizers too.
+// The CPU backend with a device's behaviour: its memory counts as the device's own, and
+// UploadLater() and DownloadLater() complete late, from another thread. Tests use it
+// for the server's handling of devices, under sanitizers too.
 #pragma once
 
 #include <condition_variable>
@@ -17,11 +17,11 @@
 
 namespace pbs::testing_support {
 
-// Does what it is told in order, on a thread of its own. It can be held.
+// Runs tasks in order on a thread of its own. A test can hold it.
 class LateThread {
  public:
   LateThread() : thread_([this] { Run(); }) {}
-  // After what was added; not while it is held.
+  // Waits for all added tasks. Must not be held.
   ~LateThread() {
     Change([this] { ending_ = true; });
     thread_.join();
@@ -30,7 +30,7 @@ class LateThread {
   void Add(std::function<void()> what) {
     Change([&] { waiting_.push_back(std::move(what)); });
   }
-  // Does so many more things, and then none until Release().
+  // Runs `more` more tasks, and then none until Release().
   void HoldAfter(int more) {
     Change([&] { left_ = more; });
   }
@@ -65,20 +65,23 @@ class LateThread {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::function<void()>> waiting_;
-  int left_ = -1;  // things to do until it is held; -1: it is not
+  int left_ = -1;  // tasks to run until it is held; -1: it is not held
   bool ending_ = false;
   std::thread thread_;
 };
 
-// What a test may plant; functions are called by whichever thread does so.
+// Faults and callbacks of a test. The thread that does the work calls the functions.
 struct DevicePlan {
-  int download_fails_at = 0;  // the so-many-th later download fails; 0: none does
+  int download_fails_at = 0;  // the number of the later download that fails; 0: none
   int upload_fails_at = 0;
-  int report_fails_at = 0;                 // of those that are started and finished
-  std::function<void()> on_allocate = {};  // of Allocate()
+  // The number of the started and finished report that fails; 0: none.
+  int report_fails_at = 0;
+  std::function<void()> on_allocate = {};  // called in Allocate()
   std::function<void()> on_run = {};
-  std::function<void(const void* source)> on_upload = {};  // when it begins
-  std::function<void()> on_uploaded = {};                  // after its `done`
+  // Called when an upload begins.
+  std::function<void(const void* source)> on_upload = {};
+  // Called after an upload's `done`.
+  std::function<void()> on_uploaded = {};
 };
 
 class DeviceBackend final : public Backend {
@@ -185,8 +188,8 @@ class DeviceBackend final : public Backend {
   BackendInfo info_;
   const DevicePlan plan_;
   int num_reports_ = 0;
-  int num_downloads_ = 0;           // of the thread
-  int num_uploads_ = 0;             // of the other
+  int num_downloads_ = 0;           // tasks of downloads_
+  int num_uploads_ = 0;             // tasks of uploads_
   LateThread downloads_, uploads_;  // last: they end first
 };
 

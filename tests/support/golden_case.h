@@ -1,4 +1,4 @@
-// The authors' own outputs (tests/golden/README.md), ready to run and to compare with.
+// Outputs of the authors' code (tests/golden/README.md), as cases to run and compare.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -59,11 +59,11 @@ class GoldenCase {
   bool has_mask() const { return file_.contains("block_mask"); }
   bool has_order() const { return !order_.empty(); }
   const std::vector<uint8_t>& mask() const { return file_.at("block_mask").bytes; }
-  // Theirs, means over batch and heads, to six digits; 0: not told. `density` is a
-  // causal ratio.
+  // Values of the authors' code, means over batch and heads, to six digits; 0: not
+  // stated. `density` is a causal ratio.
   double density() const { return density_; }
   double lower_density() const { return lower_density_; }
-  // Theirs, [batch, heads, len].
+  // The order of the authors' code, [batch, heads, len].
   const std::vector<int32_t>& order() const { return order_; }
 
   AttentionTensors Tensors() {
@@ -80,8 +80,8 @@ class GoldenCase {
             .lists = {}};
   }
 
-  // Makes `problem` and `tensors` use their order, or their order and mask (whose lists
-  // `lists` then holds), where the case has them.
+  // Makes `given` and `tensors` use the authors' order, and their mask (as the lists in
+  // `lists`), where the case has them.
   void GiveOrder(AttentionProblem& given, AttentionTensors& tensors) const {
     if (!has_order()) return;
     given.options.use_given_order = true;
@@ -96,7 +96,7 @@ class GoldenCase {
     tensors.lists = lists.View();
   }
 
-  // Calls body(data, bytes, whether it holds values) for what Tensors() points to.
+  // Calls body(data, bytes, whether it holds values) for each array of Tensors().
   template <class Body>
   void ForEachArray(Body&& body) const {
     for (const auto* array : {&q_, &k_, &v_}) {
@@ -105,7 +105,7 @@ class GoldenCase {
     body(o_.data(), static_cast<int64_t>(o_.size()), false);
   }
 
-  // The same inputs as f32, in which scores are not rounded: for KeyImportance().
+  // The same inputs as f32, for KeyImportance() without rounding of scores.
   AttentionTensors WideTensors() {
     wide_q_ = inputs_.at("q").As(DType::kF32);
     wide_k_ = inputs_.at("k").As(DType::kF32);
@@ -121,7 +121,7 @@ class GoldenCase {
     return {order_.data(), DenseBatchLayout(s.num_heads, s.sequences[0].k_len, 1)};
   }
 
-  // Largest distance of the last output from theirs.
+  // Largest distance of the last output from that of the authors' code.
   double DistanceFromGolden() const {
     const std::vector<float> golden = file_.at("o").Floats();
     std::vector<float> ours(golden.size());
@@ -135,7 +135,7 @@ class GoldenCase {
     return worst;
   }
 
-  // Largest distance of the last output (f32) from the reference's, which is packed.
+  // Largest distance of the last output (f32) from the packed output of the reference.
   double DistanceFrom(const reference::Output& expected) const {
     const AttentionGeometry g = MakeGeometry(problem);
     const auto* ours = reinterpret_cast<const float*>(o_.data());

@@ -1,5 +1,5 @@
-// A gRPC server that forwards every call to another one and lets a test change the
-// replies on the way: what a broken network card, switch or proxy would do.
+// A gRPC server that forwards every call to another server and lets a test change the
+// replies, as a broken network card, switch or proxy would.
 #pragma once
 
 #include <functional>
@@ -79,7 +79,7 @@ class GrpcProxy final : private grpc::CallbackGenericService {
     const std::string method_;
     grpc::ByteBuffer request_, reply_;
     std::binary_semaphore written_{0};
-    bool write_ok_ = true;  // handed over by the semaphore
+    bool write_ok_ = true;  // passed between threads by the semaphore
   };
 
   grpc::ServerGenericBidiReactor* CreateReactor(

@@ -12,7 +12,7 @@
 
 namespace pbs::testing_support {
 
-// Arrays by (layer, kind).
+// Arrays, indexed by (layer, kind).
 struct KvArrays final : client::KvTarget {
   std::span<std::byte> Array(int32_t layer, v1::KvChunk::Kind kind,
                              int64_t bytes) override {

@@ -1,4 +1,4 @@
-// Held caches with known contents, for tests of what carries them.
+// Held caches with known contents, for tests of their transfer.
 #pragma once
 
 #include <cstring>
@@ -15,8 +15,8 @@ inline Backend& OneThreadBackend() {
   return *backend;
 }
 
-// Element i of plane p (K of layer 0, V of layer 0, K of layer 1 ...) is a value of its
-// own that f16 and bf16 hold exactly.
+// Element i of plane p (K of layer 0, V of layer 0, K of layer 1 ...): a value that f16
+// and bf16 hold exactly and that differs between neighbours.
 inline float KvElement(int64_t plane, int64_t element) {
   return static_cast<float>((plane * 31 + element) % 256) - 128;
 }

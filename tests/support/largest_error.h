@@ -1,4 +1,4 @@
-// Errors of outputs, of which the largest counts.
+// The largest of several errors of outputs.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace pbs::testing_support {
 
-// The larger one; NaN, which every comparison would pass over, is larger than any.
+// The larger error. NaN, for which every comparison is false, counts as the largest.
 inline double LargerError(double largest, double error) {
   if (std::isnan(error)) return std::numeric_limits<double>::infinity();
   return std::max(largest, error);

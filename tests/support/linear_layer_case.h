@@ -48,7 +48,7 @@ class Layer {
     return case_.epilogue == LinearEpilogue::kAdd ? DType::kF32 : compute_;
   }
 
-  // Runs on `backend`; y() then holds the result. Counts how often rows were read.
+  // Runs on `backend`; y() then holds the result. Counts the reads of each row.
   Status Run(Backend& backend) {
     const LinearSpec spec = {.in_features = case_.in,
                              .out_features = case_.out,
@@ -87,7 +87,7 @@ class Layer {
 
   struct Expected {
     double value = 0;
-    double magnitude = 0;  // sum of |terms|: what rounding is proportional to
+    double magnitude = 0;  // sum of |terms|, to which rounding is proportional
   };
   Expected At(int64_t row, int64_t col) const {
     Expected result = Product(row, col);

@@ -47,7 +47,7 @@ class TempFolder {
   std::string path_;
 };
 
-// u64 length, header, data: a safetensors file with whatever header it is given.
+// A safetensors file with the given header: u64 length, header, data.
 inline std::string RawSafetensors(std::string_view header, std::string_view data) {
   std::string bytes;
   for (int shift = 0; shift < 64; shift += 8) {
@@ -60,7 +60,7 @@ struct TestTensor {
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
   std::vector<float> values;  // already rounded to dtype
-  // Where set, what the file says and holds instead: "F8_E4M3" and its bytes.
+  // If set, the dtype that the file states instead, such as "F8_E4M3", with its bytes.
   std::string stored_dtype = {};
   std::string stored = {};
 };
@@ -107,7 +107,7 @@ struct TinyModelSpec {
   uint32_t seed = 1;
 };
 
-// config.json and tensors, to be changed at will before Write().
+// config.json and tensors, which a test may change before Write().
 class TinyModel {
  public:
   explicit TinyModel(const TinyModelSpec& spec) : spec_(spec), random_(spec.seed) {
@@ -118,7 +118,7 @@ class TinyModel {
   nlohmann::json config;
   TensorMap tensors;
 
-  // Tensors go to `shards` files in turn, so that layers are split between files.
+  // Writes tensors to `shards` files in turn, so that layers are split between files.
   void Write(const TempFolder& folder, int shards = 1) const {
     folder.Write("config.json", config.dump(2));
     if (shards == 1) {

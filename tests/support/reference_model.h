@@ -1,5 +1,6 @@
-// A transformer in plain f64 loops: the oracle of the model tests. Dense attention,
-// default rotation, whole prompt; written to be read beside transformers' own.
+// A transformer in plain f64 loops, with which the model tests compare. It has dense
+// attention and the default rotation, and runs the whole prompt. Its structure follows
+// that of transformers.
 #pragma once
 
 #include <cmath>
@@ -71,7 +72,7 @@ class ReferenceModel {
     return y;
   }
 
-  // One head of a projection: normalised where the model does, and rotated.
+  // One head of a projection, rotated and, in models that do so, normalised.
   std::vector<double> Head(const std::vector<double>& all, int32_t head,
                            const std::string& norm, int32_t position) const {
     const int32_t dim = Size("head_dim");

@@ -1,4 +1,4 @@
-// Runs a program to its end and keeps what it said.
+// Runs a program to its end and keeps its output.
 #pragma once
 
 #include <fcntl.h>
@@ -18,7 +18,7 @@ extern char** environ;
 
 namespace pbs::testing_support {
 
-// A folder of a test's own, removed with this object.
+// A temporary folder that the destructor removes.
 class ScratchFolder {
  public:
   ScratchFolder()

@@ -1,4 +1,4 @@
-// A pbs-prefilld of its own process, for tests of what happens between processes.
+// A pbs-prefilld in a process of its own, for tests between processes.
 #pragma once
 
 #include <fcntl.h>
@@ -24,8 +24,8 @@ namespace pbs::testing_support {
 
 class ServerProcess {
  public:
-  // Starts `binary` with `arguments` on free ports, `settings` (NAME=VALUE) before this
-  // process's environment.
+  // Starts `binary` with `arguments` on free ports. `settings` (NAME=VALUE) override
+  // this process's environment.
   ServerProcess(const std::string& binary, std::vector<std::string> arguments,
                 std::vector<std::string> settings = {}) {
     arguments.insert(arguments.begin(), {binary, "--listen", "127.0.0.1:0"});
@@ -63,14 +63,14 @@ class ServerProcess {
   pid_t pid() const { return pid_; }
   void Signal(int signal) const { EXPECT_EQ(kill(pid_, signal), 0); }
 
-  // Until SIGCONT.
+  // Stops the process until SIGCONT.
   void Freeze() const {
     Signal(SIGSTOP);
     siginfo_t info = {};
     EXPECT_EQ(waitid(P_PID, static_cast<id_t>(pid_), &info, WSTOPPED), 0);
   }
 
-  // Its exit status, or 1000 + the signal that ended it. Waits for its end.
+  // Waits for its end. Returns its exit status, or 1000 + the signal that ended it.
   int Wait() {
     int status = 0;
     waitpid(pid_, &status, 0);
@@ -79,14 +79,15 @@ class ServerProcess {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
   }
 
-  // Where it listens, once it serves. One that does not is a failure, and "".
+  // Waits until it serves and returns its address. If it never serves, the test fails
+  // and the result is "".
   std::string WaitForAddress() {
     const nlohmann::json serving = WaitForEvent("serving");
     EXPECT_TRUE(serving.is_object()) << "the server did not start";
     return serving.is_object() ? serving.value("listen", "") : "";
   }
 
-  // The first log line of `event`; null when the process ends without one.
+  // Waits for the first log line of `event`; null when the process ends without one.
   nlohmann::json WaitForEvent(const std::string& event) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (size_t i = 0;; ++i) {
@@ -107,7 +108,7 @@ class ServerProcess {
       }
       auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
       line.clear();
-      if (!json.is_object()) continue;  // a message for people
+      if (!json.is_object()) continue;  // a message that is not JSON
       const std::lock_guard<std::mutex> lock(mutex_);
       lines_.push_back(std::move(json));
       changed_.notify_all();

@@ -1,4 +1,4 @@
-// TCP connections of a test's own.
+// Raw TCP connections for tests.
 #pragma once
 
 #include <arpa/inet.h>
@@ -14,7 +14,7 @@
 
 namespace pbs::testing_support {
 
-// A connection to "127.0.0.1" or "::1"; none when nobody listens there.
+// A connection to "127.0.0.1" or "::1"; none when no process listens there.
 inline server::FileDescriptor ConnectTo(const char* host, int32_t port) {
   const auto wire_port = htons(static_cast<uint16_t>(port));
   sockaddr_in v4 = {};
@@ -37,7 +37,7 @@ inline server::FileDescriptor ConnectTo(const char* host, int32_t port) {
   return made;
 }
 
-// What the peer sends until it closes.
+// Reads all bytes that the peer sends until it closes.
 inline std::string ReadAll(const server::FileDescriptor& connection) {
   std::string text;
   char buffer[4096];

@@ -28,7 +28,7 @@ struct TinyLlama {
   int32_t positions_max = 8192;
   DType dtype = DType::kF32;
   uint32_t seed = 1;
-  bool zeros = false;  // all weights; then they take no space on disk
+  bool zeros = false;  // all weights are 0, so that the file takes no space on disk
 };
 
 // The folder of one model, removed with this object. Norms and biases are random too:

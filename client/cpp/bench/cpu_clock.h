@@ -1,4 +1,4 @@
-// CPU seconds of a process, all its threads together.
+// CPU seconds of a process, the sum over all its threads.
 //
 // Threading: safe from any thread.
 #pragma once
@@ -10,7 +10,7 @@
 namespace pbs::bench {
 
 // User and system time since the process started, to the nanosecond (/proc/PID/stat
-// counts hundredths). None when there is no such process, or for pid 0.
+// counts hundredths). nullopt when there is no such process, or for pid 0.
 std::optional<double> CpuSeconds(pid_t pid);
 
 }  // namespace pbs::bench

@@ -59,7 +59,7 @@ class Download final : public Transfer {
 
   absl::Status Check() override {
     if (wire::Crc32c(source_.memory) == source_.crc32c) return absl::OkStatus();
-    return absl::DataLossError("a fetch brought other bytes than the fetch before it");
+    return absl::DataLossError("a fetch returned other bytes than the fetch before it");
   }
 
  private:

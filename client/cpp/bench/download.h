@@ -1,4 +1,5 @@
-// Downloads: KvSource.Fetch of a leased cache, each stream a part of its layers.
+// Downloads: KvSource.Fetch of a leased cache. Each stream fetches a part of the
+// layers.
 //
 // Threading: as Transfer.
 #pragma once
@@ -16,19 +17,19 @@
 namespace pbs::bench {
 
 struct DownloadSource {
-  v1::KvDescriptor kv;          // of the lease
-  std::span<std::byte> memory;  // kv.bytes() of it; every download goes there
-  uint32_t crc32c = 0;          // of the whole, fetched with all checks
+  v1::KvDescriptor kv;          // the leased cache
+  std::span<std::byte> memory;  // kv.bytes() bytes; every download writes here
+  uint32_t crc32c = 0;          // of the whole cache, from a fetch with all checks
 };
 
 struct LayerRange {
   int32_t begin = 0, count = 0;
 };
-// What stream `stream` of `streams` fetches.
+// The layers that stream `stream` of `streams` fetches.
 LayerRange LayersOf(const v1::KvDescriptor& kv, int32_t streams, int32_t stream);
 
-// Fetches `source.kv` once with checksums and keeps what it is. FailedPrecondition when
-// the cache is not complete.
+// Fetches `source.kv` once with checksums and sets `source.crc32c`. FailedPrecondition
+// when the cache is not complete.
 absl::Status FetchReference(client::Client& client, int32_t chunk_bytes,
                             DownloadSource& source);
 

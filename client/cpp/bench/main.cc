@@ -37,20 +37,22 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--server", o.server, "host:port [127.0.0.1:50051]");
   app.add_option(
       "--server-pid", o.server_pid,
-      "its process, on this machine, whose CPU time counts; 0 = unknown [0]");
-  app.add_option("--model", o.model, "whose cache is fetched [the server's only one]");
+      "pid of the server on this machine, to measure its CPU time; 0 = unknown [0]");
+  app.add_option("--model", o.model,
+                 "model whose cache is fetched [the server's only model]");
   app.add_option("--direction", o.direction, "upload, download or both [both]")
       ->check(CLI::IsMember({"upload", "download", "both"}));
-  app.add_option("--streams", o.streams, "calls in parallel, a list [1,2]")
+  app.add_option("--streams", o.streams, "numbers of parallel calls, a list [1,2]")
       ->delimiter(',')
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  app.add_option("--checksums", o.checksums, "of downloads: on, off or both [both]")
+  app.add_option("--checksums", o.checksums,
+                 "checksums of downloads: on, off or both [both]")
       ->check(CLI::IsMember({"on", "off", "both"}));
   app.add_option("--mib", o.mib, "MiB of one transfer [256]");
-  app.add_option("--rounds", o.rounds, "times that each kind of transfer runs [15]");
+  app.add_option("--rounds", o.rounds, "runs of each kind of transfer [15]");
   app.add_option("--chunk-bytes", o.chunk_bytes, "payload of a chunk [1048576]");
   app.add_option("--stream-window-bytes", o.stream_window_bytes,
-                 "what the server may send ahead per stream [4194304]");
+                 "bytes that the server may send ahead per stream [4194304]");
   app.add_option(
       "--output", flags.output,
       "file for the JSON; the table is then on stdout [JSON on stdout, table "
@@ -105,7 +107,7 @@ absl::Status Run(const Flags& flags, const std::string& command) {
 }  // namespace
 
 int Main(int argc, char** argv) {
-  CLI::App app("Throughput of a prefill node's data plane, beside raw TCP");
+  CLI::App app("Throughput of a prefill node's data plane, compared with raw TCP");
   Flags flags;
   AddFlags(app, flags);
   try {

@@ -1,4 +1,4 @@
-// What pbs-bench is asked to measure.
+// Options of pbs-bench.
 //
 // Threading: plain values and a pure function.
 #pragma once
@@ -15,7 +15,7 @@ inline constexpr int32_t kStreamsMax = 16;
 
 struct BenchOptions {
   std::string server = "127.0.0.1:50051";
-  std::string model;  // empty: the server's only one
+  std::string model;  // empty: the server's only model
   int64_t server_pid = 0;
   std::string direction = "both";  // upload, download
   std::vector<int32_t> streams = {1, 2};

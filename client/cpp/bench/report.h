@@ -1,6 +1,6 @@
-// The result as one JSON document, and as a table for people.
+// The result as one JSON document, and as a table to read.
 //
-// Threading: pure functions, but that Report() asks the system what machine this is.
+// Threading: Table() is pure; Report() also asks the system for the machine's facts.
 #pragma once
 
 #include <string>
@@ -12,12 +12,12 @@
 
 namespace pbs::bench {
 
-// A gigabyte is 1e9 bytes. Rates and ratios are {median, min, max} over the rounds; a
-// ratio is of a round's own rates. CPU seconds are those of both processes.
+// A gigabyte is 1e9 bytes. Rates and ratios are {median, min, max} over the rounds;
+// each ratio is of two rates of one round. CPU seconds are the sum of both processes.
 nlohmann::ordered_json Report(const BenchOptions& options, const std::string& command,
                               const SessionResult& result);
 
-// Of a Report().
+// The table of a Report().
 std::string Table(const nlohmann::ordered_json& report);
 
 }  // namespace pbs::bench

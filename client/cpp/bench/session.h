@@ -1,6 +1,6 @@
-// One run of the benchmark: everything is prepared and verified once, then every kind
-// of transfer runs once per round, in turn, so that a machine whose speed drifts slows
-// all of them alike.
+// One run of the benchmark. It prepares and verifies everything once. Then every kind
+// of transfer runs once per round, in turn, so that a drift of the machine's speed
+// affects all kinds alike.
 //
 // Threading: one thread. Memory: two blocks of --mib here, one in the TCP peer, and at
 // the server one cache and one upload.
@@ -34,7 +34,7 @@ struct SessionResult {
   std::vector<Cell> cells;
 };
 
-// `say` is told what goes on, in a few words.
+// Calls `say` with short messages of progress.
 absl::StatusOr<SessionResult> RunSession(
     const BenchOptions& options, const TcpPeer& tcp,
     const std::function<void(const std::string&)>& say);

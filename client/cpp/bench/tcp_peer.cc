@@ -192,7 +192,7 @@ absl::StatusOr<TcpConnection> TcpPeer::Connect(int64_t memory_bytes) const {
   NoDelay(fd);
   if (!SendValue(fd, memory_bytes) || !ReceiveValue(fd, ready)) {
     return absl::ResourceExhaustedError(
-        absl::StrCat("the raw TCP peer has no ", memory_bytes, " bytes of memory"));
+        absl::StrCat("the raw TCP peer cannot allocate ", memory_bytes, " bytes"));
   }
   return connection;
 }

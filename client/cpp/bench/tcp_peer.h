@@ -1,9 +1,9 @@
-// The raw TCP peer: a process that receives into and sends from memory over loopback,
-// with nothing but recv() and send(). The kernel's copy into place is its only one.
+// The raw TCP peer: a process that receives into memory and sends from memory over
+// loopback, with recv() and send() only. The bytes are copied once, by the kernel.
 //
-// Threading: Start() before this process has threads; a TcpConnection belongs to one
-// thread at a time, on each side.
-// Memory: the peer holds as many resident bytes per connection as it is told.
+// Threading: call Start() before this process has threads. A TcpConnection belongs to
+// one thread at a time, in each process.
+// Memory: the peer holds `memory_bytes` resident bytes per connection.
 #pragma once
 
 #include <sys/types.h>
@@ -25,7 +25,7 @@ class TcpConnection {
   ~TcpConnection();
 
   // Sends `bytes` in chunks to the start of the peer's memory; returns when the peer
-  // has them.
+  // has received them.
   absl::Status Upload(std::span<const std::byte> bytes, size_t chunk_bytes);
   // Fills `bytes` from the start of the peer's memory.
   absl::Status Download(std::span<std::byte> bytes, size_t chunk_bytes);

@@ -79,7 +79,7 @@ absl::Status VerifyTcp(TcpConnection& connection, std::span<const std::byte> byt
   if (absl::Status got = connection.Download(back, chunk); !got.ok()) return got;
   return std::ranges::equal(back, bytes)
              ? absl::OkStatus()
-             : absl::DataLossError("the raw TCP peer brought other bytes back");
+             : absl::DataLossError("the raw TCP peer returned other bytes");
 }
 
 }  // namespace pbs::bench

@@ -1,4 +1,4 @@
-// The same bytes over raw TCP.
+// Transfers of the same bytes over raw TCP.
 //
 // Threading: as Transfer.
 #pragma once
@@ -19,7 +19,7 @@ namespace pbs::bench {
 using TcpConnections = std::vector<TcpConnection>;
 
 // Stream i moves parts[i] over connections[i]; there are as many streams as parts. The
-// connections and what the parts point to must outlive the transfer.
+// connections and the memory of the parts must outlive the transfer.
 std::unique_ptr<Transfer> MakeTcpUpload(TcpConnections& connections,
                                         std::vector<std::span<const std::byte>> parts,
                                         int32_t chunk_bytes);
@@ -27,7 +27,7 @@ std::unique_ptr<Transfer> MakeTcpDownload(TcpConnections& connections,
                                           std::vector<std::span<std::byte>> parts,
                                           int32_t chunk_bytes);
 
-// Sends `bytes` there and back. DataLoss when they come back as others.
+// Sends `bytes` to the peer and back. DataLoss when they come back changed.
 absl::Status VerifyTcp(TcpConnection& connection, std::span<const std::byte> bytes,
                        int32_t chunk_bytes);
 

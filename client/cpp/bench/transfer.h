@@ -1,6 +1,7 @@
-// One kind of transfer that is measured: its streams run in parallel, a thread each.
+// One kind of measured transfer. Its streams run in parallel, one thread each.
 //
-// Use: per measurement Prepare(), then Run(i) for every stream at once, then Check().
+// Use: for each measurement call Prepare(), then Run(i) for all streams at once, then
+// Check().
 // Threading: Run() from one thread per stream; the rest from one thread.
 #pragma once
 
@@ -25,13 +26,13 @@ class Transfer {
   virtual ~Transfer() = default;
 
   const TransferLabel& label() const { return label_; }
-  // Of all streams together.
+  // Payload bytes of all streams together.
   virtual int64_t bytes() const = 0;
 
-  // Makes a transfer that moves nothing fail Check().
+  // Overwrites the targets, so that Check() fails for a transfer that moves nothing.
   virtual void Prepare() {}
   virtual absl::Status Run(int32_t stream) = 0;
-  // DataLoss unless what the last runs moved is right.
+  // DataLoss unless the last runs moved the right bytes.
   virtual absl::Status Check() { return absl::OkStatus(); }
 
  private:

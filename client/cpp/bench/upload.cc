@@ -190,7 +190,7 @@ absl::Status VerifyUpload(client::Client& client, std::span<const std::byte> par
       const float got = result.values[head * kHeadDim + i];
       if (std::abs(got - expected[i]) <= kTolerance) continue;
       return absl::DataLossError(
-          absl::StrCat("uploaded tensors do not attend as they should: head ", head,
+          absl::StrCat("attention of the uploaded tensors is wrong: head ", head,
                        " element ", i, " is ", got, ", expected ", expected[i]));
     }
   }

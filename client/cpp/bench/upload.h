@@ -1,10 +1,10 @@
-// Uploads: Attention.Attend with long keys and values and next to no attention.
+// Uploads: Attention.Attend with long keys and values and almost no attention.
 //
 // Each stream's call is a packed batch of two sequences: the first has all keys but one
 // and no query, so nothing is computed over it; the second has the last key and one
-// query, whose output must be that key's value to the bit. Everything else of the call
-// is done: reservation, assembly in place, the scan for NaN and infinity, the reply.
-// That the bytes are right is shown once, untimed, by VerifyUpload().
+// query, whose output must be that key's value to the bit. The server does everything
+// else of a call: reservation, assembly in place, the scan for NaN and infinity, the
+// reply. VerifyUpload() checks once, untimed, that the bytes are right.
 //
 // Threading: as Transfer.
 #pragma once

@@ -1,7 +1,8 @@
 // Fills a KV cache from a fetch.
 //
-// A layer's arrays are collected beside the cache and moved into it only when the layer
-// is complete and its checksums held, so nothing unchecked is ever decoded from.
+// It collects a layer's arrays beside the cache and moves them into it when the layer
+// is complete and its checksums are right, so that decoding never reads unchecked
+// bytes.
 //
 // Threading: one thread, that of the fetch. Memory: one layer's keys and values.
 #pragma once
@@ -19,8 +20,8 @@ namespace pbs::decode {
 
 class CacheFiller final : public client::KvTarget {
  public:
-  // For the first `num_tokens` tokens of `cache`, which must outlive this and be in
-  // host memory. `on_layer` is called with the number of layers that are in place.
+  // Fills the first `num_tokens` tokens of `cache`, which must be in host memory and
+  // outlive this. Calls `on_layer` with the number of layers that are in place.
   CacheFiller(KvCache& cache, int32_t num_tokens,
               std::function<void(int32_t)> on_layer);
 
@@ -29,7 +30,7 @@ class CacheFiller final : public client::KvTarget {
   void OnLayer(int32_t layer) override;
 
  private:
-  // Of one array as it is sent, [kv_heads, num_tokens, head_dim].
+  // Bytes of one head of a sent array, [kv_heads, num_tokens, head_dim].
   int64_t head_bytes() const;
   void Place(const std::vector<std::byte>& array, void* plane) const;
 

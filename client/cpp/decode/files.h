@@ -1,6 +1,6 @@
 // The files that pbs-decode reads and writes.
 //
-// Threading: stateless. Errors name the file and what is wrong with it.
+// Threading: stateless. Errors name the file and its defect.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& path,
 // A JSON object of handle, epoch (decimal, as a string), model_digest, sparsity_digest.
 absl::StatusOr<v1::KvTicket> ReadTicket(const std::string& path);
 
-// Writes `text`. The file is whole or, after an error, not to be used.
+// Writes `text`. After an error the file may be incomplete.
 absl::Status WriteText(const std::string& path, const std::string& text);
 
 }  // namespace pbs::decode

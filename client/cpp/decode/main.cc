@@ -8,9 +8,9 @@
 #include "absl/strings/str_cat.h"
 #include "client/cpp/client.h"
 #include "client/cpp/decode/files.h"
-#include "client/cpp/decode/journey.h"
 #include "client/cpp/decode/progress.h"
 #include "client/cpp/decode/report.h"
+#include "client/cpp/decode/run_prompt.h"
 #include "client/cpp/decode/settings.h"
 #include "pbs/cpu_backend.h"
 #include "server/base/status.h"
@@ -44,7 +44,7 @@ absl::Status Run(const Settings& settings) {
   PBS_ABSL_ASSIGN_OR_RETURN(const auto client,
                             client::Client::Connect({.address = settings.server}));
   PBS_ABSL_ASSIGN_OR_RETURN(const Outcome outcome,
-                            RunJourney(settings, *model, *client, progress));
+                            RunPrompt(settings, *model, *client, progress));
   if (!settings.output_path.empty()) {
     PBS_ABSL_RETURN_IF_ERROR(
         WriteText(settings.output_path, TokenList(outcome.tokens) + "\n"));

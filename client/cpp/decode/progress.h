@@ -1,4 +1,4 @@
-// One line of progress on stderr, rewritten in place, where that is a terminal.
+// One line of progress, rewritten in place, on a stderr that is a terminal.
 //
 // Threading: safe from any thread.
 #pragma once
@@ -15,7 +15,7 @@ class Progress {
   ~Progress() { Clear(); }
 
   void Show(const std::string& line);
-  // Before anything else is written to the terminal.
+  // Removes the line. Call it before anything else is written to the terminal.
   void Clear();
 
  private:
@@ -24,7 +24,7 @@ class Progress {
   bool has_line_ = false;
 };
 
-// "[######....] 6/10", the share done of `total`.
+// A progress bar: "[######....] 6/10".
 std::string Bar(int done, int total);
 
 }  // namespace pbs::decode

@@ -1,4 +1,4 @@
-// What pbs-decode says about a journey.
+// Reports of pbs-decode about one prompt.
 //
 // Threading: pure functions.
 #pragma once
@@ -7,15 +7,15 @@
 #include <string>
 #include <vector>
 
-#include "client/cpp/decode/journey.h"
+#include "client/cpp/decode/run_prompt.h"
 
 namespace pbs::decode {
 
-// A table for people, with a line end.
+// A table to read, with a line end.
 std::string TextReport(const Outcome& outcome, const Model& model, bool checksums);
 
 // One line: model, prompt_tokens, tokens, density, layer_density, stages, kv_bytes,
-// seconds, ticket, isa. Without a prefill, what belongs to it is null.
+// seconds, ticket, isa. Fields of the prefill are null when there was none.
 std::string JsonReport(const Outcome& outcome, bool checksums);
 
 // "[1, 2, 3]"

@@ -41,22 +41,24 @@ void AddConnection(CLI::App& app, Settings& settings, Raw& raw) {
       ->check(CLI::Range(0.001, kTimeoutSecondsMax))
       ->capture_default_str();
   app.add_option("--model", settings.model,
-                 "name of the model there; needed when it serves several");
-  app.add_option("--model-path", settings.model_path, "folder of the same model here")
+                 "name of the model at the server; required when it serves several");
+  app.add_option("--model-path", settings.model_path,
+                 "folder of the same model on this machine")
       ->required();
   auto* tokens = app.add_option("--tokens", settings.tokens_path,
                                 "prompt: a file with a JSON list of token ids");
   auto* ticket =
       app.add_option("--ticket", settings.ticket_path,
-                     "instead of a prompt: a file with the ticket of a cache that the "
-                     "server holds, as pbs-client prefill --lease prints it");
+                     "instead of a prompt: a file with the ticket of a held cache, as "
+                     "printed by pbs-client prefill --lease");
   tokens->excludes(ticket);
   app.add_option("--then-tokens", settings.then_tokens_path,
-                 "a JSON list of ids to feed behind the prompt, before decoding");
+                 "a file with a JSON list of token ids to feed after the prompt");
 }
 
 void AddAttention(CLI::App& app, Raw& raw) {
-  app.add_option("--method", raw.method, "attention there [the server's profile]")
+  app.add_option("--method", raw.method,
+                 "attention of the prefill [the server's default profile]")
       ->check(CLI::IsMember(MethodNames()));
   app.add_option("--block-size", raw.block_size,
                  "tokens: power of two in 16..256 [128]");
@@ -64,7 +66,8 @@ void AddAttention(CLI::App& app, Raw& raw) {
                  "pbs: tokens, a multiple of the block size [256]");
   app.add_option("--threshold", raw.threshold,
                  "pbs, mean_pooling: attention mass to keep, (0, 1] [0.9]");
-  app.add_option("--scope", raw.scope, "pbs: whose queries order the keys [kv_head]")
+  app.add_option("--scope", raw.scope,
+                 "pbs: one key order per KV head or per query head [kv_head]")
       ->check(CLI::IsMember({"kv_head", "query_head"}));
   app.add_flag("--no-force-first-block", raw.no_force_first_block,
                "pbs, mean_pooling: select the first block like any other");
@@ -74,20 +77,22 @@ void AddDecoding(CLI::App& app, Settings& settings, Raw& raw) {
   app.add_option("--max-new-tokens", settings.max_new_tokens, "tokens to decode")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  app.add_flag("--ignore-eos", settings.ignore_eos, "decode on behind an end token");
+  app.add_flag("--ignore-eos", settings.ignore_eos, "continue after an end token");
   app.add_option("--checksums", raw.checksums,
-                 "on: a corrupt chunk is refused; off: it is believed")
+                 "on: corrupt chunks are refused; off: chunks are not checked")
       ->check(CLI::IsMember({"on", "off"}))
       ->capture_default_str();
   app.add_flag("--keep-lease", settings.keep_lease,
-               "leave the cache on the server; its lease runs out");
-  app.add_option("--kv-dtype", raw.kv_dtype, "of the cache here [the compute dtype]")
+               "keep the cache on the server until its lease expires");
+  app.add_option("--kv-dtype", raw.kv_dtype,
+                 "dtype of the cache here [the compute dtype]")
       ->check(CLI::IsMember({"f32", "f16", "bf16"}));
-  app.add_option("--yarn-attn-factor", raw.attn_factor,
-                 "of a yarn model's config, as models[].yarn_attn_factor of the server")
+  app.add_option(
+         "--yarn-attn-factor", raw.attn_factor,
+         "use of yarn's attn_factor, as models[].yarn_attn_factor of the server")
       ->check(CLI::IsMember({"applied", "ignored"}))
       ->capture_default_str();
-  app.add_option("--compute-dtype", raw.compute, "of the linear layers here")
+  app.add_option("--compute-dtype", raw.compute, "dtype of the linear layers here")
       ->check(CLI::IsMember({"auto", "f32", "bf16"}))
       ->capture_default_str();
   app.add_option("--threads", settings.backend.num_threads,
@@ -111,7 +116,7 @@ void FillSelection(const Raw& raw, Message& options) {
   if (raw.no_force_first_block) options.set_force_first_block(false);
 }
 
-// Why an option does not belong to the method, or "".
+// The reason why an option does not belong to the method, or "".
 std::string Misplaced(const Raw& raw) {
   const auto only_for = [&](bool given, const char* flag, const char* methods) {
     return given ? absl::StrCat(flag, " needs --method ", methods) : std::string();
@@ -160,7 +165,7 @@ std::string Finish(const Raw& raw, Settings& settings) {
     return "one of --tokens and --ticket is required";
   }
   if (!settings.ticket_path.empty() && !raw.method.empty()) {
-    return "--method has no meaning with --ticket: that prefill has been done";
+    return "--method cannot be used with --ticket: that prefill is done";
   }
   if (std::string reason = Misplaced(raw); !reason.empty()) return reason;
   settings.timeout = absl::Seconds(raw.timeout_seconds);
@@ -181,8 +186,8 @@ std::string Finish(const Raw& raw, Settings& settings) {
 
 ParsedFlags ParseFlags(int argc, char** argv) {
   CLI::App app(
-      "The reference decode tier: has a prompt prefilled by a pbs-prefilld elsewhere, "
-      "fetches the KV cache by ticket, checks it, and decodes greedily here",
+      "The reference decode tier. It asks a pbs-prefilld to prefill a prompt, fetches "
+      "the KV cache by ticket, checks it and decodes greedily",
       "pbs-decode");
   app.set_version_flag("--version", "pbs-decode " PBS_VERSION);
   Settings settings;

@@ -1,4 +1,4 @@
-// What pbs-decode was asked to do: its command line.
+// Settings of pbs-decode, from its command line.
 //
 // Threading: values.
 #pragma once
@@ -18,16 +18,16 @@ namespace pbs::decode {
 
 struct Settings {
   std::string server = "127.0.0.1:50051";
-  absl::Duration timeout = absl::Hours(1);  // of the prefill and of the fetch
-  std::string model;       // as the server names it; "" for its only one
-  std::string model_path;  // the same model here
+  absl::Duration timeout = absl::Hours(1);  // for the prefill and the fetch together
+  std::string model;       // its name at the server; "" for the only model
+  std::string model_path;  // folder of the same model on this machine
 
-  // One of the two: a prompt to prefill, or the ticket of one that was.
+  // Exactly one is set: a prompt to prefill, or the ticket of a prefilled one.
   std::string tokens_path;
   std::string ticket_path;
-  std::string then_tokens_path;  // fed one by one behind the prompt; "" for none
+  std::string then_tokens_path;  // tokens fed one by one after the prompt; "" for none
 
-  v1::AttentionOptions attention;  // no method: the server's profile
+  v1::AttentionOptions attention;  // without a method: the server's default profile
   bool checksums = true;
   bool keep_lease = false;
 
@@ -35,7 +35,7 @@ struct Settings {
   bool ignore_eos = false;
   std::optional<DType>
       kv_dtype;      // of the cache here; default: the model's compute dtype
-  RopeOptions rope;  // as the server reads the same folder
+  RopeOptions rope;  // must equal the server's for the same folder
   CpuBackendOptions backend;
 
   std::string output_path;  // the decoded ids as a JSON list; "" for none
@@ -43,8 +43,8 @@ struct Settings {
   bool quiet = false;       // no progress
 };
 
-// Parses the command line; nothing to do but exit with `exit_code` when there are no
-// settings (--help: 0, a wrong command line: 2, with the reason on stderr).
+// A parsed command line. Without settings the program exits with `exit_code`: 0 after
+// --help, 2 for a wrong command line, whose reason is on stderr.
 struct ParsedFlags {
   std::optional<Settings> settings;
   int exit_code = 0;

@@ -1,13 +1,16 @@
 """Client of pbs-prefill: prefill over gRPC, KV caches as NumPy arrays.
 
-The pages of this package: client.py (Client), options.py (Dense, Pbs, MeanPooling),
-results.py, kv.py, block_lists.py, errors.py, safetensors_file.py and, with torch and
-transformers installed, hf.py.
+Modules of this package: client.py (Client), options.py (Dense, Pbs, MeanPooling,
+Attention), attend_options.py (Packed, Given, Timing, Synthetic), prefill_options.py
+(Inline, Lease, Logits), kv.py (KvPart, KvFormat and caches), results.py,
+block_lists.py, errors.py, safetensors_file.py and, with torch and transformers
+installed, hf.py.
 """
 
 from pbs_client._attend import AttendResult
 from pbs_client._prefill import PrefillResult
 from pbs_client._version import __version__
+from pbs_client.attend_options import Given, Packed, Synthetic, Timing
 from pbs_client.block_lists import BlockGrid, BlockLists
 from pbs_client.client import Client
 from pbs_client.errors import (
@@ -24,8 +27,9 @@ from pbs_client.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from pbs_client.kv import KvCache, KvDescriptor, KvLease, KvTicket
-from pbs_client.options import Dense, MeanPooling, Pbs
+from pbs_client.kv import KvCache, KvDescriptor, KvFormat, KvLease, KvPart, KvTicket
+from pbs_client.options import Attention, Dense, MeanPooling, Pbs
+from pbs_client.prefill_options import Inline, Lease, Logits
 from pbs_client.results import (
     Admitted,
     AttendStats,
@@ -42,6 +46,7 @@ __all__ = [
     "Admitted",
     "AttendResult",
     "AttendStats",
+    "Attention",
     "BlockGrid",
     "BlockLists",
     "CallCancelledError",
@@ -50,16 +55,23 @@ __all__ = [
     "DeadlineExceededError",
     "Dense",
     "FailedPreconditionError",
+    "Given",
+    "Inline",
     "InternalError",
     "InvalidArgumentError",
     "KvCache",
     "KvDescriptor",
+    "KvFormat",
     "KvLease",
+    "KvPart",
     "KvTicket",
     "LayerProgress",
+    "Lease",
+    "Logits",
     "MeanPooling",
     "ModelInfo",
     "NotFoundError",
+    "Packed",
     "Pbs",
     "PbsError",
     "PrefillResult",
@@ -67,6 +79,8 @@ __all__ = [
     "ResourceExhaustedError",
     "ServerInfo",
     "StageSeconds",
+    "Synthetic",
+    "Timing",
     "TokenLogit",
     "UnavailableError",
     "UnimplementedError",

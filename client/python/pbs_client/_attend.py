@@ -1,4 +1,4 @@
-"""Attend: what goes up, what must come back, and putting it together."""
+"""Attend: the upload, the expected reply, and its assembly."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pbs_client import _messages, _wire, dtypes
+from pbs_client.attend_options import Given, Packed, Synthetic, Timing
 from pbs_client.block_lists import (
     BlockGrid,
     BlockLists,
@@ -20,15 +21,15 @@ from pbs_client.block_lists import (
 from pbs_client.errors import CorruptDataError
 from pbs_client.options import (
     BLOCK_SIZE_DEFAULT,
+    Attention,
     MeanPooling,
     Method,
     Pbs,
-    options_message,
 )
 from pbs_client.results import AttendStats
 
 Array = np.ndarray[Any, np.dtype[Any]]
-# Called with ("upload" or "download", bytes done, bytes in all). Uploads report from
+# Called with ("upload" or "download", bytes done, bytes in total). Uploads call it from
 # another thread.
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -48,7 +49,7 @@ _HEADER, _CHUNK, _STATS = 1, 2, 3  # AttendResponse
 
 @dataclass(frozen=True, eq=False)
 class AttendResult:
-    """What an attention call returned; None for what was not wanted.
+    """Results of an attention call; None for results that were not requested.
 
     Attributes:
         o: shape and dtype of q.
@@ -58,8 +59,8 @@ class AttendResult:
             position of the key in each slot. Order heads are the query heads in scope
             "query_head", else the KV heads.
         lists: the blocks that ran.
-        block_mask: the same as uint8 [batch, heads, query blocks, key blocks]; a tuple
-            of one array per sequence when their blocks differ.
+        block_mask: these blocks as uint8 [batch, heads, query blocks, key blocks]; a
+            tuple of one array per sequence when their blocks differ.
         stats: density, times, backend.
     """
 
@@ -89,7 +90,7 @@ class AttendShape:
     k_rows: tuple[int, ...]
 
     def order_shapes(self) -> set[tuple[int, ...]]:
-        """Shapes that an order may have: of either scope."""
+        """The valid shapes of an order, one per scope."""
         return {
             (*self.k_rows[:-2], heads, self.k_rows[-1])
             for heads in (self.num_heads, self.num_kv_heads)
@@ -98,13 +99,13 @@ class AttendShape:
 
 @dataclass(frozen=True, eq=False)
 class AttendCall:
-    """A request ready to send, and what its reply must look like."""
+    """A request that is ready to send, and the expected form of its reply."""
 
     header: Any  # AttendHeader
     uploads: tuple[tuple[str, Array], ...]
     shape: AttendShape
     dtype: np.dtype[Any]
-    grid: BlockGrid | None  # when lists travel
+    grid: BlockGrid | None  # set when lists are sent or returned
     want: tuple[str, ...]
 
     @property
@@ -117,30 +118,24 @@ def shape_of_arrays(
     q: Array,
     k: Array,
     v: Array,
-    cu_seqlens: Sequence[int] | None,
-    cu_seqlens_k: Sequence[int] | None,
+    packed: Packed | None,
 ) -> AttendShape:
-    """Shapes of uploaded tensors. ValueError when they do not fit each other."""
-    packed = cu_seqlens is not None
-    layout = "[heads, total, head_dim]" if packed else "[batch, heads, len, head_dim]"
+    """Shapes of uploaded tensors. ValueError when they do not match each other."""
+    num_dims, layout, hint = 3, "[heads, total, head_dim]", ""
+    if packed is None:
+        num_dims, layout = 4, "[batch, heads, len, head_dim]"
+        hint = "; packed tensors need cu_seqlens: packed=Packed(cu_seqlens)"
     for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim != (3 if packed else 4):
-            hint = "" if packed else "; packed tensors need cu_seqlens"
+        if array.ndim != num_dims:
             raise ValueError(f"{name} has shape {[*array.shape]}, not {layout}{hint}")
     if k.shape != v.shape:
         raise ValueError(f"v has shape {list(v.shape)}, not k's {list(k.shape)}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}")
-    if packed:
-        assert cu_seqlens is not None
-        ends_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-        if len(ends_k) != len(cu_seqlens):
-            raise ValueError(
-                f"cu_seqlens_k has {len(ends_k)} entries, cu_seqlens {len(cu_seqlens)}"
-            )
-        lengths = tuple(zip(_diff(cu_seqlens), _diff(ends_k)))
-    else:
+    if packed is None:
         lengths = ((q.shape[2], k.shape[2]),) * q.shape[0]
+    else:
+        lengths = packed.lengths()
     return AttendShape(
         num_heads=q.shape[-3],
         num_kv_heads=k.shape[-3],
@@ -151,15 +146,21 @@ def shape_of_arrays(
     )
 
 
+def shape_of_synthetic(tensors: Synthetic) -> AttendShape:
+    """Shapes of tensors that the server generates."""
+    batch, seq_len = tensors.batch, tensors.seq_len
+    return AttendShape(
+        num_heads=tensors.num_heads,
+        num_kv_heads=tensors.num_kv_heads,
+        head_dim=tensors.head_dim,
+        lengths=((seq_len, seq_len),) * batch,
+        q_rows=(batch, tensors.num_heads, seq_len),
+        k_rows=(batch, tensors.num_kv_heads, seq_len),
+    )
+
+
 def make_header(
-    method: Method | None,
-    want: Sequence[str],
-    *,
-    dense_fallback: bool | None,
-    coverage_rows: int | None,
-    warmup: int,
-    repetitions: int,
-    request_id: str,
+    attention: Attention, want: Sequence[str], timing: Timing, request_id: str
 ) -> Any:
     """The AttendHeader without tensors. ValueError for an unknown `want`."""
     unknown = sorted(set(want) - set(WANTS))
@@ -168,32 +169,38 @@ def make_header(
     tensors = {name for item in want for name in _WANTED_TENSORS[item]}
     return _messages.AttendHeader(
         request_id=request_id,
-        options=options_message(
-            method, dense_fallback=dense_fallback, coverage_rows=coverage_rows
-        ),
+        options=attention.to_message(),
         want=sorted(_TENSORS[name] for name in tensors),
-        warmup=warmup,
-        repetitions=repetitions,
+        warmup=timing.warmup,
+        repetitions=timing.repetitions,
     )
 
 
 def add_given(
-    header: Any,
-    method: Method | None,
-    order: Array | None,
-    lists: BlockLists | None,
+    header: Any, method: Method | None, given: Given, grid: BlockGrid | None
 ) -> list[tuple[str, Array]]:
-    """Makes the request use the caller's order and lists; returns their tensors.
+    """Makes the request use the given order and blocks. Returns their tensors.
+
+    Args:
+        header: the AttendHeader to change.
+        method: the request's method.
+        given: order and blocks.
+        grid: the block grid; a block_mask needs it.
 
     Raises:
-        ValueError: the method takes none, or the order is not of integers.
+        ValueError: the method takes none of them, the order has no integer dtype, or
+            the mask does not match the grid.
     """
     uploads: list[tuple[str, Array]] = []
-    if order is not None:
+    if given.order is not None:
         if not isinstance(method, Pbs):
             raise ValueError("an order needs the method pbs")
         header.options.pbs.use_given_order = True
-        uploads.append(("ORDER", _order_array(order)))
+        uploads.append(("ORDER", _order_array(given.order)))
+    lists = given.lists
+    if given.block_mask is not None:
+        assert grid is not None
+        lists = lists_from_mask(given.block_mask, grid)
     if lists is not None:
         if isinstance(method, Pbs):
             header.options.pbs.use_given_lists = True
@@ -206,19 +213,8 @@ def add_given(
     return uploads
 
 
-def given_lists(
-    lists: BlockLists | None, block_mask: Any, grid: BlockGrid | None
-) -> BlockLists | None:
-    """The lists of either argument. ValueError when both are given or do not fit."""
-    if lists is not None and block_mask is not None:
-        raise ValueError("give lists or a block_mask, not both")
-    if block_mask is None or grid is None:
-        return lists
-    return lists_from_mask(block_mask, grid)
-
-
 def announce(call: AttendCall) -> None:
-    """Lists the uploads in the header. ValueError for a dtype that does not travel."""
+    """Lists the uploads in the header. ValueError for a dtype that cannot be sent."""
     for name, array in call.uploads:
         call.header.tensors.add(
             tensor=_TENSORS[name],
@@ -228,7 +224,7 @@ def announce(call: AttendCall) -> None:
 
 
 def block_size_of(method: Method | None) -> int:
-    """Tokens of a block when the request says what `method` says."""
+    """Tokens of a block of a request with `method`."""
     size = None if method is None else method.block_size
     return BLOCK_SIZE_DEFAULT if size is None else size
 
@@ -261,7 +257,7 @@ class AttendReply:
         self._stats: AttendStats | None = None
 
     def add(self, message: bytes) -> None:
-        """Takes one AttendResponse. CorruptDataError when it is out of place."""
+        """Takes one AttendResponse. CorruptDataError when it must not come now."""
         member, body = _wire.decode_oneof(message, "AttendResponse")
         if self._stats is not None:
             raise CorruptDataError("the reply goes on after its stats")
@@ -276,7 +272,7 @@ class AttendReply:
             raise CorruptDataError(f"unexpected member {member} of AttendResponse")
 
     def result(self) -> AttendResult:
-        """The whole reply. CorruptDataError when a part of it is missing."""
+        """The complete reply. CorruptDataError when a part of it is missing."""
         if self._arrays is None or self._stats is None:
             raise CorruptDataError("the reply ended without header or stats")
         for name, target in self._targets.items():
@@ -354,7 +350,7 @@ class AttendReply:
         try:
             check_lists(lists, self._call.grid)
         except ValueError as error:
-            raise CorruptDataError(f"the reply's lists are none: {error}") from None
+            raise CorruptDataError(f"the reply's lists are invalid: {error}") from None
         found: dict[str, Any] = {}
         if "lists" in self._call.want:
             found["lists"] = lists
@@ -373,10 +369,6 @@ def _order_array(order: Any) -> Array:
     return np.ascontiguousarray(array, np.int32)
 
 
-def _diff(ends: Sequence[int]) -> list[int]:
-    return [end - begin for begin, end in zip(ends, ends[1:])]
-
-
 def _bytes_of(array: Array) -> memoryview:
-    """The bytes of a C-contiguous array, whatever its dtype."""
+    """The bytes of a C-contiguous array of any dtype."""
     return memoryview(array.reshape(-1).view(np.uint8).data)

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def warn_if_slow() -> None:
-    """Warns when google-crc32c runs in pure Python: 1000 times slower than its C."""
+    """Warns when google-crc32c runs in pure Python, 1000 times slower than in C."""
     if google_crc32c.implementation != "c":
         warnings.warn(
             "google-crc32c has no C extension here, so checking KV caches will take "

@@ -1,4 +1,4 @@
-"""grpc.health.v1 by hand: two messages of one field each."""
+"""The two messages of grpc.health.v1, encoded here: one field each."""
 
 from __future__ import annotations
 

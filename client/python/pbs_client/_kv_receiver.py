@@ -1,4 +1,4 @@
-"""Puts the chunks of a KV transfer where they belong, and believes none of them.
+"""Copies the chunks of a KV transfer to their place and checks each of them.
 
 A transfer is the arrays (layer, K), (layer, V) of each layer in order, each cut into
 chunks that follow one another without gaps. Every chunk is checked against what must
@@ -24,13 +24,13 @@ LAYOUT_NUMBERS = _messages.enum_numbers("KvLayout")
 _KINDS = ("K", "V")  # in their order of arrival
 _KIND_NUMBERS = _messages.enum_numbers("KvChunk.Kind")
 
-# Called with (layer, k, v) when both arrays of a layer are whole and checked.
+# Called with (layer, k, v) when both arrays of a layer are complete and checked.
 LayerCallback = Callable[[int, Array, Array], None]
 
 
 @dataclass(frozen=True)
 class KvShape:
-    """What was asked for.
+    """The requested ranges, dtype and layout.
 
     Attributes:
         layout: "HND" or "NHD".
@@ -49,7 +49,7 @@ class KvShape:
 
     @property
     def array_shape(self) -> tuple[int, int, int]:
-        """Of one array."""
+        """Shape of one array."""
         if self.layout == "HND":
             return self.heads.count, self.tokens.count, self.head_dim
         return self.tokens.count, self.heads.count, self.head_dim
@@ -78,9 +78,9 @@ class KvReceiver:
         """Allocates every array.
 
         Args:
-            shape: what was asked for.
+            shape: the requested ranges, dtype and layout.
             on_layer: see LayerCallback.
-            on_bytes: called with (bytes received, bytes in all) after each chunk.
+            on_bytes: called with (bytes received, bytes in total) after each chunk.
         """
         self.shape = shape
         self._on_layer = on_layer
@@ -94,31 +94,31 @@ class KvReceiver:
 
     @property
     def next_layer(self) -> int:
-        """The first layer that is not whole; where a broken transfer resumes."""
+        """The first incomplete layer; a broken transfer resumes there."""
         return self.shape.layers.begin + self._layer_idx
 
     @property
     def is_complete(self) -> bool:
-        """Every layer is whole and checked."""
+        """Every layer is complete and checked."""
         return self._layer_idx == self.shape.layers.count
 
     @property
     def received_bytes(self) -> int:
-        """Bytes of whole arrays and of the one under way."""
+        """Bytes of complete arrays and of the current one."""
         whole = 2 * self._layer_idx + _KINDS.index(self._kind)
         return whole * self.shape.array_bytes + self._offset
 
     def restart_layer(self) -> None:
-        """Forgets the layer under way, before a transfer resumes at next_layer."""
+        """Discards the current layer, before a transfer resumes at next_layer."""
         self._begin_layer()
 
     def add(self, chunk: KvChunk) -> None:
         """Checks and stores one chunk.
 
         Raises:
-            CorruptDataError: the chunk is not the one that must come next, its bytes
-                differ from its checksum, or the layer from its digest. The layer is
-                then unusable until restart_layer().
+            CorruptDataError: it is not the expected next chunk, or its checksum or the
+                layer's digest is wrong. The layer is then unusable until
+                restart_layer().
         """
         self._check_place(chunk)
         size = chunk.payload.nbytes
@@ -189,7 +189,7 @@ class KvReceiver:
         self._check_rectangle(chunk)
 
     def _check_rectangle(self, chunk: KvChunk) -> None:
-        """The chunk's tokens and heads are the ones its bytes belong to."""
+        """Checks that the chunk's tokens and heads match its byte range."""
         shape = self.shape
         heads = Span(chunk.head_begin - shape.heads.begin, chunk.head_count)
         tokens = Span(chunk.token_begin - shape.tokens.begin, chunk.token_count)

@@ -1,28 +1,25 @@
-"""Fetch: which ranges, and going on where a broken connection left off."""
+"""Fetch: the requested ranges, and resuming after a broken connection."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from pbs_client import _messages, _wire, dtypes
 from pbs_client._kv_receiver import LAYOUT_NUMBERS, KvReceiver, KvShape, LayerCallback
 from pbs_client._transport import Deadline, Transport
 from pbs_client.errors import DeadlineExceededError, UnavailableError
-from pbs_client.kv import KvCache, KvDescriptor, Span
+from pbs_client.kv import KvCache, KvDescriptor, KvFormat, KvPart, Span
 
 _RECONNECT_SECONDS_MAX = 10.0
 
-# As _attend.ProgressCallback: ("download", bytes done, bytes in all).
+# As _attend.ProgressCallback: ("download", bytes done, bytes in total).
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class FetchPlan:
-    """A described cache and what to take of it."""
+    """A described cache and the ranges to fetch."""
 
     descriptor: KvDescriptor
     shape: KvShape
@@ -31,28 +28,25 @@ class FetchPlan:
     def of(
         cls,
         descriptor: KvDescriptor,
-        layers: tuple[int, int] | None,
-        tokens: tuple[int, int] | None,
-        heads: tuple[int, int] | None,
-        dtype: np.dtype[Any] | None,
-        layout: str,
-        checksums: bool,
+        part: KvPart,
+        kv_format: KvFormat,
     ) -> FetchPlan:
         """The plan. ValueError when a range is empty or outside the cache."""
+        dtype = kv_format.dtype
         shape = KvShape(
-            layers=_span("layers", layers, descriptor.num_layers),
-            tokens=_span("tokens", tokens, descriptor.num_tokens),
-            heads=_span("heads", heads, descriptor.num_kv_heads),
+            layers=_span("layers", part.layers, descriptor.num_layers),
+            tokens=_span("tokens", part.tokens, descriptor.num_tokens),
+            heads=_span("heads", part.heads, descriptor.num_kv_heads),
             head_dim=descriptor.head_dim,
-            dtype=descriptor.dtype if dtype is None else dtype,
-            layout=layout,
+            dtype=descriptor.dtype if dtype is None else dtypes.float_dtype(dtype),
+            layout=kv_format.layout,
             epoch=descriptor.ticket.epoch,
-            checksums=checksums,
+            checksums=kv_format.checksums,
         )
         return cls(descriptor, shape)
 
     def request(self, layer_begin: int) -> bytes:
-        """The FetchRequest for everything from a layer on."""
+        """The FetchRequest for the layers from `layer_begin` on."""
         shape = self.shape
         request = _messages.FetchRequest(
             ticket=self.descriptor.ticket.to_message(),
@@ -113,7 +107,7 @@ def run_fetch(
 
 
 def _reconnect(transport: Transport, plan: FetchPlan, deadline: Deadline) -> bool:
-    """Whether the server is back and has the cache; else also as Client.describe()."""
+    """True when the server is back and has the cache. Errors as Client.describe()."""
     ticket = plan.descriptor.ticket.to_message().SerializeToString()
     seconds = min(deadline.left(), _RECONNECT_SECONDS_MAX)
     try:

@@ -1,6 +1,6 @@
-"""Keeps a lease while its cache is fetched: a fetch may outlast what is left of it.
+"""Renews a lease while its cache is fetched, because a fetch may outlast the lease.
 
-The lease keeps the time that it was given, also when somebody else renews it meanwhile.
+Every renewal is for the lease's own time to live, also when another holder renews it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Renew = Callable[..., KvLease]  # Client.renew
 
 
 class LeaseKeeper:
-    """For a `with` block: renews at its begin and whenever half of the time is over."""
+    """For a `with` block: renews at its begin and after each half of its time."""
 
     def __init__(
         self,
@@ -33,8 +33,8 @@ class LeaseKeeper:
         Args:
             describe: Client.describe.
             renew: Client.renew.
-            descriptor: the lease, as just described.
-            deadline: of the block.
+            descriptor: a new description of the lease.
+            deadline: the deadline of the block.
         """
         self._describe, self._renew = describe, renew
         self._descriptor = descriptor

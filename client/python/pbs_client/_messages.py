@@ -1,8 +1,8 @@
 """Message classes of pbs.v1, made from the descriptor set inside this package.
 
 There is no generated code: it would tie the client to one range of protobuf versions.
-The classes live in a pool of their own, so that they never meet other packages' copies
-of the same files (google.rpc, for one).
+The classes are in a descriptor pool of their own, so that they do not conflict with
+other packages' copies of the same files, such as google.rpc.
 """
 
 from __future__ import annotations

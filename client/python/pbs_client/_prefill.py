@@ -1,4 +1,4 @@
-"""Prefill: the request, and reading its stream of events."""
+"""Prefill: makes the request and reads its stream of events."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import grpc
 import numpy as np
 
 from pbs_client import _messages, _wire, dtypes
-from pbs_client._kv_receiver import LAYOUT_NUMBERS, KvReceiver, KvShape
+from pbs_client._kv_receiver import KvReceiver, KvShape
 from pbs_client.errors import CorruptDataError, NotFoundError
 from pbs_client.kv import Array, KvCache, KvTicket, Span
-from pbs_client.options import Method, options_message
+from pbs_client.options import Attention
+from pbs_client.prefill_options import INLINE_LAYOUT, Delivery, Inline, Lease, Logits
 from pbs_client.results import (
     Admitted,
     LayerProgress,
@@ -24,23 +25,21 @@ from pbs_client.results import (
     token_logits,
 )
 
-DELIVERIES = ("none", "inline", "lease")
-
 _ADMITTED, _LAYER, _KV, _DONE = 1, 2, 3, 4  # PrefillEvent
 
 
 @dataclass(frozen=True, eq=False)
 class PrefillResult:
-    """What a prefill returned.
+    """Results of a prefill.
 
     Attributes:
         first_token: greedy next token.
-        top_logits: the best next tokens, falling; empty unless asked for.
-        positions: the same behind the prompt positions asked for.
-        last_token_logits: float32 [vocab_size]; None unless asked for.
-        ticket: of the cache; only with delivery "lease".
+        top_logits: the best next tokens, best first; empty unless requested.
+        positions: the best next tokens after the requested prompt positions.
+        last_token_logits: float32 [vocab_size]; None unless requested.
+        ticket: names the cache; only with delivery Lease().
         lease_expires_unix_seconds: None without a ticket.
-        kv: the cache; only with delivery "inline".
+        kv: the cache; only with delivery Inline().
         model_digest, sparsity_digest: see KvTicket.
     """
 
@@ -58,12 +57,12 @@ class PrefillResult:
 
 @dataclass(frozen=True)
 class PrefillCallbacks:
-    """Called as the work goes on, from the thread that called prefill().
+    """Callbacks of progress, from the thread that called prefill().
 
     Attributes:
-        on_admitted: with the ticket (None unless leased), so that a fetch can follow
-            the work from another thread.
-        on_layer: as each layer's KV is ready.
+        on_admitted: called with the ticket (None unless leased), so that another thread
+            can start a fetch.
+        on_layer: called when a layer's KV is ready.
     """
 
     on_admitted: Callable[[Admitted, KvTicket | None], None] | None = None
@@ -71,7 +70,7 @@ class PrefillCallbacks:
 
 
 def token_ids(tokens: Sequence[int] | Array) -> list[int]:
-    """Token ids as the request holds them.
+    """Token ids in the form of a request.
 
     Raises:
         ValueError: not one-dimensional, or an id outside uint32.
@@ -95,60 +94,35 @@ def token_ids(tokens: Sequence[int] | Array) -> list[int]:
 def make_request(
     model: str,
     tokens: Sequence[int] | Array,
-    method: Method | None,
+    attention: Attention,
+    delivery: Delivery | None,
+    logits: Logits,
     *,
-    dense_fallback: bool | None,
-    coverage_rows: int | None,
-    top_logits: int,
-    last_token_logits: bool,
-    logit_positions: Sequence[int],
     priority: int,
-    request_id: str,
-    idempotency_key: str,
     tenant_salt: str,
+    request_id: str,
 ) -> Any:
-    """The PrefillRequest without its delivery. Errors as token_ids()."""
-    return _messages.PrefillRequest(
-        request_id=request_id,
+    """The PrefillRequest message. Errors as token_ids()."""
+    request = _messages.PrefillRequest(
         model=model,
         token_ids=token_ids(tokens),
-        attention=options_message(
-            method, dense_fallback=dense_fallback, coverage_rows=coverage_rows
-        ),
-        top_logits=top_logits,
-        all_logits_last_token=last_token_logits,
-        logit_positions=list(logit_positions),
+        attention=attention.to_message(),
         priority=priority,
-        idempotency_key=idempotency_key,
         tenant_salt=tenant_salt,
+        request_id=request_id,
     )
-
-
-def set_delivery(
-    request: Any,
-    delivery: str,
-    ttl_seconds: int | None,
-    kv_dtype: np.dtype[Any] | None,
-    layout: str,
-    checksums: bool,
-) -> None:
-    """Says how the cache travels. ValueError for an unknown delivery."""
-    if delivery not in DELIVERIES:
-        raise ValueError(f"delivery {delivery!r} is not one of {', '.join(DELIVERIES)}")
-    part = getattr(request.delivery, delivery)
-    part.SetInParent()
-    if delivery == "lease":
-        if ttl_seconds is not None:
-            part.ttl_seconds = ttl_seconds
-    elif delivery == "inline":
-        part.layout = LAYOUT_NUMBERS[layout]
-        part.checksums = checksums
-        if kv_dtype is not None:
-            part.dtype = dtypes.to_wire(kv_dtype)
+    logits.fill(request)
+    if delivery is None:
+        request.delivery.none.SetInParent()
+    else:
+        delivery.fill(request.delivery)
+    if isinstance(delivery, Lease):
+        request.idempotency_key = delivery.idempotency_key
+    return request
 
 
 def find_model(models: Sequence[ModelInfo], name: str) -> ModelInfo:
-    """The model of that name; for "" the only one. NotFoundError without."""
+    """The model of that name; "" is the only model. NotFoundError without one."""
     for model in models:
         if model.name == name or (not name and len(models) == 1):
             return model
@@ -162,20 +136,20 @@ def inline_shape(
     request: Any,
     models: Sequence[ModelInfo],
     epoch: int,
-    dtype: np.dtype[Any] | None,
-    checksums: bool,
+    inline: Inline,
 ) -> KvShape:
-    """What an inline cache will look like. NotFoundError as find_model()."""
+    """The shape of an inline cache. NotFoundError as find_model()."""
     model = find_model(models, request.model)
+    dtype = model.kv_dtype if inline.dtype is None else inline.dtype
     return KvShape(
         layers=Span(0, model.num_layers),
         tokens=Span(0, len(request.token_ids)),
         heads=Span(0, model.num_kv_heads),
         head_dim=model.head_dim,
-        dtype=dtypes.float_dtype(model.kv_dtype) if dtype is None else dtype,
-        layout="HND",
+        dtype=dtypes.float_dtype(dtype),
+        layout=INLINE_LAYOUT,
         epoch=epoch,
-        checksums=checksums,
+        checksums=inline.checksums,
     )
 
 
@@ -188,12 +162,12 @@ def read_events(
 
     Args:
         events: serialized PrefillEvents.
-        callbacks: to call on the way.
-        receiver: takes the KV chunks; None when none may come.
+        callbacks: callbacks of progress.
+        receiver: takes the KV chunks; None when chunks are an error.
 
     Raises:
-        CorruptDataError: an event is out of place, or bytes are missing or wrong.
-        PbsError: of the stream.
+        CorruptDataError: an event must not come now, or bytes are missing or wrong.
+        PbsError: the stream failed.
     """
     done: Any = None
     for event in events:

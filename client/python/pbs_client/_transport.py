@@ -1,7 +1,7 @@
-"""One gRPC channel, calls of raw bytes, and errors in our own words.
+"""One gRPC channel, with calls of raw bytes that raise PbsError.
 
-Messages cross grpcio as bytes in both directions: what is sent was built by hand or by
-protobuf before, what is received is read by the caller.
+grpcio handles messages as bytes in both directions. The caller serializes requests and
+parses replies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pbs_client.errors import from_rpc_error
 
 # A chunk is at most 4 MiB; the largest other reply is the logits of a whole vocabulary.
 RECEIVE_BYTES_MAX = 16 << 20
-# How far a reply may run ahead of its reader, per call.
+# Bytes that the server may send ahead of the reader, per call.
 _LOOKAHEAD_BYTES = 4 << 20
 _KEEPALIVE_MS = 30_000
 _KEEPALIVE_TIMEOUT_MS = 20_000
@@ -29,15 +29,15 @@ _RECONNECT_BACKOFF_MS_MAX = 2_000
 Metadata = Sequence[tuple[str, str]]
 
 
-# gRPC adds a time-out to the date; far beyond this the sum has no meaning.
+# gRPC adds a time-out to the date; the sum overflows far beyond this.
 _TIMEOUT_SECONDS_MAX = 1e9
 
 
 def seconds_of(timeout: Any) -> float:
-    """A time-out as a float; None and what is beyond any date are infinite.
+    """A time-out as a float; None and values beyond any date are infinite.
 
     Raises:
-        ValueError: it is no number, not a number or negative.
+        ValueError: it is no number, NaN or negative.
     """
     if timeout is None:
         return math.inf
@@ -62,7 +62,7 @@ class Deadline:
     """A point in time that several calls share."""
 
     def __init__(self, timeout: Any) -> None:
-        """Begins now; `timeout` as seconds_of()."""
+        """Starts now; `timeout` as for seconds_of()."""
         self._end = time.monotonic() + seconds_of(timeout)
 
     def left(self) -> float:
@@ -90,7 +90,7 @@ class Transport:
             self._channel = grpc.secure_channel(target, credentials, options=merged)
 
     def close(self) -> None:
-        """Cancels what is under way and closes the connection."""
+        """Cancels calls under way and closes the connection."""
         self._channel.close()
 
     def unary(
@@ -102,7 +102,7 @@ class Transport:
     ) -> bytes:
         """One request, one reply. Raises PbsError.
 
-        With wait_for_ready a server that is not there is waited for, within `timeout`.
+        With wait_for_ready it waits for an unreachable server, up to `timeout`.
         """
         call = self._channel.unary_unary(path)
         try:
@@ -124,7 +124,7 @@ class Transport:
         timeout: float | None,
         wait_for_ready: bool = False,
     ) -> Iterator[Iterator[bytes]]:
-        """One request, a stream of replies that ends with the block at the latest."""
+        """One request and a stream of replies, which the end of the block cancels."""
         call = self._channel.unary_stream(path)(
             request,
             timeout=_grpc_timeout(timeout),
@@ -138,7 +138,7 @@ class Transport:
     def exchange(
         self, path: str, requests: Iterator[bytes], timeout: float | None
     ) -> Iterator[Iterator[bytes]]:
-        """A stream of requests, read by another thread, and a stream of replies."""
+        """A stream of requests, which another thread reads, and a stream of replies."""
         call = self._channel.stream_stream(path)(
             requests, timeout=_grpc_timeout(timeout), metadata=self._metadata
         )
@@ -156,7 +156,7 @@ def check_target(target: str) -> None:
 
 
 def is_loopback(target: str) -> bool:
-    """Whether `target` names this machine, so that no proxy lies between."""
+    """True when `target` is this machine, so that no proxy is needed."""
     if target.startswith(("unix:", "unix-abstract:")):
         return True
     address = target.rpartition("/")[2] if _has_scheme(target) else target
@@ -177,26 +177,26 @@ def _has_scheme(target: str) -> bool:
 
 
 def channel_options(target: str) -> dict[str, Any]:
-    """What this client sets of its channel to `target`."""
+    """The channel options of this client for `target`."""
     options: dict[str, Any] = {
         # Pings that probe the bandwidth double the CPU time of a transfer; windows of a
         # known size make them needless.
         "grpc.http2.bdp_probe": 0,
         "grpc.http2.lookahead_bytes": _LOOKAHEAD_BYTES,
         "grpc.max_receive_message_length": RECEIVE_BYTES_MAX,
-        "grpc.max_send_message_length": -1,  # the server's limit is the one that counts
+        "grpc.max_send_message_length": -1,  # the server's limit applies
         # A long prefill is silent: pings tell a slow server from a dead one.
         "grpc.keepalive_time_ms": _KEEPALIVE_MS,
         "grpc.keepalive_timeout_ms": _KEEPALIVE_TIMEOUT_MS,
-        # What newer releases go by for pings (seen with 1.85).
+        # The option for pings in newer releases (seen with 1.85).
         "grpc.http2.ping_timeout_ms": _KEEPALIVE_TIMEOUT_MS,
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.max_pings_without_data": 0,
-        "grpc.enable_retries": 0,  # nothing sent twice; resuming a fetch is ours
+        "grpc.enable_retries": 0,  # send nothing twice; this client resumes fetches
         "grpc.initial_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MIN,
         "grpc.min_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MIN,
         "grpc.max_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MAX,
-        # Each client its own connection and its own backoff.
+        # Each client has its own connection and its own backoff.
         "grpc.use_local_subchannel_pool": 1,
     }
     if is_loopback(target):

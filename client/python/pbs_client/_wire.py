@@ -1,8 +1,8 @@
-"""Chunks by hand: protobuf's wire format without protobuf's copies.
+"""Encodes and decodes chunks in protobuf's wire format without protobuf's copies.
 
-A chunk that goes out is its few small fields joined with the payload; of one that came
-in, the fields are read and the payload stays a view of the received bytes. Whatever an
-ordinary protobuf peer may send is read: fields in any order, unknown fields, a repeated
+A sent chunk is its few small fields joined with the payload. Of a received chunk the
+fields are parsed, and the payload stays a view of the received bytes. The decoder reads
+all that a protobuf peer may send: fields in any order, unknown fields, a repeated
 member of a oneof (equal members merge, else the last wins).
 """
 
@@ -79,7 +79,7 @@ def encode_string(field: int, value: str) -> bytes:
 
 
 def parse(message_class: Any, data: Buffer) -> Any:
-    """`data` as a message of an ordinary class. CorruptDataError when it is not one."""
+    """Parses `data` as a message of a class. CorruptDataError when it is not one."""
     try:
         return message_class.FromString(bytes(data))
     except DecodeError as error:
@@ -88,13 +88,13 @@ def parse(message_class: Any, data: Buffer) -> Any:
 
 
 def decode_oneof(buffer: Buffer, name: str) -> tuple[int, memoryview]:
-    """The set member of a message that is nothing but a oneof of messages.
+    """The set member of a message whose only field is a oneof of messages.
 
     Returns:
         (field number, the member's bytes); (0, empty) when no member is set.
 
     Raises:
-        CorruptDataError: `buffer` is not a message; `name` is used to say which.
+        CorruptDataError: `buffer` is not a message; the error contains `name`.
     """
     member = 0
     parts: list[memoryview] = []

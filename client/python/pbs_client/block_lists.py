@@ -1,6 +1,6 @@
-"""Which key blocks each query block reads: CSR lists, and masks for people.
+"""The key blocks that each query block reads, as CSR lists and as masks.
 
-Query and key blocks lie on one absolute grid of `block_size` tokens per sequence. The
+Query and key blocks are on one absolute grid of `block_size` tokens per sequence. The
 queries of a sequence are the last q_len of its k_len positions, so its query blocks are
 the grid blocks from the first query's to the last; with a query offset the first may be
 short.
@@ -51,7 +51,7 @@ class BlockLists:
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """How many query and key blocks each sequence has.
+    """Numbers of query and key blocks of each sequence.
 
     Attributes:
         num_heads: query heads.
@@ -109,16 +109,16 @@ class BlockGrid:
 
 
 def lists_from_mask(mask: Any, grid: BlockGrid) -> BlockLists:
-    """Mask -> lists. Whether the blocks may be read is for the server to say.
+    """Converts a mask to lists. The server checks whether the blocks may be read.
 
     Args:
         mask: uint8 or bool, values 0 and 1: [batch, heads, query blocks, key blocks];
             or one [heads, query blocks, key blocks] array per sequence; or flat, all
             sequences back to back.
-        grid: of the same sequences.
+        grid: the grid of the same sequences.
 
     Raises:
-        ValueError: shape, dtype or a value is not as above.
+        ValueError: shape, dtype or a value is invalid.
     """
     parts = _split_mask(mask, grid)
     counts, indices = [np.zeros(1, np.int64)], [np.zeros(0, np.uint16)]
@@ -132,7 +132,7 @@ def lists_from_mask(mask: Any, grid: BlockGrid) -> BlockLists:
 
 
 def mask_from_lists(lists: BlockLists, grid: BlockGrid) -> BlockMask:
-    """Lists -> mask.
+    """Converts lists to a mask.
 
     Returns:
         uint8 [batch, heads, query blocks, key blocks] when all sequences have the same
@@ -174,7 +174,7 @@ def check_lists(lists: BlockLists, grid: BlockGrid) -> None:
 
 
 def flat_mask(mask: BlockMask) -> U8Array:
-    """A mask with its sequences back to back, uint8 [bytes]: the form files hold."""
+    """A mask with its sequences back to back, uint8 [bytes], as in files."""
     parts = mask if isinstance(mask, tuple) else (mask,)
     return np.concatenate([part.reshape(-1) for part in parts] or [_NO_MASK])
 

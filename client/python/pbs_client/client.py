@@ -1,17 +1,17 @@
-"""Client: everything a pbs-prefill server offers, as Python calls.
+"""Client: the calls of a pbs-prefill server as Python methods.
 
     with Client("127.0.0.1:50051") as client:
         result = client.prefill("llama", tokens, Pbs(threshold=0.9), delivery="lease")
         kv = client.fetch(result.ticket)
 
 Threading: a Client may be used from many threads at once.
-Memory: a tensor that goes up is copied once, chunk by chunk; one that comes down is
-copied once, into the array you get.
+Memory: an uploaded tensor is copied once, chunk by chunk. A downloaded tensor is copied
+once, into the returned array.
 Errors: every call raises a PbsError (errors.py) when the server refuses or cannot be
 reached, CorruptDataError when received bytes are wrong, and ValueError or TypeError,
 before any traffic, when its arguments cannot be sent.
 Time: a call ends after `timeout` seconds with DeadlineExceededError. The server knows
-the deadline and refuses at once what cannot meet it.
+the deadline and refuses a request at once when it cannot meet it.
 """
 
 from __future__ import annotations
@@ -24,26 +24,37 @@ import grpc
 import numpy as np
 
 from pbs_client import _attend, _checksum, _health, _messages, _prefill, _wire, dtypes
+from pbs_client._arguments import expect
 from pbs_client._attend import AttendResult, ProgressCallback
 from pbs_client._kv_receiver import KvReceiver, LayerCallback
 from pbs_client._kv_transfer import FetchPlan, run_fetch
 from pbs_client._lease_keeper import LeaseKeeper
 from pbs_client._prefill import PrefillCallbacks, PrefillResult
 from pbs_client._transport import Deadline, Metadata, Transport
-from pbs_client.block_lists import BlockGrid, BlockLists
+from pbs_client.attend_options import Given, Packed, Synthetic, Timing
+from pbs_client.block_lists import BlockGrid
 from pbs_client.errors import CorruptDataError
-from pbs_client.kv import LAYOUTS, Array, KvCache, KvDescriptor, KvLease, KvTicket
-from pbs_client.options import Method, method_of
+from pbs_client.kv import (
+    Array,
+    KvCache,
+    KvDescriptor,
+    KvFormat,
+    KvLease,
+    KvPart,
+    KvTicket,
+)
+from pbs_client.options import Attention, Method, attention_of, method_of
+from pbs_client.prefill_options import Delivery, Inline, Logits, delivery_of
 from pbs_client.results import Admitted, LayerProgress, ModelInfo, ServerInfo
 
 CONTROL_TIMEOUT_SECONDS = 30.0  # info, models, health, describe, renew, release
 WORK_TIMEOUT_SECONDS = 3600.0  # attend, prefill, fetch
-CHUNK_BYTES = 1 << 20  # of an upload
-CHUNK_BYTES_MAX = 4 << 20  # what every server takes
+CHUNK_BYTES = 1 << 20  # uploads
+CHUNK_BYTES_MAX = 4 << 20  # every server accepts it
 
 
 class Client:
-    """A connection to one server. Connects on first use; close it, or use `with`."""
+    """A connection to one server. It connects on first use; close it, or use `with`."""
 
     def __init__(
         self,
@@ -54,17 +65,17 @@ class Client:
         chunk_bytes: int = CHUNK_BYTES,
         channel_options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        """Prepares the connection; the network is not touched.
+        """Prepares the connection, without network traffic.
 
         Args:
             target: HOST:PORT, or a gRPC target with a scheme (unix:/path, dns:///...).
-            credentials: TLS; None is plain text.
-            metadata: sent with every call, such as an authorization header.
-            chunk_bytes: of uploads, 1 .. 4 MiB.
-            channel_options: gRPC channel arguments, over this client's own.
+            credentials: for TLS; None means plain text.
+            metadata: pairs to send with every call, such as an authorization header.
+            chunk_bytes: bytes of an upload's chunks, 1 .. 4 MiB.
+            channel_options: gRPC channel arguments; they override this client's.
 
         Raises:
-            ValueError: target or chunk_bytes is not as above.
+            ValueError: target or chunk_bytes is invalid.
         """
         if not 0 < chunk_bytes <= CHUNK_BYTES_MAX:
             raise ValueError(
@@ -86,7 +97,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Cancels what is under way and closes the connection."""
+        """Cancels calls under way and closes the connection."""
         self._transport.close()
 
     # ---- about the server
@@ -99,7 +110,7 @@ class Client:
     def models(
         self, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> tuple[ModelInfo, ...]:
-        """The models it prefills; empty when it serves raw attention only."""
+        """The models of the server; empty when it serves raw attention only."""
         reply = self._transport.unary("/pbs.v1.Prefill/ListModels", b"", timeout)
         models = _wire.parse(_messages.ListModelsResponse, reply).models
         return tuple(ModelInfo.from_message(model) for model in models)
@@ -110,7 +121,7 @@ class Client:
         """Health: "SERVING", "NOT_SERVING" (loading, draining) or "UNKNOWN".
 
         Args:
-            service: "" is the whole server; "liveness" serves from the first moment.
+            service: "" is the whole server; "liveness" is SERVING from the start.
             timeout: seconds.
 
         Raises:
@@ -120,10 +131,10 @@ class Client:
         return _health.state(self._transport.unary(_health.CHECK, request, timeout))
 
     def wait_until_serving(self, *, timeout: float | None) -> None:
-        """Returns once the server is healthy, also when it is yet to start.
+        """Waits until the server is healthy. The server may start after this call.
 
         Raises:
-            DeadlineExceededError: it was not within `timeout` seconds.
+            DeadlineExceededError: it was not healthy within `timeout` seconds.
         """
         watch = self._transport.receive(
             _health.WATCH, _health.request(""), timeout, wait_for_ready=True
@@ -136,25 +147,18 @@ class Client:
 
     # ---- raw attention
 
-    # Length: most of it documents the arguments.
     def attend(
         self,
         q: Array,
         k: Array,
         v: Array,
-        method: Method | str | None = None,
+        attention: Attention | Method | str | None = None,
         *,
-        cu_seqlens: Sequence[int] | Array | None = None,
-        cu_seqlens_k: Sequence[int] | Array | None = None,
-        order: Array | None = None,
-        lists: BlockLists | None = None,
-        block_mask: Any = None,
         want: Sequence[str] = ("o",),
-        dense_fallback: bool | None = None,
-        coverage_rows: int | None = None,
+        packed: Packed | None = None,
+        given: Given | None = None,
         allow_non_finite: bool = False,
-        warmup: int = 0,
-        repetitions: int = 0,
+        timing: Timing | None = None,
         request_id: str = "",
         timeout: float | None = WORK_TIMEOUT_SECONDS,
         progress: ProgressCallback | None = None,
@@ -162,149 +166,91 @@ class Client:
         """Causal attention of uploaded tensors.
 
         Args:
-            q: [batch, heads, q_len, head_dim]; with cu_seqlens [heads, total_q,
-                head_dim]. float32, float16 or ml_dtypes.bfloat16, or a torch tensor of
-                these. The queries of a
-                sequence are the last q_len of its k_len positions.
+            q: [batch, heads, q_len, head_dim]; packed [heads, total_q, head_dim].
+                float32, float16 or ml_dtypes.bfloat16, or a torch tensor of these. The
+                queries of a sequence are the last q_len of its k_len positions.
             k: [batch, kv_heads, k_len, head_dim] or [kv_heads, total_k, head_dim], of
                 q's dtype; kv_heads divides heads.
             v: k's shape and dtype.
-            method: Dense(), Pbs(...), MeanPooling(...) or the name of one with its
-                defaults, such as "dense"; None is the server's default.
-            cu_seqlens: [batch + 1], from 0, not falling: where each sequence's queries
-                begin and end.
-            cu_seqlens_k: the same for keys [cu_seqlens].
-            order: use this key order (method pbs): integers of AttendResult.order's
-                shape that permute inside segments only.
-            lists: use these blocks (pbs, mean_pooling).
-            block_mask: the same as a mask, see block_lists.lists_from_mask().
-            want: of "o", "lse", "order", "lists", "block_mask".
-            dense_fallback: run dense when the selected blocks would not pay [false].
-            coverage_rows: rows per sequence and head to measure coverage on [0].
-            allow_non_finite: take NaN and Inf; dense only.
-            warmup: extra runs before, 0 .. 100.
-            repetitions: runs to time, 0 (= 1) .. 1000.
+            attention: Dense(), Pbs(...), MeanPooling(...), the name of one with its
+                defaults, such as "dense", or Attention(...) for further options; None
+                is the server's default.
+            want: results to return, of "o", "lse", "order", "lists", "block_mask".
+            packed: bounds of the sequences in packed tensors.
+            given: key order and blocks to use instead of the method's own.
+            allow_non_finite: accept NaN and Inf; dense only.
+            timing: number of runs; None is one run.
             request_id: for the server's log, at most 128 bytes.
-            timeout: seconds; None is no limit, here and everywhere.
+            timeout: seconds; None means no limit, in every call.
             progress: see ProgressCallback.
         """
-        method = method_of(method)
+        expect(Packed, "packed", packed)
+        expect(Given, "given", given)
+        expect(Timing, "timing", timing)
+        attention, given = attention_of(attention), given or Given()
+        method = method_of(attention.method)
         q, k, v = (np.ascontiguousarray(dtypes.as_array(x)) for x in (q, k, v))
-        ends, ends_k = _int_list(cu_seqlens), _int_list(cu_seqlens_k)
-        shape = _attend.shape_of_arrays(q, k, v, ends, ends_k)
-        header = _attend.make_header(
-            method,
-            want,
-            dense_fallback=dense_fallback,
-            coverage_rows=coverage_rows,
-            warmup=warmup,
-            repetitions=repetitions,
-            request_id=request_id,
-        )
-        header.cu_seqlens.extend(ends or ())
-        header.cu_seqlens_k.extend(ends_k or ())
+        shape = _attend.shape_of_arrays(q, k, v, packed)
+        header = _attend.make_header(attention, want, timing or Timing(), request_id)
         header.allow_non_finite = allow_non_finite
-        grid = self._grid(shape, method, want, block_mask is not None)
-        lists = _attend.given_lists(lists, block_mask, grid)
+        if packed is not None:
+            packed.fill(header)
+        grid = self._grid(shape, method, want, given.block_mask is not None)
         uploads = [("Q", q), ("K", k), ("V", v)]
-        uploads += _attend.add_given(header, method, order, lists)
+        uploads += _attend.add_given(header, method, given, grid)
         call = _attend.AttendCall(
             header, tuple(uploads), shape, q.dtype, grid, tuple(want)
         )
         _attend.announce(call)
         return self._run_attend(call, timeout, progress)
 
-    # Length: most of it documents the arguments.
     def attend_synthetic(
         self,
-        method: Method | str | None = None,
+        tensors: Synthetic,
+        attention: Attention | Method | str | None = None,
         *,
-        batch: int = 1,
-        num_heads: int,
-        num_kv_heads: int,
-        seq_len: int,
-        head_dim: int,
-        dtype: Any = "f32",
-        seed: int = 0,
-        white_noise: bool = False,
         want: Sequence[str] = ("o",),
-        dense_fallback: bool | None = None,
-        coverage_rows: int | None = None,
-        warmup: int = 0,
-        repetitions: int = 0,
+        timing: Timing | None = None,
         request_id: str = "",
         timeout: float | None = WORK_TIMEOUT_SECONDS,
         progress: ProgressCallback | None = None,
     ) -> AttendResult:
-        """Attention of tensors that the server generates: for benchmarks.
+        """Attention of tensors that the server generates, for benchmarks.
 
         Args:
-            method: as attend().
-            batch: sequences of equal length.
-            num_heads: query heads.
-            num_kv_heads: divides num_heads.
-            seq_len: tokens of a sequence, queries and keys.
-            head_dim: width of a head.
-            dtype: "f32", "f16" or "bf16".
-            seed: equal seeds give equal tensors.
-            white_noise: instead of the structured generator.
-            want: as attend(), like all that follow.
-            dense_fallback: as attend().
-            coverage_rows: as attend().
-            warmup: as attend().
-            repetitions: as attend().
+            tensors: shape, dtype and seed.
+            attention: as attend().
+            want: as attend().
+            timing: as attend().
             request_id: as attend().
             timeout: as attend().
             progress: as attend().
         """
-        method, element = method_of(method), dtypes.float_dtype(dtype)
-        header = _attend.make_header(
-            method,
-            want,
-            dense_fallback=dense_fallback,
-            coverage_rows=coverage_rows,
-            warmup=warmup,
-            repetitions=repetitions,
-            request_id=request_id,
-        )
-        spec = header.synthetic
-        spec.batch, spec.num_heads, spec.num_kv_heads = batch, num_heads, num_kv_heads
-        spec.seq_len, spec.head_dim, spec.seed = seq_len, head_dim, seed
-        spec.dtype, spec.white_noise = dtypes.to_wire(element), white_noise
-        shape = _attend.AttendShape(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            lengths=((seq_len, seq_len),) * batch,
-            q_rows=(batch, num_heads, seq_len),
-            k_rows=(batch, num_kv_heads, seq_len),
-        )
-        grid = self._grid(shape, method, want, False)
+        if not isinstance(tensors, Synthetic):
+            raise TypeError(f"tensors {tensors!r} is not Synthetic(...)")
+        expect(Timing, "timing", timing)
+        attention = attention_of(attention)
+        header = _attend.make_header(attention, want, timing or Timing(), request_id)
+        tensors.fill(header)
+        shape = _attend.shape_of_synthetic(tensors)
+        grid = self._grid(shape, method_of(attention.method), want, False)
+        element = dtypes.float_dtype(tensors.dtype)
         call = _attend.AttendCall(header, (), shape, element, grid, tuple(want))
         return self._run_attend(call, timeout, progress)
 
     # ---- prefill
 
-    # Length: most of it documents the arguments.
     def prefill(
         self,
         model: str,
         tokens: Sequence[int] | Array,
-        method: Method | str | None = None,
+        attention: Attention | Method | str | None = None,
         *,
-        delivery: str = "none",
-        ttl_seconds: int | None = None,
-        kv_dtype: Any = None,
-        checksums: bool = True,
-        top_logits: int = 0,
-        last_token_logits: bool = False,
-        logit_positions: Sequence[int] = (),
-        dense_fallback: bool | None = None,
-        coverage_rows: int | None = None,
+        delivery: Delivery | str | None = None,
+        logits: Logits | None = None,
         priority: int = 0,
-        request_id: str = "",
-        idempotency_key: str = "",
         tenant_salt: str = "",
+        request_id: str = "",
         timeout: float | None = WORK_TIMEOUT_SECONDS,
         on_admitted: Callable[[Admitted, KvTicket | None], None] | None = None,
         on_layer: Callable[[LayerProgress], None] | None = None,
@@ -314,49 +260,36 @@ class Client:
         Args:
             model: its name; "" when the server has one model.
             tokens: ids, 1 .. ModelInfo.tokens_max of them, each below vocab_size.
-            method: Dense(), Pbs(...), MeanPooling(...) or the name of one with its
-                defaults, such as "dense"; None is the server's default.
-            delivery: "none": no cache; "inline": the cache in the result; "lease": the
-                server holds it for fetch().
-            ttl_seconds: of the lease, from the end of the prefill; None is the server's
-                default.
-            kv_dtype: "f32", "f16" or "bf16" of an inline cache; None is as held.
-            checksums: of an inline cache.
-            top_logits: how many best next tokens, 0 .. 100.
-            last_token_logits: the logits of the whole vocabulary.
-            logit_positions: prompt positions to give top_logits for too, at most 256.
-            dense_fallback: run a layer dense when its blocks would not pay [true].
-            coverage_rows: rows per head to measure coverage on [0].
+            attention: as attend().
+            delivery: Inline(...): the cache in the result; Lease(...): the server holds
+                it for fetch(); "inline" or "lease": one of these with its defaults;
+                None: no cache.
+            logits: logits to return; None is none.
             priority: -100 .. 100; higher runs first.
+            tenant_salt: mixed into sparsity_digest, at most 128 bytes.
             request_id: for the server's log, at most 128 bytes.
-            idempotency_key: equal keys name one piece of work while its lease lives.
-            tenant_salt: mixed into sparsity_digest.
             timeout: seconds.
             on_admitted: see PrefillCallbacks.
             on_layer: see PrefillCallbacks.
         """
+        expect(Logits, "logits", logits)
+        delivery = delivery_of(delivery)
         request = _prefill.make_request(
             model,
             tokens,
-            method_of(method),
-            dense_fallback=dense_fallback,
-            coverage_rows=coverage_rows,
-            top_logits=top_logits,
-            last_token_logits=last_token_logits,
-            logit_positions=logit_positions,
+            attention_of(attention),
+            delivery,
+            logits or Logits(),
             priority=priority,
-            request_id=request_id,
-            idempotency_key=idempotency_key,
             tenant_salt=tenant_salt,
+            request_id=request_id,
         )
-        dtype = None if kv_dtype is None else dtypes.float_dtype(kv_dtype)
-        _prefill.set_delivery(request, delivery, ttl_seconds, dtype, "HND", checksums)
         deadline = Deadline(timeout)
         receiver = None
-        if delivery == "inline" and request.token_ids:
+        if isinstance(delivery, Inline) and request.token_ids:
             info = self.info(timeout=_control_seconds(deadline))
             models = self.models(timeout=_control_seconds(deadline))
-            shape = _prefill.inline_shape(request, models, info.epoch, dtype, checksums)
+            shape = _prefill.inline_shape(request, models, info.epoch, delivery)
             receiver = KvReceiver(shape)
         path, payload = "/pbs.v1.Prefill/Prefill", request.SerializeToString()
         with self._transport.receive(path, payload, deadline.left()) as events:
@@ -368,11 +301,11 @@ class Client:
     def describe(
         self, ticket: KvTicket, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> KvDescriptor:
-        """What the ticket names.
+        """The state and sizes of the ticket's cache.
 
         Raises:
             NotFoundError: the ticket is unknown, foreign, expired or released.
-            FailedPreconditionError: a digest in the ticket is not the cache's.
+            FailedPreconditionError: a digest in the ticket differs from the cache's.
         """
         request = ticket.to_message().SerializeToString()
         reply = self._transport.unary("/pbs.v1.KvSource/Describe", request, timeout)
@@ -382,49 +315,38 @@ class Client:
         self,
         ticket: KvTicket,
         *,
-        layers: tuple[int, int] | None = None,
-        tokens: tuple[int, int] | None = None,
-        heads: tuple[int, int] | None = None,
-        dtype: Any = None,
-        layout: str = "HND",
-        checksums: bool = True,
+        part: KvPart | None = None,
+        kv_format: KvFormat | None = None,
         resumes: int = 3,
         timeout: float | None = WORK_TIMEOUT_SECONDS,
         on_layer: LayerCallback | None = None,
         progress: ProgressCallback | None = None,
     ) -> KvCache:
-        """Copies a leased cache here; follows a prefill that runs.
+        """Copies a leased cache here. It follows a prefill that still runs.
 
-        The lease stays. It is renewed on the way, for the time that it was given, so
-        that it does not end before the fetch.
+        The lease stays. The call renews it for its own time to live, so that it does
+        not end before the fetch.
 
         Args:
-            ticket: from prefill(), or its on_admitted.
-            layers: (begin, count); None is all.
-            tokens: (begin, count); None is all.
-            heads: (begin, count) of KV heads; None is all.
-            dtype: "f32", "f16" or "bf16"; None is as held.
-            layout: "HND" [kv_heads, tokens, head_dim] or "NHD" [tokens, kv_heads, ...].
-            checksums: check every chunk and layer.
-            resumes: how often to connect again when the connection breaks; complete
-                layers are kept.
-            timeout: seconds, for all of it.
-            on_layer: called with (layer, k, v) as each layer is whole and checked.
+            ticket: from prefill() or its on_admitted.
+            part: layers, tokens and heads to copy; None is all.
+            kv_format: dtype, layout and checksums; None is KvFormat().
+            resumes: the most reconnections after a broken connection; complete layers
+                are kept.
+            timeout: seconds for the whole fetch.
+            on_layer: called with (layer, k, v) when a layer is complete and checked.
             progress: see ProgressCallback.
 
         Raises:
             CorruptDataError: with layer, kind and offset of the first wrong byte range.
             NotFoundError, FailedPreconditionError: as describe(); also when the lease
-                ends on the way.
+                ends during the fetch.
         """
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-        element = None if dtype is None else dtypes.float_dtype(dtype)
+        expect(KvPart, "part", part)
+        expect(KvFormat, "kv_format", kv_format)
         deadline = Deadline(timeout)
         descriptor = self.describe(ticket, timeout=_control_seconds(deadline))
-        plan = FetchPlan.of(
-            descriptor, layers, tokens, heads, element, layout, checksums
-        )
+        plan = FetchPlan.of(descriptor, part or KvPart(), kv_format or KvFormat())
         with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
             return run_fetch(
                 self._transport, plan, resumes, deadline, on_layer, progress
@@ -448,7 +370,7 @@ class Client:
     def release(
         self, ticket: KvTicket, *, timeout: float | None = CONTROL_TIMEOUT_SECONDS
     ) -> None:
-        """Frees the cache at once. The ticket is NOT_FOUND from here on."""
+        """Frees the cache at once. The ticket is then NOT_FOUND."""
         request = _messages.ReleaseRequest(ticket=ticket.to_message())
         payload = request.SerializeToString()
         self._transport.unary("/pbs.v1.KvSource/Release", payload, timeout)
@@ -462,7 +384,7 @@ class Client:
         want: Sequence[str],
         has_mask: bool,
     ) -> BlockGrid | None:
-        """The block grid when lists travel: its block size may be the server's."""
+        """The block grid of the lists; its block size may be the server's default."""
         if not has_mask and not {"lists", "block_mask"} & set(want):
             return None
         resolved = self.info().default_attention if method is None else method
@@ -485,15 +407,5 @@ class Client:
 
 
 def _control_seconds(deadline: Deadline) -> float:
-    """For a control call on the way to a deadline."""
+    """Time-out of a control call that must end before a deadline."""
     return min(deadline.left(), CONTROL_TIMEOUT_SECONDS)
-
-
-def _int_list(values: Sequence[int] | Array | None) -> list[int] | None:
-    """A one-dimensional list of ints. ValueError for anything else."""
-    if values is None:
-        return None
-    array = dtypes.as_array(values)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError("cu_seqlens is not a list of integers")
-    return [int(value) for value in array]

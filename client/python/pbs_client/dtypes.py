@@ -1,4 +1,4 @@
-"""Element types: wire number <-> NumPy dtype <-> the short names people type.
+"""Element types: converts between wire numbers, NumPy dtypes and short names.
 
 | name | NumPy | wire |
 |---|---|---|
@@ -6,8 +6,8 @@
 | f16 | float16 | F16 |
 | bf16 | ml_dtypes.bfloat16 | BF16 |
 
-The wire also knows i32 (orders), u16 and i64 (block lists). All bytes on the wire are
-little-endian; so must be the machine this runs on.
+The wire also has i32 (orders), u16 and i64 (block lists). All bytes on the wire are
+little-endian, and the machine must be so too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BF16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 F16: np.dtype[Any] = np.dtype(np.float16)
 F32: np.dtype[Any] = np.dtype(np.float32)
 
-# What q, k, v, o and KV caches may be.
+# dtypes of q, k, v, o and KV caches.
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {"f32": F32, "f16": F16, "bf16": BF16}
 
 _NUMPY_BY_WIRE_NAME: dict[str, np.dtype[Any]] = {
@@ -49,7 +49,7 @@ def to_wire(dtype: np.dtype[Any]) -> int:
         return _WIRE_BY_NUMPY[dtype]
     except KeyError:
         raise ValueError(
-            f"dtype {dtype} does not travel; use float32, float16 or ml_dtypes.bfloat16"
+            f"dtype {dtype} cannot be sent; use float32, float16 or ml_dtypes.bfloat16"
         ) from None
 
 
@@ -59,7 +59,7 @@ def from_wire(number: int) -> np.dtype[Any] | None:
 
 
 def float_dtype(dtype: Any) -> np.dtype[Any]:
-    """f32, f16 or bf16 from its short name or anything np.dtype() takes.
+    """f32, f16 or bf16 from its short name or any argument of np.dtype().
 
     Raises:
         ValueError: it is none of the three.
@@ -77,15 +77,15 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
 
 
 def is_torch_tensor(values: Any) -> bool:
-    """Whether it is one; torch itself is not needed."""
+    """True for a torch tensor; works without torch."""
     return type(values).__module__.partition(".")[0] == "torch"
 
 
 def as_array(values: Any) -> np.ndarray[Any, Any]:
-    """np.asarray(), for torch tensors of any device, bfloat16 included, too.
+    """As np.asarray(), also for torch tensors of any device and of bfloat16.
 
     Raises:
-        ValueError: the values make no array.
+        ValueError: the values cannot become an array.
     """
     try:
         if not is_torch_tensor(values):
@@ -93,7 +93,7 @@ def as_array(values: Any) -> np.ndarray[Any, Any]:
         tensor = values.detach().cpu().resolve_conj().resolve_neg()
         if str(tensor.dtype) != "torch.bfloat16":
             return np.asarray(tensor.numpy())
-        # torch does not know ml_dtypes: the bits travel as another type of their size.
+        # torch does not know ml_dtypes: pass the bits as int16.
         bits = tensor.contiguous().view(sys.modules["torch"].int16)
         return np.asarray(bits.numpy()).view(BF16)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -104,7 +104,7 @@ def as_array(values: Any) -> np.ndarray[Any, Any]:
 
 
 def short_name(dtype: np.dtype[Any]) -> str:
-    """The name people type: "f32", "f16", "bf16"; NumPy's for any other dtype."""
+    """The short name "f32", "f16" or "bf16"; NumPy's name for any other dtype."""
     for name, known in FLOAT_DTYPES.items():
         if known == dtype:
             return name

@@ -1,20 +1,20 @@
-"""Everything that can go wrong, by what the caller should do about it.
+"""Exceptions of this client, one for each reaction of the caller.
 
 | exception | status code | what to do |
 |---|---|---|
 | InvalidArgumentError | INVALID_ARGUMENT, OUT_OF_RANGE | fix the request |
-| NotFoundError | NOT_FOUND | no such model; or the lease expired, was released |
-| FailedPreconditionError | FAILED_PRECONDITION | do not retry: caches do not fit |
+| NotFoundError | NOT_FOUND | no such model, or the lease has expired or was released |
+| FailedPreconditionError | FAILED_PRECONDITION | do not retry: another cache or model |
 | ResourceExhaustedError | RESOURCE_EXHAUSTED | wait `retry_after` seconds, try again |
 | UnavailableError | UNAVAILABLE | try another server, or this one later |
 | DeadlineExceededError | DEADLINE_EXCEEDED | allow more time |
-| CorruptDataError | DATA_LOSS, or found here | transfer again |
-| UnimplementedError | UNIMPLEMENTED | this server lacks it |
-| AbortedError | ABORTED | the same work is under way, or was released |
+| CorruptDataError | DATA_LOSS, or found by this client | transfer again |
+| UnimplementedError | UNIMPLEMENTED | do without: this server lacks it |
+| AbortedError | ABORTED | wait: the same work is under way; or it was released |
 | CallCancelledError | CANCELLED | - |
 | InternalError | INTERNAL, UNKNOWN, ... | a fault of the server: report it |
 
-Arguments that cannot even be sent raise ValueError or TypeError before any traffic.
+Arguments that cannot be sent raise ValueError or TypeError before any traffic.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class PbsError(Exception):
 
     Attributes:
         code: the grpc.StatusCode.
-        message: the server's words (value and limit), or this client's.
+        message: the server's message, with value and limit, or this client's.
         retry_after: seconds after which the same request can succeed; None when the
-            server did not say.
+            server did not state it.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class FailedPreconditionError(PbsError):
 
 
 class ResourceExhaustedError(PbsError):
-    """The server has no room now. Try again after `retry_after` seconds."""
+    """The server is at a limit now. Try again after `retry_after` seconds."""
 
 
 class UnavailableError(PbsError):
-    """The server is not there, still loading, draining, or the connection broke."""
+    """The server is unreachable, loading or draining, or the connection broke."""
 
 
 class DeadlineExceededError(PbsError):
-    """The time allowed for the call ran out, or provably would have."""
+    """The call's time ran out, or the server knows that it would."""
 
 
 class UnimplementedError(PbsError):
@@ -81,7 +81,7 @@ class UnimplementedError(PbsError):
 
 
 class AbortedError(PbsError):
-    """The same idempotency key is at work, or the lease was released meanwhile."""
+    """A prefill with the same idempotency key runs, or the lease was released."""
 
 
 class CallCancelledError(PbsError):
@@ -93,10 +93,10 @@ class InternalError(PbsError):
 
 
 class CorruptDataError(PbsError):
-    """Received bytes are not the bytes that were sent, or not where they belong.
+    """Received bytes differ from the sent bytes or are in the wrong place.
 
     Attributes:
-        layer: of the KV cache; None when the fault is not in one.
+        layer: layer of the KV cache; None when the fault is not in a cache.
         kind: "K" or "V", or the name of an Attend tensor; None when not known.
         offset: byte offset of the chunk inside its array; None when not known.
     """
@@ -152,5 +152,5 @@ def _retry_after(trailing_metadata: Any) -> float | None:
                     delay = _messages.RetryInfo.FromString(detail.value).retry_delay
                     return max(0.0, float(delay.seconds + delay.nanos * 1e-9))
         except DecodeError:
-            return None  # a proxy's, not ours: the status itself still counts
+            return None  # not our server's details: use the status without them
     return None

@@ -1,4 +1,4 @@
-"""Hugging Face bridge: a prefilled KV cache into `transformers`, then `generate`.
+"""Hugging Face bridge: moves a prefilled KV cache to `transformers` and generates.
 
     model = hf.load_model("/models/llama")
     tokens = hf.generate(model, prompt, client.fetch(ticket), max_new_tokens=64)
@@ -7,15 +7,15 @@ Needs torch and transformers (4.57 or 5.x): pip install "pbs-client[hf]".
 
 transformers takes the position of the next token from the length of the cache. A cache
 of the whole prompt together with the prompt alone therefore computes the last token
-twice, one position late, and decodes wrong tokens without an error. The two right ways:
+twice, one position late, and decodes wrong tokens without an error. Right pairs are:
 
-* the cache of all but the last token with the prompt: nothing else is needed;
-* the whole cache with the prompt and the first token that the prefill returned.
+* the cache of all but the last token, with the prompt;
+* the whole cache, with the prompt and the first token that the prefill returned.
 
-generate_inputs() makes either pair, and check_generate_inputs() refuses any other.
+generate_inputs() makes either pair, and check_generate_inputs() refuses all others.
 
-Errors: ImportError says what to install; IncompatibleCacheError (a ValueError) that a
-cache is not one of this model.
+Errors: ImportError names the packages to install. IncompatibleCacheError (a ValueError)
+means that a cache is not of this model.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ except ImportError as error:
     ) from error
 
 
-# Relative error allowed between a key of the first layer as the server computed it and
-# as this model does. bf16 on either side gives up to .01; another rotary base, other
-# weights or another token give about 1.
+# Allowed relative error between the server's key of the first layer and this model's.
+# bf16 in either of them gives up to .01; another rotary base, other weights or another
+# token give about 1.
 _FIRST_LAYER_ERROR_MAX = 0.05
 
 
@@ -59,8 +59,8 @@ def load_model(
 
     Args:
         path: the folder; nothing is downloaded.
-        dtype: "f32", "f16" or "bf16"; None is what its config.json says.
-        device: of torch.
+        dtype: "f32", "f16" or "bf16"; None is the dtype in its config.json.
+        device: a torch device.
 
     Raises:
         ValueError: this transformers release would misread the folder.
@@ -75,9 +75,9 @@ def load_model(
 
 
 def check_release_reads(path: str | Path) -> None:
-    """ValueError when transformers < 5 meets a config.json that only 5 understands.
+    """ValueError when transformers < 5 reads a config.json that only 5 understands.
 
-    Release 5 writes `rope_parameters`; release 4 reads such a folder without complaint,
+    Release 5 writes `rope_parameters`. Release 4 reads such a folder without an error,
     with the default rotary base, and decodes wrong tokens.
     """
     if int(transformers.__version__.split(".")[0]) >= 5:
@@ -91,16 +91,16 @@ def check_release_reads(path: str | Path) -> None:
 
 
 def check_compatible(model: Any, cache: KvCache, model_digest: str = "") -> None:
-    """Refuses a cache that this model could not have made.
+    """Refuses a cache that this model cannot have made.
 
     Args:
         model: a transformers model, or its config.
         cache: from Client.fetch() or an inline prefill.
-        model_digest: that the cache must state; "" does not look at it.
+        model_digest: the digest that the cache must have; "" skips this check.
 
     Raises:
         IncompatibleCacheError: layers, KV heads, head width or digest differ, or the
-            cache is only a part of one.
+            cache is not complete.
     """
     config = getattr(model, "config", model)
     heads = config.num_attention_heads
@@ -135,14 +135,15 @@ def check_compatible(model: Any, cache: KvCache, model_digest: str = "") -> None
 def check_first_layer(
     model: Any, prompt: Sequence[int] | Array, cache: KvCache
 ) -> None:
-    """Computes the first layer's K and V of the last token here and compares.
+    """Compares the first layer's K and V of the last token with this model's.
 
-    They depend on the embedding, the first projections and the rotary embedding but on
-    no attention, so they are the same for every method. One decoding step of time.
+    They depend on the embedding, the first projections and the rotary embedding, not on
+    attention, so they are the same for every method. The check takes the time of one
+    decoding step.
 
     Raises:
-        IncompatibleCacheError: they are not alike: other weights, another prompt, or a
-            config that this transformers release reads differently.
+        IncompatibleCacheError: they differ, because of other weights, another prompt,
+            or a config that this transformers release reads differently.
     """
     last = len(prompt) - 1
     made = transformers.DynamicCache()
@@ -171,7 +172,7 @@ def check_first_layer(
 
 
 def check_same_model(model: Any, info: ModelInfo) -> None:
-    """Refuses a server model that plainly is another one than this.
+    """Refuses a server model that differs from this model.
 
     Args:
         model: a transformers model, or its config.
@@ -196,10 +197,10 @@ def check_same_model(model: Any, info: ModelInfo) -> None:
 
 
 def _check_attention_factor(config: Any, info: ModelInfo) -> None:
-    """Refuses keys that were rotated by another factor than transformers rotates by."""
+    """Refuses keys whose rotary factor differs from that of transformers."""
     there = info.rope_attention_factor
     if there == 0:
-        return  # a server that does not tell
+        return  # the server does not state it
     rope = _rope_settings(config)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     function = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS.get(rope_type)
@@ -212,7 +213,7 @@ def _check_attention_factor(config: Any, info: ModelInfo) -> None:
 
 
 def _rope_settings(config: Any) -> dict[str, Any]:
-    """Of transformers 5, or of 4; empty where there are none."""
+    """Rotary settings of transformers 5 or 4; empty where there are none."""
     return (
         getattr(config, "rope_parameters", None)
         or getattr(config, "rope_scaling", None)
@@ -221,7 +222,7 @@ def _rope_settings(config: Any) -> dict[str, Any]:
 
 
 def _attn_factor_reason(config: Any) -> str:
-    """What to do about a key that the server reads and transformers does not."""
+    """Advice about a config key that the server reads and transformers ignores."""
     if "attn_factor" not in _rope_settings(config):
         return ""
     return (
@@ -237,10 +238,10 @@ def dynamic_cache(
 
     Args:
         cache: whole layers and heads, from token 0.
-        num_tokens: how many to take, 1 .. cache.tokens.count. See the top of this file
-            for which number goes with which input ids.
-        dtype: of torch; None keeps the cache's.
-        device: of torch.
+        num_tokens: tokens to take, 1 .. cache.tokens.count. The module's docstring
+            states the number for given input ids.
+        dtype: a torch dtype; None keeps the cache's.
+        device: a torch device.
 
     Raises:
         ValueError: num_tokens is out of range, or a value does not fit `dtype`.
@@ -264,15 +265,15 @@ def generate_inputs(
     first_token: int | None = None,
     model_digest: str = "",
 ) -> dict[str, Any]:
-    """Arguments for `model.generate(**inputs, ...)`: ids and the cache that fits them.
+    """Arguments for `model.generate(**inputs, ...)`: ids and the matching cache.
 
     Args:
         model: a transformers causal language model.
-        prompt: the ids that were prefilled; at least 2 of them without first_token.
-        cache: of the whole prompt.
+        prompt: the prefilled ids; at least 2 of them without first_token.
+        cache: the cache of the whole prompt.
         first_token: the prefill's greedy next token. With it the whole cache is used
-            and the ids are prompt + first_token; without it, the last prompt token is
-            computed again (its logits are the model's own).
+            and the ids are prompt + first_token. Without it this model computes the
+            last prompt token again.
         model_digest: see check_compatible().
 
     Raises:
@@ -302,7 +303,7 @@ def generate_inputs(
 
 
 def check_generate_inputs(input_ids: Any, past_key_values: Any) -> None:
-    """Refuses the pairs that transformers decodes wrongly without saying so.
+    """Refuses pairs that transformers would decode wrongly without an error.
 
     Raises:
         ValueError: the cache covers all of the input ids, or leaves more than the last
@@ -327,20 +328,20 @@ def generate(
     model_digest: str = "",
     **generate_arguments: Any,
 ) -> list[int]:
-    """Decodes behind a prefilled prompt, greedily unless told otherwise.
+    """Decodes after a prefilled prompt, by default greedily.
 
     Args:
         model: a transformers causal language model.
-        prompt: the ids that were prefilled.
-        cache: of the whole prompt; it is copied, not changed.
+        prompt: the prefilled ids.
+        cache: the cache of the whole prompt; it is copied, not changed.
         max_new_tokens: at least 1, first_token included.
         first_token: see generate_inputs(). It is the first of the returned tokens.
-        ignore_eos: always give max_new_tokens.
+        ignore_eos: ignore end tokens, so that max_new_tokens are decoded.
         model_digest: see check_compatible().
         **generate_arguments: for `model.generate`, such as do_sample=True.
 
     Returns:
-        The new tokens; the last is an end token unless max_new_tokens came first.
+        The new tokens. The last is an end token unless max_new_tokens were decoded.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} is below 1")
@@ -363,7 +364,7 @@ def generate(
 
 
 def _cache_argument(model: Any) -> str:
-    """How the model's transformers release calls the argument that takes a cache.
+    """The name of the cache argument in the model's transformers release.
 
     Up to 5.23 it is `past_key_values`, which ends with 5.40.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,14 @@ LAYOUTS = ("HND", "NHD")
 
 @dataclass(frozen=True)
 class KvTicket:
-    """Names a KV cache that a server holds. Whoever has it may fetch and release.
+    """Names a KV cache that a server holds. Its holder may fetch and release the cache.
 
     Attributes:
         handle: 32 hex digits, unguessable.
-        epoch: of the server process; a restarted server knows none of its old tickets.
+        epoch: identifies the server process; a restarted server refuses old tickets.
         model_digest: weights, architecture, rotary embedding and dtype.
-        sparsity_digest: "exact", or the method and options that made the cache, and the
-            tenant salt, where the request had one.
+        sparsity_digest: "exact", or a digest of the method and options that made the
+            cache and of the request's tenant salt, if any.
     """
 
     handle: str
@@ -49,9 +49,9 @@ class KvTicket:
         return _messages.KvTicket(**self.__dict__)
 
     def to_json(self) -> str:
-        """One line of JSON, for handing the ticket to a decode tier.
+        """One line of JSON, to pass the ticket to a decode tier.
 
-        The epoch is a string: readers that know only doubles would round it.
+        The epoch is a string, because readers that know only doubles would round it.
         """
         return json.dumps({**self.__dict__, "epoch": str(self.epoch)})
 
@@ -60,7 +60,7 @@ class KvTicket:
         """From to_json(), or the `ticket` object that `pbs-client prefill` prints.
 
         Raises:
-            ValueError: it is not one.
+            ValueError: `text` is not a ticket.
         """
         value = json.loads(text)
         names = ("handle", "epoch", "model_digest", "sparsity_digest")
@@ -76,16 +76,16 @@ class KvTicket:
 
 @dataclass(frozen=True)
 class KvDescriptor:
-    """What a ticket names.
+    """The state and sizes of a ticket's cache.
 
     Attributes:
         ticket: with its digests filled in.
-        expires_unix_seconds: None while the prefill runs: the time starts when it ends.
-        ttl_seconds: of the lease.
-        complete: the prefill has ended; until then layers_ready tells how far it is.
+        expires_unix_seconds: None while the prefill runs; the time starts at its end.
+        ttl_seconds: time to live of the lease.
+        complete: the prefill has ended; until then layers_ready layers are ready.
         num_tokens: prompt tokens, each with a key and a value in every layer and head.
-        dtype: as held, float32, float16 or ml_dtypes.bfloat16.
-        bytes: as held.
+        dtype: float32, float16 or ml_dtypes.bfloat16, as the server holds the cache.
+        bytes: bytes of the cache at the server.
         first_token: greedy next token; None until complete.
     """
 
@@ -105,7 +105,7 @@ class KvDescriptor:
 
     @classmethod
     def from_message(cls, message: Any) -> KvDescriptor:
-        """From a KvDescriptor message. CorruptDataError when its sizes are absurd."""
+        """From a KvDescriptor message. CorruptDataError when its sizes are invalid."""
         dtype = dtypes.from_wire(message.dtype)
         if dtype is None or dtype not in dtypes.FLOAT_DTYPES.values():
             raise CorruptDataError(f"descriptor has unknown dtype {message.dtype}")
@@ -169,20 +169,76 @@ class Span:
         return self.begin + self.count
 
 
+@dataclass(frozen=True)
+class KvPart:
+    """A part of a cache. Each range is (begin, count); None is all.
+
+    Attributes:
+        layers: range of the model's layers.
+        tokens: range of the prompt.
+        heads: range of the KV heads.
+
+    Raises:
+        TypeError: a range is not two integers.
+    """
+
+    layers: tuple[int, int] | None = None
+    tokens: tuple[int, int] | None = None
+    heads: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, given in self.__dict__.items():
+            if given is not None and not _is_int_pair(given):
+                raise TypeError(f"{name} {given!r} is not (begin, count)")
+
+
+def _is_int_pair(given: Any) -> bool:
+    return (
+        isinstance(given, Sequence)
+        and len(given) == 2
+        and all(isinstance(number, (int, np.integer)) for number in given)
+    )
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """The form in which a cache is fetched.
+
+    Attributes:
+        dtype: "f32", "f16" or "bf16"; None is the dtype that the server holds.
+        layout: "HND" [kv_heads, tokens, head_dim] or "NHD" [tokens, kv_heads, head_dim].
+        checksums: check every chunk and layer.
+
+    Raises:
+        ValueError: dtype or layout is none of these.
+    """
+
+    dtype: Any = None
+    layout: str = "HND"
+    checksums: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            dtypes.float_dtype(self.dtype)
+        if self.layout not in LAYOUTS:
+            names = ", ".join(LAYOUTS)
+            raise ValueError(f"layout {self.layout!r} is not one of {names}")
+
+
 @dataclass(frozen=True, eq=False)
 class KvCache:
-    """Keys and values of a prompt, or of ranges of it. Every checksum was checked.
+    """Keys and values of a prompt, or of ranges of it.
 
-    Keys carry the rotary embedding; both are in token order and not repeated for
-    grouped queries.
+    Keys include the rotary embedding. Keys and values are in token order and not
+    repeated for grouped queries.
 
     Attributes:
         k, v: one array per layer, [kv_heads, tokens, head_dim] in layout "HND",
             [tokens, kv_heads, head_dim] in "NHD".
         layers, tokens, heads: the ranges that the arrays cover.
-        prompt_tokens: of the whole prompt.
+        prompt_tokens: tokens of the whole prompt.
         model_digest, sparsity_digest: see KvTicket.
-        first_token: greedy next token; None when not known.
+        first_token: greedy next token; None when unknown.
     """
 
     k: tuple[Array, ...]
@@ -208,7 +264,7 @@ class KvCache:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the elements."""
+        """dtype of the elements."""
         return self.k[0].dtype
 
     @property
@@ -217,7 +273,7 @@ class KvCache:
         return sum(array.nbytes for array in self.k + self.v)
 
     def tensors(self) -> dict[str, Array]:
-        """The arrays by the names files use: layers.N.k, layers.N.v."""
+        """The arrays by their names in files: layers.N.k, layers.N.v."""
         named: dict[str, Array] = {}
         for index, (k, v) in enumerate(zip(self.k, self.v), self.layers.begin):
             named[f"layers.{index}.k"] = k

@@ -1,7 +1,7 @@
-"""Attention methods and their options, as a request states them.
+"""Attention methods and their options in a request.
 
-Every field may be left None: the server then uses its documented default (in brackets
-below). Ranges are the server's to check; it names value and limit.
+Every field may be None: the server then uses its documented default (in brackets
+below). The server checks ranges; its errors name value and limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Dense:
     """Full causal attention: every block, identity order.
 
     Attributes:
-        block_size: tokens of the blocks that the reply's lists count in [128].
+        block_size: tokens of the blocks in the reply's lists [128].
     """
 
     block_size: int | None = None
@@ -40,8 +40,8 @@ class Pbs:
     Attributes:
         block_size: tokens; a power of two in [16, 256] [128].
         segment_size: tokens; a multiple of block_size [256].
-        threshold: attention mass to keep per query block, (0, 1]; more is slower and
-            nearer to dense [0.9].
+        threshold: attention mass to keep per query block, (0, 1]; a higher value is
+            slower and nearer to dense attention [0.9].
         scope: "kv_head": one key order per KV head; "query_head": one per query head
             [kv_head].
         force_first_block: every query block also reads the block of key 0 [true].
@@ -97,16 +97,20 @@ class MeanPooling:
 
 Method = Union[Dense, Pbs, MeanPooling]
 
-_METHODS = {"dense": Dense, "pbs": Pbs, "mean_pooling": MeanPooling}
+_METHODS: dict[str, type[Method]] = {
+    "dense": Dense,
+    "pbs": Pbs,
+    "mean_pooling": MeanPooling,
+}
 
 
 def method_of(method: Any) -> Method | None:
-    """A method, given as one or by name; None stays None.
+    """A method from a method object or a name; None stays None.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is no method.
     """
-    if method is None or isinstance(method, tuple(_METHODS.values())):
+    if method is None or isinstance(method, (Dense, Pbs, MeanPooling)):
         return method
     if isinstance(method, str) and method in _METHODS:
         return _METHODS[method]()
@@ -119,26 +123,49 @@ def method_of(method: Any) -> Method | None:
 BLOCK_SIZE_DEFAULT = 128  # of every method; AttentionOptions in the .proto files
 
 
-def options_message(
-    method: Method | None,
-    *,
-    dense_fallback: bool | None = None,
-    coverage_rows: int | None = None,
-) -> Any:
-    """The AttentionOptions message of a request.
+@dataclass(frozen=True)
+class Attention:
+    """A method and the options that all methods share.
 
-    Args:
-        method: None leaves it to the server's default profile.
-        dense_fallback: run a layer dense when its selected blocks would not pay; None
-            is the RPC's default (false in Attend, true in Prefill).
-        coverage_rows: query rows per sequence and head whose exact attention coverage
-            is measured, 0 .. 1024 [0].
+    Attributes:
+        method: Dense(), Pbs(...), MeanPooling(...) or the name of one with its
+            defaults, such as "dense"; None is the server's default profile.
+        dense_fallback: run dense where nearly all blocks are selected; None is the
+            call's default (false in attend, true in prefill).
+        coverage_rows: number of query rows per sequence and head whose exact attention
+            coverage is measured, 0 .. 1024 [0].
+
+    Raises:
+        ValueError: the method is none of these.
     """
-    message = _messages.AttentionOptions()
-    if method is not None:
-        method.fill(message)
-    _set_fields(message, dense_fallback=dense_fallback, coverage_rows=coverage_rows)
-    return message
+
+    method: Method | str | None = None
+    dense_fallback: bool | None = None
+    coverage_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        method_of(self.method)
+
+    def to_message(self) -> Any:
+        """As an AttentionOptions message."""
+        message, method = _messages.AttentionOptions(), method_of(self.method)
+        if method is not None:
+            method.fill(message)
+        _set_fields(
+            message,
+            dense_fallback=self.dense_fallback,
+            coverage_rows=self.coverage_rows,
+        )
+        return message
+
+
+def attention_of(attention: Attention | Method | str | None) -> Attention:
+    """An Attention from one, or from its method alone.
+
+    Raises:
+        ValueError: it is no method.
+    """
+    return attention if isinstance(attention, Attention) else Attention(attention)
 
 
 def method_from_message(message: Any) -> Method | None:

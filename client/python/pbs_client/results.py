@@ -1,7 +1,7 @@
-"""What the server says, as plain frozen dataclasses.
+"""Replies of the server, as plain frozen dataclasses.
 
-Durations are seconds of wall time, sizes bytes, unless a name says otherwise. `to_json`
-of each gives plain dicts and lists for `json.dumps`.
+Durations are seconds of wall time and sizes are bytes, unless a name states another
+unit. `to_json` converts each to plain dicts and lists for `json.dumps`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _METHOD_NAMES = {n: k.lower() for k, n in _messages.enum_numbers("Method").items
 
 
 def method_name(number: int) -> str:
-    """Such as "dense" or "mean_pooling"; "method_9" for one this client lacks."""
+    """A name such as "mean_pooling"; "method_9" for a method unknown to this client."""
     return _METHOD_NAMES.get(number, f"method_{number}")
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, tuples and numbers as what json.dumps takes.
+    """Converts dataclasses, tuples and numbers for json.dumps.
 
     NaN and Inf become null; integers that a double cannot hold become strings.
     """
@@ -66,7 +66,7 @@ class StageSeconds:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """A backend of the server: "cpu", its instruction set, and what it computes."""
+    """A backend of the server: its name, instruction set, device, head dims, dtypes."""
 
     name: str
     isa: str
@@ -89,7 +89,7 @@ class BackendInfo:
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What the server refuses to exceed. Tokens, requests, bytes, seconds by name."""
+    """Limits of the server; names state the unit: tokens, requests, bytes, seconds."""
 
     tokens_max: int
     attend_tokens_max: int
@@ -114,9 +114,9 @@ class ServerInfo:
     """Version, backends, methods and limits of a server.
 
     Attributes:
-        epoch: changes with every start of the server; tickets carry it.
-        default_attention: what a request that names no method gets; None when the
-            server did not say or this client lacks it.
+        epoch: changes with every start of the server; tickets contain it.
+        default_attention: the method of requests that name none; None when the server
+            did not state it or this client does not know it.
     """
 
     version: str
@@ -145,15 +145,15 @@ class ServerInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model the server prefills.
+    """A model of the server.
 
     Attributes:
-        model_digest: of weights, architecture, rotary embedding and dtype.
+        model_digest: digest of weights, architecture, rotary embedding and dtype.
         tokens_max: longest prompt.
-        kv_dtype: of the caches as held; "f32", "f16" or "bf16".
-        eos_token_ids: where decoding should stop.
-        rope_attention_factor: what cosines and sines of rotary positions are multiplied
-            by; 1 but for yarn, 0 from a server that does not tell.
+        kv_dtype: dtype of the held caches: "f32", "f16" or "bf16".
+        eos_token_ids: tokens at which decoding should stop.
+        rope_attention_factor: the factor of cosines and sines of rotary positions; 1
+            except for yarn, 0 from a server that does not state it.
     """
 
     name: str
@@ -195,21 +195,23 @@ class IterationTimes:
 
 @dataclass(frozen=True)
 class AttendStats:
-    """What an attention call did and what it cost.
+    """Statistics of an attention call.
 
     Attributes:
-        method_run: "dense" also for short prompts and when the fallback fired.
-        dense_fallback: the fallback fired.
-        density: share of dense_blocks that was executed, 0 .. 1; 1 for what ran dense.
+        method_run: the method that ran; "dense" also for short prompts and when all
+            order heads fell back.
+        dense_fallback: at least one order head fell back to dense.
+        density: share of dense_blocks that was executed, 0 .. 1; 1 for dense runs.
         lower_density: share of causal_blocks that was executed, 0 .. 1.
-        head_density: [num_heads], `density` of each.
+        head_density: [num_heads], `density` of each query head.
         executed_blocks: products of a query block with a key block that were computed.
-        dense_blocks: what dense attention would compute on the same tiles: where keys
-            were permuted, every block up to the end of the query block's segment.
+        dense_blocks: blocks that dense attention would compute on the same tiles: where
+            keys were permuted, every block up to the end of the query block's segment;
+            else the causal blocks.
         causal_blocks: blocks on or below the diagonal.
         coverage: mean share of exact attention mass inside the executed blocks, over
             `coverage_rows` sampled rows.
-        iterations: one per repetition.
+        iterations: times of each repetition.
         isa: instruction set that ran, such as "avx512".
     """
 
@@ -246,11 +248,11 @@ class AttendStats:
 
 @dataclass(frozen=True)
 class Admitted:
-    """The server took a prefill on.
+    """The server has admitted a prefill.
 
     Attributes:
         queue_position: requests ahead of this one.
-        predicted_seconds: until done; 0 while the server has no estimate.
+        predicted_seconds: time until it is done; 0 while the server has no estimate.
     """
 
     queue_position: int
@@ -276,7 +278,7 @@ class TokenLogit:
 
 @dataclass(frozen=True)
 class PositionLogits:
-    """The best next tokens after prompt position `position`, falling."""
+    """The best next tokens after prompt position `position`, best first."""
 
     position: int
     top: tuple[TokenLogit, ...]
@@ -289,16 +291,16 @@ def token_logits(messages: Any) -> tuple[TokenLogit, ...]:
 
 @dataclass(frozen=True)
 class PrefillStats:
-    """What a prefill did and what it cost.
+    """Statistics of a prefill.
 
     Attributes:
         layer_density: [num_layers]; `density` is its mean.
-        layer_method: what ran per layer; "dense" where it fell back.
-        fallback_layers: layers whose dense fallback fired.
-        executed_flops: of attention; `dense_flops` is what dense would have taken.
-        total_seconds: admission to last layer.
-        planned_bytes: what the server charged for it: cache, workspace, result.
-        kv_copy_seconds: keys and values on their way from a device, most of it beside
+        layer_method: the method that ran in each layer; "dense" where it fell back.
+        fallback_layers: number of layers that fell back to dense.
+        executed_flops: FLOPs of attention; `dense_flops` are those of dense attention.
+        total_seconds: time from admission to the last layer.
+        planned_bytes: bytes that the server charged: cache, workspace, result.
+        kv_copy_seconds: copying keys and values from a device, mostly in parallel with
             other stages; `stages.copy` is the part that the prefill waited for.
     """
 

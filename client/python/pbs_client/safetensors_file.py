@@ -1,11 +1,11 @@
-"""safetensors files with nothing but NumPy, bfloat16 included.
+"""Reads and writes safetensors files with NumPy only, bfloat16 included.
 
-A file is a little-endian u64 header length, a JSON header and the data. What is read is
-checked before anything is allocated: sizes against the file, shapes against bytes, and
-the data for overlaps, holes and trailing bytes. Tensors are read into owned memory.
+A file is a little-endian u64 header length, a JSON header and the data. The reader
+checks a file before it allocates memory: sizes against the file, shapes against bytes,
+and the data for overlaps, holes and trailing bytes. Tensors are read into owned memory.
 
-Errors: SafetensorsError (a ValueError) says what is wrong with the file; OSError comes
-from the system.
+Errors: SafetensorsError (a ValueError) names the defect of the file; OSError comes from
+the system.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SafetensorsError(ValueError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: `begin` counts from the start of the data."""
+    """Position of a tensor; `begin` counts from the start of the data."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -71,7 +71,7 @@ def read(
 
     Args:
         path: a regular file.
-        names: the tensors to read, those of them that the file has; None is all.
+        names: the tensors to read, without those that the file lacks; None is all.
 
     Returns:
         name -> array, in the order of the file.
@@ -97,11 +97,11 @@ def write(
     tensors: Mapping[str, Array],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors. A regular file appears whole or not at all.
+    """Writes tensors. A regular file is written completely or not at all.
 
     Args:
-        path: a regular file is replaced, behind symbolic links too. Anything else that
-            exists, such as a pipe or a device, is opened and written to.
+        path: a regular file is replaced, also one that a symbolic link leads to. Any
+            other existing file, such as a pipe or a device, is opened and written to.
         tensors: name -> array of a dtype that the format has.
         metadata: strings for the header.
 
@@ -109,7 +109,7 @@ def write(
         ValueError: a dtype that the format lacks.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    # Largest elements first, so that every tensor lies aligned.
+    # Largest elements first, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     offset = 0
     for name in names:
@@ -133,7 +133,7 @@ def write(
 
 @contextlib.contextmanager
 def _output(path: Path) -> Iterator[BinaryIO]:
-    """What `path` names, opened for writing; see write()."""
+    """Opens `path` for writing; see write()."""
     if not _is_replaceable(path):
         with path.open("wb") as file:
             yield file
@@ -149,7 +149,7 @@ def _output(path: Path) -> Iterator[BinaryIO]:
 
 
 def _is_replaceable(path: Path) -> bool:
-    """Whether another file may take the place of `path`."""
+    """True when another file may replace `path`."""
     absolute = Path(os.path.abspath(path))
     if any(absolute.is_relative_to(place) for place in _OPEN_ALREADY):
         return False
@@ -160,13 +160,13 @@ def _is_replaceable(path: Path) -> bool:
 
 
 def _open(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens for reading; a FIFO opens at once instead of waiting for a writer."""
+    """Opens for reading; does not wait for the writer of a FIFO."""
     flag = getattr(os, "O_NONBLOCK", 0)
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | flag))
 
 
 def _read_entries(file: BinaryIO) -> tuple[dict[str, TensorEntry], int]:
-    """The checked header, and where the data begins."""
+    """The checked header, and the offset of the data."""
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise SafetensorsError("not a regular file")

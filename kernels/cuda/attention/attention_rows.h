@@ -1,4 +1,4 @@
-// What the attention kernels do with the rows of a fragment (tiles/online_softmax.h).
+// Steps of the attention kernels on the rows of a fragment (tiles/online_softmax.h).
 #pragma once
 
 #include "cuda/attention/attention_tile.h"
@@ -7,7 +7,8 @@
 
 namespace pbs::cuda {
 
-// Block at place `entry` of the list that begins at `list`; below 0: of every block.
+// Block at index `entry` of the list that begins at `list`. A negative `list` is the
+// list of every block.
 PBS_DEVICE int ListEntry(const AttentionParams& params, int64_t list, int entry) {
   return list < 0 ? entry : LoadGlobal(params.lists + list + entry);
 }
@@ -31,7 +32,7 @@ PBS_DEVICE void LoadPositions(const AttentionParams& params, int order_head,
   }
 }
 
-// Keys behind a row's own position, and padding, have no score.
+// Sets the scores of keys after a row's own position, and of padding, to -inf.
 template <int kPairs>
 PBS_DEVICE void MaskRows(const Int2 (&keys)[kPairs], int position,
                          float (&scores)[4 * kPairs]) {
@@ -45,8 +46,8 @@ PBS_DEVICE void MaskRows(const Int2 (&keys)[kPairs], int position,
   }
 }
 
-// The same where keys are in order: a row sees the keys up to `last`, counted from the
-// thread's first column.
+// As MaskRows(), for keys in their original order: a row sees the keys up to `last`,
+// counted from the thread's first column.
 template <int kScores>
 PBS_DEVICE void MaskBehind(int last, float (&scores)[kScores]) {
   PBS_UNROLL
@@ -58,8 +59,8 @@ PBS_DEVICE void MaskBehind(int last, float (&scores)[kScores]) {
   }
 }
 
-// Four lanes' words change places: lane l of the four has had the l-th word of each
-// group and gets the l-th group.
+// Exchanges words of four lanes: lane l of the four holds the l-th word of each group
+// and receives the l-th group.
 PBS_DEVICE Words4 TransposeOfQuad(Words4 groups, int lane) {
   uint32_t(&words)[4] = groups.words;
   PBS_UNROLL
@@ -77,14 +78,14 @@ PBS_DEVICE Words4 TransposeOfQuad(Words4 groups, int lane) {
   return groups;
 }
 
-// Of a row's sum; a row that saw no key has outputs of 0.
+// Inverse of a row's sum. It is 0 for a row that saw no key, whose outputs are 0.
 PBS_DEVICE float Inverse(float sum) { return sum > 0 ? 1.0f / sum : 0.0f; }
 
 PBS_DEVICE bool IsStored(const AttentionTile& tile, int row) {
   return row >= tile.begin_row && row < tile.end_row;
 }
 
-// Divides by the sums and writes the rows that are the sequence's.
+// Divides by the sums and writes the rows of the tile that belong to the sequence.
 template <class Element, int kSums>
 PBS_DEVICE void StoreRows(const AttentionParams& params, const AttentionTile& tile,
                           int first_row, int lane, const OnlineSoftmax& softmax,
@@ -113,7 +114,7 @@ PBS_DEVICE void StoreRows(const AttentionParams& params, const AttentionTile& ti
   }
 }
 
-// The LSE of the rows that are the sequence's, where it is wanted.
+// Writes the LSE of the rows that belong to the sequence, if it is requested.
 PBS_DEVICE void StoreLse(const AttentionParams& params, const AttentionTile& tile,
                          int first_row, int lane, const OnlineSoftmax& softmax) {
   PBS_UNROLL

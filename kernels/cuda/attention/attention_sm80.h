@@ -1,9 +1,9 @@
-// Block-sparse attention for Ampere and later: four warps share a tile of keys, then of
-// values, that asynchronous copies bring (docs/KERNELS.md, "Ampere").
+// Block-sparse attention for Ampere and later. Four warps share a tile of keys, then a
+// tile of values, which asynchronous copies load (docs/KERNELS.md, "Ampere").
 //
-// Grid: kParts blocks per tile, in the tiles' order. While scores are multiplied the
-// values arrive, while values are multiplied the next keys do: one buffer each, so that
-// two blocks fit a multiprocessor.
+// Grid: kParts blocks per tile, in the tiles' order. Values are loaded while scores are
+// computed, and the next keys are loaded while values are multiplied. Each has one
+// buffer, so that two thread blocks fit a multiprocessor.
 #pragma once
 
 #include "cuda/attention/attention_rows.h"
@@ -20,13 +20,13 @@ struct Sm80Config {
   using Element = ElementType;
   static constexpr int kHeadDim = kHeadDimension;  // 64, 96, 128 or 256
   static constexpr int kThreads = 128;
-  // Sixteen-row fragments of a warp: two read each key once for twice the rows, as long
-  // as their sums fit the registers.
+  // Sixteen-row fragments of a warp. With two, each key is read once for twice the
+  // rows; their sums must fit the registers.
   static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = 4 * kWarpRows;  // query rows of a thread block
   static constexpr int kParts = kTileRows / kRows;
-  static constexpr int kKeys = 64;  // keys read together
+  static constexpr int kKeys = 64;  // keys of one step
 };
 
 struct Sm80Operands {
@@ -82,8 +82,8 @@ class Sm80Block {
   using Element = typename Config::Element;
   using Keys = SharedRows<Config::kKeys, Config::kHeadDim>;
   static constexpr int kHalves = kBlockKeys / Config::kKeys;  // steps of a block
-  // Left alone the compiler adds probabilities up behind the products of values, which
-  // they then outlive; 128 columns leave no registers for both.
+  // By itself the compiler sums probabilities after the products of values, so that
+  // both are live at the same time; 128 columns leave too few registers for that.
   static constexpr bool kSumsFirst = kDelaysSums && Config::kHeadDim == 128;
 
   PBS_DEVICE void LoadQueries() {
@@ -95,9 +95,9 @@ class Sm80Block {
         q.strides.row, tile.begin_row - first_row_, tile.end_row - first_row_);
   }
 
-  // Slot of the sequence where the keys of a step begin.
+  // First slot, in the sequence, of the keys of a step.
   PBS_DEVICE int FirstSlot(const AttentionTile& tile, int step) const {
-    // Lists are walked from their end.
+    // Lists are read from their end.
     const int block =
         ListEntry(params_, tile.list_begin, tile.list_count - 1 - step / kHalves);
     return block * kBlockKeys + (kHalves - 1 - step % kHalves) * Config::kKeys;
@@ -133,8 +133,8 @@ class Sm80Block {
     MultiplyValues();
   }
 
-  // Masked before they are multiplied: -inf stays what it is, and fewer registers are
-  // in use then.
+  // Scores are masked before the products are added: -inf plus a finite product is
+  // -inf, and fewer registers are in use at that point.
   PBS_DEVICE void BeginScores(int step, bool masked) {
     PBS_UNROLL
     for (int t = 0; t < Config::kRowTiles; ++t) {
@@ -179,7 +179,7 @@ class Sm80Block {
     }
   }
 
-  // Of the tile, where fragment `t` of the thread begins.
+  // Row of the tile where fragment `t` of the thread begins.
   PBS_DEVICE int Row(int t) const {
     return first_row_ + warp_ * Config::kWarpRows + t * 16 + lane_ / 4;
   }
@@ -187,7 +187,7 @@ class Sm80Block {
   const AttentionParams& params_;
   const Sm80Operands& operands_;
   Sm80Shared<Config>& s_;
-  const int first_row_;  // of the tile
+  const int first_row_;  // of the thread block, in the tile
   const int warp_;
   const int lane_;
   float scores_[Config::kRowTiles][Config::kKeys / 2];

@@ -1,10 +1,10 @@
-// Block-sparse attention for Hopper: one thread of a producer warpgroup asks for boxes
-// of keys and values, two or three consumer warpgroups of 64 query rows multiply them
+// Block-sparse attention for Hopper. One thread of a producer warpgroup requests boxes
+// of keys and values. Two or three consumer warpgroups of 64 query rows multiply them
 // (docs/KERNELS.md, "Hopper").
 //
-// Grid: any number of blocks of kThreads; tiles are taken from a counter. Lists are
-// walked from their end, so that the masked blocks come first and the loop over the
-// others has no mask.
+// Grid: any number of blocks of kThreads. Each takes its tiles from a counter. Lists
+// are read from their end, so that the masked blocks come first and the loop over the
+// other blocks needs no mask.
 #pragma once
 
 #include "cuda/attention/sm90_config.h"

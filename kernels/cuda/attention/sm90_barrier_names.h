@@ -1,4 +1,4 @@
-// Names of the barriers of Hopper's attention, to tell of a hang
+// Names of the barriers of Hopper's attention, for reports of a hang
 // (cuda/backend/hang_watch.h).
 #pragma once
 
@@ -11,7 +11,8 @@
 
 namespace pbs::cuda {
 
-// Of an offset in the shared memory of a kernel; "" where it has no barrier.
+// Name of the barrier at an offset in the shared memory of a kernel; "" where there is
+// no barrier.
 template <class Shared>
 std::string NameSm90BarrierOf(size_t offset) {
   const struct {
@@ -33,7 +34,8 @@ std::string NameSm90BarrierOf(size_t offset) {
   return "";
 }
 
-// In the kernel of a variant, or "offset N". `kAll`: as ForSm90Variant().
+// Name of the barrier at an offset in a variant's kernel, or "offset N". `kAll`: as in
+// ForSm90Variant().
 template <bool kAll>
 std::string NameSm90Barrier(int32_t head_dim, AttentionVariant variant,
                             int32_t barrier) {

@@ -1,5 +1,4 @@
-// Hopper's attention (attention_sm90.h): what is chosen at compile time, and what lies
-// in shared memory.
+// Compile-time options and shared memory of Hopper's attention (attention_sm90.h).
 #pragma once
 
 #include "cuda/attention/attention_tile.h"
@@ -8,17 +7,19 @@
 namespace pbs::cuda {
 
 struct Sm90Options {
-  int rows = kTileRows;  // of a tile: 64 for each consumer warpgroup
-  int stages = 2;        // of keys, and of values
-  // 2: the next tile's queries arrive beside this one's, and outputs leave through the
-  // queries' memory. 1: queries are waited for, outputs leave from registers.
+  int rows = kTileRows;  // query rows of a tile: 64 for each consumer warpgroup
+  int stages = 2;        // stages of keys, and of values
+  // 2: the next tile's queries are loaded while this tile is computed, and outputs are
+  // stored through the queries' memory. 1: the kernel waits for queries and stores
+  // outputs from registers.
   int query_buffers = 2;
-  // The consumers issue their products in turn, one's softmax beside the others'.
+  // The consumers issue their products in turn, so that the softmax of one overlaps the
+  // products of another.
   bool takes_turns = true;
-  // The next block's keys are asked for before this block's values, which wait for the
+  // The next block's keys are requested before this block's values, which wait for the
   // slowest consumer's softmax.
   bool keys_first = true;
-  // Queries leave the second cache first, keys and values last.
+  // The second-level cache evicts queries first, keys and values last.
   bool cache_hints = false;
 };
 
@@ -31,19 +32,23 @@ struct Sm90Config {
   static constexpr int kQueryBuffers = kChosen.query_buffers;
   static constexpr int kConsumers = kChosen.rows / 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kPanels = kHeadDim / 64;                  // boxes of 64 columns
-  static constexpr int kQueryBytes = 64 * kHeadDim * 2;          // of a consumer
-  static constexpr int kBlockBytes = kBlockKeys * kHeadDim * 2;  // of keys, of values
-  // Of a thread: 65,536 are shared out at launch, then moved to the consumers.
+  static constexpr int kPanels = kHeadDim / 64;  // boxes of 64 columns
+  // Bytes of a consumer's queries.
+  static constexpr int kQueryBytes = 64 * kHeadDim * 2;
+  // Bytes of a block of keys, or of values.
+  static constexpr int kBlockBytes = kBlockKeys * kHeadDim * 2;
+  // Registers of a thread. All warpgroups get the same share of 65,536 at launch; then
+  // the consumers take some from the producer.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static_assert(kChosen.rows == kTileRows || kChosen.rows == kWideTileRows);
   static_assert(kQueryBuffers == 1 || kQueryBuffers == 2);
 };
 
-// Records of tiles. No barrier says that one may be overwritten: queries of a tile are
-// asked for when every consumer has begun the one before it, and by then nobody reads
-// the record before that one, into whose slot the next one comes.
+// Slots for records of tiles. No barrier protects a record from being overwritten. The
+// producer requests the queries of tile n when every consumer has begun tile n - 1.
+// Then no thread reads the record of tile n - 2, whose slot the record of tile n + 1
+// takes.
 constexpr int kTileSlots = 3;
 
 struct Sm90Operands {
@@ -60,7 +65,8 @@ struct alignas(1024) Sm90Shared {
   uint16_t q[Config::kQueryBuffers][Config::kConsumers][Config::kPanels][64 * 64];
   uint16_t k[Config::kStages][Config::kPanels][kBlockKeys * 64];
   uint16_t v[Config::kStages][Config::kPanels][kBlockKeys * 64];
-  alignas(16) Int2 positions[Config::kStages][kBlockKeys / 2];  // of a masked block's
+  // Positions of a masked block's keys.
+  alignas(16) Int2 positions[Config::kStages][kBlockKeys / 2];
   AttentionTile tile[kTileSlots];
   Mbarrier q_full[Config::kQueryBuffers][Config::kConsumers];
   Mbarrier q_empty[Config::kQueryBuffers][Config::kConsumers];
@@ -69,7 +75,7 @@ struct alignas(1024) Sm90Shared {
   Mbarrier tile_full[kTileSlots];
 };
 
-// A ring of kSlots: which one is next, and the parity of its round.
+// A ring of kSlots: the index of the next slot, and the parity of its round.
 template <int kSlots>
 struct Ring {
   int slot = 0;

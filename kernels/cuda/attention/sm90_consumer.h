@@ -1,4 +1,4 @@
-// A warpgroup of Hopper's attention that multiplies (attention_sm90.h).
+// A consumer warpgroup of Hopper's attention, which multiplies (attention_sm90.h).
 #pragma once
 
 #include "cuda/attention/attention_rows.h"
@@ -8,8 +8,8 @@
 
 namespace pbs::cuda {
 
-// 64 query rows: thread t of the warpgroup holds rows t / 32 * 16 + t % 32 / 4 and 8
-// further down, of each row the columns that a product's fragment gives it.
+// It has 64 query rows. Thread t of the warpgroup holds row t / 32 * 16 + t % 32 / 4
+// and the row 8 below it, and of each row the columns of a product's fragment.
 template <class Config>
 class Sm90Consumer {
  public:
@@ -29,7 +29,8 @@ class Sm90Consumer {
       const int slot = tiles_.slot;
       MbarrierWait(&s_.tile_full[slot], tiles_.round);
       tile_ = &s_.tile[slot];
-      // Uniform in the warp, and known to be: otherwise every product is serialised.
+      // The shuffle shows the compiler that the value is uniform in the warp. Otherwise
+      // every product is serialised.
       const int blocks = Shuffle(LoadShared(&tile_->list_count), 0);
       if (blocks == 0) break;
       Attend(blocks, count > 0);
@@ -40,14 +41,14 @@ class Sm90Consumer {
         StoreRows<Element>(params_, LoadShared(tile_), Row(), lane_, softmax_, out_);
       }
       StoreLse(params_, LoadShared(tile_), Row(), lane_, softmax_);
-      // Before one thread says that the warpgroup has done with the record.
+      // All threads must have read the record before one thread releases it.
       BarrierSync(kOwnBarrier + index_, 128);
       if (leaves_whole && thread_ == 0) StoreStaged();
       tiles_.Advance();
       queries_.Advance();
     }
-    // Also where nothing is stored: ptxas gives a warpgroup whose last act is to leave
-    // this loop no more registers than a thread has at launch.
+    // It runs also when nothing was stored: ptxas gives a warpgroup that ends right
+    // after this loop no more registers than a thread has at launch.
     if (thread_ == 0) StoreWaitRead();
   }
 
@@ -55,7 +56,8 @@ class Sm90Consumer {
   using Element = typename Config::Element;
   static constexpr bool kTakesTurns = Config::kOptions.takes_turns;
   static constexpr bool kOutputsInShared = Config::kQueryBuffers == 2;
-  static constexpr int kTurnBarrier = 1;  // and the next: whose turn it is to issue
+  // The first of the barriers for the turns to issue products.
+  static constexpr int kTurnBarrier = 1;
   static constexpr int kOwnBarrier = kTurnBarrier + Config::kConsumers;
   static constexpr int kSums = Config::kHeadDim / 2;  // registers of an output row pair
   // High words of the descriptors: 1024 bytes between groups of eight rows, 128-byte
@@ -97,7 +99,7 @@ class Sm90Consumer {
     ClearForeignValues();
   }
 
-  // Scores of this block while the values of the one before are added.
+  // Computes the scores of this block while the values of the block before are added.
   template <bool kMasked>
   PBS_DEVICE void Step(int step, bool is_last) {
     const auto before = blocks_;
@@ -171,7 +173,8 @@ class Sm90Consumer {
 
   static constexpr bool kPermutes = Config::kOptions.rows == kTileRows;
 
-  // Of a masked block's keys, where they are permuted: they came with these.
+  // Reads the positions of a masked block's permuted keys, which were loaded with
+  // the keys.
   PBS_DEVICE void FetchPositions() {
     if (!kPermutes || params_.positions == nullptr) return;
     PBS_UNROLL
@@ -184,7 +187,7 @@ class Sm90Consumer {
     const int position = LoadShared(&tile_->first_position) + Row();
     if (kPermutes && params_.positions != nullptr) {
       MaskRows(keys_, position, scores_);
-      // One thread releases the stage for all, whose positions are read by then.
+      // All threads have read their positions when one thread releases the stage.
       BarrierSync(kOwnBarrier + index_, 128);
     } else {
       const int first = (LoadShared(&tile_->last_block) - step) * kBlockKeys;
@@ -199,16 +202,17 @@ class Sm90Consumer {
     }
   }
 
-  // Behind the end of a sequence whose keys lie where the caller has them, the block
-  // that is read first holds values of another one: they have weight 0, but 0 * NaN is
-  // NaN.
+  // Where keys are read in the caller's memory, the last block of a sequence may hold
+  // values of another sequence. They have weight 0, but 0 * NaN is NaN, so they are set
+  // to 0.
   PBS_DEVICE void ClearForeignValues() {
     if (params_.positions != nullptr) return;
     const int own =
         LoadShared(&tile_->num_keys) - LoadShared(&tile_->last_block) * kBlockKeys;
     if (own >= kBlockKeys) return;
     MbarrierWait(&s_.v_full[blocks_.slot], blocks_.round);
-    // A row of a panel is eight words of 16 bytes, wherever the swizzle puts them.
+    // A row of a panel is eight words of 16 bytes, in an order that the swizzle
+    // decides.
     constexpr int kRowWords = 8;
     for (int panel = 0; panel < Config::kPanels; ++panel) {
       auto* words = reinterpret_cast<Words4*>(s_.v[blocks_.slot][panel]);
@@ -220,18 +224,19 @@ class Sm90Consumer {
     BarrierSync(kOwnBarrier + index_, 128);
   }
 
-  // Whether every row that the warpgroup holds is the sequence's.
+  // True when all rows of the warpgroup belong to the sequence.
   PBS_DEVICE bool HasAllRows() const {
     return LoadShared(&tile_->begin_row) <= index_ * 64 &&
            LoadShared(&tile_->end_row) >= index_ * 64 + 64;
   }
 
-  // Outputs to where the queries were, as boxes of 64 rows and columns.
+  // Writes outputs to the memory of the queries, as boxes of 64 rows and columns.
   PBS_DEVICE void StageRows() {
-    BarrierSync(kOwnBarrier + index_, 128);  // nobody reads the queries any more
+    BarrierSync(kOwnBarrier + index_, 128);  // no thread reads the queries any more
     float inverse[2];
     for (int r = 0; r < 2; ++r) inverse[r] = Inverse(softmax_.RowSum(r));
-    const int row = thread_ / 32 * 16 + lane_ % 16;  // that the lane names
+    // The row whose address the lane gives.
+    const int row = thread_ / 32 * 16 + lane_ % 16;
     PBS_UNROLL
     for (int i = 0; i < kSums / 4; i += 2) {  // eight columns each
       uint32_t words[4];
@@ -261,7 +266,7 @@ class Sm90Consumer {
     StoreCommit();
   }
 
-  // The queries' memory may be filled again: at once, or when what left through it has.
+  // Releases the queries' memory, after stores from it have read it.
   PBS_DEVICE void ReleaseQueries() {
     if (!kOutputsInShared) MbarrierArrive(&s_.q_empty[queries_.slot][index_]);
   }
@@ -279,8 +284,8 @@ class Sm90Consumer {
   const AttentionParams& params_;
   const Sm90Operands& operands_;
   Sm90Shared<Config>& s_;
-  const int index_;   // of the consumers
-  const int thread_;  // of the warpgroup
+  const int index_;   // index among the consumers
+  const int thread_;  // index in the warpgroup
   const int lane_;
   const AttentionTile* tile_ = nullptr;  // in shared memory
   Ring<kTileSlots> tiles_;

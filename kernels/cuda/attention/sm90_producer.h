@@ -1,4 +1,5 @@
-// The thread that asks for everything that Hopper's consumers read (attention_sm90.h).
+// The producer thread of Hopper's attention, which requests all data that the consumers
+// read (attention_sm90.h).
 #pragma once
 
 #include "cuda/attention/attention_rows.h"
@@ -7,7 +8,7 @@
 
 namespace pbs::cuda {
 
-// Walks each list from its end. Stages are asked for in the order in which they are
+// It reads each list from its end. It requests stages in the order in which they are
 // multiplied: keys of block j + 1 before values of block j.
 template <class Config>
 class Sm90Producer {
@@ -25,7 +26,7 @@ class Sm90Producer {
       tiles_.Advance();
       const int blocks = LoadShared(&tile_->list_count);
       if (blocks == 0) return;
-      // Its answer comes while blocks are asked for.
+      // The result arrives while blocks are requested.
       const int next = AtomicAdd(params_.next_tile, 1);
       LoadBlocks(blocks, next);
     }
@@ -34,8 +35,8 @@ class Sm90Producer {
  private:
   static constexpr bool kHints = Config::kOptions.cache_hints;
 
-  // The record of tile `index` comes to the slot that is next; behind the last one
-  // stands one of no blocks.
+  // Copies the record of tile `index` to the next slot. A record without blocks follows
+  // the last one.
   PBS_DEVICE void FetchTile(int index) {
     const int slot = fetched_.slot;
     MbarrierArriveExpect(&s_.tile_full[slot], sizeof(AttentionTile));
@@ -52,7 +53,7 @@ class Sm90Producer {
     int before = 0;
     int block = LoadShared(&tile_->last_block);
     for (int step = 0; step < blocks; ++step) {
-      // Its place in the list is read before anything is waited for.
+      // The list entry is read before the waits.
       const int left = blocks - 1 - step;
       const int after = left > 0 ? ListEntry(params_, list, left - 1) : 0;
       LoadKeys(block, step < masked);
@@ -84,7 +85,7 @@ class Sm90Producer {
     queries_.Advance();
   }
 
-  // A masked block's keys come with their positions.
+  // Loads keys; a masked block's keys with their positions.
   PBS_DEVICE void LoadKeys(int block, bool masked) {
     const int stage = keys_.slot;
     Mbarrier* full = &s_.k_full[stage];

@@ -1,5 +1,5 @@
-// Which of Hopper's attention kernels (sm90_config.h) run: the chosen ones, and others
-// for the programs of tests/gpu to compare with them.
+// The kernels of Hopper's attention (sm90_config.h): the default ones, and variants
+// that programs in tests/gpu compare with them.
 #pragma once
 
 #include "cuda/attention/attention_variant.h"
@@ -16,7 +16,8 @@ constexpr Sm90Options Sm90OptionsOf(int head_dim, AttentionVariant variant) {
       break;
     case AttentionVariant::kMoreStages:
       ++options.stages;
-      // Three stages of head dim 128 leave no room for a second buffer of queries.
+      // Three stages of head dim 128 leave too little shared memory for a second buffer
+      // of queries.
       if (head_dim == 128) options.query_buffers = 1;
       break;
     case AttentionVariant::kDirectOutputs:
@@ -38,7 +39,7 @@ constexpr Sm90Options Sm90OptionsOf(int head_dim, AttentionVariant variant) {
 }
 
 // Calls body.operator()<options>() for a variant; false when it has no kernel. `kAll`:
-// the build has others than the chosen one.
+// the build has all variants, not only the default.
 template <int kHeadDim, bool kAll, class Body>
 bool ForSm90Variant(AttentionVariant variant, Body&& body) {
   using enum AttentionVariant;

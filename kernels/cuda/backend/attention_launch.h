@@ -17,10 +17,10 @@ struct AttentionLaunch {
   AttentionVariant variant = AttentionVariant::kChosen;
 };
 
-// Errors are the launcher's.
+// The launcher reports errors.
 void LaunchAttentionSm80(const AttentionLaunch& launch, CudaLauncher& launcher);
-// Head dim 64, 128; devices of compute capability 9.0. cudaErrorNotSupported: a variant
-// that was not built, or does not apply.
+// Head dim 64, 128; devices of compute capability 9.0. cudaErrorNotSupported for a
+// variant that was not built or does not apply.
 void LaunchAttentionSm90(const AttentionLaunch& launch, TensorMaps& maps,
                          CudaLauncher& launcher);
 

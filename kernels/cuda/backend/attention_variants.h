@@ -1,5 +1,5 @@
-// Attention with other kernels than the chosen ones: what another choice is worth, for
-// the programs of tests/gpu. No part of the public interface.
+// Attention with a chosen variant of the kernels, so that programs in tests/gpu can
+// compare them. Not part of the public interface.
 #pragma once
 
 #include <memory>
@@ -11,9 +11,9 @@
 
 namespace pbs::cuda {
 
-// As CreateCudaAttention(). Variants from kValuesFirst on are kernels of Hopper, bf16,
-// in builds with PBS_CUDA_VARIANTS=ON: Run() answers Internal otherwise, and where a
-// variant does not apply.
+// As CreateCudaAttention(). Variants from kValuesFirst on exist for Hopper and bf16, in
+// builds with PBS_CUDA_VARIANTS=ON. Run() returns Internal for a variant that does not
+// exist or does not apply.
 StatusOr<std::unique_ptr<AttentionBackend>> CreateAttentionVariant(
     const CudaAttentionOptions& options, AttentionVariant variant);
 

@@ -1,6 +1,7 @@
-// pbs::Backend on a device: composes memory, linear layers, pointwise steps, attention.
+// pbs::Backend on a CUDA device: combines memory, linear layers, pointwise steps and
+// attention.
 //
-// See pbs/cuda_backend.h for what callers may rely on.
+// The contract for callers is in pbs/cuda_backend.h.
 #pragma once
 
 #include <array>
@@ -80,7 +81,7 @@ class CudaBackend final : public Backend {
 
  private:
   explicit CudaBackend(std::unique_ptr<Driver> driver);
-  // Of unknown contents, to be filled on `stream`.
+  // Memory of unspecified contents, for work on `stream` to fill.
   StatusOr<Buffer> AllocateAny(StreamId stream, int64_t bytes);
 
   const std::unique_ptr<Driver> driver_;
@@ -88,7 +89,7 @@ class CudaBackend final : public Backend {
   std::unique_ptr<StagedCopies> copies_;
   std::unique_ptr<CudaAttention> attention_;
   std::array<EventId, kTimeMarks> marks_{};
-  // Last: their threads end first.
+  // Last members, so that their threads end first.
   std::unique_ptr<LaterCopies> downloads_;
   std::unique_ptr<LaterCopies> uploads_;
 };

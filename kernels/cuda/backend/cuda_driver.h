@@ -14,15 +14,16 @@ namespace pbs::cuda {
 
 struct CudaDriverOptions {
   int32_t device = 0;
-  // A cudaStream_t to compute on; nothing: one of its own.
+  // A cudaStream_t to compute on; nullopt: the driver creates one.
   std::optional<void*> stream;
   AttentionVariant attention = AttentionVariant::kChosen;
-  // Makes what multiplies on the compute stream, a cudaStream_t; without, Multiply() is
-  // Unimplemented.
+  // Creates the Products for the compute stream, a cudaStream_t. Without it Multiply()
+  // is Unimplemented.
   std::function<StatusOr<std::unique_ptr<Products>>(void* stream)> make_products = {};
 };
 
-// Devices that CUDA sees, at least one; FailedPrecondition says why there is none.
+// The number of devices that CUDA sees, at least one; FailedPrecondition states why
+// there is none.
 StatusOr<int32_t> CountDevices();
 
 // FailedPrecondition when there is no driver, no such device, or it is too old.

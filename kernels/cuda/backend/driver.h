@@ -1,12 +1,12 @@
-// What the CUDA backend needs of a device. Two implementations: cuda_driver.cu, and the
-// emulated one of tests/emulator, so that everything above runs and is tested without a
+// The interface between the CUDA backend and a device. cuda_driver.cu implements it,
+// and so does the emulator in tests/emulator, so that tests run the backend without a
 // GPU.
 //
-// Work is enqueued on streams, each in order, and done later; host memory that takes
-// part in a copy is the driver's (AllocateHost) and must not be touched meanwhile.
+// Work is enqueued on streams and done later, in order on each stream. Host memory of a
+// copy must come from AllocateHost() and must not be touched until the copy has ended.
 //
 // Threading: safe from any thread. Errors: ResourceExhausted when there is not enough
-// memory; Unavailable when the device can be used no more (Health()), also later.
+// memory; Unavailable, from then on, when the device is unusable (Health()).
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ namespace pbs::cuda {
 
 enum class StreamId : uint8_t {
   kCompute,   // kernels, and copies that they depend on
-  kUpload,    // tensors of requests that wait, on their way to the device
-  kDownload,  // results on their way to the host
+  kUpload,    // copies of tensors of waiting requests to the device
+  kDownload,  // copies of results to the host
 };
 inline constexpr int kNumStreams = 3;
 
@@ -32,7 +32,7 @@ struct DeviceInfo {
   std::string name;
   std::string architecture;  // "sm_90"
   int64_t memory_bytes = 0;
-  int64_t memory_bytes_free = 0;  // when the driver was made
+  int64_t memory_bytes_free = 0;  // when the driver was created
   DeviceTraits traits;
 };
 
@@ -40,8 +40,8 @@ struct DeviceInfo {
 struct ProductSpec {
   int64_t depth = 0;
   int64_t cols = 0;
-  DType operands = DType::kBF16;  // of x and W
-  DType result = DType::kBF16;    // of y and bias: that of the operands, or f32
+  DType operands = DType::kBF16;  // dtype of x and W
+  DType result = DType::kBF16;    // dtype of y and bias: that of the operands, or f32
   bool adds = false;
   bool biased = false;
   int64_t x_stride = 0;
@@ -64,16 +64,16 @@ class Driver {
   virtual ~Driver() = default;
 
   virtual const DeviceInfo& info() const = 0;
-  // OK, or the first error after which the device can be used no more. Asks the device,
-  // waits for nothing.
+  // OK, or the first error after which the device is unusable. Queries the device and
+  // does not wait.
   virtual Status Health() = 0;
 
-  // Device memory, 256-byte aligned, of unknown contents, `bytes` > 0. It is there for
-  // what is enqueued from now on on `stream` and, behind that, on kCompute: what was
-  // enqueued before may still use it.
+  // Device memory, 256-byte aligned, of unspecified contents; `bytes` > 0. Only work
+  // that is enqueued after this call, on `stream` or after it on kCompute, may use the
+  // memory, because earlier work may still use it.
   virtual StatusOr<void*> Allocate(StreamId stream, int64_t bytes) = 0;
-  // After everything that was enqueued on kCompute; what other streams do there must
-  // have ended.
+  // Frees the memory after all work enqueued on kCompute. Work of other streams on it
+  // must have ended.
   virtual void Free(void* data) = 0;
   virtual StatusOr<void*> AllocateHost(int64_t bytes) = 0;
   virtual void FreeHost(void* data) = 0;
@@ -87,14 +87,15 @@ class Driver {
   // Events live as long as the driver.
   virtual StatusOr<EventId> CreateEvent() = 0;
   virtual Status Record(EventId event, StreamId stream) = 0;
-  // What is enqueued on the stream from now on waits for the event.
+  // Work enqueued on the stream after this call waits for the event.
   virtual Status WaitFor(EventId event, StreamId stream) = 0;
-  // The caller waits; at once for an event that was never recorded.
+  // The caller waits for the event. Returns at once for an event that was never
+  // recorded.
   virtual Status Synchronize(EventId event) = 0;
-  // Of two recorded events that are past.
+  // Seconds between two recorded events that have happened.
   virtual StatusOr<double> SecondsBetween(EventId from, EventId to) = 0;
 
-  // All below on kCompute.
+  // All methods below enqueue on kCompute.
 
   virtual Status Embed(const EmbedOp& op) = 0;
   virtual Status Rotations(const RotationsOp& op) = 0;
@@ -111,7 +112,8 @@ class Driver {
   virtual Status OrderKeys(const CudaAttentionPlan& plan, const RunParams& run) = 0;
   virtual Status MakeLists(const CudaAttentionPlan& plan, const RunParams& run) = 0;
   virtual Status Attend(const CudaAttentionPlan& plan, const RunParams& run) = 0;
-  // Of the sampled rows, after attention; nothing where none are.
+  // Measures coverage of the sampled rows. Call it after attention. Does nothing when
+  // no rows are sampled.
   virtual Status MeasureCoverage(const CudaAttentionPlan& plan,
                                  const RunParams& run) = 0;
 };

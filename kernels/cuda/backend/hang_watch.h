@@ -1,7 +1,7 @@
-// Which wait of Hopper's attention never ended: for the programs that run after a hang
-// (tests/gpu). In those that link pbs_cuda_bounded the first wait of a second tells
-// what it waits for, and ends, as from then on all waits of a millisecond do: results
-// are wrong.
+// Finds the wait of Hopper's attention that never ended, for programs that examine a
+// hang (tests/gpu). In programs that link pbs_cuda_bounded, the first wait that lasts a
+// second records its barrier and ends. From then on every wait ends after a
+// millisecond, so that results are wrong.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,11 @@
 
 namespace pbs::cuda {
 
-// Where a kernel waited in vain, such as "block 7, warpgroup 1 waits for k_full[1],
-// parity 0, tile 3": its barrier is one of a variant's kernel of a head dim. "" when
-// none did, and always in other programs. From any thread, also while a kernel hangs;
-// the first call, before a kernel runs, shows kernels where to write.
+// Describes the wait that never ended: "block 7, warpgroup 1 waits for k_full[1],
+// parity 0, tile 3". The barrier's name is that in the variant's kernel for `head_dim`.
+// "" when every wait ended, and always in other programs. Safe from any thread, also
+// while a kernel hangs. Call it once before a kernel runs, so that kernels get the
+// address of the record.
 std::string DescribeHang(int32_t head_dim, AttentionVariant variant);
 
 }  // namespace pbs::cuda

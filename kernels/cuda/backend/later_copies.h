@@ -1,5 +1,5 @@
-// Copies on a stream and a thread of their own: a layer's keys and values leave, and
-// the tensors of a request arrive, while something else runs.
+// Copies on a separate stream and thread: keys and values of a layer are downloaded,
+// and tensors of a request are uploaded, while other work runs.
 #pragma once
 
 #include <condition_variable>
@@ -18,21 +18,21 @@
 
 namespace pbs::cuda {
 
-// Copies go through a staging ring one behind the other, without a gap: the next one
-// begins while the last parts of the one before it are on their way.
+// Copies go through a staging ring one after the other, without a gap: a copy begins
+// while the last parts of the one before are still under way.
 //
 // Threading: Add() from any thread. Memory: a staging ring.
 class LaterCopies {
  public:
-  // `stream` says which way: kUpload or kDownload.
+  // `stream` decides the direction: kUpload or kDownload.
   static StatusOr<std::unique_ptr<LaterCopies>> Create(Driver& driver, StreamId stream);
-  // After what was added.
+  // Waits for all added copies.
   ~LaterCopies();
   LaterCopies(const LaterCopies&) = delete;
   LaterCopies& operator=(const LaterCopies&) = delete;
 
-  // As Backend::UploadLater() or DownloadLater(): only those to the host come behind
-  // what was enqueued on kCompute. `done` is called by the thread, and may add.
+  // As Backend::UploadLater() or DownloadLater(). Only downloads wait for earlier work
+  // on kCompute. The thread calls `done`, which may call Add().
   void Add(const void* source, void* target, int64_t bytes,
            std::function<void(const Status&)> done);
 
@@ -42,10 +42,10 @@ class LaterCopies {
     std::byte* target;
     int64_t bytes;
     std::function<void(const Status&)> done;
-    std::optional<EventId> called = {};  // what was called before has been done
-    Status status = {};                  // the first error; nothing is begun behind one
-    int64_t begun = 0;                   // bytes
-    int32_t under_way = 0;               // parts
+    std::optional<EventId> called = {};  // recorded after the work called before
+    Status status = {};                  // the first error; no part begins after it
+    int64_t begun = 0;                   // bytes begun
+    int32_t under_way = 0;               // parts under way
 
     bool all_begun() const { return begun == bytes || !status.ok(); }
   };
@@ -58,17 +58,17 @@ class LaterCopies {
 
   LaterCopies(Driver& driver, StreamId stream)
       : driver_(driver), stream_(stream), to_host_(stream == StreamId::kDownload) {}
-  // An event behind what was called so far.
+  // Records an event after all work called so far.
   StatusOr<EventId> MarkCalled();
 
-  // All below on the thread.
+  // All methods below run on the thread.
   void Run();
-  // Lets the next copy begin. Where there is none: false, or, when none is under way
-  // either, waits; then false says that the end has come.
+  // Takes the next copy. Without one it returns false if copies are under way, else it
+  // waits for one; false then means that the object is being destroyed.
   bool Take();
-  // Of the copy that was taken last.
+  // Begins a part of the copy that was taken last.
   void BeginPart();
-  // Waits for the oldest part, and tells whose copies have ended.
+  // Waits for the oldest part and calls `done` of ended copies.
   void EndPart();
   void TellEnded();
 
@@ -76,7 +76,7 @@ class LaterCopies {
   const StreamId stream_;
   const bool to_host_;
   std::unique_ptr<StagingRing> ring_;
-  // The thread's: copies that were taken, oldest first, and their parts in the ring.
+  // Used by the thread only: taken copies, oldest first, and their parts in the ring.
   std::deque<Copy> taken_;
   std::deque<Part> parts_;
   int64_t num_parts_ = 0;  // begun so far

@@ -1,5 +1,5 @@
-// The kernels of a driver, for whoever has a launcher (plan/pipeline.h): CUDA, and the
-// emulator.
+// The kernels of a driver, on top of a launcher (plan/pipeline.h): that of CUDA or of
+// the emulator.
 #pragma once
 
 #include "cuda/backend/driver.h"
@@ -8,7 +8,7 @@
 
 namespace pbs::cuda {
 
-// `Launcher` also has Status Finish(): OK when every launch was.
+// `Launcher` also has Status Finish(), which is OK when every launch was OK.
 template <class Launcher>
 class LaunchedDriver : public Driver {
  public:
@@ -60,7 +60,7 @@ class LaunchedDriver : public Driver {
  protected:
   virtual Launcher MakeLauncher() = 0;
 
-  // Calls body.operator()<Element, kHeadDim>() for what the plan is about.
+  // Calls body.operator()<Element, kHeadDim>() for the plan's dtype and head dim.
   template <class Body>
   static void ForKernelsOf(const CudaAttentionPlan& plan, Body&& body) {
     if (plan.problem.dtype == DType::kBF16) {

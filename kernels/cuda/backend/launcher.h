@@ -1,5 +1,5 @@
-// Launches of kernels, and what is asked of the runtime once for each. CUDA sources
-// only.
+// Launches of kernels, and calls of the runtime that each kernel needs once. CUDA
+// sources only.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,8 +12,8 @@
 
 namespace pbs::cuda {
 
-// Blocks that a multiprocessor must have registers for, as the kernel says or two:
-// asked for nothing, ptxas trades a few spills for more.
+// Thread blocks for which a multiprocessor must have registers: the kernel's number, or
+// two. Without a bound ptxas spills a few registers to fit more blocks.
 template <class Kernel>
 constexpr int ResidentBlocks() {
   if constexpr (requires { Kernel::kResidentBlocks; }) return Kernel::kResidentBlocks;
@@ -27,14 +27,14 @@ __global__ void __launch_bounds__(Kernel::kThreads, ResidentBlocks<Kernel>())
   Kernel::Run(params);
 }
 
-// What is known of launches on a device.
+// State of launches on a device.
 //
 // Threading: one caller at a time.
 class LaunchState {
  public:
-  // Dynamic shared memory above 48 KiB must be asked for, once for each kernel. All
-  // that the device has: the answer is the process's, and drivers of other plans share
-  // it.
+  // Dynamic shared memory above 48 KiB must be requested once for each kernel. It
+  // requests all that the device has, because the setting holds for the process and
+  // drivers of other plans share it.
   cudaError_t RaiseSharedMemory(const void* kernel, int64_t bytes) {
     constexpr int64_t kUnasked = 48 << 10;
     if (bytes <= kUnasked || raised_.contains(kernel)) return cudaSuccess;
@@ -55,19 +55,20 @@ class LaunchState {
     return error;
   }
 
-  // Whether a kernel begins when the one before it leaves multiprocessors free, and
-  // waits for its end by itself (BeginGrid()). From compute capability 9.0 on.
+  // True when a kernel starts while the one before it still runs on other
+  // multiprocessors, and waits for its end in BeginGrid(). From compute capability 9.0
+  // on.
   bool overlaps = false;
 
  private:
   std::set<const void*> raised_;
 };
 
-// Enqueues until something fails.
+// Enqueues kernels until one launch fails.
 class CudaLauncher {
  public:
-  // Into a graph kernels go one behind the other: a driver that refuses to overlap them
-  // would end the capture, and nothing could be launched again.
+  // Kernels of a captured graph do not overlap: a driver that refuses the overlap would
+  // end the capture, and no kernel could be launched again.
   CudaLauncher(cudaStream_t stream, LaunchState& state)
       : stream_(stream), state_(&state), overlaps_(state.overlaps) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
@@ -80,8 +81,8 @@ class CudaLauncher {
     Launch(RunKernel<Kernel, Params>, blocks, Kernel::kThreads, shared_bytes, params);
   }
 
-  // Any kernel that begins with BeginGrid(). Takes this launch's own error:
-  // cudaGetLastError() would also tell what somebody else left behind.
+  // Launches a kernel that begins with BeginGrid(). It uses the launch's own error,
+  // because cudaGetLastError() may return an error of other code.
   template <class... Params>
   void Launch(void (*kernel)(Params...), int64_t blocks, int threads,
               int64_t shared_bytes, const std::type_identity_t<Params>&... params) {
@@ -101,10 +102,10 @@ class CudaLauncher {
     config.numAttrs = overlaps_ ? 1 : 0;
     error_ = cudaLaunchKernelEx(&config, kernel, params...);
     if (error_ == cudaSuccess || !overlaps_) return;
-    // A driver that refuses to overlap launches them one behind the other.
+    // The driver refuses the overlap: launch without it.
     config.numAttrs = 0;
     if (cudaLaunchKernelEx(&config, kernel, params...) != cudaSuccess) return;
-    static_cast<void>(cudaGetLastError());  // the refusal is nobody else's
+    static_cast<void>(cudaGetLastError());  // clears the refusal for other code
     state_->overlaps = false;
     overlaps_ = false;
     error_ = cudaSuccess;

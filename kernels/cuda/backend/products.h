@@ -1,4 +1,4 @@
-// Linear layers' products by cuBLASLt, found at run time.
+// Products of linear layers by cuBLASLt, which is loaded at run time.
 #pragma once
 
 #include <memory>

@@ -16,9 +16,9 @@ class StagedCopies {
   static StatusOr<std::unique_ptr<StagedCopies>> Create(Driver& driver,
                                                         StreamId stream);
 
-  // Behind everything on the stream; `source` may be reused on return.
+  // Copies after all work on the stream; the caller may reuse `source` on return.
   Status ToDevice(const void* source, void* target, int64_t bytes);
-  // Waits until `target` is there.
+  // Copies to `target` and waits for it.
   Status ToHost(const void* source, void* target, int64_t bytes);
 
  private:

@@ -1,4 +1,4 @@
-// Host memory of the driver's own, through which copies between any host memory and the
+// Pinned memory of the driver, through which copies between any host memory and the
 // device go part by part.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace pbs::cuda {
 
-// Two pieces: one is filled or emptied by the host while the other is on its way.
+// It has two pieces: the host fills or empties one while the other is copied.
 //
 // Parts are numbered: part n goes through piece n % kNumPieces. Those of one piece are
 // begun in rising order, each after the one before it was emptied.
@@ -19,18 +19,18 @@ namespace pbs::cuda {
 class StagingRing {
  public:
   static constexpr int kNumPieces = 2;
-  static constexpr int64_t kPieceBytes = int64_t{4} << 20;  // of a part, at most
+  static constexpr int64_t kPieceBytes = int64_t{4} << 20;  // the most bytes of a part
 
   static StatusOr<std::unique_ptr<StagingRing>> Create(Driver& driver, StreamId stream);
-  // Waits for what is on its way.
+  // Waits for copies under way.
   ~StagingRing();
   StagingRing(const StagingRing&) = delete;
   StagingRing& operator=(const StagingRing&) = delete;
 
-  // Both wait for the piece, and enqueue on the stream.
-  // To the device; `source` may be reused on return.
+  // Send() and Fetch() wait for the piece and enqueue on the stream. Send() copies to
+  // the device; the caller may reuse `source` on return.
   Status Send(int64_t part, const void* source, void* target, int64_t bytes);
-  // To the host, where it is Arrived()'s.
+  // Copies to the host; Arrived() gives the part there.
   Status Fetch(int64_t part, const void* source, int64_t bytes);
 
   // Waits for the part that was begun last in its piece.

@@ -1,5 +1,5 @@
-// Tensor maps, made once for each operand: the driver takes microseconds for one, and a
-// model's layers use the same few again and again.
+// A cache of tensor maps. The driver takes microseconds to create one, and a model's
+// layers use the same few repeatedly.
 #pragma once
 
 #include <cuda.h>
@@ -22,7 +22,7 @@ class TensorMaps {
     MappedOperand mapped;
     CUtensorMap map;
   };
-  // Of a layer: queries, outputs, and keys and values of two layers, or permuted.
+  // Enough for queries, outputs, and keys and values of two layers or permuted ones.
   static constexpr size_t kEntries = 16;
 
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -31,7 +31,7 @@ class TensorMaps {
   Encode encode_ = nullptr;
   std::array<Entry, kEntries> entries_{};
   size_t num_entries_ = 0;
-  size_t next_ = 0;  // to be replaced when all are taken
+  size_t next_ = 0;  // the entry to replace when all are in use
 };
 
 }  // namespace pbs::cuda

@@ -1,4 +1,4 @@
-// Output heads: a few f32 rows times a weight that lies as it was stored.
+// Output heads: a few f32 rows times a weight in its stored layout.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,9 @@ struct DotRowsParams {
   DType weight_dtype;
 };
 
-// A warp per row of the weight, which it reads once for up to kRowsAtOnce rows of x.
-// Grid [ceil(vocab / warps), ceil(rows / kRowsAtOnce)], the second slowest.
+// Each warp has a row of the weight, which it reads once for up to kRowsAtOnce rows of
+// x. Grid [ceil(vocab / warps), ceil(rows / kRowsAtOnce)]; the second index changes
+// slowest.
 struct DotRows {
   static constexpr int kThreads = 128;
   static constexpr int kWarps = kThreads / 32;

@@ -22,8 +22,9 @@ struct Rotation {
   double sine;
 };
 
-// Of |angle| < 2^20, to some 1e-14: pi / 2 is taken off in two parts, of which the
-// first has 33 bits, so that its multiples are exact (Cody and Waite).
+// Cosine and sine for |angle| < 2^20, with an error of about 1e-14. Multiples of pi / 2
+// are subtracted in two parts, of which the first has 33 bits, so that its multiples
+// are exact (Cody and Waite).
 PBS_DEVICE Rotation RotationOf(double angle) {
   constexpr double kTwoOverPi = 0.63661977236758134308;
   constexpr double kHalfPiHigh = 1.57079632673412561417;

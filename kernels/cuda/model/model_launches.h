@@ -1,5 +1,5 @@
-// Backend operations as launches, for whoever can launch: CUDA, or the emulator.
-// Launchers are those of plan/pipeline.h.
+// Backend operations as launches of kernels, for the launchers of plan/pipeline.h (CUDA
+// or the emulator).
 #pragma once
 
 #include "cuda/model/dot_rows.h"

@@ -1,4 +1,4 @@
-// What host code must know of the model path's kernels.
+// Parameters of the model path's kernels that host code needs.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,8 @@ namespace pbs::cuda {
 
 constexpr int kQuad = 4;  // elements that a thread reads or writes at once
 
-// Columns of every matrix are a multiple of this; what makes them refuses others.
+// Columns of every matrix are a multiple of this; the functions that create them refuse
+// other numbers.
 constexpr int64_t kColumnsMultiple = 8;
 
 // gate_rows.h

@@ -1,5 +1,5 @@
-// Rows that move from one matrix to another, converted: the embedding of tokens, rows
-// whose logits are wanted, queries in another dtype.
+// Copies rows from one matrix to another with conversion: embeddings of tokens, rows
+// whose logits are requested, queries in another dtype.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct MoveRowsParams {
   const void* source;
   void* target;
   const int32_t* row_index;  // row i comes from row_index[i]; null: from row i
-  int32_t quads;             // of a row
+  int32_t quads;             // quads of a row
   DType source_dtype;
   DType target_dtype;
 };

@@ -16,8 +16,8 @@ struct NormalizeRowsParams {
   DType y_dtype;
 };
 
-// y = x / sqrt(mean(x^2) + epsilon) * weight. Grid [rows]; the row is read twice, the
-// second time from the first cache.
+// y = x / sqrt(mean(x^2) + epsilon) * weight. Grid [rows]. The row is read twice, the
+// second time from the first-level cache.
 struct NormalizeRows {
   static constexpr int kThreads = 256;
   static constexpr int64_t kSharedBytes = kThreads / 32 * sizeof(float);
@@ -42,7 +42,7 @@ struct NormalizeRows {
   }
 
  private:
-  // Over the block, in the same order each time.
+  // Sum over the thread block, always in the same order.
   PBS_DEVICE static float Sum(float value) {
     auto* of_warps = reinterpret_cast<float*>(SharedMemory());
     value = SumLanes(value, 32);

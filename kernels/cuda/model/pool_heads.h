@@ -1,5 +1,5 @@
-// As split_heads.h, a block of rows at a time, and the mean of each block of queries:
-// selection need not read the queries again.
+// As split_heads.h, for one block of rows at a time. It also writes the mean of each
+// block of queries, so that selection need not read the queries again.
 #pragma once
 
 #include <cstdint>
@@ -12,17 +12,18 @@ namespace pbs::cuda {
 struct PoolHeadsParams {
   SplitHeadsParams split;
   float* pooled_queries;  // [blocks, num_heads, head_dim]
-  int32_t row_in_block;   // where the first row is in the first block
+  int32_t row_in_block;   // index of the first row in the first block
 };
 
-// Grid [blocks of rows, ceil(heads / kHeads)], the second faster; kHeads heads of a row
-// are side by side, so that its cosines and sines come once. Head dims that attention
-// has. Dynamic shared memory: SharedBytes().
+// Grid [blocks of rows, ceil(heads / kHeads)]; the second index changes fastest. A
+// thread block has kHeads heads of a row side by side, so that cosines and sines are
+// loaded once. It supports the head dims of attention. Dynamic shared memory:
+// SharedBytes().
 class PoolHeads {
  public:
   static constexpr int kThreads = 512;
   static constexpr int kHeads = 4;
-  static constexpr int kRowsUnderWay = 2;  // of a thread
+  static constexpr int kRowsUnderWay = 2;  // rows that a thread loads at once
 
   static constexpr int64_t Blocks(const PoolHeadsParams& params) {
     const int64_t rows = int64_t{params.row_in_block} + params.split.rows;
@@ -53,12 +54,12 @@ class PoolHeads {
          sum += kThreads / lanes / kHeads) {
       SumRows(head, sum, partial_sums, lanes);
     }
-    if (first_head_ >= params_.split.num_heads) return;  // the whole thread block
+    if (first_head_ >= params_.split.num_heads) return;  // for the whole thread block
     SyncThreads();
     StoreMeans(partial_sums);
   }
 
-  // Every `step`-th row of the block, the first being row `sum`.
+  // Sums every `step`-th row of the block, beginning with row `sum`.
   PBS_DEVICE void SumRows(int head, int sum, int step, int lanes) const {
     const int lane = ThreadIndex() % lanes;
     HeadOfRow::Quads total{};

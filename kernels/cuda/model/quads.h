@@ -49,7 +49,7 @@ PBS_DEVICE void StoreQuad(void* data, DType dtype, int64_t quad, const Quad& val
               Int2{static_cast<int32_t>(low), static_cast<int32_t>(high)});
 }
 
-// As it reads when it has been stored.
+// The value after it was stored as `dtype` and loaded again.
 PBS_DEVICE Quad Rounded(const Quad& value, DType dtype) {
   if (dtype == DType::kF32) return value;
   Quad rounded;
@@ -61,8 +61,8 @@ PBS_DEVICE Quad Rounded(const Quad& value, DType dtype) {
   return rounded;
 }
 
-// Of a float that every lane has; all 32 call. Lanes whose indices differ in bits below
-// `width` (a power of two) are summed.
+// Sum of `value` over the lanes whose indices differ in bits below `width` (a power of
+// two). All 32 lanes call.
 PBS_DEVICE float SumLanes(float value, int width) {
   for (int mask = 1; mask < width; mask *= 2) value += ShuffleXor(value, mask);
   return value;

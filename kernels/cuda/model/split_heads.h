@@ -1,5 +1,5 @@
-// The fused projection's output, taken apart: heads normalised (where the model does),
-// rotated, queries into their matrix, keys and values into the cache.
+// Splits the fused projection's output: normalises heads (in models that do), rotates
+// them, writes queries to their matrix and keys and values to the cache.
 #pragma once
 
 #include <cstdint>
@@ -27,22 +27,22 @@ struct SplitHeadsParams {
   DType kv_dtype;
 };
 
-// Lanes of a head: a power of two, so that heads do not share a shuffle.
+// Lanes per head: a power of two, so that a shuffle stays inside a head.
 PBS_HOST_DEVICE constexpr int LanesOfHead(int head_dim) {
   int lanes = 1;
   while (lanes * 2 * kQuad < head_dim) lanes *= 2;
   return lanes;
 }
 
-// One head of one row on its way through a group of lanes. Each has a quad of either
-// half: the partner of a rotation is in the same thread.
+// One head of one row, held by a group of lanes. Each lane has a quad of either half,
+// so that both elements of a rotated pair are in the same thread.
 class HeadOfRow {
  public:
   struct Quads {
     Quad low, high;
   };
 
-  // Row and head may be nobody's: nothing is read or stored then.
+  // Row and head may be out of range; nothing is then read or stored.
   PBS_DEVICE HeadOfRow(const SplitHeadsParams& params, int32_t row, int32_t head,
                        int lane)
       : params_(params),
@@ -52,7 +52,7 @@ class HeadOfRow {
         half_(params.head_dim / 2 / kQuad),
         inside_(row >= 0 && row < params.rows && head < NumHeads() && lane < half_) {}
 
-  // Zeros where there is nothing.
+  // Loads the quads; zeros when out of range.
   PBS_DEVICE Quads Load() const {
     if (!inside_) return {};
     const int64_t first = (int64_t{row_} * NumHeads() + head_) * 2 * half_ + lane_;
@@ -60,11 +60,11 @@ class HeadOfRow {
             LoadQuad(params_.qkv, params_.qkv_dtype, first + half_)};
   }
 
-  // Normalises, rotates and stores what Load() gave, `lanes` a head. All lanes of the
-  // warp call.
+  // Normalises, rotates and stores the result of Load(), with `lanes` lanes per head.
+  // All lanes of the warp call.
   PBS_DEVICE void Finish(Quads& x, int lanes) const {
     const bool is_value = head_ >= params_.num_heads + params_.num_kv_heads;
-    // All lanes of the warp sum, whatever their heads are.
+    // All lanes of the warp must take part in the sum.
     if (params_.q_norm != nullptr || params_.k_norm != nullptr) {
       const float* norm = head_ < params_.num_heads ? params_.q_norm : params_.k_norm;
       Normalize(x, is_value ? nullptr : norm, lanes);

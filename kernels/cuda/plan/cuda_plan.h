@@ -1,5 +1,5 @@
-// The CUDA backend's attention plan: which kernels run, over how much, and where the
-// workspace holds what. Host code without CUDA: built and tested everywhere.
+// The CUDA backend's attention plan: the kernels that run, their sizes, and the layout
+// of the workspace. Host code without CUDA, so that it is built and tested everywhere.
 #pragma once
 
 #include <array>
@@ -19,22 +19,24 @@ namespace pbs::cuda {
 
 inline constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
 
-// Of the device that the plan is for.
+// Facts about the plan's device, and choices for it.
 struct DeviceTraits {
   int32_t num_multiprocessors = 132;
-  int64_t shared_bytes_max = 227 << 10;  // of a thread block
-  bool one_section = false;              // of tiles, however many there are
-  bool wide_tiles = false;  // where every block is read, head dim 64 (sm90_config.h)
+  int64_t shared_bytes_max = 227 << 10;  // per thread block
+  bool one_section = false;              // all tiles in one section
+  // Wide tiles where every block is read, head dim 64 (sm90_config.h)
+  bool wide_tiles = false;
 };
 
 struct CudaAttentionPlan final : AttentionPlan {
   std::vector<SequenceRecord> sequences;
 
   // Stages that run besides attention itself.
-  bool orders = false;         // keys are scored and sorted
-  bool permutes = false;       // keys and values are gathered
-  bool selects = false;        // blocks are scored, lists are made
-  bool pools_queries = false;  // for that; else they are given
+  bool orders = false;    // keys are scored and sorted
+  bool permutes = false;  // keys and values are gathered
+  bool selects = false;   // blocks are scored, lists are made
+  // The run pools query blocks for it; else pooled queries are given.
+  bool pools_queries = false;
   bool has_lists = false;
 
   int32_t chunk_blocks = 1;
@@ -45,16 +47,16 @@ struct CudaAttentionPlan final : AttentionPlan {
   int32_t total_chunks = 0;
   int32_t total_segments = 0;
   int32_t total_groups = 0;
-  int32_t coverage_groups = 0;  // of sampled rows; 0: there is nothing to measure
+  int32_t coverage_groups = 0;  // groups of sampled rows; 0: coverage is not measured
   int32_t longest_list = 0;
-  bool one_section = false;  // of tiles (order_tiles.h)
+  bool one_section = false;  // all tiles in one section (order_tiles.h)
   int32_t tile_rows = kTileRows;
   int32_t tiles_per_head = 0;
 
   // Workspace offsets in bytes.
   int64_t sequences_at = 0;
   int64_t next_tile_at = 0;
-  // RunSummary and what belongs to it: all that a report without order and lists reads.
+  // RunSummary and the arrays after it: all data of a report without order and lists.
   int64_t summary_at = 0;
   int64_t summary_bytes = 0;
   int64_t head_blocks_at = 0;  // with has_lists
@@ -84,15 +86,15 @@ struct CudaAttentionPlan final : AttentionPlan {
 StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
     const AttentionProblem& problem, const DeviceTraits& device);
 
-// What the kernels of one run take. InvalidArgument when an operand is not 16-byte
-// aligned, or a stride is no multiple of eight elements or not positive where there is
-// more than one of what it separates.
+// Parameters of the kernels of one run. InvalidArgument when an operand is not 16-byte
+// aligned, when a stride is no multiple of eight elements, or when a stride between
+// several rows, heads or sequences is not positive.
 struct RunParams {
   SelectionParams selection;
   TileOrderParams tile_order;
   CoverageParams coverage;
   AttentionParams attention;
-  RowOperand q, k, v;  // of attention
+  RowOperand q, k, v;  // operands of attention
   RunSummary* summary;
 };
 StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,

@@ -1,5 +1,5 @@
-// What a finished run of the CUDA backend left in its workspace, once it is on the
-// host.
+// Reads the results of a finished run of the CUDA backend from a copy of its workspace
+// on the host.
 #pragma once
 
 #include <cstddef>
@@ -12,15 +12,14 @@
 namespace pbs::cuda {
 
 // Fills the statistics and head_density from a copy of the plan's summary_bytes.
-// `total_seconds`: from before the first kernel to behind attention; what the stages
-// before attention leave of it is attention's. InvalidArgument when finite inputs
-// overflowed (pbs, mean_pooling).
+// `total_seconds` is the time from before the first kernel to after attention.
+// Attention's time is what remains after the stages before it. InvalidArgument when
+// finite inputs overflowed (pbs, mean_pooling).
 Status TellSummary(const CudaAttentionPlan& plan, const std::byte* summary,
                    double total_seconds, AttentionReport* report);
 
-// Bytes of the workspace that order and lists are made of; a copy of each region at the
-// same offset of `workspace` is all that TellRequested() looks at. It adds them to a
-// report.
+// A region of the workspace that order and lists are made of. TellRequested() adds both
+// to a report; it reads only a copy of each region at the same offset of `workspace`.
 struct ReportRegion {
   int64_t offset = 0;
   int64_t bytes = 0;

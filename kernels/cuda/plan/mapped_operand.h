@@ -1,4 +1,4 @@
-// Operands of attention as Hopper's copy engine must know them (tensor maps).
+// Operands of attention in the form of Hopper's tensor maps.
 #pragma once
 
 #include <array>
@@ -9,8 +9,9 @@
 
 namespace pbs::cuda {
 
-// 16-bit elements [sequences, heads, rows, width] and the box of 64 columns that a copy
-// moves. An operand whose sequences are packed is one sequence of all their rows.
+// 16-bit elements [sequences, heads, rows, width], and the box of 64 columns that one
+// copy moves. An operand with packed sequences is described as one sequence of all
+// their rows.
 struct MappedOperand {
   RowOperand operand;
   int64_t width = 0;
@@ -23,9 +24,9 @@ struct MappedOperand {
   bool operator==(const MappedOperand&) const = default;
 };
 
-// Strides of the dimensions behind the first, in bytes. A dimension of one element has
-// the stride that it would have if the elements of the one before it lay side by side:
-// nothing is read by it, but the driver wants strides that can be.
+// Strides of the dimensions after the first, in bytes. A dimension of one element gets
+// the stride of contiguous elements of the dimension before it: the stride is never
+// used, but the driver requires a valid one.
 std::array<uint64_t, 3> MapStrides(const MappedOperand& mapped);
 
 struct MappedOperands {

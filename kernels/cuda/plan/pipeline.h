@@ -1,4 +1,4 @@
-// The kernels of one run, in order, for whoever can launch them: CUDA, or the emulator.
+// The kernels of one run, in order, for a launcher of CUDA or of the emulator.
 #pragma once
 
 #include <algorithm>
@@ -68,7 +68,7 @@ void EnqueueOrderTiles(const TileOrderParams& tiles, Launcher& launch) {
                                   OrderTiles::SharedBytes(tiles), tiles);
 }
 
-// Enqueues what orders and moves keys. `launch` has
+// Enqueues the kernels that order and move keys. `launch` has
 //   template <class Kernel, class Params>
 //   void Run(int64_t blocks, int64_t shared_bytes, const Params& params);
 // A launch of no blocks must do nothing.
@@ -97,7 +97,7 @@ void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
   }
 }
 
-// Enqueues what makes lists and tiles, after EnqueueOrder().
+// Enqueues the kernels that make lists and tiles. Call it after EnqueueOrder().
 template <class Element, int kHeadDim, class Launcher>
 void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
                   Launcher& launch) {
@@ -113,7 +113,7 @@ void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
   EnqueueOrderTiles(run.tile_order, launch);
 }
 
-// Enqueues what measures coverage, after attention.
+// Enqueues the kernel that measures coverage. Call it after attention.
 template <class Element, int kHeadDim, class Launcher>
 void EnqueueCoverage(const CudaAttentionPlan& plan, const RunParams& run,
                      Launcher& launch) {

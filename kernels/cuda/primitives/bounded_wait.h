@@ -1,9 +1,9 @@
-// Waits of a build that looks into a hang (PBS_BOUNDED_WAITS): the first that takes
-// longer than kWaitNanosecondsMax says what it waits for. It goes on, and so do others
-// then after kLaterWaitNanosecondsMax, so that the kernel comes to its end with wrong
-// results, and soon: many waits follow one that never ends. (A trap would end it
-// sooner, but makes ptxas serialise the products: another kernel.) Included by
-// ptx_bulk.h, for the one source file that has the pointer.
+// Bounded waits, for a build that examines a hang (PBS_BOUNDED_WAITS). The first wait
+// that takes longer than kWaitNanosecondsMax records its barrier and returns. Later
+// waits return after kLaterWaitNanosecondsMax, because many waits follow one that never
+// ends. So the kernel ends soon, with wrong results. (A trap would end it sooner, but
+// then ptxas serialises the products, which is another kernel.) ptx_bulk.h includes it,
+// for the one source file that has the pointer.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +15,11 @@ namespace pbs::cuda {
 constexpr uint64_t kWaitNanosecondsMax = 1'000'000'000;
 constexpr uint64_t kLaterWaitNanosecondsMax = 1'000'000;
 
-// Memory that the host sees (cuda/backend/hang_watch.h); null: nobody looks.
+// Memory that the host can read (cuda/backend/hang_watch.h); null: nothing is recorded.
 static __device__ HangRecord* hang_record;
 static __device__ int hang_claimed;
 
-// Of each warpgroup.
+// The noted tile of each warpgroup.
 PBS_DEVICE int& NotedTile() {
   __shared__ int tiles[8];
   return tiles[threadIdx.x / 128];

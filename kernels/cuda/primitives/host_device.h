@@ -1,4 +1,4 @@
-// For arithmetic that both the host and kernels do.
+// Macros for arithmetic that host code and kernels share.
 #pragma once
 
 #if defined(__CUDACC__)

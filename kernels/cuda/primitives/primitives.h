@@ -1,9 +1,10 @@
-// What kernels may ask of the machine. One body, two compilers: nvcc takes the PTX of
-// ptx.h, the host compiler the emulation of tests/emulator (PBS_EMULATOR).
+// Machine operations for kernels. The same kernel source has two compilers: nvcc uses
+// the PTX of ptx.h, the host compiler uses the emulation in tests/emulator
+// (PBS_EMULATOR).
 //
-// Every kernel uses these wrappers alone: no inline PTX, no raw access to memory that a
-// wrapper exists for. What a wrapper does is written at its declaration in ptx.h; the
-// emulation must do the same and report what the hardware would not.
+// Kernels use only these wrappers: no inline PTX, and no raw access to memory for which
+// a wrapper exists. ptx.h documents each wrapper at its declaration. The emulation must
+// do the same, and it reports errors that the hardware would not report.
 #pragma once
 
 #if defined(PBS_EMULATOR)

@@ -1,4 +1,5 @@
-// The device's half of primitives.h. PTX names are those of the PTX ISA 8.x manual.
+// The device's implementation of primitives.h. PTX names are those of the PTX ISA 8.x
+// manual.
 #pragma once
 
 #include <cuda.h>
@@ -17,7 +18,7 @@
 
 namespace pbs::cuda {
 
-// Made by the host (cuTensorMapEncodeTiled): [batch, heads, rows, width], 128-byte
+// Created by the host (cuTensorMapEncodeTiled): [batch, heads, rows, width], 128-byte
 // swizzle.
 using TensorMap = CUtensorMap;
 
@@ -52,13 +53,14 @@ PBS_DEVICE T ShuffleXor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
 
-// Bit l is lane l's.
+// Bit l of the result is the vote of lane l.
 PBS_DEVICE uint32_t Ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
 
 // ---- barriers
 
 PBS_DEVICE void SyncThreads() { __syncthreads(); }
-// Waits for `threads` threads of the block, those that only arrive included.
+// Waits until `threads` threads of the block have arrived, including those that call
+// BarrierArrive().
 PBS_DEVICE void BarrierSync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -73,7 +75,7 @@ struct alignas(16) Words4 {
   uint32_t words[4];
 };
 
-// The four words that a value of 16 bytes is made of, and back.
+// Converts a value of 16 bytes to its four words, and back.
 template <class T>
 PBS_DEVICE T FromWords(const uint32_t (&words)[4]) {
   static_assert(sizeof(T) == 16);
@@ -82,8 +84,8 @@ PBS_DEVICE T FromWords(const uint32_t (&words)[4]) {
   return value;
 }
 
-// Not through the read-only cache: what the kernel before has written is seen behind
-// BeginGrid() by ordinary loads alone.
+// It does not use the read-only cache: only ordinary loads after BeginGrid() see the
+// writes of the kernel before.
 template <class T>
 PBS_DEVICE T LoadGlobal(const T* at) {
   if constexpr (sizeof(T) <= 8) {
@@ -97,7 +99,7 @@ PBS_DEVICE T LoadGlobal(const T* at) {
 template <class T>
 PBS_DEVICE void StoreGlobal(T* at, const T& value) {
   if constexpr (sizeof(T) == 16 && alignof(T) == 16) {
-    // Assigned, the words would be stored one by one.
+    // An assignment would store the words one by one.
     uint32_t words[4];
     __builtin_memcpy(words, &value, 16);
     asm volatile(
@@ -121,7 +123,7 @@ PBS_DEVICE void AtomicAdd(int64_t* at, int64_t value) {
 PBS_DEVICE void AtomicMax(int64_t* at, int64_t value) {
   atomicMax(reinterpret_cast<long long*>(at), static_cast<long long>(value));
 }
-// Each call reads, or writes.
+// Each call reads or writes memory.
 template <class T>
 PBS_DEVICE T LoadShared(const T* at) {
   if constexpr (sizeof(T) <= 4) {
@@ -170,7 +172,7 @@ PBS_DEVICE void StoreShared(T* at, const T& value) {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLog2E = 1.44269504088896341f;
-// The other one, when one is NaN.
+// If one argument is NaN, the result is the other one.
 PBS_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
 PBS_DEVICE float Sqrt(float x) { return sqrtf(x); }
 PBS_DEVICE float Ceil(float x) { return ceilf(x); }
@@ -187,8 +189,8 @@ PBS_DEVICE float Exp2(float x) {
 }
 PBS_DEVICE float Log2(float x) { return __log2f(x); }
 
-// 16-bit elements: Pack() rounds to nearest, the first value in the low half; Low() and
-// High() widen the halves, Round() is what a value becomes.
+// 16-bit elements. Pack() rounds to nearest and puts the first value in the low half.
+// Low() and High() widen the halves. Round() is the value after rounding.
 struct Bf16Element {
   static constexpr bool kIsBf16 = true;
   PBS_DEVICE static uint32_t Pack(float low, float high) {
@@ -218,9 +220,9 @@ struct F16Element {
 
 // ---- grids
 
-// Waits for the kernels before this one on the stream, as the first thing that every
-// thread of a kernel does; from here on the next one may take the multiprocessors that
-// this one leaves. Nothing where kernels are launched one behind the other.
+// Waits for the kernels before this one on the stream. Every thread of a kernel calls
+// it first. After the call the next kernel may start on multiprocessors that this one
+// leaves free. It does nothing where kernels are launched without overlap.
 PBS_DEVICE void BeginGrid() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -245,8 +247,8 @@ PBS_DEVICE void PinRegisters(float (&registers)[kCount]) {
   PBS_UNROLL
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
-// What these values depend on happens before the wait that follows: a trap that never
-// fires. Without it the compiler sinks the softmax behind the wait, and nothing
+// Forces the computation of these values before the following wait, by a trap that
+// never fires. Without it the compiler moves the softmax after the wait, and nothing
 // overlaps.
 PBS_DEVICE void PinBeforeWait(float a, float b) {
   asm volatile(
@@ -255,7 +257,7 @@ PBS_DEVICE void PinBeforeWait(float a, float b) {
       "f"(b));
 }
 
-// Whether sums must be pinned where registers are short.
+// True when sums must be pinned where registers are scarce.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kDelaysSums = true;
 #else
@@ -272,7 +274,7 @@ PBS_DEVICE uint64_t Descriptor(uint32_t low, uint32_t high) {
   asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(high));
   return descriptor;
 }
-// Before the first product, and after registers of one were written.
+// Call it before the first product, and after writing registers of a product.
 PBS_DEVICE void WgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 PBS_DEVICE void WgmmaCommit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

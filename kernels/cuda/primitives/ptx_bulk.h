@@ -1,6 +1,6 @@
-// The device's half of primitives.h: barriers that count bytes, and copies of boxes and
-// rows between global and shared memory, which one thread asks for and which end later
-// (compute capability 9.0). Included by ptx.h.
+// The device's implementation of primitives.h: barriers that count bytes, and
+// asynchronous copies of boxes and rows between global and shared memory, which one
+// thread starts (compute capability 9.0). ptx.h includes it.
 #pragma once
 
 #include <cuda.h>
@@ -13,8 +13,8 @@
 
 namespace pbs::cuda {
 
-// Made by the host (cuTensorMapEncodeTiled): [batch, heads, rows, width], boxes of 64
-// columns, 128-byte swizzle.
+// Created by the host (cuTensorMapEncodeTiled): [batch, heads, rows, width], boxes of
+// 64 columns, 128-byte swizzle.
 using TensorMap = CUtensorMap;
 
 // ---- barriers
@@ -27,7 +27,8 @@ PBS_DEVICE void MbarrierInit(Mbarrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
                "r"(arrivals));
 }
-// Makes initialised barriers visible to copies; before the threads are told.
+// Makes initialised barriers visible to copies. Call it before the barrier that
+// releases the other threads.
 PBS_DEVICE void MbarrierInitFence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -35,7 +36,7 @@ PBS_DEVICE void MbarrierArrive(Mbarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier))
                : "memory");
 }
-// Arrives and announces bytes that copies will bring.
+// Arrives and announces the bytes of copies.
 PBS_DEVICE void MbarrierArriveExpect(Mbarrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                    SharedAddress(barrier)),
@@ -55,7 +56,7 @@ PBS_DEVICE void MbarrierWait(Mbarrier* barrier, int parity) {
       : "memory");
 #endif
 }
-// For who looks into a hang: the tile that the calling warpgroup has begun.
+// Records, for reports of a hang, the tile that the calling warpgroup has begun.
 PBS_DEVICE void NoteTile(int tile) {
 #if defined(PBS_BOUNDED_WAITS)
   NotedTile() = tile;
@@ -66,7 +67,7 @@ PBS_DEVICE void NoteTile(int tile) {
 
 // ---- copies into shared memory
 
-// What the second cache does with the bytes of a copy.
+// Eviction policy of the second-level cache for the bytes of a copy.
 struct CachePolicy {
   uint64_t word;
 };
@@ -81,8 +82,8 @@ PBS_DEVICE CachePolicy EvictLast() {
   return policy;
 }
 
-// One box of a tensor map into shared memory, 1024-byte aligned; rows and columns
-// outside the tensor arrive as zeros. By one thread.
+// Copies one box of a tensor map to shared memory, 1024-byte aligned. Rows and columns
+// outside the tensor become zeros. One thread calls.
 PBS_DEVICE void CopyBox(void* target, const TensorMap& map, Mbarrier* barrier,
                         int column, int row, int head, int batch) {
   asm volatile(
@@ -103,7 +104,7 @@ PBS_DEVICE void CopyBox(void* target, const TensorMap& map, Mbarrier* barrier,
       "r"(batch), "l"(policy.word)
       : "memory");
 }
-// Bytes that lie side by side; addresses and their number are multiples of 16.
+// Copies contiguous bytes; addresses and size are multiples of 16.
 PBS_DEVICE void CopyBytes(void* target, const void* source, int bytes,
                           Mbarrier* barrier) {
   asm volatile(
@@ -115,13 +116,13 @@ PBS_DEVICE void CopyBytes(void* target, const void* source, int bytes,
 
 // ---- copies out of shared memory
 
-// What the calling thread has written to shared memory is there for copies and products
+// Makes the calling thread's writes to shared memory visible to copies and products
 // that begin after it.
 PBS_DEVICE void ProxyFence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// One box of shared memory to a tensor; rows outside the tensor are left out. By one
-// thread, as the two below.
+// Copies one box of shared memory to a tensor, without rows outside the tensor. One
+// thread calls it, StoreCommit() and StoreWaitRead().
 PBS_DEVICE void StoreBox(const TensorMap& map, const void* source, int column, int row,
                          int head, int batch) {
   asm volatile(
@@ -134,7 +135,7 @@ PBS_DEVICE void StoreBox(const TensorMap& map, const void* source, int column, i
 PBS_DEVICE void StoreCommit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Returns when the stores of all groups have read what they bring.
+// Returns when the stores of all groups have read shared memory.
 PBS_DEVICE void StoreWaitRead() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }

@@ -1,5 +1,5 @@
-// The device's half of primitives.h: what a warp does with a 16-bit tile (sm_80 on).
-// Included by ptx.h.
+// The device's implementation of primitives.h: operations of a warp on 16-bit tiles
+// (from sm_80 on). ptx.h includes it.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@ namespace pbs::cuda {
 
 // ---- copies by a thread
 
-// 16 bytes to an address of shared memory, later; zeros instead when !inside (nothing
-// is read then). Both sides 16-byte aligned.
+// Copies 16 bytes asynchronously to an address of shared memory. Writes zeros, and
+// reads nothing, when !inside. Both addresses are 16-byte aligned.
 PBS_DEVICE void CopyAsync16(uint32_t target, const void* source, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target),
                "l"(source), "r"(inside ? 16 : 0)
@@ -19,8 +19,8 @@ PBS_DEVICE void CopyAsync16(uint32_t target, const void* source, bool inside) {
 PBS_DEVICE void CopyAsyncCommit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Returns when at most kGroups groups of the calling thread are under way; others see
-// its copies after a barrier.
+// Returns when at most kGroups groups of the calling thread are under way. Other
+// threads see its copies after a barrier.
 template <int kGroups>
 PBS_DEVICE void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
@@ -28,9 +28,9 @@ PBS_DEVICE void CopyAsyncWait() {
 
 // ---- fragments; all 32 lanes call
 
-// Four 8x8 matrices of 16-bit elements; lane 8 i + j gives the address of the 16-byte
-// row j of matrix i. Lane l gets elements 2 (l % 4) and the next of row l / 4 of matrix
-// i in word i; transposed: of column l / 4.
+// Loads four 8x8 matrices of 16-bit elements. Lane 8 i + j gives the address of the
+// 16-byte row j of matrix i. Word i of lane l holds elements 2 (l % 4) and 2 (l % 4) +
+// 1 of row l / 4 of matrix i; with transposition, of column l / 4.
 PBS_DEVICE void LoadMatrices(uint32_t (&words)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -44,8 +44,8 @@ PBS_DEVICE void LoadMatricesTransposed(uint32_t (&words)[4], uint32_t row) {
                : "memory");
 }
 
-// Four 8x8 matrices from fragments as LoadMatrices() gives them; lane 8 i + j gives the
-// address of the 16-byte row j of matrix i.
+// Stores four 8x8 matrices from fragments in the form of LoadMatrices(). Lane 8 i + j
+// gives the address of the 16-byte row j of matrix i.
 PBS_DEVICE void StoreMatrices(uint32_t row, const uint32_t (&words)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),

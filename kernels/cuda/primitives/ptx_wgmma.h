@@ -1,12 +1,12 @@
-// Warpgroup products: one PTX instruction each, whose registers must be written out.
-// Internal to ptx.h.
+// Warpgroup products, one PTX instruction each. The instruction must list its
+// registers. Internal to ptx.h.
 #pragma once
 
 #include <cstdint>
 
 namespace pbs::cuda {
 
-// Registers 0 .. 31 and 0 .. 63 in an instruction, and the sums d[] that they are.
+// Registers 0 .. 31 and 0 .. 63 of an instruction, and the sums d[] that they hold.
 #define PBS_NAMES_32                         \
   "%0, %1, %2, %3, %4, %5, %6, %7, "         \
   "%8, %9, %10, %11, %12, %13, %14, %15, "   \

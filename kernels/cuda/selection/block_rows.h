@@ -1,4 +1,4 @@
-// The rows of one block on their way through 128 threads, and their mean.
+// Reads the rows of one block with 128 threads and computes their mean.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
@@ -7,13 +7,14 @@
 
 namespace pbs::cuda {
 
-// Rows of a block whose numbers differ by a multiple of this are summed first, then the
-// sums, both in rising order: means are the same bits whoever makes them.
+// Number of partial sums of a block. Rows whose indices differ by a multiple of it are
+// summed first, then the partial sums, both in rising order, so that every kernel
+// computes means with the same bits.
 PBS_HOST_DEVICE constexpr int PartialSums(int head_dim) {
   return 128 / PieceGroup(head_dim / 8);
 }
-// The mean of a column from its partial sums, which lie `width` apart in shared memory.
-// A short block is divided by the size of a whole one all the same (section 3.1 of
+// The mean of a column from its partial sums, which are `width` apart in shared memory.
+// The divisor is the size of a whole block, for short blocks too (section 3.1 of
 // docs/KERNELS.md).
 PBS_DEVICE float MeanOfPartialSums(const float* sums, int count, int width) {
   float sum = 0;
@@ -29,15 +30,17 @@ class BlockRows {
   static constexpr int kLanes = PieceGroup(kPieces);  // threads of a row
   static constexpr int kGroups = kPieces / kLanes;    // pieces of a row for a thread
   static constexpr int kRowsAtOnce = kThreads / kLanes;
-  // Of a thread, each with its kGroups pieces: 128 bytes (96 at head dim 96).
+  // Rows that a thread loads at once, kGroups pieces of each: 128 bytes (96 at head dim
+  // 96).
   static constexpr int kRowsUnderWay = kGroups == 3 ? 2 : 8 / kGroups;
   static_assert(kBlockTokens % (kRowsUnderWay * kRowsAtOnce) == 0);
   static_assert(kRowsAtOnce == PartialSums(kHeadDim));
   static constexpr int kSharedBytes = kRowsAtOnce * kHeadDim * 4;
 
-  // For each row of the block: source(row) is where it begins, null where there is
-  // none (zeros); visit(row, group, piece, values) gets every piece, piece / kLanes
-  // being the group, which the compiler knows. A thread's rows come in rising order.
+  // For each row of the block source(row) gives its address, or null for a missing row,
+  // which counts as zeros. visit(row, group, piece, values) is called for every piece;
+  // group is piece / kLanes, a constant for the compiler. A thread visits its rows in
+  // rising order.
   template <class Source, class Visit>
   PBS_DEVICE static void ForEachPiece(Source&& source, Visit&& visit) {
     PBS_NO_UNROLL
@@ -64,7 +67,7 @@ class BlockRows {
     }
   }
 
-  // As visited in ForEachPiece().
+  // Adds a piece that ForEachPiece() visited.
   PBS_DEVICE void Add(int group, const Words4& values) {
     float(&sums)[8] = sums_[group];
     PBS_UNROLL
@@ -94,7 +97,7 @@ class BlockRows {
   }
 
  private:
-  // Of the calling thread.
+  // The piece of the calling thread in a group.
   PBS_DEVICE static int Piece(int group) {
     return group * kLanes + ThreadIndex() % kLanes;
   }

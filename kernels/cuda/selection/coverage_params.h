@@ -1,4 +1,4 @@
-// What the kernel that measures coverage reads and writes.
+// Parameters of the kernel that measures coverage.
 #pragma once
 
 #include <cstdint>
@@ -16,22 +16,22 @@ struct CoverageParams {
   int32_t num_sequences;
   int32_t num_heads;
   int32_t num_order_heads;
-  int32_t num_read_heads;  // of k
+  int32_t num_read_heads;  // heads of k
   int32_t blocks_per_segment;
-  int32_t rows;          // sampled of a sequence and head, at most
-  int32_t total_groups;  // of kCoverageRowsTogether rows, one head
+  int32_t rows;          // the most sampled rows of a sequence and head
+  int32_t total_groups;  // groups of kCoverageRowsTogether rows, one head
   RowOperand q;
-  RowOperand k;              // as attention reads it
+  RowOperand k;              // in the form that attention reads
   const int32_t* positions;  // as AttentionParams; null: keys are not permuted
   int64_t position_stride;
   float scale_log2;          // log2(e) / sqrt(head_dim)
-  const uint16_t* counts;    // lists: [rows] by ListRow()
-  const uint16_t* entries;   // by EntryOffset()
+  const uint16_t* counts;    // lengths of lists: [rows] by ListRow()
+  const uint16_t* entries;   // entries of lists by EntryOffset()
   const int32_t* fell_back;  // [num_order_heads, num_sequences]; null: none can
   float* coverage;           // [num_heads, total_groups, kCoverageRowsTogether]
 };
 
-// Rows that are sampled of a sequence, at most `rows`.
+// Number of sampled rows of a sequence, at most `rows`.
 PBS_HOST_DEVICE constexpr int SampledRows(int rows, int q_len) {
   return rows < q_len ? rows : q_len;
 }

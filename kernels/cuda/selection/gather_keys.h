@@ -8,9 +8,9 @@
 
 namespace pbs::cuda {
 
-// Grid [num_order_heads, total_key_blocks], 128 threads. Fills in the positions that
-// were not sorted, copies keys and values to their slots (params.permutes), and writes
-// the mean of the block's keys (params.pools).
+// Grid [num_order_heads, total_key_blocks], 128 threads. Writes positions that were not
+// sorted, copies keys and values to their slots (params.permutes), and writes the mean
+// of the block's keys (params.pools).
 template <class Element, int kHeadDim>
 class GatherKeys {
  public:
@@ -72,12 +72,12 @@ class GatherKeys {
         });
   }
 
-  // Whether the positions of the block's slots are there already.
+  // True when the positions of the block's slots are already sorted.
   PBS_DEVICE bool IsSorted() const {
     return block_ - sequence_.key_block_begin < sequence_.scored_blocks;
   }
 
-  // Original position of a slot of the block; INT32_MAX behind the last key.
+  // Original position of a slot of the block; INT32_MAX after the last key.
   PBS_DEVICE int32_t Position(int row) const {
     const int slot = (block_ - sequence_.key_block_begin) * kBlockTokens + row;
     if (slot >= sequence_.k_len) return INT32_MAX;
@@ -92,7 +92,7 @@ class GatherKeys {
     return slot;
   }
 
-  // Position 0 of the sequence in the head that is read.
+  // Address of position 0 of the sequence in the head that is read.
   PBS_DEVICE const uint16_t* HeadOf(const RowOperand& operand) const {
     return operand.data + operand.strides.Offset(sequence_index_, sequence_.k_begin,
                                                  KvHeadOfOrder(params_, head_), 0);
@@ -113,19 +113,20 @@ class GatherKeys {
   PBS_DEVICE int64_t FirstSlot() const {
     return (int64_t{head_} * params_.total_key_blocks + block_) * kBlockTokens;
   }
-  // Behind what the mean needs.
+  // Shared memory after that of the mean.
   PBS_DEVICE static int32_t* positions() {
     return reinterpret_cast<int32_t*>(SharedMemory() + Rows::kSharedBytes);
   }
 
   const SelectionParams& params_;
-  const int block_;  // of all sequences
-  const int head_;   // that has an order
+  const int block_;  // index over all sequences
+  const int head_;   // order head
   const int sequence_index_;
   const SequenceRecord sequence_;
 };
 
-// Grid [total_query_blocks, num_heads], 128 threads: the mean of each query block.
+// Grid [total_query_blocks, num_heads], 128 threads. Computes the mean of each query
+// block.
 template <class Element, int kHeadDim>
 struct PoolQueries {
   static constexpr int kThreads = 128;
@@ -140,7 +141,7 @@ struct PoolQueries {
     const SequenceRecord s = LoadGlobal(params.sequences + index);
     if (s.sparse == 0) return;
     const int block = s.first_query_block + item - s.query_block_begin;
-    const int first = block * kBlockTokens - s.query_offset;  // may be below 0
+    const int first = block * kBlockTokens - s.query_offset;  // may be negative
     const uint16_t* queries =
         params.q.data + params.q.strides.Offset(index, s.q_begin, head, 0);
     Rows rows;

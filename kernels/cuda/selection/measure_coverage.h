@@ -1,9 +1,9 @@
 // Coverage of sampled rows: the share of their exact causal softmax that the executed
 // blocks hold (docs/KERNELS.md, "Attention").
 //
-// A thread block has up to eight rows of one head and sequence, which share the reading
-// of keys. A thread scores every kThreads-th key with all of them and keeps, of each, a
-// softmax of what it has seen; these are merged in a fixed order.
+// A thread block has up to eight rows of one head and sequence, which share the reads
+// of keys. Each thread scores every kThreads-th key with all rows and keeps a softmax
+// per row over its keys. These are merged in a fixed order.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
@@ -12,7 +12,7 @@
 
 namespace pbs::cuda {
 
-// Weights that one row's softmax has summed so far, relative to the largest score.
+// Sum of one row's softmax weights so far, relative to the largest score.
 struct SeenMass {
   float max = -kInfinity;  // in base two
   float total = 0;
@@ -29,7 +29,7 @@ struct SeenMass {
   }
   PBS_DEVICE void Merge(SeenMass other) {
     const float top = Max(max, other.max);
-    if (top == -kInfinity) return;  // neither has seen a key
+    if (top == -kInfinity) return;  // neither sum has a key
     Shrink(Exp2(max - top));
     other.Shrink(Exp2(other.max - top));
     max = top;
@@ -50,7 +50,7 @@ class MeasureCoverage {
  public:
   static constexpr int kThreads = 256;
 
-  // `longest`: key blocks of a sequence.
+  // `longest` is the largest number of key blocks of a sequence.
   PBS_HOST_DEVICE static constexpr int SharedBytes(int longest) {
     return kRows * kHeadDim * 4 + kWarps * kRows * 12 + (longest + 7) / 8 * 8;
   }
@@ -96,11 +96,11 @@ class MeasureCoverage {
                       sequence_index_) != 0;
   }
 
-  // Of the sequence.
+  // Query row in the sequence.
   PBS_DEVICE int QueryRow(int row) const {
     return SampledRow(first_ + row, sampled_, sequence_.q_len);
   }
-  // Below 0 where there is no row: it sees nothing.
+  // Position of a row. It is negative where there is no row, so that nothing is seen.
   PBS_DEVICE int Position(int row) const {
     return row < rows_ ? sequence_.query_offset + QueryRow(row) : -1;
   }
@@ -125,7 +125,7 @@ class MeasureCoverage {
     }
   }
 
-  // Bit r of a block's byte: row r reads it.
+  // Sets bit r of a block's byte when row r reads the block.
   PBS_DEVICE void MarkExecuted() {
     for (int block = ThreadIndex(); block < NumBlocks(); block += kThreads) {
       StoreShared(executed_ + block, uint8_t{0});
@@ -177,7 +177,7 @@ class MeasureCoverage {
     }
   }
 
-  // Products of a key with all rows.
+  // Scores of a key with all rows.
   PBS_DEVICE void Score(const uint16_t* key, float (&scores)[kRows]) const {
     PBS_NO_UNROLL
     for (int column = 0; column < kHeadDim; column += 8) {
@@ -199,7 +199,7 @@ class MeasureCoverage {
     }
   }
 
-  // Lanes, then warps, in rising order.
+  // Merges the masses of lanes, then of warps, in rising order.
   PBS_DEVICE void Tell(SeenMass (&masses)[kRows]) {
     PBS_UNROLL
     for (int row = 0; row < kRows; ++row) {
@@ -236,9 +236,9 @@ class MeasureCoverage {
   const int group_;  // of all sequences
   const int sequence_index_;
   const SequenceRecord sequence_;
-  const int first_;          // sampled row of the sequence
-  const int sampled_;        // rows of the sequence
-  const int rows_;           // of this thread block
+  const int first_;          // first sampled row, in the sequence
+  const int sampled_;        // sampled rows of the sequence
+  const int rows_;           // rows of this thread block
   float* const queries_;     // [kRows, kHeadDim]
   float* const masses_;      // [kWarps, kRows, 3]
   uint8_t* const executed_;  // [key blocks]

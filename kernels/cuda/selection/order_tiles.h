@@ -1,6 +1,6 @@
-// The order in which attention takes its tiles: longest lists first, so that no tile
-// that takes long begins last; inside a section, so that tiles which read the same keys
-// run side by side.
+// The order in which attention takes its tiles. Tiles with the longest lists come
+// first, so that no long tile begins last. Tiles are ordered inside sections, so that
+// tiles that read the same keys run at the same time.
 #pragma once
 
 #include "cuda/attention/attention_tile.h"
@@ -15,9 +15,9 @@ namespace pbs::cuda {
 // Grid [1] or [num_order_heads, num_sequences], 512 threads; dynamic shared memory:
 // SharedBytes().
 //
-// A counting sort: how many tiles have lists of each length, where each length begins,
-// tiles to their places. Only the last pass makes tiles, and counts the blocks that
-// they read.
+// It is a counting sort in three passes: count the lists of each length, compute where
+// each length begins, put tiles in their places. Only the last pass makes tiles and
+// counts the blocks that they read.
 class OrderTiles {
  public:
   static constexpr int kThreads = 512;
@@ -44,11 +44,11 @@ class OrderTiles {
     int sequence;
     SequenceRecord s;
     int head;
-    int index;       // of the sequence's tiles
-    int first;       // row of the sequence at the tile's row 0; may be below 0
-    int end_row;     // of the tile
-    int block;       // of row 0's position, absolute index
-    int last_block;  // of the last row's
+    int index;       // index among the sequence's tiles
+    int first;       // row of the sequence at the tile's row 0; may be negative
+    int end_row;     // end of the tile's rows
+    int block;       // block of row 0's position, absolute index
+    int last_block;  // block of the last row's position
   };
 
   PBS_DEVICE explicit OrderTiles(const TileOrderParams& params)
@@ -75,7 +75,7 @@ class OrderTiles {
     SyncThreads();
     CountsToPlaces();
     const int lane = ThreadIndex() % 32;
-    // Warps stay whole.
+    // All lanes of a warp stay in the loop.
     for (int64_t first = begin_ + ThreadIndex() - lane; first < end_;
          first += kThreads) {
       const bool there = first + lane < end_;
@@ -86,11 +86,11 @@ class OrderTiles {
     if (ThreadIndex() == 0) AtomicMax(params_.listed, GlobalTimer());
   }
 
-  // What a tile reads.
+  // Counts of the blocks that a tile reads.
   struct Blocks {
-    int head = -1;  // of the section; -1: there is no tile
+    int head = -1;  // head in the section; -1: there is no tile
     int executed = 0;
-    int above = 0;  // the diagonal
+    int above = 0;  // of them, above the diagonal
   };
   PBS_DEVICE Blocks PlaceTile(int64_t row) {
     const Row at = RowAt(row);
@@ -102,7 +102,8 @@ class OrderTiles {
     return {at.head - first_head_, tile.list_count, above};
   }
 
-  // Adds what the lanes' tiles read to blocks_; most warps have tiles of one head.
+  // Adds the blocks that the lanes' tiles read to blocks_. Most warps have tiles of one
+  // head.
   PBS_DEVICE void CountBlocks(Blocks blocks) {
     if (params_.heads == nullptr) return;
     const int head = Shuffle(blocks.head, 0);
@@ -124,7 +125,7 @@ class OrderTiles {
     }
   }
 
-  // Rows of the lists that this thread block orders.
+  // Finds the rows of the lists that this thread block orders.
   PBS_DEVICE void FindSection() {
     if (params_.one_section != 0) {
       begin_ = 0;
@@ -141,7 +142,7 @@ class OrderTiles {
     if (params_.dense_fallback != 0 && s.sparse != 0) DecideFallback(s, place);
   }
 
-  // Whether the lists of this order head would not pay.
+  // Decides whether this order head falls back to dense.
   PBS_DEVICE void DecideFallback(const SequenceRecord& s, const GridPlace& place) {
     int64_t executed = 0;
     for (int64_t row = begin_ + ThreadIndex(); row < end_; row += kThreads) {
@@ -164,7 +165,7 @@ class OrderTiles {
   PBS_DEVICE void CountsToPlaces() {
     const int bins = params_.longest + 1;
     const int each = (bins + kThreads - 1) / kThreads;
-    // Thread t has the t-th part from the longest lists on.
+    // Thread t has the t-th part, counted from the longest lists.
     const int last = bins - 1 - ThreadIndex() * each;
     int sum = 0;
     for (int i = last; i > last - each && i >= 0; --i) sum += LoadShared(counts_ + i);
@@ -177,7 +178,8 @@ class OrderTiles {
     SyncThreads();
   }
 
-  // All threads call; sums_ may be used again behind the next SyncThreads().
+  // Sum over all threads; all threads call. sums_ may be reused after the next
+  // SyncThreads().
   PBS_DEVICE int64_t SumOfAll(int64_t value) const {
     TellSumOfWarp(SumOfWarp(value));
     return SumOfWarp(SumToldBy(kWarps));
@@ -191,7 +193,7 @@ class OrderTiles {
     if (ThreadIndex() % 32 == 0) StoreShared(sums_ + ThreadIndex() / 32, sum);
     SyncThreads();
   }
-  // What the lane's warp has told, of the first `warps`.
+  // Sum over the values that the first `warps` warps wrote.
   PBS_DEVICE int64_t SumToldBy(int warps) const {
     const int lane = ThreadIndex() % 32;
     return lane < warps ? LoadShared(sums_ + lane) : int64_t{0};
@@ -229,7 +231,8 @@ class OrderTiles {
     return found;
   }
 
-  // Tiles with lists begin where query blocks do; others with the sequence.
+  // True for tiles with lists, which begin at query blocks. Other tiles begin at the
+  // sequence's first row.
   PBS_DEVICE bool OnGridOfBlocks() const { return params_.tile_rows == kTileRows; }
   PBS_DEVICE int NumTiles(const SequenceRecord& s) const {
     return OnGridOfBlocks() ? s.num_query_blocks
@@ -245,13 +248,13 @@ class OrderTiles {
   PBS_DEVICE int OwnEndOf(const Row& at) const {
     return OwnEnd(at.block, params_.blocks_per_segment, at.s.num_key_blocks);
   }
-  // Blocks that the row reads.
+  // Number of blocks that the row reads.
   PBS_DEVICE int Length(int64_t row, const Row& at) const {
     if (!HasList(at)) return at.last_block + 1;
     return falls_back_ ? OwnEndOf(at) : LoadGlobal(params_.counts + row);
   }
 
-  // `above`: blocks of the tile above the diagonal.
+  // Sets `above` to the number of the tile's blocks above the diagonal.
   PBS_DEVICE AttentionTile MakeTile(int64_t row, const Row& at, int* above) const {
     AttentionTile tile{
         .list_begin = -1,
@@ -271,7 +274,7 @@ class OrderTiles {
         .num_keys = at.s.k_len};
     if (!HasList(at)) return tile;
     const int own = OwnBegin(at.block, params_.blocks_per_segment);
-    // Our own lists hold all of the own segment.
+    // Selected lists contain the whole own segment.
     tile.num_masked = OwnEndOf(at) - own;
     tile.last_block = OwnEndOf(at) - 1;
     *above = OwnEndOf(at) - at.block - 1;
@@ -285,7 +288,8 @@ class OrderTiles {
     return tile;
   }
 
-  // Entries of a list, `count` before `end`, that are at least `block`.
+  // Number of entries that are at least `block`, of the `count` list entries before
+  // `end`.
   PBS_DEVICE static int EntriesFrom(int block, const uint16_t* end, int count) {
     int entries = 0;
     while (entries < count && LoadGlobal(end - entries - 1) >= block) ++entries;
@@ -293,10 +297,11 @@ class OrderTiles {
   }
 
   const TileOrderParams& params_;
-  int64_t* const sums_;        // by warp
-  int32_t* const blocks_;      // by head of the section: executed, lower
-  int32_t* const counts_;      // by length of the list; then places
-  int section_sequence_ = -1;  // of all rows; below 0: of several
+  int64_t* const sums_;  // indexed by warp
+  // Indexed by head of the section: executed and lower blocks.
+  int32_t* const blocks_;
+  int32_t* const counts_;      // indexed by length of the list: counts, later places
+  int section_sequence_ = -1;  // sequence of all rows; negative: several sequences
   int first_head_ = 0;         // of the section
   int64_t begin_ = 0;
   int64_t end_ = 0;

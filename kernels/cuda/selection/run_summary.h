@@ -1,4 +1,5 @@
-// What a run leaves for its report, in one piece: one small copy tells it all.
+// The data of a run for its report, in contiguous memory, so that one small copy is
+// enough.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +8,16 @@
 
 namespace pbs::cuda {
 
-// The begin of the summary. Behind it lie, where the plan has them: BlockCounts
+// The beginning of the summary. After it follow, if the plan has them: BlockCounts
 // [num_heads]; int32 [num_order_heads, num_sequences], 1 where an order head fell back
 // to dense; CoverageParams::coverage.
 struct RunSummary {
-  // The device's clock in nanoseconds: when the first kernel began, when keys were in
-  // place, when tiles were there.
+  // Times of the device's clock in nanoseconds: begin of the first kernel, then the
+  // times when keys were ordered and when tiles were complete.
   int64_t began;
   int64_t ordered;
   int64_t listed;
-  int32_t non_finite;  // 1: a score is not
+  int32_t non_finite;  // 1: a score is not finite
   int32_t padding;
 };
 

@@ -1,6 +1,7 @@
 // Importance of keys: the mean, over the last queries of a sequence, of the softmax of
-// their scores with the keys of whole segments (arXiv 2510.21270, section 3.2). Three
-// kernels: sums of each chunk of keys, the weight of each query, the keys' shares.
+// their scores with the keys of whole segments (arXiv 2510.21270, section 3.2). It has
+// three kernels: sums over each chunk of keys, the weight of each query, the importance
+// of the keys.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
@@ -11,12 +12,12 @@
 
 namespace pbs::cuda {
 
-// The importance of a chunk's keys lies behind it.
+// The importance of a chunk's keys follows it in shared memory.
 template <int kHeadDim>
 struct alignas(128) ScoreShared {
   SharedRows<kProxies, kHeadDim> q;
   SharedRows<kScoredKeys, kHeadDim> k[KeyBuffers(kHeadDim)];
-  float column_sums[4][kScoredKeys];  // by warp
+  float column_sums[4][kScoredKeys];  // indexed by warp
 
   PBS_DEVICE float* importance() { return reinterpret_cast<float*>(this + 1); }
 };
@@ -25,7 +26,7 @@ struct alignas(128) ScoreShared {
 template <class Element, int kHeadDim>
 class KeyChunk {
  public:
-  static constexpr int kRowTiles = 2;  // 32 proxies of a warp
+  static constexpr int kRowTiles = 2;  // a warp has 32 proxies
   static_assert(sizeof(ScoreShared<kHeadDim>) == ScoreSharedBytes(kHeadDim, 0));
 
   PBS_DEVICE KeyChunk(const SelectionParams& params, int chunk)
@@ -37,7 +38,7 @@ class KeyChunk {
         first_block_((chunk - sequence_.chunk_begin) * params.chunk_blocks) {}
 
   PBS_DEVICE int sequence_index() const { return sequence_index_; }
-  // Of all sequences, one head.
+  // First slot of the chunk over all sequences, one head.
   PBS_DEVICE int64_t first_slot() const {
     return int64_t{sequence_.key_block_begin + first_block_} * kBlockTokens;
   }
@@ -45,7 +46,7 @@ class KeyChunk {
     const int left = sequence_.scored_blocks - first_block_;
     return (left < params_.chunk_blocks ? left : params_.chunk_blocks) * kBlockTokens;
   }
-  // Logits times this are in base two.
+  // Factor that converts logits to base two.
   PBS_DEVICE float ScaleLog2() const {
     return params_.rounding == ScoreRounding::kNone ? kLog2E / Root() : kLog2E;
   }
@@ -53,7 +54,7 @@ class KeyChunk {
   // Calls use(first key of the chunk, scores) for every kScoredKeys keys.
   template <class Use>
   PBS_DEVICE void Score(int head, Use&& use) {
-    SyncThreads();  // the last head's queries are done with
+    SyncThreads();  // no thread reads the last head's queries
     const int first_proxy = sequence_.q_len < kProxies ? 0 : sequence_.q_len - kProxies;
     s_.q.template Load<128>(
         params_.q.data + params_.q.strides.Offset(sequence_index_, sequence_.q_begin,
@@ -83,7 +84,7 @@ class KeyChunk {
 
   PBS_DEVICE Keys& Buffer(int key) const { return s_.k[key / kScoredKeys % kBuffers]; }
 
-  // Begins to load the tile at `key` of the chunk, if there is one.
+  // Starts to load the tile at `key` of the chunk, if there is one.
   PBS_DEVICE void LoadKeys(int head, int key) const {
     if (key >= num_keys()) return;
     Buffer(key).template Load<128>(
@@ -151,8 +152,8 @@ struct SumChunks {
   }
 };
 
-// Grid [num_heads, num_sequences, kParts], 512 threads: lanes have a proxy each, warps
-// every 16th chunk. Dynamic shared memory: kSharedBytes.
+// Grid [num_heads, num_sequences, kParts], 512 threads. Each lane has a proxy, and each
+// warp every 16th chunk. Dynamic shared memory: kSharedBytes.
 class WeighProxies {
  public:
   static constexpr int kWarps = 16;
@@ -186,7 +187,7 @@ class WeighProxies {
     if (warp != 0) return;
     const int num_proxies = s.q_len < kProxies ? s.q_len : kProxies;
     const bool counts = proxy < num_proxies;
-    // NaN is neither above nor below a bound.
+    // Comparisons with NaN are false.
     const bool finite = top > -kInfinity && top < kInfinity && sum < kInfinity;
     if (counts && !finite) StoreGlobal(params.non_finite, 1);
     const int64_t target =
@@ -199,7 +200,7 @@ class WeighProxies {
   }
 
  private:
-  // The values of a lane in all warps, one after the other; each thread gets it.
+  // Combines the values of a lane in all warps, in order. Each thread gets the result.
   template <class Combine>
   PBS_DEVICE static float OfAllWarps(float* shared, float value, Combine&& combine) {
     StoreShared(shared + ThreadIndex(), value);
@@ -268,7 +269,7 @@ class ShareImportance {
     chunk_.Score(head, [&](int first_key, auto& scores) {
       PBS_UNROLL
       for (int column = 0; column < kScoredKeys / 4; ++column) {
-        const int at = column / 2 * 4 + column % 2;  // of row pair 0
+        const int at = column / 2 * 4 + column % 2;  // index of row pair 0
         float share = 0;
         PBS_UNROLL
         for (int t = 0; t < Chunk::kRowTiles; ++t) {

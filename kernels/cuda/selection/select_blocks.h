@@ -1,6 +1,6 @@
-// Lists of key blocks: for each query block the fewest past blocks whose share of the
-// pooled attention mass reaches the threshold, the block of key 0, and the own segment
-// (arXiv 2510.21270, section 3.3).
+// Makes the lists of key blocks. The list of a query block has the fewest past blocks
+// whose share of the pooled attention mass reaches the threshold, the block of key 0,
+// and the blocks of the own segment (arXiv 2510.21270, section 3.3).
 #pragma once
 
 #include "cuda/primitives/primitives.h"
@@ -12,9 +12,10 @@ namespace pbs::cuda {
 // Grid [num_heads, total_groups], 128 threads; kRows = params.group_blocks (4 or 8)
 // query blocks of one head and sequence. Dynamic shared memory: SelectionSharedBytes().
 //
-// No sort: probabilities are non-negative floats, whose bits are ordered like they are.
-// Thirty halvings of the bit range find the smallest probability that is needed; mass
-// is summed in the same order each time, so that it never falls when more is summed.
+// It needs no sort, because the bits of non-negative floats are ordered like the
+// floats. Thirty bisections of the range of bits find the smallest probability that is
+// needed. Mass is summed in the same order each time, so that it never falls when more
+// blocks are summed.
 template <class Element, int kRows>
 class SelectBlocks {
  public:
@@ -45,7 +46,7 @@ class SelectBlocks {
     const float* source = params_.pooled_queries +
                           (sequence_.query_block_begin + first_row_) * stride +
                           head_ * params_.head_dim;
-    // [head_dim, kRows]: a column is read at once.
+    // [head_dim, kRows], so that one load reads a column.
     for (int i = ThreadIndex(); i < kRows * params_.head_dim; i += kThreads) {
       const int row = i / params_.head_dim;
       const int column = i % params_.head_dim;
@@ -68,7 +69,7 @@ class SelectBlocks {
                                      : OwnBegin(Block(row), params_.blocks_per_segment);
   }
 
-  // Scaled logits of all rows with the blocks [0, count).
+  // Computes scaled logits of all rows with the blocks [0, count).
   PBS_DEVICE void Score(int count) {
     const float* keys =
         params_.pooled_keys +
@@ -100,18 +101,19 @@ class SelectBlocks {
     }
   }
 
-  // By one warp.
+  // One warp calls.
   PBS_DEVICE void Select(int row) {
     float* weights = logits_ + row * params_.logit_stride;
     const int candidates = NumCandidates(row);
-    uint32_t least = 0;    // bits of the smallest weight that is taken
-    int ties = INT32_MAX;  // how many blocks of just that weight
+    uint32_t least = 0;    // bits of the smallest selected weight
+    int ties = INT32_MAX;  // the number of selected blocks with exactly that weight
     if (candidates > 0 && !Exponentiate(weights, candidates)) {
-      least = 0xFFFFFFFFu;  // none: the list must be one all the same
+      least = 0xFFFFFFFFu;  // selects none, but the list must still be valid
       ties = 0;
     } else if (candidates > 0 && params_.threshold < 1) {
       const float wanted = params_.threshold * MassFrom(weights, candidates, 0);
-      uint32_t above = kOneBits + 1;  // too few weigh so much
+      // Blocks of at least this weight have too little mass.
+      uint32_t above = kOneBits + 1;
       while (above - least > 1) {
         const uint32_t middle = least + (above - least) / 2;
         if (MassFrom(weights, candidates, middle) >= wanted) {
@@ -129,7 +131,8 @@ class SelectBlocks {
     Write(row, weights, least, ties);
   }
 
-  // Logits to weights in (0, 1]; false, and the flag set, when one is not finite.
+  // Converts logits to weights in (0, 1]. Sets the flag and returns false when one is
+  // not finite.
   PBS_DEVICE bool Exponentiate(float* weights, int count) {
     const int lane = ThreadIndex() % 32;
     float top = -kInfinity;
@@ -161,7 +164,7 @@ class SelectBlocks {
     return sum;
   }
 
-  // The list of a row, ascending.
+  // Writes the list of a row, ascending.
   PBS_DEVICE void Write(int row, const float* weights, uint32_t least, int ties) {
     const int lane = ThreadIndex() % 32;
     const uint32_t before = (1u << lane) - 1;
@@ -202,14 +205,14 @@ class SelectBlocks {
     }
   }
 
-  static constexpr uint32_t kOneBits = 0x3F800000u;  // of 1.0f
+  static constexpr uint32_t kOneBits = 0x3F800000u;  // bits of 1.0f
 
   const SelectionParams& params_;
   const int head_;
   const int order_head_;
   const int sequence_index_;
   const SequenceRecord sequence_;
-  const int first_row_;   // query block of the sequence
+  const int first_row_;   // first query block, in the sequence
   float* const logits_;   // [kRows, logit_stride]
   float* const queries_;  // [head_dim, kRows]
 };

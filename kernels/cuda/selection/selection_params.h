@@ -1,5 +1,5 @@
-// What the kernels that order keys and select blocks read and write, and the index
-// arithmetic that the host's plan shares with them.
+// Parameters of the kernels that order keys and select blocks, and the index arithmetic
+// that the host's plan shares with them.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,19 @@
 
 namespace pbs::cuda {
 
-constexpr int kBlockTokens = 128;   // of a key or query block
-constexpr int kProxies = 128;       // last queries of a sequence, which score its keys
-constexpr int kScoredKeys = 64;     // keys scored together
+constexpr int kBlockTokens = 128;  // tokens of a key or query block
+// Proxies: the last queries of a sequence, which score its keys
+constexpr int kProxies = 128;
+constexpr int kScoredKeys = 64;     // keys of one scoring step
 constexpr int kChunkBlocksMax = 8;  // key blocks that one thread block scores
 // Query blocks whose lists one thread block makes, for short and for long prompts.
 constexpr int kGroupBlocksMax = 8;
 constexpr int kGroupBlocksMin = 4;
 
-// One sequence of the batch. `..._begin`: how many there are in earlier sequences.
+// One sequence of the batch. `..._begin` is the number of items in earlier sequences.
 struct SequenceRecord {
   int64_t entries_begin;     // list entries, all heads
-  int64_t entries_per_head;  // of this sequence, worst case
+  int64_t entries_per_head;  // list entries per head of this sequence, worst case
   int32_t q_begin;
   int32_t q_len;
   int32_t k_begin;
@@ -31,16 +32,17 @@ struct SequenceRecord {
   int32_t query_block_begin;
   int32_t num_query_blocks;
   int32_t first_query_block;  // absolute index
-  int32_t chunk_begin;        // runs of key blocks scored by one thread block
-  int32_t segment_begin;      // whole segments that are sorted
-  int32_t group_begin;        // of query blocks whose lists one thread block makes
-  int32_t scored_blocks;      // key blocks of whole segments; 0: order not computed
-  int32_t sparse;             // 0: runs dense, whatever the options say
-  int32_t tile_begin;         // tiles of attention, one head
-  int32_t coverage_begin;     // groups of sampled rows (coverage_params.h)
+  int32_t chunk_begin;        // chunks of key blocks, each scored by one thread block
+  int32_t segment_begin;      // sorted whole segments
+  // Groups of query blocks, whose lists one thread block makes
+  int32_t group_begin;
+  int32_t scored_blocks;   // key blocks of whole segments; 0: order not computed
+  int32_t sparse;          // 0: runs dense for any options
+  int32_t tile_begin;      // tiles of attention, one head
+  int32_t coverage_begin;  // groups of sampled rows (coverage_params.h)
 };
 
-// How scores are rounded on their way (pbs/attention.h, Scope::kQueryHead).
+// Rounding of intermediate scores (pbs/attention.h, Scope::kQueryHead).
 enum class ScoreRounding : int32_t { kNone, kInputDType };
 
 struct SelectionParams {
@@ -65,16 +67,16 @@ struct SelectionParams {
   int32_t force_first_block;
   int32_t own_has_mass;  // mean pooling: blocks up to the diagonal share the mass
   int32_t permutes;      // keys and values are gathered; else they are read in place
-  int32_t pools;         // block means of keys are wanted
+  int32_t pools;         // block means of keys are computed
   ScoreRounding rounding;
 
   RowOperand q, k, v;
   const int32_t* given_order;  // null: none
   RowStrides given_order_strides;
 
-  // Scores: [num_heads, total_chunks, kProxies] largest logit and sum of a chunk;
-  // [num_heads, num_sequences, kProxies] shift and weight of each proxy;
-  // [num_order_heads, total_key_blocks, 128] importance of each key.
+  // Scores. Chunks: [num_heads, total_chunks, kProxies] largest logit and sum. Proxies:
+  // [num_heads, num_sequences, kProxies] shift and weight. Keys: [num_order_heads,
+  // total_key_blocks, 128] importance.
   float* chunk_max;
   float* chunk_sum;
   float* proxy_shift;
@@ -92,27 +94,28 @@ struct SelectionParams {
   // Lists: counts [rows], entries at EntryOffset().
   uint16_t* counts;
   uint16_t* entries;
-  int32_t* non_finite;  // set to 1 when a score is not
+  int32_t* non_finite;  // set to 1 when a score is not finite
   int64_t* ordered;     // RunSummary::ordered, in the first kernel that selects
 };
 
-// Tiles of keys that scoring holds: the next ones arrive beside products as long as
-// three thread blocks still share a multiprocessor of Hopper.
+// Buffers for tiles of keys in scoring. With two, the next tile is loaded during the
+// products; a head dim has two when three thread blocks still share a multiprocessor of
+// Hopper.
 PBS_HOST_DEVICE constexpr int KeyBuffers(int head_dim) {
   return head_dim <= 128 ? 2 : 1;
 }
-// Shared memory that scoring takes: queries, keys, their sums by warp, and importance
-// for chunks of `chunk_blocks` key blocks (0: none is summed).
+// Bytes of shared memory of scoring: queries, keys, their sums by warp, and importance
+// for chunks of `chunk_blocks` key blocks (0: no importance).
 PBS_HOST_DEVICE constexpr int64_t ScoreSharedBytes(int head_dim, int chunk_blocks) {
   return int64_t{kProxies + KeyBuffers(head_dim) * kScoredKeys} * head_dim * 2 +
          4 * kScoredKeys * 4 + chunk_blocks * kBlockTokens * 4;
 }
-// Shared memory that selection takes for a group of query blocks.
+// Bytes of shared memory of selection for a group of query blocks.
 PBS_HOST_DEVICE constexpr int64_t SelectionSharedBytes(int group_blocks,
                                                        int logit_stride, int head_dim) {
   return int64_t{group_blocks} * (logit_stride + head_dim) * 4;
 }
-// Query heads per KV head, and per order.
+// Query heads per KV head, and per order head.
 PBS_HOST_DEVICE constexpr int GroupSize(const SelectionParams& params) {
   return params.num_heads / params.num_kv_heads;
 }
@@ -134,7 +137,7 @@ PBS_HOST_DEVICE constexpr int OwnEnd(int block, int blocks_per_segment,
   const int end = OwnBegin(block, blocks_per_segment) + blocks_per_segment;
   return end < num_key_blocks ? end : num_key_blocks;
 }
-// Entries of the rows of the query blocks [0, block) of one head: the sum of their
+// Entries of the lists of query blocks [0, block) of one head: the sum of their
 // OwnEnd().
 PBS_HOST_DEVICE constexpr int64_t EntriesBefore(int block, int blocks_per_segment,
                                                 int num_key_blocks) {
@@ -145,7 +148,7 @@ PBS_HOST_DEVICE constexpr int64_t EntriesBefore(int block, int blocks_per_segmen
   return per * per * segments * (segments + 1) / 2 +
          rest * (end < num_key_blocks ? end : num_key_blocks);
 }
-// Where the list of (head, query block of the sequence) begins.
+// Offset of the list of (head, query block of the sequence).
 PBS_HOST_DEVICE constexpr int64_t EntryOffset(const SequenceRecord& s, int head,
                                               int query_block, int blocks_per_segment) {
   return s.entries_begin + head * s.entries_per_head +

@@ -1,4 +1,4 @@
-// Which sequence of the batch a thread block works on.
+// The sequence of the batch that a thread block works on.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
@@ -6,7 +6,8 @@
 
 namespace pbs::cuda {
 
-// A thread block of a grid [heads, items], items of all sequences side by side.
+// Place of a thread block in a grid [heads, items], with the items of all sequences
+// side by side.
 struct GridPlace {
   int item;
   int head;
@@ -19,7 +20,7 @@ PBS_DEVICE GridPlace PlaceInGrid(int items) {
 template <int32_t SequenceRecord::*kBegin>
 PBS_DEVICE int FindSequence(const SequenceRecord* sequences, int count, int index) {
   int low = 0;
-  int high = count;  // the first that begins behind the item
+  int high = count;  // the first sequence that begins after the item
   while (low < high) {
     const int middle = (low + high) / 2;
     if (LoadGlobal(&(sequences[middle].*kBegin)) <= index) {

@@ -1,4 +1,5 @@
-// Order of keys inside their segments: by falling importance, lower position first.
+// Orders keys inside their segments by falling importance; of equal importance the
+// lower position comes first.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
@@ -7,11 +8,11 @@
 namespace pbs::cuda {
 
 constexpr int kBytesPerSortedKey = 6;
-// Above these shared memory holds so few segments on a multiprocessor that each takes
-// more threads.
+// Above this number shared memory of a multiprocessor holds so few segments that each
+// gets more threads.
 constexpr int kFewSortedKeys = 2048;
 
-// Keys sorted together: `segment_size` and what fills it up.
+// Number of sorted keys: `segment_size` and padding.
 PBS_HOST_DEVICE constexpr int SortedKeys(int segment_size) {
   int keys = 1;
   while (keys < segment_size) keys *= 2;
@@ -37,8 +38,8 @@ struct SortSegments {
     const int keys = SortedKeys(params.segment_size);
     const Shared shared(keys);
     for (int i = ThreadIndex(); i < keys; i += kThreads) {
-      // Bits of a non-negative float grow with it: complemented they sort downwards,
-      // and what fills up comes last.
+      // The bits of non-negative floats are ordered like the floats. Their complements
+      // sort in falling order, with padding last.
       uint32_t falling = 0xFFFFFFFFu;
       if (i < params.segment_size) {
         falling = ~FloatBits(LoadGlobal(params.importance + slots + i));
@@ -62,7 +63,7 @@ struct SortSegments {
     uint16_t* index;
   };
 
-  // Bitonic.
+  // A bitonic sort.
   PBS_DEVICE static void Sort(const Shared& shared, int keys) {
     for (int size = 2; size <= keys; size *= 2) {
       for (int stride = size / 2; stride > 0; stride /= 2) {

@@ -1,5 +1,5 @@
-// Brings the plan's sequences to the device inside kernel parameters: no copy from host
-// memory that a run would have to wait for. Begins the run's summary.
+// Writes the plan's sequences to the device from kernel parameters, so that a run need
+// not wait for a copy from host memory. It also initialises the run's summary.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
@@ -15,12 +15,12 @@ struct StoredSequences {
   SequenceRecord* target;
   int32_t first;
   int32_t count;
-  RunSummary* summary;  // null: begun by an earlier launch
+  RunSummary* summary;  // null: an earlier launch has initialised it
   BlockCounts* heads;
   int32_t num_heads;  // 0: blocks are not counted
 };
 
-// One thread block.
+// Grid [1].
 struct StoreSequences {
   static constexpr int kThreads = kSequencesPerStore;
 

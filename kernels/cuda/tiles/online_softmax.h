@@ -1,6 +1,6 @@
-// Softmax of rows whose scores come block by block, in accumulator fragments: a thread
-// holds two rows, `row` and `row` + 8; register 4 i + 2 r + c of them is column
-// 8 i + 2 (lane % 4) + c of row r.
+// Softmax of rows whose scores come block by block, in accumulator fragments. A thread
+// holds two rows, `row` and `row` + 8. Its register 4 i + 2 r + c is column 8 i + 2
+// (lane % 4) + c of row r.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
@@ -9,16 +9,16 @@ namespace pbs::cuda {
 
 struct OnlineSoftmax {
   float max[2];
-  float sum[2];     // of this thread's columns
-  float shrink[2];  // what the last block makes of the sums before it
+  float sum[2];     // sum over this thread's columns
+  float shrink[2];  // the factor of the last block for earlier sums
 
   PBS_DEVICE void Reset() {
     max[0] = max[1] = -kInfinity;
     sum[0] = sum[1] = 0;
   }
 
-  // Scores to probabilities, relative to the largest so far; kMasked: a row may have
-  // seen nothing yet.
+  // Converts scores to probabilities relative to the largest score so far. kMasked: a
+  // row may have seen no key yet.
   template <bool kMasked, int kScores>
   PBS_DEVICE void Add(float scale_log2, float (&scores)[kScores]) {
     PBS_UNROLL
@@ -53,7 +53,7 @@ struct OnlineSoftmax {
     for (int i = 0; i < kSums; ++i) out[i] *= shrink[i / 2 % 2];
   }
 
-  // Of the whole row r; all lanes call.
+  // Sum of the whole row r; all lanes call.
   PBS_DEVICE float RowSum(int r) const {
     float total = sum[r];
     total += ShuffleXor(total, 1);

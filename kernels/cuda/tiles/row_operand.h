@@ -1,4 +1,4 @@
-// Where the rows of an operand lie on a GPU.
+// Layout of an operand's rows on a GPU.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +7,15 @@
 
 namespace pbs::cuda {
 
-// In elements. A packed operand holds the sequences back to back; another one has a
-// stride between them.
+// Strides in elements. A packed operand has the sequences back to back; other operands
+// have a stride between sequences.
 struct RowStrides {
   int64_t sequence;
   int64_t head;
   int64_t row;
   int32_t packed;
 
-  // Of row `row_index` of a sequence that has `before` rows before it.
+  // Offset of row `row_index` of a sequence, when earlier sequences have `before` rows.
   PBS_HOST_DEVICE constexpr int64_t Offset(int32_t sequence_index, int32_t before,
                                            int32_t head_index,
                                            int32_t row_index) const {

@@ -1,5 +1,5 @@
-// Rows of 16-bit elements in shared memory, in pieces of eight that are exchanged so
-// that the eight rows of a matrix load lie in different banks.
+// Rows of 16-bit elements in shared memory, in pieces of eight elements. The pieces of
+// a row are permuted so that the eight rows of a matrix load are in different banks.
 #pragma once
 
 #include "cuda/primitives/host_device.h"
@@ -7,10 +7,10 @@
 
 namespace pbs::cuda {
 
-// Pieces of a row change places in groups of eight, or of four where a row of an odd
-// number of fours begins half a bank line behind the one before it.
+// Pieces are permuted in groups of eight, or of four when a row has an odd number of
+// fours and so begins half a bank line after the row before.
 PBS_HOST_DEVICE constexpr int PieceGroup(int pieces) { return pieces % 8 == 0 ? 8 : 4; }
-// Where piece `piece` of row `row` lies.
+// Index of piece `piece` of row `row` after the permutation.
 PBS_HOST_DEVICE constexpr int ExchangedPiece(int group, int row, int piece) {
   return group == 8 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
 }
@@ -25,20 +25,21 @@ struct SharedRows {
 
   uint16_t elements[kNumRows * kWidth];
 
-  // Of piece `piece` of row `row`.
+  // Address of piece `piece` of row `row`.
   PBS_DEVICE uint32_t Address(int row, int piece) const {
     return SharedAddress(elements) + row * kRowBytes +
            ExchangedPiece(kGroup, row, piece) * 16;
   }
-  // `rows` (a multiple of eight) further down and `pieces` (even) further right than an
-  // address of an even piece or the one after it, both at the left.
+  // Moves an address `rows` rows down (a multiple of eight) and `pieces` pieces right
+  // (even). The address must be that of piece 0 or 1 of its row.
   PBS_DEVICE static uint32_t Moved(uint32_t address, int rows, int pieces) {
     return (address ^ pieces % kGroup * 16) + pieces / kGroup * (kGroup * 16) +
            rows * kRowBytes;
   }
 
-  // Begins asynchronous copies of all rows, by kThreads threads. Row r comes from
-  // `source` + r * stride when begin <= r < end; others become zeros, nothing is read.
+  // Starts asynchronous copies of all rows with kThreads threads. Row r is copied from
+  // `source` + r * stride when begin <= r < end; other rows become zeros without a
+  // read.
   template <int kThreads>
   PBS_DEVICE void Load(const uint16_t* source, int64_t stride, int begin, int end) {
     constexpr int kRowsAtOnce = kThreads / kGroup;

@@ -12,7 +12,7 @@ PBS_DEVICE T SumOfWarp(T value) {
   return value;
 }
 
-// Of the lanes up to this one, itself included.
+// Sum over the lanes up to and including this one.
 template <class T>
 PBS_DEVICE T SumOfLanesUpTo(T value) {
   const int lane = ThreadIndex() % 32;

@@ -6,7 +6,8 @@
 //
 //   dense         identity order, every causal block
 //   pbs           keys sorted by importance inside each segment; past blocks selected
-//                 by pooled attention mass; the own segment whole (sections 3.1-3.3)
+//                 by pooled attention mass; the query block's own segment read whole
+//                 (sections 3.1-3.3)
 //   mean_pooling  identity order; causal blocks selected by pooled mass; the first and
 //                 the diagonal block forced
 //
@@ -16,14 +17,15 @@
 // and a query sees the keys at its own and earlier positions. Logits are scaled by
 // 1/sqrt(head_dim). q, k, v and o share one dtype; softmax and sums are f32.
 //
-// Use: Plan() once per problem, then Run() any number of times with a workspace of
-// plan.workspace_bytes, then ReadReport(); or StartReport(), other work, and
-// FinishReport(), so that a device need not wait for its host. Plan() is host-only and
-// pure. Run() allocates nothing and, on a device, only enqueues.
+// Use: call Plan() once per problem, then Run() any number of times with a workspace of
+// plan.workspace_bytes. ReadReport() waits for a run and gives its statistics.
+// StartReport() and FinishReport() split that in two calls, so that the device can
+// compute meanwhile. Plan() runs on the host and is pure. Run() allocates nothing; on a
+// device it only enqueues.
 //
-// Inputs that are not finite are the caller's to refuse. Method dense passes them on:
-// NaN in a query or key reaches the rows that see it; in a value, also other rows that
-// read its key block (0 * NaN), as in any tiled kernel.
+// The caller refuses inputs that are not finite. Method dense passes them on: a NaN in
+// a query or key reaches the rows that see it. A NaN in a value also reaches other rows
+// that read its key block (0 * NaN), as in any tiled kernel.
 //
 // Threading: a backend may be used from one thread at a time. Plans are immutable.
 // Determinism: on one backend and ISA, equal inputs give equal bits on every run.
@@ -48,12 +50,13 @@ enum class Method : uint8_t { kDense, kPbs, kMeanPooling };
 inline constexpr std::array kMethods = {Method::kDense, Method::kPbs,
                                         Method::kMeanPooling};
 
-// Whose queries decide a key order (pbs).
+// The queries that decide a key order (pbs).
 enum class Scope : uint8_t {
-  // One order per KV head, from the mean importance over its query heads. The default:
-  // num_heads / num_kv_heads times less permuted memory and traffic (appendix G).
+  // One order per KV head, from the mean importance over its query heads. This is the
+  // default: it takes num_heads / num_kv_heads times less permuted memory and traffic
+  // (appendix G).
   kKvHead,
-  // One order per query head. Follows the published code to the letter, including its
+  // One order per query head. It equals the published code, including that code's
   // rounding of logits and block means to the input dtype (docs/adr/0003).
   kQueryHead,
 };
@@ -90,8 +93,8 @@ struct AttentionOptions {
   // pbs, mean_pooling: use AttentionTensors::lists instead of selecting blocks.
   bool use_given_lists = false;
   // Run an order head of a sequence dense (identity order, every causal block) when its
-  // selected blocks would not pay: at least kDenseFallbackRatio of the causal blocks,
-  // which are what it then reads. Reported in AttentionStats, never hidden.
+  // lists select at least kDenseFallbackRatio of the causal blocks: sparse attention
+  // then saves no time. AttentionStats reports it.
   bool dense_fallback = false;
   // Query rows per sequence and head whose exact attention coverage is measured;
   // 0 measures none. At most kCoverageRowsMax.
@@ -126,7 +129,8 @@ struct AttentionProblem {
 // InvalidArgument names field, value and limit.
 Status ValidateProblem(const AttentionProblem& problem);
 
-// Where sequence s's blocks, rows and list entries lie. Derived from the problem alone.
+// Positions of the blocks, rows and list entries of one sequence. They follow from the
+// problem alone.
 struct SequenceGeometry {
   int32_t q_len = 0;
   int32_t k_len = 0;
@@ -140,7 +144,7 @@ struct SequenceGeometry {
   int64_t query_block_begin = 0;  // query blocks of earlier sequences, one head
   int64_t entries_begin = 0;      // list entries of earlier sequences, all heads
   int64_t entries_per_head = 0;   // worst case of one head
-  bool dense = false;             // runs dense whatever the options say
+  bool dense = false;             // runs dense for any options
 };
 
 struct AttentionGeometry {
@@ -165,7 +169,7 @@ struct AttentionGeometry {
     return s.query_block_begin * num_heads +
            static_cast<int64_t>(head) * s.num_query_blocks + query_block;
   }
-  // Blocks that query block `block` (absolute index) could read at most: everything up
+  // The most blocks that query block `block` (absolute index) may read: all blocks up
   // to the end of its own segment.
   int32_t RowCapacity(const SequenceGeometry& s, int32_t block) const {
     const int32_t end = (block / blocks_per_segment + 1) * blocks_per_segment;
@@ -182,9 +186,9 @@ struct AttentionGeometry {
 // Requires ValidateProblem(problem).ok().
 AttentionGeometry MakeGeometry(const AttentionProblem& problem);
 
-// Where the rows of an operand lie, in elements. Rows are contiguous.
+// Layout of an operand's rows, in elements. Each row is contiguous.
 struct RowLayout {
-  // Distance between sequences, or kPacked: sequence s starts behind the rows of the
+  // Distance between sequences, or kPacked: sequence s starts after the rows of the
   // earlier ones.
   int64_t sequence_stride = 0;
   int64_t head_stride = 0;
@@ -235,24 +239,24 @@ struct AttentionTensors {
   ConstRows order;
   // With use_given_lists: must satisfy ValidateLists(). `num_masked` is not read.
   BlockListsView lists;
-  // With AttentionPlan::pooled_queries_bytes: f32 [num_query_blocks, num_heads,
-  // head_dim], the sum of each query block of q over block_size, as Backend::Qkv()
-  // leaves it.
+  // Required when AttentionPlan::pooled_queries_bytes is above 0: f32
+  // [num_query_blocks, num_heads, head_dim], for each query block the sum of its rows
+  // of q divided by block_size, as Backend::Qkv() writes it.
   const float* pooled_queries = nullptr;
 };
 
-// OK when `order` permutes keys inside segments only and leaves the keys behind the
-// last whole segment in place; InvalidArgument names head and slot.
+// OK when `order` permutes keys inside segments only and leaves the keys after the last
+// whole segment in place; InvalidArgument names head and slot.
 Status ValidateOrder(const AttentionGeometry& geometry, ConstRows order);
 
 // OK when every row is strictly ascending, inside the row's own or earlier segments,
 // and reads the blocks that hold the positions of its own queries. Without an order
-// (null data) they may be anywhere in their segment: the row must read all of it.
-// InvalidArgument names sequence, head and query block.
+// (null data) these positions may be anywhere in their segment, so the row must read
+// the whole segment. InvalidArgument names sequence, head and query block.
 Status ValidateLists(const AttentionGeometry& geometry, ConstRows order,
                      const BlockListsView& lists);
 
-// What the workspace holds, for documentation and tests.
+// Sizes of the parts of a workspace, for documentation and tests.
 struct AttentionMemory {
   int64_t packed_bytes = 0;   // permuted keys and values: linear in the tokens
   int64_t order_bytes = 0;    // positions of the slots, int32
@@ -269,8 +273,9 @@ struct AttentionPlan {
   AttentionGeometry geometry;
   AttentionMemory memory;
   int64_t workspace_bytes = 0;
-  // Bytes of AttentionTensors::pooled_queries, which Run() then needs; 0: Run() pools
-  // queries where it must. Never above 0 unless the problem offers them.
+  // Bytes of AttentionTensors::pooled_queries, which Run() requires when this is above
+  // 0. It is above 0 only for problems that offer them. With 0, Run() pools queries
+  // itself where it needs them.
   int64_t pooled_queries_bytes = 0;
 };
 
@@ -280,12 +285,13 @@ struct RunControl {
   const std::atomic<bool>* stop = nullptr;
 };
 
-// Counts are sums over sequences and query heads of blocks: products of a query block
-// with a key block.
+// A block is the product of one query block with one key block. Counts are sums over
+// sequences and query heads.
 struct AttentionStats {
   int64_t executed_blocks = 0;  // computed, above the diagonal too
-  // What dense attention would compute on the same tiles: where keys were permuted,
-  // every block up to the end of the query block's segment; else the causal ones.
+  // Blocks that dense attention would compute on the same tiles: where keys were
+  // permuted, every block up to the end of the query block's segment, else the causal
+  // blocks.
   int64_t dense_blocks = 0;
   int64_t lower_blocks = 0;    // computed, on or below the diagonal
   int64_t causal_blocks = 0;   // on or below the diagonal
@@ -294,27 +300,27 @@ struct AttentionStats {
   double coverage = 0;         // mean over the sampled rows; 0 when none
   int64_t coverage_rows = 0;   // rows sampled
   double permute_seconds = 0;  // scoring, sorting, gathering keys and values
-  double select_seconds = 0;   // pooling of what is not given, block scores, lists
+  double select_seconds = 0;   // pooling, block scores, lists
   double attend_seconds = 0;
-  // What ran: kDense also when every sequence was short or fell back.
+  // The method that ran; kDense also when every sequence was short or fell back.
   Method method_run = Method::kDense;
-  bool dense_fallback = false;  // it fired for at least one head
+  bool dense_fallback = false;  // at least one order head fell back to dense
 
-  // Shares, 0 .. 1, and 1 without any block. Executed over dense blocks, which is
-  // executed_flops / dense_flops; 1 for what ran dense.
+  // Share executed_blocks / dense_blocks, which equals executed_flops / dense_flops: 0
+  // .. 1. It is 1 for dense runs and for runs without any block.
   double Density() const;
-  // Lower over causal blocks.
+  // Share lower_blocks / causal_blocks: 0 .. 1; 1 without any block.
   double LowerDensity() const;
-  // Executed over causal blocks: what published densities count. No share: on short
-  // prompts it passes 1, as pbs computes blocks above the diagonal.
+  // Ratio executed_blocks / causal_blocks, as published densities count. It exceeds 1
+  // on short prompts, because pbs also computes blocks above the diagonal.
   double CausalRatio() const;
 };
 
 struct AttentionReport {
   AttentionStats stats;
   std::vector<double> head_density;  // [num_heads], over all sequences
-  // On request: int32 [num_order_heads, k_len] per sequence, packed like the keys
-  // (element = head_stride total_k); and the lists that ran.
+  // Only on request: `order`, int32 [num_order_heads, k_len] per sequence, packed like
+  // the keys (head_stride is total_k), and `lists`, the lists that ran.
   std::vector<int32_t> order;
   BlockLists lists;
 };
@@ -325,7 +331,7 @@ constexpr int32_t CoverageRow(int32_t i, int32_t num_rows, int32_t q_len) {
                               (2 * static_cast<int64_t>(num_rows)));
 }
 
-// Reports that may have been started and not finished.
+// The most reports that may be started and not yet finished.
 inline constexpr int kReportsUnderWayMax = 2;
 
 struct ReportRequest {
@@ -349,23 +355,24 @@ class AttentionBackend {
   virtual Status Run(const AttentionPlan& plan, const AttentionTensors& tensors,
                      Workspace workspace, const RunControl& control) = 0;
 
-  // Waits for the last Run() on `workspace` and reads what it left there. Requires
-  // that this Run() was the backend's last and returned OK, and that no report is under
-  // way. InvalidArgument when finite inputs overflowed and Run() could not tell.
+  // Waits for the last Run() on `workspace` and reads its results there. Requires that
+  // this Run() was the backend's last and returned OK, and that no report is under way.
+  // InvalidArgument when finite inputs overflowed f32 logits and Run(), which only
+  // enqueued, could not report it.
   virtual Status ReadReport(const AttentionPlan& plan, Workspace workspace,
                             const ReportRequest& request, AttentionReport* report) = 0;
 
-  // The same in two calls, without order and lists. Reports finish in the order in
-  // which they were started, and at most kReportsUnderWayMax are under way: while there
-  // are so many, neither Run() nor StartReport() may be called.
+  // StartReport() and FinishReport() do the same in two calls, without order and lists.
+  // Reports finish in the order in which they were started. At most kReportsUnderWayMax
+  // are under way: while that many are, neither Run() nor StartReport() may be called.
   //
-  // Keeps what the last Run() left in `workspace`, which may be used for something else
-  // from then on; on a device it only enqueues. Requires that this Run() was the
-  // backend's last and returned OK. After an error this report is not under way.
+  // Saves the results of the last Run() in `workspace`; the caller may reuse the
+  // workspace afterwards. On a device it only enqueues. Requires that this Run() was
+  // the backend's last and returned OK. After an error no report was started.
   virtual Status StartReport(const AttentionPlan& plan, Workspace workspace) = 0;
-  // Waits for the run of the report that was started first, whose plan is `plan`, and
-  // fills `report->stats` and `report->head_density`. Errors as ReadReport(); the
-  // report is under way no more whatever the answer.
+  // Finishes the oldest started report, whose run had plan `plan`: waits for the run
+  // and fills `report->stats` and `report->head_density`. Errors as ReadReport(); after
+  // an error, too, the report is no longer under way.
   virtual Status FinishReport(const AttentionPlan& plan, AttentionReport* report) = 0;
 };
 

@@ -1,21 +1,22 @@
-// What a model needs from a device: memory, linear layers, pointwise steps, attention.
+// A compute device for models: memory, linear layers, pointwise steps, attention.
 //
-// A backend runs its calls in the order they are made and may return before they are
-// done; only the calls that say so wait. Pointers to tensors are device pointers, read
-// and written by backend calls alone (on the CPU they are ordinary memory). Activations
-// are row-major matrices whose rows are contiguous; strides count elements.
+// A backend runs its calls in the order they are made. A call may return before its
+// work is done; only the calls that say so wait. Pointers to tensors are device
+// pointers: only backend calls read and write them (on the CPU they are ordinary
+// memory). Activations are row-major matrices whose rows are contiguous; strides count
+// elements.
 //
-// dtypes: the residual stream is f32. Everything else between two operations is in the
-// *compute dtype* (ComputeDType()); products accumulate in f32.
+// dtypes: the residual stream is f32. All other values between two operations are in
+// the *compute dtype* (ComputeDType()); products accumulate in f32.
 //
-// Threading: one caller at a time; but info(), Health(), Plan(), Allocate(),
-// AllocateHost(), AllocateForUpload(), UploadLater(), LinearWorkspaceBytes() and the
-// end of a Buffer are safe from any thread at any time: requests are admitted, and
-// their tensors arrive, while another one runs. Memory: operations allocate nothing
-// that outlives the call; linear layers and attention take a workspace whose size is
-// asked first. Errors: arguments are checked where they enter the system
-// (model loading, planning); operations assert them. A failed call leaves its outputs
-// unspecified and the backend usable.
+// Threading: one caller at a time. Safe from any thread at any time are info(),
+// Health(), Plan(), Allocate(), AllocateHost(), AllocateForUpload(), UploadLater(),
+// LinearWorkspaceBytes() and the destruction of a Buffer: the server admits requests
+// and receives their tensors while another request runs. Memory: operations allocate
+// nothing that outlives the call; linear layers and attention take a workspace, whose
+// size the caller asks for first. Errors: model loading and planning check arguments;
+// operations assert them. A failed call leaves its outputs unspecified and the backend
+// usable.
 #pragma once
 
 #include <cstdint>
@@ -75,19 +76,19 @@ struct BackendInfo {
   int32_t num_threads = 0;  // multiprocessors of a GPU
   // bf16 over f32 product speed, measured at start; 0 where bf16 products are missing.
   double bf16_speedup = 0;
-  // Rows of a linear layer's call that keep the device busy: prompts go through their
-  // layers in tiles of so many.
+  // Rows of one linear layer's call that keep the device busy. Prompts go through their
+  // layers in tiles of this many rows.
   int32_t row_tile = 1024;
-  // Whether device memory is ordinary memory. If not, nobody but the backend may touch
-  // it, and it has so many bytes free when the backend is made.
+  // True when device memory is ordinary memory. If false, only the backend may touch
+  // it, and device_bytes_free is what was free when the backend was created.
   bool host_memory = true;
   int64_t device_bytes_free = 0;
-  // Of attention; other head dims and dtypes are refused.
+  // Head dims and dtypes that attention supports; others are refused.
   std::vector<int32_t> head_dims;
   std::vector<DType> dtypes;
 };
 
-// What becomes of the products of a linear layer.
+// The last step of a linear layer: how its products are stored.
 enum class LinearEpilogue : uint8_t {
   kStore,   // y = x W^T + b
   kAdd,     // y += x W^T + b; y is f32: the residual stream
@@ -113,8 +114,8 @@ struct PackedLinear {
   int64_t bytes = 0;  // device memory held
 };
 
-// Writes `count` rows of a weight, [count, in_features] from `first` on, to host memory
-// `rows`. Called once for every row, in rising order.
+// Writes rows [first, first + count) of a weight, each of in_features elements, to host
+// memory `rows`. Called once for every row, in rising order.
 using RowReader = std::function<Status(int64_t first, int64_t count, void* rows)>;
 
 // residual[i] = table[tokens[i]], widened to f32
@@ -172,17 +173,18 @@ struct QkvOp {
       nullptr;  // row r of head h at (h * kv_head_stride + r * head_dim), kv_dtype
   void* v = nullptr;
   int64_t kv_head_stride = 0;
-  // For plans that take them (AttentionPlan::pooled_queries_bytes), else null: f32
-  // [blocks, num_heads head_dim], the sum of each block of queries as `q` holds them,
-  // over block_size however many rows the block has here. Row 0 is row `row_in_block`
-  // of the first block; a block's rows must not be spread over calls.
+  // Output for plans that require it (AttentionPlan::pooled_queries_bytes), else null:
+  // f32 [blocks, num_heads head_dim], for each block the sum of its rows of `q` (as
+  // stored) divided by block_size, also where the block has fewer rows. Row 0 of this
+  // call is row `row_in_block` of the first block. All rows of a block must be in one
+  // call.
   float* pooled_queries = nullptr;
   int32_t block_size = 0;
   int32_t row_in_block = 0;
 };
 
-// y = x W^T in f32, from a weight that lies as it was stored: output heads, which may
-// be tied to the embedding table. Meant for few rows.
+// y = x W^T in f32, from a weight in its stored layout. It serves output heads, which
+// may be tied to the embedding table, and is meant for few rows.
 struct LogitsOp {
   const float* x = nullptr;      // [rows, hidden]
   const void* weight = nullptr;  // [vocab, hidden]
@@ -210,44 +212,45 @@ class Backend : public AttentionBackend {
  public:
   virtual const BackendInfo& info() const = 0;
 
-  // OK, or the error after which the device can be used no more. Waits for nothing.
+  // OK, or the error after which the device is unusable. Does not wait.
   virtual Status Health() { return OkStatus(); }
 
   // The dtype in which weights stored as `stored` are best multiplied here.
   virtual DType ComputeDType(DType stored) const = 0;
 
-  // Zeroed memory, given back when the buffer dies.
-  // ResourceExhausted when there is not enough. `bytes` >= 0; 0 gives an empty buffer.
+  // Zeroed memory, which the buffer's destructor frees. ResourceExhausted when there is
+  // not enough. `bytes` >= 0; 0 gives an empty buffer.
   virtual StatusOr<Buffer> Allocate(int64_t bytes) = 0;
 
-  // As Allocate(), ordinary memory.
+  // As Allocate(), but ordinary memory of the host.
   virtual StatusOr<Buffer> AllocateHost(int64_t bytes) = 0;
 
-  // Host to device; `source` may be reused on return.
+  // Copies host to device; the caller may reuse `source` on return.
   virtual Status Upload(const void* source, void* target, int64_t bytes) = 0;
-  // Memory as Allocate() gives, but of unknown contents, for UploadLater().
+  // As Allocate(), but not zeroed; for UploadLater().
   virtual StatusOr<Buffer> AllocateForUpload(int64_t bytes) = 0;
-  // Host to device, beside everything else, to memory of AllocateForUpload() that was
-  // not used since. `source` and `target` must stay until `done`, which is called once,
-  // from any thread, in the order of the calls, when the copy has ended; perhaps before
-  // this returns. What is called after `done` finds the copy in `target`. 0 bytes: the
-  // same, with nothing copied.
+  // Copies host to device in parallel with all other work. `target` is memory of
+  // AllocateForUpload() that nothing has used since. `source` and `target` must live
+  // until `done`. The backend calls `done` once, when the copy has ended: from any
+  // thread, in the order of the UploadLater() calls, perhaps before this returns.
+  // Backend calls made after `done` see the copy in `target`. 0 bytes copy nothing;
+  // `done` is called all the same.
   virtual void UploadLater(const void* source, void* target, int64_t bytes,
                            std::function<void(const Status&)> done) = 0;
-  // Device to host; waits.
+  // Copies device to host and waits for it.
   virtual Status Download(const void* source, void* target, int64_t bytes) = 0;
-  // Device to host, behind everything called so far and beside what is called from now
-  // on, which must leave `source` as it is. `done` is called once, from any thread, in
-  // the order of the calls, when the copy has ended; perhaps before this returns.
+  // Copies device to host after all earlier calls and in parallel with later ones,
+  // which must not change `source`. `done` is called as by UploadLater().
   virtual void DownloadLater(const void* source, void* target, int64_t bytes,
                              std::function<void(const Status&)> done) = 0;
 
   // Reads a weight through `read` and packs it; `bias` is empty or [out_features].
-  // Host memory beyond the packed weight: a few hundred rows. Errors of `read` are
-  // passed on; InvalidArgument names a dtype combination without an implementation.
+  // Beside the packed weight it takes host memory for a few hundred rows. Errors of
+  // `read` are passed on; InvalidArgument names a dtype combination without an
+  // implementation.
   virtual StatusOr<std::unique_ptr<PackedLinear>> PackLinear(
       const LinearSpec& spec, const RowReader& read, std::span<const float> bias) = 0;
-  // Enough for any Linear() of at most `rows` rows.
+  // Bytes of workspace that suffice for any Linear() of at most `rows` rows.
   virtual int64_t LinearWorkspaceBytes(const PackedLinear& linear,
                                        int64_t rows) const = 0;
   // x [rows, in_features], y [rows, out_features] (half for kSwiGlu); rows >= 1.
@@ -261,10 +264,10 @@ class Backend : public AttentionBackend {
   virtual Status Logits(const LogitsOp& op) = 0;
   virtual Status CopyRows(const CopyRowsOp& op) = 0;
 
-  // Stage times: remembers when the work called so far is done, under a number in
-  // [0, kTimeMarks).
+  // Records, for stage times, the moment when all work called so far is done. `mark` is
+  // in [0, kTimeMarks).
   virtual Status MarkTime(int mark) = 0;
-  // Waits for both marks, which must have been set.
+  // Waits for both marks, which must have been recorded.
   virtual StatusOr<double> SecondsBetween(int from, int to) = 0;
 };
 

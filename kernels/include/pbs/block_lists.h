@@ -1,13 +1,13 @@
-// Which key blocks each query block reads: CSR over (sequence, query head, query
-// block).
+// Block lists: the key blocks that each query block reads, as CSR over (sequence, query
+// head, query block).
 //
 // A row lists ascending key-block *slots* (blocks of the permuted key array). Its last
-// `num_masked` entries belong to the query block's own segment: only there can a key be
-// later than a query, so only there are positions compared. Kernels walk a row
-// backwards and meet the masked blocks first. Dense attention needs no lists (see
-// attention.h).
+// `num_masked` entries belong to the query block's own segment. A key can be later than
+// a query only in that segment, so kernels compare positions only there. Kernels read a
+// row backwards, so that the masked blocks come first. Dense attention needs no lists
+// (see attention.h).
 //
-// Rows are ordered sequence-major, then head, then query block:
+// Rows are ordered by sequence, then head, then query block:
 //   row(s, h, i) = sum over earlier sequences (num_heads * num_query_blocks)
 //                  + h * num_query_blocks(s) + i
 //
@@ -22,8 +22,8 @@
 
 namespace pbs {
 
-// Rows may leave unused room behind them, so that they can be written in parallel
-// into a buffer planned for the worst case.
+// Unused entries may follow a row, so that rows can be written in parallel into a
+// buffer of worst-case size.
 struct BlockListsView {
   int64_t num_rows = 0;
   const int64_t* begin = nullptr;        // [num_rows] first entry of a row in `indices`

@@ -1,4 +1,4 @@
-// Block masks: the expanded form of block lists, for people and for parity files.
+// Block masks: the expanded form of block lists, for reading and for parity files.
 //
 // A mask is uint8 [num_heads, num_query_blocks, num_key_blocks] per sequence, sequences
 // back to back; a byte is 1 when the query block reads the key block. For a batch of
@@ -21,8 +21,8 @@ std::vector<uint8_t> ExpandMask(const AttentionGeometry& geometry,
                                 const BlockListsView& lists);
 
 // Mask -> compact lists, `num_masked` set. InvalidArgument when the size is not
-// MaskBytes() or a byte is neither 0 nor 1. Whether the blocks may be read is for
-// ValidateLists() to say.
+// MaskBytes() or a byte is neither 0 nor 1. ValidateLists() checks whether the blocks
+// may be read.
 StatusOr<BlockLists> ListsFromMask(const AttentionGeometry& geometry,
                                    std::span<const uint8_t> mask);
 

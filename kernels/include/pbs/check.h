@@ -1,6 +1,7 @@
 // PBS_CHECK: a broken invariant stops the process, in release builds too.
 //
-// A bad *input* is a Status (status.h). PBS_CHECK is for what no input can cause.
+// A bad *input* is a Status (status.h). PBS_CHECK is for states that no input can
+// cause.
 #pragma once
 
 namespace pbs {

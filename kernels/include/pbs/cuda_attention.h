@@ -1,24 +1,25 @@
-// Attention on a CUDA device (compute capability 8.0 and later; Hopper has kernels of
-// its own).
+// Attention on a CUDA device (compute capability 8.0 and later, with separate kernels
+// for Hopper).
 //
-// f16 and bf16; head dim 64, 96, 128 and 256; blocks of 128 tokens. Plan() answers
-// Unimplemented, with what there is instead, to anything else. q, k, v and o
-// must be 16-byte aligned, their strides multiples of eight elements, and positive
-// where there is more than one row, head or sequence (nothing is broadcast). Tensors,
-// lists, orders and the workspace (256-byte aligned) lie in device memory.
+// It supports f16 and bf16, head dims 64, 96, 128 and 256, and blocks of 128 tokens.
+// For anything else Plan() returns Unimplemented and names what is supported. q, k, v
+// and o must be 16-byte aligned. Their strides must be multiples of eight elements, and
+// positive where there is more than one row, head or sequence (nothing is broadcast).
+// Tensors, lists, orders and the workspace (256-byte aligned) are in device memory.
 //
-// Run() only enqueues kernels on the stream: no allocation, no copy, no wait; it can be
-// captured into a graph. Scores that overflow show in its report. A head that falls
-// back to dense keeps its order and reads every block of its own and earlier segments.
-// Masked scores may be -inf before they are summed: products of finite inputs that
-// overflow to +inf make NaN there. Rows behind the end of a sequence may be read, up to
-// the longest one's or the next one's; whatever they hold does not reach a result.
+// Run() only enqueues kernels on the stream: it does not allocate, copy or wait, and it
+// can be captured into a graph. The report tells of scores that overflow. A head that
+// falls back to dense keeps its order and reads every block of its own and earlier
+// segments. Masked scores may be set to -inf before the products are summed, so
+// products of finite inputs that overflow to +inf give NaN there. Kernels may read rows
+// after the end of a sequence, up to the length of the longest sequence or into the
+// next one; their values do not reach a result.
 //
-// A report is of the last run, or of the last launch of a graph with one. Times:
-// permute and select are differences of the device's own clock, in its steps; attend
-// has what they leave of the time between two events around the run, behind which
-// coverage is measured. Pinned memory is allocated when a plan needs more of it than
-// any before; 4 KiB are there.
+// A report describes the last run, or the last launch of a graph that contains one. Its
+// permute and select times are differences of the device's clock, in that clock's
+// steps. Its attend time is the rest of the time between two events around the run;
+// coverage is measured after the second event. Pinned memory grows when a plan needs
+// more of it than any plan before; it begins with 4 KiB.
 //
 // Built with PBS_CUDA=ON.
 #pragma once

@@ -1,10 +1,10 @@
-// The CUDA backend: own kernels for attention and pointwise steps, cuBLASLt for linear
-// layers. f16 and bf16; f32 weights are multiplied as bf16.
+// The CUDA backend: kernels of this project for attention and pointwise steps, cuBLASLt
+// for linear layers. It computes in f16 and bf16; f32 weights are multiplied as bf16.
 //
-// It lives in a shared module, libpbs_cuda.so, which its user loads at run time: a
-// program that can use a GPU needs neither CUDA nor a driver to start. The module links
-// no CUDA library either: the runtime is inside, the driver and cuBLASLt are found when
-// a backend is made.
+// The backend is a shared module, libpbs_cuda.so, that programs load at run time, so
+// that they start without CUDA and without a driver. The module depends on no shared
+// CUDA library: the CUDA runtime is linked into it, and it loads the driver and
+// cuBLASLt when a backend is created.
 //
 // Threading and memory: as pbs/backend.h. Calls return when their work is enqueued.
 #pragma once
@@ -20,13 +20,14 @@ namespace pbs {
 
 struct CudaBackendOptions {
   int32_t device = 0;
-  // A file to load cuBLASLt from; empty: libcublasLt.so.13 as the loader finds it.
+  // The file to load cuBLASLt from. Empty: libcublasLt.so.13 from the loader's search
+  // path.
   std::string cublaslt;
 };
 
-// What the module exports, by these names. Classes cross its border, so a module and
-// its user are built from the same public headers by the same compiler: compare ids
-// first.
+// Functions that the module exports. C++ classes are passed across the module's
+// boundary, so the module and the program must be built from the same public headers by
+// the same compiler: compare interface ids first.
 //   const char* pbs_cuda_interface_id();
 //   void pbs_cuda_device_count(StatusOr<int32_t>*);  at least one, or why there is none
 //   void pbs_cuda_create(const CudaBackendOptions*, StatusOr<unique_ptr<Backend>>*);

@@ -1,7 +1,8 @@
 // Element types and their scalar conversions.
 //
-// Half-precision values travel as their 16 bits. Conversions to half round to nearest,
-// ties to even, as IEEE 754 and the tensor libraries do; NaN stays NaN (quiet).
+// Half-precision values are held as their 16 bits. Conversions to half round to
+// nearest, ties to even, as IEEE 754 and the tensor libraries do; NaN stays NaN
+// (quiet).
 #pragma once
 
 #include <bit>
@@ -26,7 +27,7 @@ constexpr int64_t DTypeBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2;
 
 // "f32", "f16", "bf16".
 const char* DTypeName(DType dtype);
-// The inverse; InvalidArgument that names the accepted spellings.
+// The inverse; InvalidArgument names the accepted spellings.
 StatusOr<DType> ParseDType(std::string_view name);
 
 constexpr float ToFloat(float value) { return value; }

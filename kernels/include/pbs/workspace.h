@@ -1,4 +1,4 @@
-// Memory that a caller lends to one run, and how a plan lays it out.
+// Memory that a caller lends to one run, and the layout of its regions.
 //
 // Threading: values. Memory: none.
 #pragma once
@@ -9,14 +9,15 @@
 
 namespace pbs {
 
-// Bytes on whose multiples workspaces, what backends allocate, and the regions of a
-// workspace begin.
+// Alignment in bytes of workspaces, of their regions and of all memory that backends
+// allocate.
 inline constexpr int64_t kMemoryAlignment = 256;
 
 constexpr int64_t AlignedBytes(int64_t bytes) {
   return (bytes + kMemoryAlignment - 1) / kMemoryAlignment * kMemoryAlignment;
 }
 
+// Memory that the caller owns and lends to one Run().
 struct Workspace {
   void* data = nullptr;
   int64_t bytes = 0;
@@ -34,7 +35,7 @@ class WorkspaceLayout {
     bytes_ += AlignedBytes(bytes);
     return begin;
   }
-  // What was added since the last call, or since the start.
+  // Bytes that were added since the last call, or since the start.
   int64_t TakePart() { return bytes_ - std::exchange(part_begin_, bytes_); }
 
   // For regions that take turns with those of a copy of this layout: as many bytes as

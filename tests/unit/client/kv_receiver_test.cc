@@ -160,11 +160,11 @@ INSTANTIATE_TEST_SUITE_P(
                     "chunk of layer 1 K offset 0 has epoch 10, the ticket has 9"},
         RefusedCase{
             "another_dtype", 0, [](auto& c) { c.dtype = v1::BF16; },
-            "chunk of layer 1 K offset 0 has dtype 3 and layout 2, asked were 2 "
+            "chunk of layer 1 K offset 0 has dtype 3 and layout 2, requested were 2 "
             "and 2"},
         RefusedCase{
             "another_layout", 0, [](auto& c) { c.layout = v1::NHD; },
-            "chunk of layer 1 K offset 0 has dtype 2 and layout 1, asked were 2 "
+            "chunk of layer 1 K offset 0 has dtype 2 and layout 1, requested were 2 "
             "and 2"},
         RefusedCase{
             "too_long", 0,

@@ -1,4 +1,4 @@
-// Configs to start from, and what a table test does with a changed one.
+// Configs for table tests, and the checks of a changed config.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -83,7 +83,7 @@ struct RefusedCase {
   json (*base)();
   std::function<void(json&)> change;
   StatusCode code;
-  const char* message;  // behind "config.json: "
+  const char* message;  // after "config.json: "
 };
 
 inline void PrintTo(const RefusedCase& c, std::ostream* out) { *out << c.name; }
@@ -100,7 +100,7 @@ struct AcceptedCase {
 
 inline void PrintTo(const AcceptedCase& c, std::ostream* out) { *out << c.name; }
 
-// Changes a config, which must then be refused with the case's words.
+// Changes a config, which must then be refused with the case's message.
 inline void ExpectRefused(const RefusedCase& c) {
   json config = c.base();
   c.change(config);
@@ -110,7 +110,7 @@ inline void ExpectRefused(const RefusedCase& c) {
   EXPECT_EQ(parsed.status().code(), c.code);
 }
 
-// Changes a config, which must then be accepted and mean what the case says.
+// Changes a config, which must then be accepted with the case's meaning.
 inline void ExpectAccepted(const AcceptedCase& c) {
   json config = c.base();
   c.change(config);

@@ -196,7 +196,7 @@ INSTANTIATE_TEST_SUITE_P(
         HostileCase{"hole_at_the_start", One("F32", "[4]", "[48,64]"),
                     "tensor \"a\": leaves a hole of 48 bytes before it"},
         HostileCase{"bytes_behind_the_last", One("F32", "[4]", "[0,16]"),
-                    "48 bytes behind the last tensor belong to none"}),
+                    "48 bytes after the last tensor belong to no tensor"}),
     testing_support::CaseName());
 
 TEST(SafetensorsSpec, ReadsTensorsInOrderOfNamesWhereverTheyLie) {

@@ -67,7 +67,7 @@ inline std::vector<int32_t> AllRows(int32_t count) {
   return rows;
 }
 
-// Logs what the observer was told, in order.
+// Logs the observer's calls, in order.
 class EventLog : public PrefillObserver {
  public:
   void OnKvReady(int32_t layer) override {

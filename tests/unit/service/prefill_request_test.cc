@@ -133,9 +133,9 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"tenant_salt",
                     [](auto& r) { r.set_tenant_salt(std::string(129, 'x')); },
                     "tenant_salt has 129 bytes, more than 128"},
-        RefusedCase{"key_without_lease", [](auto& r) { r.set_idempotency_key("k"); },
-                    "idempotency_key needs delivery lease: only a lease can be given "
-                    "twice"}),
+        RefusedCase{
+            "key_without_lease", [](auto& r) { r.set_idempotency_key("k"); },
+            "idempotency_key needs delivery lease: equal keys return the same lease"}),
     testing_support::CaseName());
 
 INSTANTIATE_TEST_SUITE_P(

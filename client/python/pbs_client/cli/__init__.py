@@ -1,4 +1,4 @@
-"""The console script `pbs-client`: JSON lines on stdout, people's words on stderr."""
+"""The console script `pbs-client`: JSON lines on stdout, messages on stderr."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _INTERRUPTED = 130  # as shells report Ctrl-C
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code that `pbs-client --help` documents."""
     arguments = make_parser().parse_args(argv)
-    # stderr is for our words; those of libraries would come between.
+    # stderr is for our messages only, not for those of libraries.
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -60,9 +60,9 @@ def _exit_code(error: PbsError) -> int:
 
 
 def _next_step(error: PbsError, server: str) -> str:
-    """What the user can do about it."""
+    """Advice for the user about an error."""
     if isinstance(error, CorruptDataError):
-        return "run it again; if it stays, suspect memory or the network in between"
+        return "run it again; if it fails again, check memory and the network"
     if isinstance(error, UnavailableError):
         return f"check that pbs-prefilld runs at {server} and has loaded its models"
     if isinstance(error, DeadlineExceededError):
@@ -75,7 +75,7 @@ def _next_step(error: PbsError, server: str) -> str:
         after = error.retry_after
         return "try again " + ("later" if after is None else f"in {after:.1f} s")
     if isinstance(error, UnimplementedError):
-        return f"`pbs-client info --server {server}` says what it offers"
+        return f"`pbs-client info --server {server}` prints what the server supports"
     if isinstance(error, InternalError):
-        return "a fault of the server: its log has more"
+        return "this is a fault of the server; its log has details"
     return "change the request and run it again"

@@ -41,20 +41,20 @@ Runs attention of the tensors in a safetensors file and writes the results to an
 
 reads:   q [batch, heads, q_len, dim]; k, v [batch, kv_heads, k_len, dim]
          with cu_seqlens [batch + 1]: q [heads, total_q, dim]; k, v [kv_heads, total_k,
-         dim]; cu_seqlens_k when keys end elsewhere
-         order [batch, heads or kv_heads, k_len]: with --use-order only
+         dim]; cu_seqlens_k when the keys have other bounds than the queries
+         order [batch, heads or kv_heads, k_len]: only with --use-order
          block_mask [batch, heads, n, n] of 0 and 1 (packed sequences: flat, one after
-         the other): with --use-block-mask only
-writes:  what --want names: o like q, lse f32, order i32, block_mask u8
+         the other): only with --use-block-mask
+writes:  the tensors of --want: o like q, lse f32, order i32, block_mask u8
 prints:  one JSON line: density, lower_density, stages (seconds), backend, isa, ..."""
 
 _PREFILL = """\
-Runs a prompt through a model: the first token, how dense the attention was, where the
-time went, and the KV cache on request.
+Runs a prompt through a model. Prints the first token, the density of attention and the
+times of all stages, and writes the KV cache on request.
 
 --kv FILE  writes the cache: layers.N.k, layers.N.v, each [kv_heads, tokens, head_dim];
-           keys carry the rotary embedding
---lease    leaves the cache on the server and prints its ticket, for a decode tier
+           keys include the rotary embedding
+--lease    keeps the cache on the server and prints its ticket, for a decode tier
 prints:    one JSON line: first_token, top_logits, density (mean over layers), layers,
            stages (seconds), ticket, ..."""
 
@@ -79,19 +79,19 @@ def make_parser() -> argparse.ArgumentParser:
     made = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for name, run, summary, text, groups in (
         ("info", commands.info, "version, backends, methods, limits", _INFO, ()),
-        ("models", commands.models, "the models it serves", _MODELS, ()),
+        ("models", commands.models, "the models of the server", _MODELS, ()),
         ("attend", commands.attend, "raw attention", _ATTEND, (_method, _attend)),
         (
             "prefill",
             commands.prefill,
-            "a prompt through a model",
+            "run a prompt through a model",
             _PREFILL,
             (_prompt, _method, _prefill),
         ),
         (
             "generate",
             commands.generate,
-            "prefill there, decode here",
+            "prefill on the server, decode here",
             _GENERATE,
             (_prompt, _method, _generate),
         ),
@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
-        # A command without options of its own only asks.
+        # A command without options of its own is a control call.
         _connection(
             command, WORK_TIMEOUT_SECONDS if groups else CONTROL_TIMEOUT_SECONDS
         )
@@ -119,23 +119,23 @@ def _connection(parser: argparse.ArgumentParser, timeout_seconds: float) -> None
         type=_target,
         default="127.0.0.1:50051",
         metavar="HOST:PORT",
-        help="where pbs-prefilld listens (%(default)s)",
+        help="address of pbs-prefilld (%(default)s)",
     )
     group.add_argument(
         "--timeout",
         type=_positive_seconds,
         default=timeout_seconds,
         metavar="SECONDS",
-        help="give up after this long; the server refuses at once what cannot be done "
-        "in it (%(default)s)",
+        help="time limit; the server refuses a request at once when it cannot meet it "
+        "(%(default)s)",
     )
 
 
 def _method(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "attention",
-        "What is not given has the server's default, in brackets. An option that\n"
-        "  a method does not have is ignored, with a note on stderr.",
+        "The server's defaults are in brackets. An option that the method does not\n"
+        "  have is ignored, with a note on stderr.",
     )
     group.add_argument(
         "--method",
@@ -173,29 +173,29 @@ def _method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dense-fallback",
         action=argparse.BooleanOptionalAction,
-        help="run dense where the selected blocks would not pay [attend: no; prefill, "
+        help="run dense where nearly all blocks are selected [attend: no; prefill, "
         "generate: yes]",
     )
     group.add_argument(
         "--coverage-rows",
         type=int,
         metavar="ROWS",
-        help="measure the exact attention mass kept on this many query rows [0]",
+        help="measure the kept attention mass exactly on this many query rows [0]",
     )
 
 
 def _attend(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tensors")
     group.add_argument(
-        "--input", required=True, metavar="FILE", help="safetensors with q, k, v"
+        "--input", required=True, metavar="FILE", help="safetensors file with q, k, v"
     )
     group.add_argument(
-        "--output", metavar="FILE", help="safetensors to write; without it only print"
+        "--output", metavar="FILE", help="safetensors file to write [none is written]"
     )
     group.add_argument(
         "--dtype",
         choices=tuple(FLOAT_DTYPES),
-        help="cast q, k, v first, to nearest even [as in the file]",
+        help="cast q, k, v first, rounding to nearest even [no cast]",
     )
     group.add_argument(
         "--use-order", action="store_true", help="pbs: use the file's order"
@@ -210,10 +210,10 @@ def _attend(parser: argparse.ArgumentParser) -> None:
         type=_wants,
         default=("o",),
         metavar="LIST",
-        help="of o,lse,order,block_mask [o]",
+        help="results, of o,lse,order,block_mask [o]",
     )
     group.add_argument(
-        "--allow-non-finite", action="store_true", help="dense: take NaN and Inf"
+        "--allow-non-finite", action="store_true", help="dense: accept NaN and Inf"
     )
     group = parser.add_argument_group("timing")
     group.add_argument(
@@ -231,7 +231,10 @@ def _attend(parser: argparse.ArgumentParser) -> None:
 def _prompt(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompt")
     group.add_argument(
-        "--model", default="", metavar="NAME", help="needed when the server has several"
+        "--model",
+        default="",
+        metavar="NAME",
+        help="name of the model; required when the server has several",
     )
     group.add_argument(
         "--tokens", required=True, metavar="FILE", help="JSON list of token ids"
@@ -249,7 +252,9 @@ def _prefill(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kv", metavar="FILE", help="write the KV cache, safetensors")
     group.add_argument(
-        "--kv-dtype", choices=tuple(FLOAT_DTYPES), help="of --kv [as held]"
+        "--kv-dtype",
+        choices=tuple(FLOAT_DTYPES),
+        help="dtype of --kv [that of the held cache]",
     )
     group.add_argument(
         "--lease", action="store_true", help="keep the cache on the server"
@@ -258,7 +263,7 @@ def _prefill(parser: argparse.ArgumentParser) -> None:
         "--ttl",
         type=int,
         metavar="SECONDS",
-        help="of the lease, from the end of the prefill [the server's default]",
+        help="time of the lease, from the end of the prefill [the server's default]",
     )
 
 
@@ -279,7 +284,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=tuple(FLOAT_DTYPES),
-        help="of the model here [as config.json says]",
+        help="dtype of the model here [the one in config.json]",
     )
     group.add_argument(
         "--device", default="cpu", help="a torch device, such as cuda [%(default)s]"

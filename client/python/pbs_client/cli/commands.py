@@ -1,4 +1,4 @@
-"""What each command of `pbs-client` does with its parsed arguments."""
+"""The commands of `pbs-client`, as functions of their parsed arguments."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import numpy as np
 
 from pbs_client import dtypes, safetensors_file
 from pbs_client._prefill import find_model
+from pbs_client.attend_options import Given, Packed, Timing
 from pbs_client.block_lists import flat_mask
 from pbs_client.cli.progress import ProgressBar
 from pbs_client.client import Client
 from pbs_client.errors import PbsError
-from pbs_client.kv import KvCache
-from pbs_client.options import Dense, MeanPooling, Method, Pbs
+from pbs_client.kv import KvCache, KvFormat
+from pbs_client.options import Attention, Dense, MeanPooling, Method, Pbs
+from pbs_client.prefill_options import Delivery, Inline, Lease, Logits
 from pbs_client.results import to_json
 
 TOKENS_FILE_BYTES_MAX = 64 << 20
@@ -56,19 +58,20 @@ def models(arguments: argparse.Namespace) -> None:
 
 def attend(arguments: argparse.Namespace) -> None:
     """`pbs-client attend`."""
-    method = _method(arguments)
+    attention = _attention(arguments)
     tensors = _read_tensors(arguments)
     with Client(arguments.server) as client, ProgressBar() as bar:
         begin = time.monotonic()
         result = client.attend(
-            **tensors,
-            method=method,
+            tensors["q"],
+            tensors["k"],
+            tensors["v"],
+            attention,
             want=arguments.want,
-            dense_fallback=arguments.dense_fallback,
-            coverage_rows=arguments.coverage_rows,
+            packed=_packed(tensors),
+            given=Given(tensors.get("order"), block_mask=tensors.get("block_mask")),
             allow_non_finite=arguments.allow_non_finite,
-            warmup=arguments.warmup,
-            repetitions=arguments.repetitions,
+            timing=Timing(arguments.warmup, arguments.repetitions),
             timeout=arguments.timeout,
             progress=bar.update_bytes,
         )
@@ -87,21 +90,21 @@ def attend(arguments: argparse.Namespace) -> None:
 
 def prefill(arguments: argparse.Namespace) -> None:
     """`pbs-client prefill`."""
-    method, tokens = _method(arguments), _read_tokens(arguments.tokens)
-    delivery = "lease" if arguments.lease else "inline" if arguments.kv else "none"
+    attention, tokens = _attention(arguments), _read_tokens(arguments.tokens)
+    delivery: Delivery | None = None
+    if arguments.lease:
+        delivery = Lease(arguments.ttl)
+    elif arguments.kv:
+        delivery = Inline(arguments.kv_dtype)
     layers: list[dict[str, Any]] = []
     with Client(arguments.server) as client, ProgressBar() as bar:
         begin = time.monotonic()
         result = client.prefill(
             arguments.model,
             tokens,
-            method,
+            attention,
             delivery=delivery,
-            ttl_seconds=arguments.ttl,
-            kv_dtype=arguments.kv_dtype,
-            top_logits=arguments.top_logits,
-            dense_fallback=arguments.dense_fallback,
-            coverage_rows=arguments.coverage_rows,
+            logits=Logits(arguments.top_logits),
             timeout=arguments.timeout,
             on_layer=_layer_bar(client, arguments.model, bar, layers),
         )
@@ -109,7 +112,7 @@ def prefill(arguments: argparse.Namespace) -> None:
         if arguments.kv and result.ticket is not None:
             cache = client.fetch(
                 result.ticket,
-                dtype=arguments.kv_dtype,
+                kv_format=KvFormat(arguments.kv_dtype),
                 timeout=arguments.timeout,
                 progress=bar.update_bytes,
             )
@@ -143,11 +146,11 @@ def generate(arguments: argparse.Namespace) -> None:
     """`pbs-client generate`."""
     from pbs_client import hf  # needs torch and transformers
 
-    method, tokens = _method(arguments), _read_tokens(arguments.tokens)
+    attention, tokens = _attention(arguments), _read_tokens(arguments.tokens)
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens} is below 1")
     clock = _StageClock()
-    # First, and before the lease: loading can take longer than a lease lives.
+    # Load before the lease exists, because loading can take longer than it lives.
     model = hf.load_model(
         arguments.model_path, dtype=arguments.dtype, device=arguments.device
     )
@@ -157,10 +160,8 @@ def generate(arguments: argparse.Namespace) -> None:
         result = client.prefill(
             arguments.model,
             tokens,
-            method,
+            attention,
             delivery="lease",
-            dense_fallback=arguments.dense_fallback,
-            coverage_rows=arguments.coverage_rows,
             timeout=arguments.timeout,
             on_layer=_layer_bar(client, arguments.model, bar, []),
         )
@@ -171,7 +172,7 @@ def generate(arguments: argparse.Namespace) -> None:
                 result.ticket, timeout=arguments.timeout, progress=bar.update_bytes
             )
         finally:
-            # Best effort: if it cannot be given back now, its time runs out.
+            # Best effort: if the release fails, the lease expires.
             with contextlib.suppress(PbsError):
                 client.release(result.ticket, timeout=_RELEASE_TIMEOUT_SECONDS)
         clock.stage("fetch")
@@ -212,8 +213,15 @@ class _StageClock:
         self._begin = now
 
 
+def _attention(arguments: argparse.Namespace) -> Attention:
+    """The attention that the arguments ask for. Errors as _method()."""
+    return Attention(
+        _method(arguments), arguments.dense_fallback, arguments.coverage_rows
+    )
+
+
 def _method(arguments: argparse.Namespace) -> Method | None:
-    """The method that the arguments ask for. ValueError for options without one."""
+    """The method of the arguments. ValueError for method options without --method."""
     given = {
         name: getattr(arguments, name)
         for name in _METHOD_OPTIONS
@@ -234,7 +242,7 @@ def _method(arguments: argparse.Namespace) -> Method | None:
 
 
 def _read_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The file's tensors as arguments of Client.attend()."""
+    """The file's tensors that the arguments ask for, by name."""
     names = ["q", "k", "v"]
     optional = ["cu_seqlens", "cu_seqlens_k"]
     if arguments.use_order:
@@ -246,6 +254,8 @@ def _read_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
         tensors = dict(safetensors_file.read(arguments.input, names + optional))
     except safetensors_file.SafetensorsError as error:
         raise ValueError(f"{arguments.input}: {error}") from None
+    if "cu_seqlens_k" in tensors:
+        names.append("cu_seqlens")
     for name in names:
         if name not in tensors:
             raise ValueError(f"{arguments.input} has no tensor {name}")
@@ -254,8 +264,15 @@ def _read_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
     return tensors
 
 
+def _packed(tensors: dict[str, Any]) -> Packed | None:
+    """Where sequences begin and end. None when the file does not say so."""
+    if "cu_seqlens" not in tensors:
+        return None
+    return Packed(tensors["cu_seqlens"], tensors.get("cu_seqlens_k"))
+
+
 def _cast(name: str, array: Any, dtype: str | None) -> Any:
-    """`array` in the asked dtype, rounded to nearest even."""
+    """`array` in the requested dtype, rounded to nearest even."""
     if array.dtype not in dtypes.FLOAT_DTYPES.values():
         raise ValueError(f"tensor {name} has dtype {array.dtype}, not f32, f16 or bf16")
     if dtype is None:

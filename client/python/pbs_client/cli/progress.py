@@ -1,4 +1,4 @@
-"""A progress bar on stderr where a person watches; nothing anywhere else."""
+"""A progress bar on a stderr that is a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MIB = 1 << 20
 
 
 class ProgressBar:
-    """Draws `label [####    ] done/total`. Use with `with`: leaving wipes the line.
+    """Draws `label [####    ] done/total`. The end of its `with` block clears the line.
 
     Threading: update() may be called from any thread.
     """
@@ -41,7 +41,7 @@ class ProgressBar:
             self._stream.flush()
 
     def update(self, label: str, done: int, total: int, unit: str = "") -> None:
-        """Redraws, at most every _REDRAW_SECONDS while the same label goes on."""
+        """Redraws, at most every _REDRAW_SECONDS while the label stays the same."""
         if not self.is_active:
             return
         with self._lock:

@@ -1,5 +1,5 @@
-// Spec: server/base/last_words.h and thread_room.h. In death tests: each case has a
-// process and limits of its own.
+// Spec: server/base/terminate_handler.h and thread_check.h. In death tests: each case
+// has a process and limits of its own.
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -15,8 +15,8 @@
 #include <thread>
 #include <vector>
 
-#include "server/base/last_words.h"
-#include "server/base/thread_room.h"
+#include "server/base/terminate_handler.h"
+#include "server/base/thread_check.h"
 
 namespace pbs::server {
 namespace {
@@ -38,7 +38,7 @@ class OutOfResourcesSpec : public testing::Test {
 // On a thread of its own: the test framework catches what is thrown on its own one.
 template <class Throwing>
 void EndBy(const Throwing& throwing) {
-  SayLastWords();
+  InstallTerminateHandler();
   std::thread(throwing).join();
 }
 

@@ -1,5 +1,5 @@
-// An engine on the real CPU backend with a tiny random model. Steps are taken by hand,
-// and listeners write down what they hear.
+// An engine on the real CPU backend with a tiny random model. The test takes the steps,
+// and listeners record their calls.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -21,7 +21,7 @@
 
 namespace pbs::server {
 
-// One of a kind, shared by the tests of a program: loading costs more than a test.
+// The tests of a program share one model, because loading it costs more than a test.
 struct TestModel {
   static ServedModel& Get() {
     static TestModel model;

@@ -1,5 +1,4 @@
-// A job that does what a test says and writes down what happens to it, and an executor
-// for it.
+// A job that a test scripts and that records its calls, and an executor for it.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -18,7 +17,7 @@ namespace pbs::server::testing_support {
 
 using Events = std::vector<std::string>;
 
-// Runs `steps` steps; writes what happens to it into `events`.
+// Runs `steps` steps; records its calls in `events`.
 class ScriptedJob final : public Job {
  public:
   ScriptedJob(std::string name, int steps, Events& events)
@@ -29,7 +28,7 @@ class ScriptedJob final : public Job {
 
   std::function<void()> on_set_aside;
 
-  int32_t tokens = 0;  // of a run that it shares
+  int32_t tokens = 0;  // Job::batch_tokens()
   BatchKey key;
   bool runs_with_others = true;
   std::function<void()> during_join;

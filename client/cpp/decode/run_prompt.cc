@@ -1,4 +1,4 @@
-#include "client/cpp/decode/journey.h"
+#include "client/cpp/decode/run_prompt.h"
 
 #include <algorithm>
 #include <atomic>
@@ -34,11 +34,10 @@ absl::Status CheckSameModel(const std::string& name, const std::string& digest,
   if (digest == model.digest()) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat(
       "the server's model ", name, " has digest ", digest, ", the one here has ",
-      model.digest(),
-      ": the cache of one means nothing to the other; use the same model"));
+      model.digest(), ": their caches are not compatible; use the same model"));
 }
 
-// A cache at the server, and its way here.
+// A cache at the server and the fetch that copies it here.
 class Handoff {
  public:
   Handoff(const Settings& settings, client::Client& client, absl::Time deadline)
@@ -46,7 +45,7 @@ class Handoff {
   ~Handoff() {
     if (fetched_.valid()) fetched_.wait();
     if (has_ticket_ && !settings_.keep_lease) {
-      // Best effort: if it cannot be given back now, its time runs out.
+      // Best effort: if the release fails, the lease expires.
       client_.Release(ticket_, {.deadline = absl::Now() + kReleaseTimeout})
           .IgnoreError();
     }
@@ -82,10 +81,10 @@ class Handoff {
   std::future<absl::Status> fetched_;
 };
 
-class Journey {
+class PromptRun {
  public:
-  Journey(const Settings& settings, const Model& model, client::Client& client,
-          Progress& progress)
+  PromptRun(const Settings& settings, const Model& model, client::Client& client,
+            Progress& progress)
       : settings_(settings),
         model_(model),
         client_(client),
@@ -128,17 +127,17 @@ class Journey {
   std::optional<KvCache> cache_;
   std::unique_ptr<CacheFiller> filler_;
   std::atomic<int32_t> layers_done_ = 0, layers_here_ = 0;
-  int32_t first_token_ = 0;  // behind the prompt
+  int32_t first_token_ = 0;  // after the prompt
   Handoff handoff_;          // last: its fetch writes into what is above
 };
 
-void Journey::ShowProgress() {
+void PromptRun::ShowProgress() {
   const int32_t layers = model_.config().num_layers;
   progress_.Show(absl::StrCat("prefill ", Bar(layers_done_, layers), " layers, ",
                               layers_here_.load(), " fetched"));
 }
 
-absl::Status Journey::FindModel() {
+absl::Status PromptRun::FindModel() {
   PBS_ABSL_ASSIGN_OR_RETURN(const v1::ListModelsResponse models,
                             client_.ListModels({.deadline = deadline_}));
   std::string names;
@@ -155,15 +154,15 @@ absl::Status Journey::FindModel() {
                    names.empty() ? "none" : names, "; say which with --model"));
 }
 
-absl::Status Journey::MakeCache(int32_t num_tokens) {
-  // The last decoded token is never fed back, so it needs no place.
+absl::Status PromptRun::MakeCache(int32_t num_tokens) {
+  // The last decoded token is never fed back, so the cache need not hold it.
   const int64_t wanted = int64_t{num_tokens} +
                          static_cast<int64_t>(then_tokens_.size()) +
                          settings_.max_new_tokens - 1;
   if (wanted > model_.config().max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat(
         num_tokens, " prompt tokens, ", then_tokens_.size(),
-        " behind them and max_new_tokens ", settings_.max_new_tokens, " need ", wanted,
+        " after them and max_new_tokens ", settings_.max_new_tokens, " need ", wanted,
         " positions; the model has ", model_.config().max_tokens));
   }
   PBS_ABSL_ASSIGN_OR_RETURN(
@@ -181,24 +180,24 @@ absl::Status Journey::MakeCache(int32_t num_tokens) {
 }
 
 // Opens the fetch as soon as there is a ticket.
-class Journey::Observer final : public client::PrefillObserver {
+class PromptRun::Observer final : public client::PrefillObserver {
  public:
-  explicit Observer(Journey& journey) : journey_(journey) {}
+  explicit Observer(PromptRun& run) : run_(run) {}
   void OnAdmitted(const v1::Admitted& admitted) override {
-    journey_.handoff_.Take(admitted.ticket());
-    journey_.handoff_.Start(*journey_.filler_, journey_.cache_->shape().dtype);
-    journey_.ShowProgress();
+    run_.handoff_.Take(admitted.ticket());
+    run_.handoff_.Start(*run_.filler_, run_.cache_->shape().dtype);
+    run_.ShowProgress();
   }
   void OnLayer(const v1::LayerDone& layer) override {
-    journey_.layers_done_ = layer.index() + 1;
-    journey_.ShowProgress();
+    run_.layers_done_ = layer.index() + 1;
+    run_.ShowProgress();
   }
 
  private:
-  Journey& journey_;
+  PromptRun& run_;
 };
 
-absl::Status Journey::PrefillAndFetch() {
+absl::Status PromptRun::PrefillAndFetch() {
   PBS_ABSL_ASSIGN_OR_RETURN(
       const std::vector<int32_t> prompt,
       ReadTokens(settings_.tokens_path, model_.config().vocab_size));
@@ -217,8 +216,7 @@ absl::Status Journey::PrefillAndFetch() {
   const absl::Time prefilled = absl::Now();
   if (!done.ok()) return done.status();
   if (!handoff_.has_ticket()) {
-    return absl::DataLossError(
-        "the server was done without having admitted the prompt");
+    return absl::DataLossError("the server sent `done` without `admitted`");
   }
   PBS_ABSL_RETURN_IF_ERROR(handoff_.Wait());
   PBS_ABSL_RETURN_IF_ERROR(
@@ -231,7 +229,7 @@ absl::Status Journey::PrefillAndFetch() {
   return absl::OkStatus();
 }
 
-absl::Status Journey::FetchHeld() {
+absl::Status PromptRun::FetchHeld() {
   PBS_ABSL_ASSIGN_OR_RETURN(const v1::KvTicket ticket,
                             ReadTicket(settings_.ticket_path));
   PBS_ABSL_ASSIGN_OR_RETURN(v1::KvDescriptor kv,
@@ -248,13 +246,15 @@ absl::Status Journey::FetchHeld() {
   return FindFirstToken(ticket, std::move(kv));
 }
 
-// Asks only for what is needed and not known: the lease may be over by now.
-absl::Status Journey::FindFirstToken(const v1::KvTicket& ticket, v1::KvDescriptor kv) {
+// Asks the server only when the token is needed: the lease may have expired by now.
+absl::Status PromptRun::FindFirstToken(const v1::KvTicket& ticket,
+                                       v1::KvDescriptor kv) {
   constexpr absl::Duration kPause = absl::Milliseconds(20);
   if (!then_tokens_.empty()) return absl::OkStatus();  // they come in its place
   while (!kv.has_first_token_id()) {
     if (kv.state() == v1::COMPLETE) {
-      return absl::DataLossError("the cache was fetched whole, but has no first token");
+      return absl::DataLossError(
+          "the fetched cache is complete, but has no first token");
     }
     PBS_ABSL_ASSIGN_OR_RETURN(kv, client_.Describe(ticket, {.deadline = deadline_}));
     // The last layer's keys come before its attention has run.
@@ -264,7 +264,7 @@ absl::Status Journey::FindFirstToken(const v1::KvTicket& ticket, v1::KvDescripto
   return absl::OkStatus();
 }
 
-absl::Status Journey::Decode() {
+absl::Status PromptRun::Decode() {
   cache_->set_num_tokens(outcome_.prompt_tokens);
   PBS_ABSL_ASSIGN_OR_RETURN(const auto decoder,
                             ToAbsl(Decoder::Create(model_, *cache_)));
@@ -294,9 +294,9 @@ absl::Status Journey::Decode() {
 
 }  // namespace
 
-absl::StatusOr<Outcome> RunJourney(const Settings& settings, const Model& model,
-                                   client::Client& client, Progress& progress) {
-  return Journey(settings, model, client, progress).Run();
+absl::StatusOr<Outcome> RunPrompt(const Settings& settings, const Model& model,
+                                  client::Client& client, Progress& progress) {
+  return PromptRun(settings, model, client, progress).Run();
 }
 
 }  // namespace pbs::decode

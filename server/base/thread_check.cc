@@ -1,4 +1,4 @@
-#include "server/base/thread_room.h"
+#include "server/base/thread_check.h"
 
 #include <cstddef>
 #include <cstdint>

@@ -1,4 +1,4 @@
-#include "server/base/last_words.h"
+#include "server/base/terminate_handler.h"
 
 #include <unistd.h>
 
@@ -48,13 +48,13 @@ void Say(const char* event, const char* message) {
   } catch (const std::exception& error) {
     Say("uncaught_exception", error.what());
   } catch (...) {
-    Say("uncaught_exception", "of a type that is none of ours");
+    Say("uncaught_exception", "an exception of an unknown type");
   }
   std::abort();
 }
 
 }  // namespace
 
-void SayLastWords() { std::set_terminate(OnTerminate); }
+void InstallTerminateHandler() { std::set_terminate(OnTerminate); }
 
 }  // namespace pbs::server

@@ -1,0 +1,114 @@
+"""Arguments of Client.prefill(): the delivery of the cache, and the logits.
+
+The server checks ranges; its errors name value and limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+from pbs_client import dtypes
+from pbs_client._arguments import int_tuple
+from pbs_client._kv_receiver import LAYOUT_NUMBERS
+from pbs_client.kv import Array
+
+INLINE_LAYOUT = "HND"
+
+
+@dataclass(frozen=True)
+class Inline:
+    """The cache comes with the result, as PrefillResult.kv.
+
+    Attributes:
+        dtype: "f32", "f16" or "bf16"; None is the dtype that the server holds.
+        checksums: check every chunk and layer.
+
+    Raises:
+        ValueError: dtype is not one of the three.
+    """
+
+    dtype: Any = None
+    checksums: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            dtypes.float_dtype(self.dtype)
+
+    def fill(self, delivery: Any) -> None:
+        """Writes itself into a KvDelivery message."""
+        delivery.inline.layout = LAYOUT_NUMBERS[INLINE_LAYOUT]
+        delivery.inline.checksums = self.checksums
+        if self.dtype is not None:
+            delivery.inline.dtype = dtypes.to_wire(dtypes.float_dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The server holds the cache for Client.fetch(). PrefillResult.ticket names it.
+
+    Attributes:
+        ttl_seconds: time of the lease, from the end of the prefill; None is the
+            server's default.
+        idempotency_key: while the lease lives, an equal request with an equal key gets
+            the same ticket, without new work; at most 128 bytes, "" is no key.
+    """
+
+    ttl_seconds: int | None = None
+    idempotency_key: str = ""
+
+    def fill(self, delivery: Any) -> None:
+        """Writes itself into a KvDelivery message; the key is the request's."""
+        delivery.lease.SetInParent()
+        if self.ttl_seconds is not None:
+            delivery.lease.ttl_seconds = self.ttl_seconds
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The logits that a prefill returns.
+
+    Attributes:
+        top: number of best next tokens, 0 .. 100.
+        positions: prompt positions that also get their best next tokens, at most 256.
+        all_of_last_token: also return the whole vocabulary's logits of the last token.
+
+    Raises:
+        ValueError: positions is not a list of integers.
+    """
+
+    top: int = 0
+    positions: Sequence[int] | Array = ()
+    all_of_last_token: bool = False
+
+    def __post_init__(self) -> None:
+        positions = int_tuple("positions", self.positions)
+        object.__setattr__(self, "positions", positions)
+
+    def fill(self, request: Any) -> None:
+        """Writes itself into a PrefillRequest message."""
+        request.top_logits = self.top
+        request.logit_positions.extend(self.positions)
+        request.all_logits_last_token = self.all_of_last_token
+
+
+Delivery = Union[Inline, Lease]
+
+_DELIVERIES: dict[str, type[Delivery]] = {"inline": Inline, "lease": Lease}
+
+
+def delivery_of(delivery: Any) -> Delivery | None:
+    """A delivery from a delivery object or a name; None stays None.
+
+    Raises:
+        ValueError: it is no delivery.
+    """
+    if delivery is None or isinstance(delivery, (Inline, Lease)):
+        return delivery
+    if isinstance(delivery, str) and delivery in _DELIVERIES:
+        return _DELIVERIES[delivery]()
+    names = ", ".join(map(repr, _DELIVERIES))
+    raise ValueError(
+        f"delivery {delivery!r} is not one of None, {names}, nor Inline(...) or Lease(...)"
+    )
