@@ -170,7 +170,8 @@ gate_deploy() {
   say "deploy is as it says"
 }
 
-#: image [PROGRAM]        the image's runtime stage on a bare Debian; needs root
+#: image [PROGRAM]        the CPU image's file system, run as the pod runs it; needs root
+#: image --root DIR       the same of an image that is unpacked in DIR
 gate_image() { "$repo/tests/deploy/runtime_image.sh" "$@"; }
 
 # sanitize NAME PRESET TARGET LABELS: builds TARGET and runs its tests. PBS_SANITIZE_DIR

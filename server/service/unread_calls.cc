@@ -20,8 +20,8 @@ using google::protobuf::Struct;
 using google::protobuf::Value;
 
 // A member of a JSON object; an empty value when it is not there.
-const Value& Member(const Struct& object, const std::string& name) {
-  const auto found = object.fields().find(name);
+const Value& Member(const Struct& object, const char* name) {
+  const auto found = object.fields().find(std::string(name));
   return found == object.fields().end() ? Value::default_instance() : found->second;
 }
 
