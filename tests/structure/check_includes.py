@@ -4,7 +4,7 @@
     python3 tests/structure/check_includes.py
 
 Exit status 1 lists every include that goes up, sideways between backends, or names a
-library that its room may not see.
+library that its module may not see.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+(?:"([^"]+)"|<([^>]+)>)')
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class Module:
     """A folder, its rank, and the libraries its files may include."""
 
     folder: str
     rank: int
     libraries: tuple[str, ...] = ()
-    # Rooms of equal or higher rank that it may see all the same.
+    # Modules of equal or higher rank that it may see all the same.
     also: tuple[str, ...] = ()
 
 
-# The first room whose folder is a prefix of a path is its room.
-ROOMS = [
-    Room("kernels/include/pbs", 0),
-    Room("kernels/common", 1),
-    Room("kernels/methods", 1),
-    Room("kernels/synthetic", 1),
-    Room("kernels/reference", 1),
+# The first module whose folder is a prefix of a path is its module.
+MODULES = [
+    Module("kernels/include/pbs", 0),
+    Module("kernels/common", 1),
+    Module("kernels/methods", 1),
+    Module("kernels/synthetic", 1),
+    Module("kernels/reference", 1),
     # Its primitives are the emulator's when the host compiles it.
-    Room("kernels/cuda", 1, ("cuda",), ("kernels/common", "tests/emulator")),
-    Room("kernels/cpu", 1, ("tbb", "dnnl"), ("kernels/common", "kernels/methods")),
-    Room("kernels/loader", 1),
-    Room("server/model", 2, ("nlohmann", "xxhash")),
-    Room("proto/wire", 2, ("grpc", "protobuf"), ("proto",)),
-    Room("server/base/grpc_status", 2, ("absl", "grpc", "protobuf"), ("server/base", "proto")),
-    Room("server/base", 2, ("absl", "spdlog", "protobuf"), ("server/base", "proto")),
-    Room("server/telemetry", 3, ("absl", "microhttpd", "prometheus"), ("proto",)),
-    Room("server/engine", 4, ("absl",)),
-    Room("server/transfer", 5, ("absl", "grpc", "protobuf"), ("proto",)),
-    Room("server/service", 6, ("absl", "grpc", "protobuf"), ("proto",)),
-    Room("server/config", 7, ("absl", "protobuf"), ("proto",)),
-    Room("server/backend", 8, ("absl",)),
-    Room("server/node", 9, ("absl", "grpc", "protobuf", "prometheus"), ("proto",)),
-    Room("server/main.cc", 10, ("absl", "CLI11", "protobuf"), ("proto",)),
-    Room("client/cpp/decode", 11, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
+    Module("kernels/cuda", 1, ("cuda",), ("kernels/common", "tests/emulator")),
+    Module("kernels/cpu", 1, ("tbb", "dnnl"), ("kernels/common", "kernels/methods")),
+    Module("kernels/loader", 1),
+    Module("server/model", 2, ("nlohmann", "xxhash")),
+    Module("proto/wire", 2, ("grpc", "protobuf"), ("proto",)),
+    Module("server/base/grpc_status", 2, ("absl", "grpc", "protobuf"), ("server/base", "proto")),
+    Module("server/base", 2, ("absl", "spdlog", "protobuf"), ("server/base", "proto")),
+    Module("server/telemetry", 3, ("absl", "microhttpd", "prometheus"), ("proto",)),
+    Module("server/engine", 4, ("absl",)),
+    Module("server/transfer", 5, ("absl", "grpc", "protobuf"), ("proto",)),
+    Module("server/service", 6, ("absl", "grpc", "protobuf"), ("proto",)),
+    Module("server/config", 7, ("absl", "protobuf"), ("proto",)),
+    Module("server/backend", 8, ("absl",)),
+    Module("server/node", 9, ("absl", "grpc", "protobuf", "prometheus"), ("proto",)),
+    Module("server/main.cc", 10, ("absl", "CLI11", "protobuf"), ("proto",)),
+    Module("client/cpp/decode", 11, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
          ("proto",)),
-    Room("client/cpp", 11, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
+    Module("client/cpp", 11, ("absl", "CLI11", "grpc", "protobuf", "nlohmann"),
          ("proto",)),
 ]
 # The client sees the protocol only; its reference decode tier also sees the data plane.
@@ -86,9 +86,9 @@ SPELLINGS = [
 ]
 
 
-def room_of(path: str) -> Room | None:
-    """The room of a path relative to the repository, or None."""
-    return next((room for room in ROOMS if path.startswith(room.folder)), None)
+def module_of(path: str) -> Module | None:
+    """The module of a path relative to the repository, or None."""
+    return next((module for module in MODULES if path.startswith(module.folder)), None)
 
 
 def target_of(include: str) -> str | None:
@@ -101,23 +101,23 @@ def target_of(include: str) -> str | None:
     return None
 
 
-def may_see(path: str, room: Room, target: str) -> bool:
-    """Whether a file in `room` may include the project path `target`."""
+def may_see(path: str, module: Module, target: str) -> bool:
+    """Whether a file in `module` may include the project path `target`."""
     if path.startswith("client/cpp/decode"):
         return target.startswith(DECODE_SEES)
     if path.startswith("client/"):
         return target.startswith(CLIENT_SEES)
-    if target.startswith(tuple(f + "/" for f in (room.folder, *room.also))):
+    if target.startswith(tuple(f + "/" for f in (module.folder, *module.also))):
         return True
-    other = room_of(target)
-    return other is not None and other.rank < room.rank
+    other = module_of(target)
+    return other is not None and other.rank < module.rank
 
 
 def violations(path: pathlib.Path) -> list[str]:
     """One line for every include of `path` that its rank forbids."""
     relative = path.relative_to(ROOT).as_posix()
-    room = room_of(relative)
-    if room is None:
+    module = module_of(relative)
+    if module is None:
         return []
     found = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -125,18 +125,18 @@ def violations(path: pathlib.Path) -> list[str]:
         if not match:
             continue
         include = match.group(1) or match.group(2)
-        where = f"{relative}:{number}: {room.folder} (rank {room.rank})"
+        where = f"{relative}:{number}: {module.folder} (rank {module.rank})"
         library = next((n for p, n in LIBRARIES.items() if include.startswith(p)), None)
         if target := target_of(include):
-            if not may_see(relative, room, target):
+            if not may_see(relative, module, target):
                 found.append(f"{where} may not include {target}")
-        elif library and library not in room.libraries:
+        elif library and library not in module.libraries:
             found.append(f"{where} may not use {library} ({include})")
     return found
 
 
 def main() -> int:
-    """Checks every C++ file of the ranked rooms."""
+    """Checks every C++ file of the ranked modules."""
     files = [
         path
         for top in ("kernels", "proto", "server", "client")
