@@ -42,6 +42,15 @@ bench_cpu() {
   write_report
 }
 
+#: density      the blocks that mean pooling and PBS-Attn compute at one threshold (1 min)
+bench_density() {
+  install_packages "${build_packages[@]}"
+  build_targets pbs-prefilld
+  python_environment "$repo/.venv" numpy
+  PBS_BIN=$build_dir/bin "$python" "$repo/tests/bench/bench_density.py" "$@"
+  write_report
+}
+
 #: quality      retrieval accuracy over methods, thresholds and lengths (10 min)
 bench_quality() {
   local missed=0

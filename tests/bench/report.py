@@ -115,6 +115,34 @@ def plot_attention(results: dict) -> None:
     save(figure, "cpu_attention")
 
 
+def density(results: dict) -> str:
+    """What the two methods computed, at one threshold."""
+    rows = [
+        [name, f"{figures['density']:.3f}", f"{figures['coverage']:.3f}"]
+        for name, figures in results["maps"].items()
+    ]
+    return table(["method", "density", "coverage of the attention mass"], rows)
+
+
+def plot_density(results: dict) -> None:
+    """The blocks that each method computes, by the share of the heads that do."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+    for axis, (name, figures) in zip(axes, results["maps"].items()):
+        heads = [[int(digit) for digit in line] for line in figures["heads"]]
+        image = axis.imshow(
+            [[count / results["num_heads"] for count in row] for row in heads],
+            cmap="Blues", vmin=0, vmax=1, interpolation="none",
+        )  # fmt: skip
+        axis.set(
+            title=f"{name}: {100 * figures['density']:.0f} % of the blocks, "
+            f"{100 * figures['coverage']:.0f} % of the mass",
+            xlabel="key block",
+        )
+    axes[0].set_ylabel("query block")
+    figure.colorbar(image, ax=axes, label="share of heads that compute the block")
+    save(figure, "density")
+
+
 def linear(results: dict) -> str:
     """Linear layers beside torch."""
     rows = []
@@ -345,6 +373,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 TABLES = {
+    "density": (density, plot_density),
     "cpu_attention": (attention, plot_attention),
     "cpu_linear": (linear, None),
     "cpu_prefill": (prefill, None),
