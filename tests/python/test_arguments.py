@@ -108,7 +108,7 @@ def test_a_method_alone_is_an_attention_without_further_options(client):
 
 
 @pytest.mark.parametrize(
-    ("name", "delivery"), [("inline", Inline()), ("lease", Lease())], ids=str
+    ("name", "delivery"), [("none", None), ("inline", Inline()), ("lease", Lease())], ids=str
 )
 def test_a_delivery_may_be_given_by_its_name(name, delivery):
     assert delivery_of(name) == delivery

@@ -133,19 +133,19 @@ def test_uploads_are_cut_into_chunks_that_ascend_without_gaps():
             id="order, no pbs",
         ),
         pytest.param(
-            {"given": Given(order=np.zeros((1, 1, 2))), "attention": "pbs"},
+            {"given": Given(order=np.zeros((1, 1, 2))), "method": "pbs"},
             "float64",
             id="order of floats",
         ),
         pytest.param(
-            {"given": Given(order=np.full(2, 1 << 40)), "attention": "pbs"},
+            {"given": Given(order=np.full(2, 1 << 40)), "method": "pbs"},
             "int32",
             id="order beyond int32",
         ),
         pytest.param(
             {
                 "given": Given(block_mask=np.ones((1, 1, 1, 1), bool)),
-                "attention": "dense",
+                "method": "dense",
             },
             "need pbs or mean_pooling",
             id="mask for dense",
@@ -221,9 +221,9 @@ def test_tokens_that_are_no_ids_are_refused_before_any_traffic(tokens, error, me
         client.prefill("m", tokens)
 
 
-@pytest.mark.parametrize("delivery", ["push", "none", "", 1, pbs_client.Lease])
+@pytest.mark.parametrize("delivery", ["push", "", 1, pbs_client.Lease])
 def test_another_delivery_is_refused_with_a_sentence(delivery):
-    sentence = "is not one of None, 'inline', 'lease', nor Inline"
+    sentence = "is not one of 'none', 'inline', 'lease', nor Inline"
     with Client("127.0.0.1:1") as client, pytest.raises(ValueError, match=sentence):
         client.prefill("m", [1], delivery=delivery)
 

@@ -152,7 +152,7 @@ class Client:
         q: Array,
         k: Array,
         v: Array,
-        attention: Attention | Method | str | None = None,
+        method: Method | str | Attention | None = None,
         *,
         want: Sequence[str] = ("o",),
         packed: Packed | None = None,
@@ -172,7 +172,7 @@ class Client:
             k: [batch, kv_heads, k_len, head_dim] or [kv_heads, total_k, head_dim], of
                 q's dtype; kv_heads divides heads.
             v: k's shape and dtype.
-            attention: Dense(), Pbs(...), MeanPooling(...), the name of one with its
+            method: Dense(), Pbs(...), MeanPooling(...), the name of one with its
                 defaults, such as "dense", or Attention(...) for further options; None
                 is the server's default.
             want: results to return, of "o", "lse", "order", "lists", "block_mask".
@@ -187,17 +187,17 @@ class Client:
         expect(Packed, "packed", packed)
         expect(Given, "given", given)
         expect(Timing, "timing", timing)
-        attention, given = attention_of(attention), given or Given()
-        method = method_of(attention.method)
+        attention, given = attention_of(method), given or Given()
         q, k, v = (np.ascontiguousarray(dtypes.as_array(x)) for x in (q, k, v))
         shape = _attend.shape_of_arrays(q, k, v, packed)
         header = _attend.make_header(attention, want, timing or Timing(), request_id)
         header.allow_non_finite = allow_non_finite
         if packed is not None:
             packed.fill(header)
-        grid = self._grid(shape, method, want, given.block_mask is not None)
+        has_mask = given.block_mask is not None
+        grid = self._grid(shape, method_of(attention.method), want, has_mask)
         uploads = [("Q", q), ("K", k), ("V", v)]
-        uploads += _attend.add_given(header, method, given, grid)
+        uploads += _attend.add_given(header, method_of(attention.method), given, grid)
         call = _attend.AttendCall(
             header, tuple(uploads), shape, q.dtype, grid, tuple(want)
         )
@@ -207,7 +207,7 @@ class Client:
     def attend_synthetic(
         self,
         tensors: Synthetic,
-        attention: Attention | Method | str | None = None,
+        method: Method | str | Attention | None = None,
         *,
         want: Sequence[str] = ("o",),
         timing: Timing | None = None,
@@ -219,7 +219,7 @@ class Client:
 
         Args:
             tensors: shape, dtype and seed.
-            attention: as attend().
+            method: as attend().
             want: as attend().
             timing: as attend().
             request_id: as attend().
@@ -229,7 +229,7 @@ class Client:
         if not isinstance(tensors, Synthetic):
             raise TypeError(f"tensors {tensors!r} is not Synthetic(...)")
         expect(Timing, "timing", timing)
-        attention = attention_of(attention)
+        attention = attention_of(method)
         header = _attend.make_header(attention, want, timing or Timing(), request_id)
         tensors.fill(header)
         shape = _attend.shape_of_synthetic(tensors)
@@ -244,7 +244,7 @@ class Client:
         self,
         model: str,
         tokens: Sequence[int] | Array,
-        attention: Attention | Method | str | None = None,
+        method: Method | str | Attention | None = None,
         *,
         delivery: Delivery | str | None = None,
         logits: Logits | None = None,
@@ -260,10 +260,10 @@ class Client:
         Args:
             model: its name; "" when the server has one model.
             tokens: ids, 1 .. ModelInfo.tokens_max of them, each below vocab_size.
-            attention: as attend().
+            method: as attend().
             delivery: Inline(...): the cache in the result; Lease(...): the server holds
                 it for fetch(); "inline" or "lease": one of these with its defaults;
-                None: no cache.
+                None or "none": no cache.
             logits: logits to return; None is none.
             priority: -100 .. 100; higher runs first.
             tenant_salt: mixed into sparsity_digest, at most 128 bytes.
@@ -277,7 +277,7 @@ class Client:
         request = _prefill.make_request(
             model,
             tokens,
-            attention_of(attention),
+            attention_of(method),
             delivery,
             logits or Logits(),
             priority=priority,

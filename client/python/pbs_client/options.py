@@ -159,13 +159,13 @@ class Attention:
         return message
 
 
-def attention_of(attention: Attention | Method | str | None) -> Attention:
+def attention_of(method: Method | str | Attention | None) -> Attention:
     """An Attention from one, or from its method alone.
 
     Raises:
         ValueError: it is no method.
     """
-    return attention if isinstance(attention, Attention) else Attention(attention)
+    return method if isinstance(method, Attention) else Attention(method)
 
 
 def method_from_message(message: Any) -> Method | None:

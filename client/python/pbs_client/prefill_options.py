@@ -99,16 +99,18 @@ _DELIVERIES: dict[str, type[Delivery]] = {"inline": Inline, "lease": Lease}
 
 
 def delivery_of(delivery: Any) -> Delivery | None:
-    """A delivery from a delivery object or a name; None stays None.
+    """A delivery from a delivery object or a name; None for None and "none".
 
     Raises:
         ValueError: it is no delivery.
     """
-    if delivery is None or isinstance(delivery, (Inline, Lease)):
+    if delivery is None or delivery == "none":
+        return None
+    if isinstance(delivery, (Inline, Lease)):
         return delivery
     if isinstance(delivery, str) and delivery in _DELIVERIES:
         return _DELIVERIES[delivery]()
     names = ", ".join(map(repr, _DELIVERIES))
     raise ValueError(
-        f"delivery {delivery!r} is not one of None, {names}, nor Inline(...) or Lease(...)"
+        f"delivery {delivery!r} is not one of 'none', {names}, nor Inline(...) or Lease(...)"
     )
