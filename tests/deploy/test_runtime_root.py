@@ -128,3 +128,32 @@ def test_a_library_that_no_package_owns_is_an_error(tmp_path):
     )
     assert refused.returncode != 0
     assert f"no package owns {own}" in refused.stderr
+
+
+def test_who_diverts_a_path_is_not_taken_for_its_owner(tmp_path):
+    if not shutil.which("dpkg-query"):
+        pytest.skip("NOT RUN: packages are named by dpkg, which is not here")
+    asked, real = tmp_path / "dpkg-query", shutil.which("dpkg-query")
+    asked.write_text(f"""#!/bin/sh
+shift
+for path; do
+  case $path in
+    /lib64/*)
+      echo "diversion by other from: $path"
+      echo "diversion by other to: $path.kept"
+      ;;
+    /usr/lib64/*) echo "loader:amd64: $path" ;;
+    *) {real} -S "$path" 2>/dev/null ;;
+  esac
+done
+exit 1
+""")
+    asked.chmod(0o755)
+    owners = subprocess.run(
+        [DEPLOY / "runtime_packages.sh", shutil.which("sleep")],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert owners == ["libc6", "loader"]
