@@ -57,7 +57,8 @@ def test_every_library_is_found_under_the_name_it_is_loaded_by(program, root):
 def test_there_is_one_program_and_no_file_beside_what_is_promised(program, root):
     name = f"/usr/local/bin/{pathlib.Path(program).name}"
     libraries = {str(pathlib.Path(file).resolve()) for file in loaded_by(program)}
-    etc = {f"/etc/{f}" for f in ("passwd", "group", "nsswitch.conf", "debian_version")}
+    names = "passwd group nsswitch.conf debian_version hosts hostname resolv.conf"
+    etc = {f"/etc/{name}" for name in names.split()}
     promised = {name, "/usr/lib/os-release"} | libraries | etc
     beside = {
         file
