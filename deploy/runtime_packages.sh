@@ -13,25 +13,30 @@ set -euo pipefail
   exit 2
 }
 
-# owner FILE: its package. The loader says /lib/... where dpkg may know /usr/lib/...
-owner() {
-  local file line
-  for file in "$1" "/usr$1" "${1#/usr}"; do
-    if line=$(dpkg-query -S "$file" 2>/dev/null); then
-      echo "${line%%:*}"
-      return
-    fi
-  done
-  echo "error: no package owns $1, which $program loads" >&2
-  return 1
-}
-
 program=$1
 libraries=$(ldd "$program")
 if grep 'not found' <<<"$libraries" >&2; then
   echo "error: $program lacks the libraries above" >&2
   exit 1
 fi
-packages=$(awk '$2 == "=>" { print $3 } $1 ~ /^\// { print $1 }' <<<"$libraries" |
-  while read -r file; do owner "$file" || exit 1; done)
-sort -u <<<"$packages"
+mapfile -t files < <(awk '$2 == "=>" { print $3 } $1 ~ /^\// { print $1 }' <<<"$libraries")
+
+# The loader says /lib/... where dpkg may know /usr/lib/... One question for all of them:
+# dpkg reads its whole database for each. It fails when it does not know one of the names.
+# A package that diverts a path is named on lines of its own.
+declare -A owner
+while IFS= read -r line; do
+  owner[${line##*: }]=${line%%[:,]*}
+done < <(dpkg-query -S "${files[@]}" "${files[@]/#//usr}" "${files[@]#/usr}" 2>/dev/null |
+  grep -v '^diversion by ')
+
+packages=()
+for file in "${files[@]}"; do
+  package=${owner[$file]:-${owner[/usr$file]:-${owner[${file#/usr}]:-}}}
+  [ -n "$package" ] || {
+    echo "error: no package owns $file, which $program loads" >&2
+    exit 1
+  }
+  packages+=("$package")
+done
+printf '%s\n' "${packages[@]}" | sort -u

@@ -52,6 +52,9 @@ cp -p /etc/debian_version "$root/etc/"
 echo "hosts: files dns" >"$root/etc/nsswitch.conf"
 echo "pbs:x:65532:65532::/nonexistent:/nonexistent" >"$root/etc/passwd"
 echo "pbs:x:65532:" >"$root/etc/group"
+# Engines mount their own over these, and some leave programs of that name without them.
+printf '127.0.0.1 localhost\n::1 localhost\n' >"$root/etc/hosts"
+touch "$root/etc/hostname" "$root/etc/resolv.conf"
 
 # base-files has the release's name and the licences that copyright files refer to.
 mkdir -p "$root/usr/share"

@@ -57,7 +57,8 @@ def test_every_library_is_found_under_the_name_it_is_loaded_by(program, root):
 def test_there_is_one_program_and_no_file_beside_what_is_promised(program, root):
     name = f"/usr/local/bin/{pathlib.Path(program).name}"
     libraries = {str(pathlib.Path(file).resolve()) for file in loaded_by(program)}
-    etc = {f"/etc/{f}" for f in ("passwd", "group", "nsswitch.conf", "debian_version")}
+    names = "passwd group nsswitch.conf debian_version hosts hostname resolv.conf"
+    etc = {f"/etc/{name}" for name in names.split()}
     promised = {name, "/usr/lib/os-release"} | libraries | etc
     beside = {
         file
@@ -128,3 +129,32 @@ def test_a_library_that_no_package_owns_is_an_error(tmp_path):
     )
     assert refused.returncode != 0
     assert f"no package owns {own}" in refused.stderr
+
+
+def test_who_diverts_a_path_is_not_taken_for_its_owner(tmp_path):
+    if not shutil.which("dpkg-query"):
+        pytest.skip("NOT RUN: packages are named by dpkg, which is not here")
+    asked, real = tmp_path / "dpkg-query", shutil.which("dpkg-query")
+    asked.write_text(f"""#!/bin/sh
+shift
+for path; do
+  case $path in
+    /lib64/*)
+      echo "diversion by other from: $path"
+      echo "diversion by other to: $path.kept"
+      ;;
+    /usr/lib64/*) echo "loader:amd64: $path" ;;
+    *) {real} -S "$path" 2>/dev/null ;;
+  esac
+done
+exit 1
+""")
+    asked.chmod(0o755)
+    owners = subprocess.run(
+        [DEPLOY / "runtime_packages.sh", shutil.which("sleep")],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert owners == ["libc6", "loader"]

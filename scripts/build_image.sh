@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Builds the CPU image of deploy/Dockerfile with buildah, in OCI's format and in Docker's,
+# on a base that mmdebstrap makes: no registry and no container engine. Each is unpacked
+# and has to pass scripts/check.sh image. Sizes go to docs/results/image.json.
+#
+#   scripts/build_image.sh [SUITE]    a Debian suite; default trixie
+#
+# BUILDAH_ROOT   where images are kept (default: a folder that goes away at the end)
+#
+# Needs root and a package mirror. The compiler cache in build/image-ccache makes the
+# second format and the next run short.
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+. "$(dirname "$0")/common.sh"
+
+suite=${1:-trixie}
+[ "$(id -u)" -eq 0 ] || fail "mounts need root"
+install_packages buildah mmdebstrap python3
+work=$(mktemp -d)
+trap 'rm -rf --one-file-system "$work"' EXIT
+store=${BUILDAH_ROOT:-$work/store}
+cache=$build_dir/image-ccache
+mkdir -p "$cache" "$store"
+base=localhost/debian:$suite
+
+images() { buildah --storage-driver vfs --root "$store" --runroot "$work/run" "$@"; }
+
+make_base() {
+  local container
+  say "$base, a bare $suite"
+  mmdebstrap --quiet --variant=minbase "$suite" "$work/base"
+  container=$(images from scratch)
+  images copy -q "$container" "$work/base" / >/dev/null
+  images commit -q "$container" "$base" >/dev/null
+  images rm "$container" >/dev/null
+  rm -rf --one-file-system "$work/base"
+}
+
+# build FORMAT: the image, and its check.
+build() {
+  local image=localhost/pbs-prefill:$1 container mounted
+  say "building $image"
+  images bud --isolation chroot --format "$1" -f "$repo/deploy/Dockerfile" -t "$image" \
+    --build-arg BUILD_BASE="$base" --build-arg REVISION="$(git -C "$repo" rev-parse HEAD)" \
+    --volume "$cache:/root/.cache/ccache" "$repo"
+  container=$(images from "$image")
+  mounted=$(images mount "$container")
+  "$repo/scripts/check.sh image" --root "$mounted"
+  images push -q "$image" "oci-archive:$work/$1.tar" >/dev/null
+  images inspect --type image "$image" >"$work/$1.json"
+  du -sb --apparent-size "$mounted" | cut -f1 >"$work/$1.unpacked"
+  stat -c %s "$work/$1.tar" >"$work/$1.packed"
+  find "$mounted" -type f -printf '%s\t/%P\n' | sort -rn >"$work/$1.files"
+  images rm "$container" >/dev/null
+}
+
+if ! images inspect --type image "$base" >/dev/null 2>&1; then make_base; fi
+for format in oci docker; do build "$format"; done
+
+PBS_BENCH_COMMAND="scripts/build_image.sh $suite" \
+  PYTHONPATH="$repo/tests/bench" python3 - "$work" "$suite" <<'PYTHON'
+import json
+import pathlib
+import sys
+
+from bench_common import run_header, write_results
+
+work, suite = pathlib.Path(sys.argv[1]), sys.argv[2]
+formats = {}
+for name, key in ("oci", "OCIv1"), ("docker", "Docker"):
+    image = json.loads((work / f"{name}.json").read_text())
+    config = image[key]["config"]
+    assert config["User"] == "65532:65532", config
+    assert config["Entrypoint"][0] == "pbs-prefilld", config
+    assert config["StopSignal"] == "SIGTERM", config
+    formats[name] = {
+        "media_type": json.loads(image["Manifest"])["config"]["mediaType"],
+        "unpacked_bytes": int((work / f"{name}.unpacked").read_text()),
+        "packed_bytes": int((work / f"{name}.packed").read_text()),
+    }
+files = [line.split("\t") for line in (work / "oci.files").read_text().splitlines()]
+largest = {path: int(size) for size, path in files[:8]}
+write_results(
+    "image",
+    run_header(),
+    {"suite": suite, "formats": formats, "files": len(files), "largest": largest},
+)
+PYTHON
