@@ -45,7 +45,7 @@ build() {
     --volume "$cache:/root/.cache/ccache" "$repo"
   container=$(images from "$image")
   mounted=$(images mount "$container")
-  "$repo/scripts/check.sh image" --root "$mounted"
+  "$repo/scripts/check.sh" image --root "$mounted"
   images push -q "$image" "oci-archive:$work/$1.tar" >/dev/null
   images inspect --type image "$image" >"$work/$1.json"
   du -sb --apparent-size "$mounted" | cut -f1 >"$work/$1.unpacked"
