@@ -22,6 +22,7 @@ store=${BUILDAH_ROOT:-$work/store}
 cache=$build_dir/image-ccache
 mkdir -p "$cache" "$store"
 base=localhost/debian:$suite
+commit=$(git -C "$repo" rev-parse HEAD)
 
 images() { buildah --storage-driver vfs --root "$store" --runroot "$work/run" "$@"; }
 
@@ -41,7 +42,7 @@ build() {
   local image=localhost/pbs-prefill:$1 container mounted
   say "building $image"
   images bud --isolation chroot --format "$1" -f "$repo/deploy/Dockerfile" -t "$image" \
-    --build-arg BUILD_BASE="$base" --build-arg REVISION="$(git -C "$repo" rev-parse HEAD)" \
+    --build-arg BUILD_BASE="$base" --build-arg REVISION="$commit" \
     --volume "$cache:/root/.cache/ccache" "$repo"
   container=$(images from "$image")
   mounted=$(images mount "$container")
@@ -51,21 +52,38 @@ build() {
   du -sb --apparent-size "$mounted" | cut -f1 >"$work/$1.unpacked"
   stat -c %s "$work/$1.tar" >"$work/$1.packed"
   find "$mounted" -type f -printf '%s\t/%P\n' | sort -rn >"$work/$1.files"
+  cp "$mounted/usr/local/share/doc/pbs-prefill/runtime-packages" "$work/packages"
   images rm "$container" >/dev/null
+}
+
+# What the same packages on a slim base take: no manuals, no translations, no lists of apt.
+measure_slim() {
+  local root=$work/slim
+  say "a slim $suite with the same packages"
+  mmdebstrap --quiet --variant=minbase --include="$(paste -sd, "$work/packages")" \
+    --dpkgopt='path-exclude=/usr/share/doc/*' \
+    --dpkgopt='path-include=/usr/share/doc/*/copyright' \
+    --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' "$suite" "$root"
+  rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin
+  du -sb --apparent-size "$root" | cut -f1 >"$work/slim.unpacked"
+  tar -C "$root" -cz . | wc -c >"$work/slim.packed"
 }
 
 if ! images inspect --type image "$base" >/dev/null 2>&1; then make_base; fi
 for format in oci docker; do build "$format"; done
+measure_slim
 
 PBS_BENCH_COMMAND="scripts/build_image.sh $suite" \
-  PYTHONPATH="$repo/tests/bench" python3 - "$work" "$suite" <<'PYTHON'
+  PYTHONPATH="$repo/tests/bench" python3 - "$work" "$suite" "$commit" <<'PYTHON'
 import json
 import pathlib
 import sys
 
 from bench_common import run_header, write_results
 
-work, suite = pathlib.Path(sys.argv[1]), sys.argv[2]
+work, suite, commit = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+slim = {f"{k}_bytes": int((work / f"slim.{k}").read_text()) for k in ("unpacked", "packed")}
 formats = {}
 for name, key in ("oci", "OCIv1"), ("docker", "Docker"):
     image = json.loads((work / f"{name}.json").read_text())
@@ -82,7 +100,13 @@ files = [line.split("\t") for line in (work / "oci.files").read_text().splitline
 largest = {path: int(size) for size, path in files[:8]}
 write_results(
     "image",
-    run_header(),
-    {"suite": suite, "formats": formats, "files": len(files), "largest": largest},
+    {**run_header(), "commit": commit},
+    {
+        "suite": suite,
+        "formats": formats,
+        "slim_base_without_the_server": slim,
+        "files": len(files),
+        "largest": largest,
+    },
 )
 PYTHON

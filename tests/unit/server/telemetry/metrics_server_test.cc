@@ -18,7 +18,9 @@ namespace pbs::server {
 namespace {
 
 using testing::AllOf;
+using testing::AnyOf;
 using testing::HasSubstr;
+using testing::IsEmpty;
 using testing::Not;
 using testing_support::ConnectTo;
 using testing_support::HasIpv6;
@@ -96,9 +98,15 @@ INSTANTIATE_TEST_SUITE_P(
                     RequestCase{"file", "GET /etc/passwd", "404 Not Found"},
                     RequestCase{"longer_path", "GET /metrics/x", "404 Not Found"},
                     RequestCase{"post", "POST /metrics", "405 Method Not Allowed"},
-                    RequestCase{"allowed", "PUT /metrics", "Allow: GET, HEAD"},
-                    RequestCase{"no_http", "hello", "400 Bad Request"}),
+                    RequestCase{"allowed", "PUT /metrics", "Allow: GET, HEAD"}),
     testing_support::CaseName());
+
+// libmicrohttpd 0.9 answers, 1.0 hangs up.
+TEST_F(MetricsServerSpec, WhatIsNoHttpIsRefusedAndTheNextIsServed) {
+  EXPECT_THAT(Ask(server_->port(), "hello"),
+              AnyOf(IsEmpty(), HasSubstr("400 Bad Request")));
+  EXPECT_THAT(Ask(server_->port(), "GET /metrics"), HasSubstr("pbs_x 5"));
+}
 
 TEST_F(MetricsServerSpec, IdleConnectionsAreInNobodysWay) {
   std::vector<FileDescriptor> idle;
