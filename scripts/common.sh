@@ -5,6 +5,8 @@
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 build_dir=$(realpath -m "${PBS_BUILD_DIR:-$repo/build}")
 jobs=$(nproc)
+# The compiler cache finds what another checkout of the same sources compiled.
+export CCACHE_BASEDIR=$repo CCACHE_NOHASHDIR=1
 
 # What a build and its tests need; Debian 12, Debian 13 and Ubuntu 24.04 use these names.
 build_packages=(
