@@ -126,7 +126,7 @@ def density(results: dict) -> str:
 
 def plot_density(results: dict) -> None:
     """The blocks that each method computes, by the share of the heads that do."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharey=True)
     for axis, (name, figures) in zip(axes, results["maps"].items()):
         heads = [[int(digit) for digit in line] for line in figures["heads"]]
         image = axis.imshow(
@@ -134,8 +134,8 @@ def plot_density(results: dict) -> None:
             cmap="Blues", vmin=0, vmax=1, interpolation="none",
         )  # fmt: skip
         axis.set(
-            title=f"{name}: {100 * figures['density']:.0f} % of the blocks, "
-            f"{100 * figures['coverage']:.0f} % of the mass",
+            title=f"{name}\n{100 * figures['density']:.0f} % of the blocks\n"
+            f"{100 * figures['coverage']:.0f} % of the attention mass",
             xlabel="key block",
         )
     axes[0].set_ylabel("query block")
