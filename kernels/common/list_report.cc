@@ -66,7 +66,8 @@ std::vector<BlockCounts> CountBlocks(const AttentionGeometry& g,
 
 std::vector<BlockCounts> CausalBlocks(const AttentionGeometry& g) {
   const int64_t blocks = CausalBlocksOfAHead(g);
-  return {static_cast<size_t>(g.num_heads), BlockCounts{blocks, blocks}};
+  return {static_cast<size_t>(g.num_heads),
+          BlockCounts{.executed = blocks, .lower = blocks}};
 }
 
 void TellBlocks(const AttentionGeometry& g, std::span<const BlockCounts> heads,

@@ -43,11 +43,12 @@ RowPiece NextPiece(int64_t rows, int64_t done) {
   const auto at_least = std::lower_bound(kRowBuckets.begin(), kRowBuckets.end(),
                                          std::min(left, kRowBlock));
   if (*at_least <= rows) {
-    return {std::min(done, rows - *at_least), at_least - kRowBuckets.begin(),
-            *at_least};
+    return {.first = std::min(done, rows - *at_least),
+            .bucket = at_least - kRowBuckets.begin(),
+            .count = *at_least};
   }
   const auto below = at_least - 1;
-  return {done, below - kRowBuckets.begin(), *below};
+  return {.first = done, .bucket = below - kRowBuckets.begin(), .count = *below};
 }
 
 void UseOneThread() { omp_set_num_threads(1); }

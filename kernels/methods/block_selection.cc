@@ -86,7 +86,7 @@ std::optional<SelectedRow> SelectRow(const SelectionRow& row,
   for (int32_t block = row.own_begin; block < row.own_end; ++block) {
     list[count++] = static_cast<uint16_t>(block);
   }
-  return SelectedRow{count, row.own_end - row.own_begin};
+  return SelectedRow{.count = count, .num_masked = row.own_end - row.own_begin};
 }
 
 }  // namespace pbs

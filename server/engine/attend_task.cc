@@ -65,7 +65,10 @@ int32_t NumRuns(const AttendJob& job) {
 }
 
 CostKey AttendCostKey(const AttentionProblem& problem) {
-  return {nullptr, problem.options.method, problem.dtype, problem.shape.head_dim};
+  return {.model = nullptr,
+          .method = problem.options.method,
+          .dtype = problem.dtype,
+          .head_dim = problem.shape.head_dim};
 }
 
 Work AttendWork(const AttentionGeometry& geometry, int32_t runs) {
@@ -144,7 +147,8 @@ absl::StatusOr<StepResult> AttendTask::Step(const RunControl& control) {
   PBS_ABSL_RETURN_IF_ERROR(RunOnce(control, is_last));
   ++runs_done_;
   if (is_last) Measure();
-  return StepResult{is_last, static_cast<double>(runs_done_) / num_runs_};
+  return StepResult{.done = is_last,
+                    .progress = static_cast<double>(runs_done_) / num_runs_};
 }
 
 absl::Status AttendTask::RunOnce(const RunControl& control, bool is_last) {
@@ -161,8 +165,9 @@ absl::Status AttendTask::RunOnce(const RunControl& control, bool is_last) {
   parts_.metrics.flops_computed.Increment(stats.executed_flops);
   parts_.metrics.flops_dense.Increment(stats.dense_flops);
   if (runs_done_ >= job_.warmup) {
-    result_.iterations.push_back(
-        {stats.permute_seconds, stats.select_seconds, stats.attend_seconds});
+    result_.iterations.push_back({.permute_seconds = stats.permute_seconds,
+                                  .select_seconds = stats.select_seconds,
+                                  .attend_seconds = stats.attend_seconds});
   }
   if (!is_last) return absl::OkStatus();
   result_.report = std::move(report);

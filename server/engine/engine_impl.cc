@@ -49,8 +49,9 @@ absl::Status CountRefusal(EngineMetrics& metrics, const absl::Status& status) {
 }
 
 EngineImpl::Load EngineImpl::load() const {
-  return {executor_.backlog(),
-          has_device_memory() ? parts_.device_ledger->bytes_held() : 0};
+  return {.backlog = executor_.backlog(),
+          .device_bytes_held =
+              has_device_memory() ? parts_.device_ledger->bytes_held() : 0};
 }
 
 // ---- raw attention

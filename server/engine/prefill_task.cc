@@ -34,8 +34,10 @@ int64_t LogitScratchBytes(const Model& model) {
 }
 
 CostKey PrefillCostKey(const ServedModel& model, const AttentionOptions& attention) {
-  return {&model, attention.method, model.model().kv_dtype(),
-          model.model().config().head_dim};
+  return {.model = &model,
+          .method = attention.method,
+          .dtype = model.model().kv_dtype(),
+          .head_dim = model.model().config().head_dim};
 }
 
 Work PrefillWork(int32_t num_tokens) {

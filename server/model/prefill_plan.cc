@@ -137,7 +137,8 @@ StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem) {
                                 .options = problem.attention,
                                 .offers_pooled_queries = true};
   for (int32_t tokens : problem.prompt_tokens) {
-    attention.shape.sequences.push_back({tokens, problem.past_len + tokens});
+    attention.shape.sequences.push_back(
+        {.q_len = tokens, .k_len = problem.past_len + tokens});
   }
   PrefillPlan plan;
   plan.problem = std::move(problem);

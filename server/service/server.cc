@@ -173,8 +173,9 @@ void GrpcServer::Impl::Accept(Listener listener, const ServiceParts& parts) {
   port = listener.port;
   acceptor = std::make_unique<ConnectionAcceptor>(
       std::move(listener),
-      AcceptorOptions{transport.connections_max,
-                      absl::Seconds(transport.keepalive_timeout_seconds)},
+      AcceptorOptions{
+          .connections_max = transport.connections_max,
+          .unacknowledged_max = absl::Seconds(transport.keepalive_timeout_seconds)},
       [this](FileDescriptor connection, int socket) {
         grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters
             accepted;

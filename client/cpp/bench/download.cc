@@ -72,7 +72,7 @@ class Download final : public Transfer {
 
 LayerRange LayersOf(const v1::KvDescriptor& kv, int32_t streams, int32_t stream) {
   const int32_t begin = kv.num_layers() * stream / streams;
-  return {begin, kv.num_layers() * (stream + 1) / streams - begin};
+  return {.begin = begin, .count = kv.num_layers() * (stream + 1) / streams - begin};
 }
 
 absl::Status FetchReference(client::Client& client, int32_t chunk_bytes,

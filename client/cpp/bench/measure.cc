@@ -61,7 +61,7 @@ Spread SpreadOf(std::vector<double> values) {
   const double median = values.size() % 2 == 1
                             ? values[middle]
                             : (values[middle - 1] + values[middle]) / 2;
-  return {median, values.front(), values.back()};
+  return {.median = median, .min = values.front(), .max = values.back()};
 }
 
 }  // namespace pbs::bench

@@ -139,7 +139,9 @@ TcpConnection::~TcpConnection() {
 absl::Status TcpConnection::Upload(std::span<const std::byte> bytes,
                                    size_t chunk_bytes) {
   char done;
-  if (SendValue(fd_, Request{Command::kUpload, bytes.size(), chunk_bytes}) &&
+  if (SendValue(fd_, Request{.command = Command::kUpload,
+                             .bytes = bytes.size(),
+                             .chunk_bytes = chunk_bytes}) &&
       ForEachChunk(bytes, chunk_bytes,
                    [this](auto chunk) { return SendAll(fd_, chunk); }) &&
       ReceiveValue(fd_, done)) {
@@ -149,7 +151,9 @@ absl::Status TcpConnection::Upload(std::span<const std::byte> bytes,
 }
 
 absl::Status TcpConnection::Download(std::span<std::byte> bytes, size_t chunk_bytes) {
-  if (SendValue(fd_, Request{Command::kDownload, bytes.size(), chunk_bytes}) &&
+  if (SendValue(fd_, Request{.command = Command::kDownload,
+                             .bytes = bytes.size(),
+                             .chunk_bytes = chunk_bytes}) &&
       ForEachChunk(bytes, chunk_bytes,
                    [this](auto chunk) { return ReceiveAll(fd_, chunk); })) {
     return absl::OkStatus();

@@ -206,15 +206,21 @@ struct RowLayout {
 
 // [batch, heads, len, width]
 constexpr RowLayout DenseBatchLayout(int64_t heads, int64_t len, int64_t width) {
-  return {heads * len * width, len * width, width};
+  return {.sequence_stride = heads * len * width,
+          .head_stride = len * width,
+          .row_stride = width};
 }
 // [heads, total, width], sequences back to back
 constexpr RowLayout PackedLayout(int64_t total, int64_t width) {
-  return {RowLayout::kPacked, total * width, width};
+  return {.sequence_stride = RowLayout::kPacked,
+          .head_stride = total * width,
+          .row_stride = width};
 }
 // [total, heads, width] inside rows of `row_width` elements, sequences back to back
 constexpr RowLayout TokenMajorLayout(int64_t row_width, int64_t width) {
-  return {RowLayout::kPacked, width, row_width};
+  return {.sequence_stride = RowLayout::kPacked,
+          .head_stride = width,
+          .row_stride = row_width};
 }
 
 struct ConstRows {

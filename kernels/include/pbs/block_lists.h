@@ -44,8 +44,11 @@ struct BlockLists {
   std::vector<uint16_t> indices;
 
   BlockListsView View() const {
-    return {static_cast<int64_t>(count.size()), begin.data(), count.data(),
-            num_masked.data(), indices.data()};
+    return {.num_rows = static_cast<int64_t>(count.size()),
+            .begin = begin.data(),
+            .count = count.data(),
+            .num_masked = num_masked.data(),
+            .indices = indices.data()};
   }
 };
 
