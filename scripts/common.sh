@@ -8,7 +8,8 @@ jobs=$(nproc)
 # The compiler cache finds what another checkout of the same sources compiled.
 export CCACHE_BASEDIR=$repo CCACHE_NOHASHDIR=1
 
-# What a build and its tests need; Debian 12, Debian 13 and Ubuntu 24.04 use these names.
+# What a build and its tests need, by the names of Debian 12 and 13, on which
+# fresh_machine.sh proves them, and of Ubuntu 24.04, which is not tested.
 build_packages=(
   g++ cmake ninja-build pkg-config ca-certificates ccache git python3
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
