@@ -194,8 +194,27 @@ def test_waiting_for_health_waits_for_a_server_that_is_yet_to_start():
             waiter.join()
 
 
+def test_waiting_for_health_outlives_a_connection_that_breaks():
+    breaks = iter([True, True, False])
+
+    def watch(requests, context):
+        yield b"\x08\x02"  # NOT_SERVING
+        if next(breaks):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "ping timeout")
+        yield b"\x08\x01"  # SERVING
+
+    with (
+        fake_server({"/grpc.health.v1.Health/Watch": watch}) as target,
+        pbs_client.Client(target) as client,
+    ):
+        client.wait_until_serving(timeout=30)
+
+
 def test_waiting_for_health_has_an_end():
     with fake_server({}) as target:
         pass
-    with pbs_client.Client(target) as client, pytest.raises(pbs_client.PbsError):
+    with (
+        pbs_client.Client(target) as client,
+        pytest.raises(pbs_client.DeadlineExceededError),
+    ):
         client.wait_until_serving(timeout=0.2)

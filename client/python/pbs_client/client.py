@@ -16,6 +16,7 @@ the deadline and refuses a request at once when it cannot meet it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,7 @@ from pbs_client._prefill import PrefillCallbacks, PrefillResult
 from pbs_client._transport import Deadline, Metadata, Transport
 from pbs_client.attend_options import Given, Packed, Synthetic, Timing
 from pbs_client.block_lists import BlockGrid
-from pbs_client.errors import CorruptDataError
+from pbs_client.errors import CorruptDataError, UnavailableError
 from pbs_client.kv import (
     Array,
     KvCache,
@@ -49,6 +50,7 @@ from pbs_client.results import Admitted, LayerProgress, ModelInfo, ServerInfo
 
 CONTROL_TIMEOUT_SECONDS = 30.0  # info, models, health, describe, renew, release
 WORK_TIMEOUT_SECONDS = 3600.0  # attend, prefill, fetch
+WATCH_PAUSE_SECONDS = 0.2  # after a broken watch of the health
 CHUNK_BYTES = 1 << 20  # uploads
 CHUNK_BYTES_MAX = 4 << 20  # every server accepts it
 
@@ -133,17 +135,24 @@ class Client:
     def wait_until_serving(self, *, timeout: float | None) -> None:
         """Waits until the server is healthy. The server may start after this call.
 
+        A connection that breaks meanwhile is made again.
+
         Raises:
             DeadlineExceededError: it was not healthy within `timeout` seconds.
         """
-        watch = self._transport.receive(
-            _health.WATCH, _health.request(""), timeout, wait_for_ready=True
-        )
-        with watch as states:
-            for state in states:
-                if _health.state(state) == "SERVING":
-                    return
-        raise CorruptDataError("the server ended the watch of its health")
+        deadline = Deadline(timeout)
+        while True:
+            watch = self._transport.receive(
+                _health.WATCH, _health.request(""), deadline.left(), wait_for_ready=True
+            )
+            try:
+                with watch as states:
+                    for state in states:
+                        if _health.state(state) == "SERVING":
+                            return
+                raise CorruptDataError("the server ended the watch of its health")
+            except UnavailableError:
+                time.sleep(min(WATCH_PAUSE_SECONDS, deadline.left()))
 
     # ---- raw attention
 
