@@ -42,7 +42,10 @@ strip -o "$root/usr/local/bin/${program##*/}" "$program"
 ldd "$program" | awk '$2 == "=>" { print $3 } $1 ~ /^\// { print $1 }' |
   while read -r library; do
     # A variant for this machine's CPU would not run on every one.
-    if grep glibc-hwcaps <<<"$library" >&2; then exit 1; fi
+    if grep -q glibc-hwcaps <<<"$library"; then
+      echo "error: $library is made for this CPU alone; build where the loader takes another" >&2
+      exit 1
+    fi
     place "$library"
   done
 

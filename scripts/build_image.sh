@@ -22,6 +22,7 @@ store=${BUILDAH_ROOT:-$work/store}
 cache=$build_dir/image-ccache
 mkdir -p "$cache" "$store"
 base=localhost/debian:$suite
+git -C "$repo" diff --quiet HEAD || fail "there are changes that are not committed: the image would not be of a commit"
 commit=$(git -C "$repo" rev-parse HEAD)
 
 images() { buildah --storage-driver vfs --root "$store" --runroot "$work/run" "$@"; }
@@ -47,7 +48,7 @@ build() {
   container=$(images from "$image")
   mounted=$(images mount "$container")
   "$repo/scripts/check.sh" image --root "$mounted"
-  images push -q "$image" "oci-archive:$work/$1.tar" >/dev/null
+  images push -q "$image" "oci-archive:$work/$1.tar" >/dev/null # one measure for both
   images inspect --type image "$image" >"$work/$1.json"
   du -sb --apparent-size "$mounted" | cut -f1 >"$work/$1.unpacked"
   stat -c %s "$work/$1.tar" >"$work/$1.packed"

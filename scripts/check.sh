@@ -18,6 +18,7 @@ gate_lint() {
   install_packages clang-format-16 shellcheck yamllint python3
   cd "$repo"
   mapfile -t sources < <(git ls-files '*.h' '*.cc' '*.cu' '*.inc')
+  [ ${#sources[@]} -gt 0 ] || fail "git lists no source in $repo"
   if [ "${1:-}" = --fix ]; then
     clang-format-16 -i "${sources[@]}"
     return
@@ -71,9 +72,9 @@ gate_cuda() {
 run scripts/check.sh cuda --without-nvcc"
     rm -rf "$build_dir/cuda" # what the compiler says, it says once
     # Beside the defects: a core idles while nvcc is at its largest source.
-    scripts/build_cuda.sh &
+    setsid scripts/build_cuda.sh & # a group of its own, which ends as a whole
     module_build=$!
-    trap 'kill "$module_build" 2>/dev/null' EXIT
+    trap 'kill -- "-$module_build" 2>/dev/null' EXIT
   fi
   say "planted defects"
   python3 tests/emulator/check_mutants.py --jobs "$jobs" --build "$build_dir"
@@ -183,7 +184,7 @@ sanitize() {
   cmake --preset "$2" -B "$build_dir" >/dev/null
   ninja -C "$build_dir" -j "$jobs" "$3" >&2
   say "tests under $1 sanitizer"
-  ctest --test-dir "$build_dir" --output-on-failure -j "$jobs" -L "$4"
+  ctest --test-dir "$build_dir" --output-on-failure --no-tests=error -j "$jobs" -L "$4"
 }
 
 #: address                all C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -222,6 +223,7 @@ gate_fuzz() {
   say "building the fuzz targets"
   ninja -C "$build_dir" -j "$jobs" fuzzers >&2
   mapfile -t targets < <(cd "$build_dir/bin" && ls -d fuzz_*)
+  [ ${#targets[@]} -gt 0 ] || fail "there is no fuzz target in $build_dir/bin"
   export -f run_fuzzer
   export build_dir seconds
   say "fuzzing ${#targets[@]} targets, $seconds s each, $jobs at a time"

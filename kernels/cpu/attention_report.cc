@@ -1,4 +1,4 @@
-// What a finished run tells: block counts, densities, coverage, order, lists.
+// The report of a finished run: block counts, densities, coverage, order, lists.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>

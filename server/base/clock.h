@@ -35,7 +35,7 @@ class RealClock final : public Clock {
   const std::chrono::steady_clock::time_point steady_start_;
 };
 
-// Stands still until told otherwise.
+// Stands still until Advance().
 class ManualClock final : public Clock {
  public:
   explicit ManualClock(absl::Time start = absl::FromUnixSeconds(1'700'000'000));

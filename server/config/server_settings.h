@@ -1,7 +1,8 @@
 // ServerSettings: the configuration as plain values, every default applied and every
 // limit checked. Each module takes its own part, so that only main() sees the protobuf
 // message. The initial values of these structs, and of the modules' structs in them,
-// are the defaults of the configuration.
+// are the defaults of the configuration. ApplyDefaults() spells those that are names
+// in the configuration.
 //
 // Threading: a value, immutable after start.
 #pragma once
@@ -41,8 +42,8 @@ struct CpuSettings {
 struct CudaSettings {
   std::string module;  // "": CudaModule::Load() looks for it
   std::string cublaslt;
-  std::vector<int32_t> devices;  // each once; empty: all that CUDA lists
-  int64_t memory_bytes_max = 0;  // of each device; 0: decided at start
+  std::vector<int32_t> devices = {0};  // each once; empty: all that CUDA lists
+  int64_t memory_bytes_max = 0;        // of each device; 0: decided at start
 };
 
 struct SchedulingSettings {

@@ -167,7 +167,8 @@ void Executor::UpdateGauges() {
   }
   const int32_t waiting = NumWaiting();
   metrics_.waiting.Set(metrics_part_, waiting);
-  // Until it has given back what it held, which is after its listener was told.
+  // A job counts until it has freed what it held, which is after its listener's
+  // OnDone().
   metrics_.running.Set(metrics_part_, static_cast<double>(num_unfinished_) - waiting);
   metrics_.backlog_tokens.Set(metrics_part_, static_cast<double>(tokens));
   metrics_.backlog_seconds.Set(metrics_part_, seconds);

@@ -113,8 +113,8 @@ void KvWindow::DropPrompt(size_t prompt) {
   held_[prompt] = nullptr;
 }
 
-// `on_held` comes with the second copy of a layer. Nobody is told of a layer behind one
-// that failed.
+// `on_held` comes with the second copy of a layer. After a layer that failed it is not
+// called for any later layer.
 void KvWindow::OnCopied(const Status& status, const std::function<void()>& on_held) {
   bool held = false;
   {

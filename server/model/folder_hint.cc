@@ -24,7 +24,7 @@ constexpr const char* kConvert =
 constexpr const char* kOriginal =
     " is the maker's own format; serve the Hugging Face folder of this model";
 
-// The first that fits some file is told.
+// The first hint that fits a file is used.
 constexpr Hint kHints[] = {
     {"adapter_config", ".json",
      " is of a LoRA adapter; merge it into its base model (merge_and_unload, "

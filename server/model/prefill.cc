@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kWord = 4;  // bytes of a float or a token id
 
-// Moments of a layer whose times are told. Layers take turns in two sets of marks: one
+// Moments of a layer that are timed. Layers take turns in two sets of marks: one
 // is read while the other is set.
 enum LayerMark { kBegin, kKvReady, kAttended, kEnd, kLayerMarks };
 static_assert(kTimeMarks >= 2 * kLayerMarks);
@@ -125,7 +125,7 @@ StatusOr<std::unique_ptr<PrefillRun>> PrefillRun::Start(const Model& model,
 }
 
 PrefillRun::~PrefillRun() {
-  // The next run must find none of ours. Errors are the device's, or nobody's any more.
+  // The next run must find no report of this one. Errors have no receiver any more.
   AttentionReport report;
   for (; reports_under_way_ > 0; --reports_under_way_) {
     static_cast<void>(backend_.FinishReport(*plan_.attention, &report));

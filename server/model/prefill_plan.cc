@@ -110,7 +110,7 @@ void PlaceRegions(const Model& model, PrefillPlan& plan) {
   at.linear = tiles.AddBytes(LinearWorkspaceBytes(model, tile));
   memory.linear = tiles.TakePart();
   layout.Cover(tiles);
-  layout.TakePart();  // these parts are told already
+  layout.TakePart();  // counted above
 
   at.logit_rows = layout.Add<int32_t>(logit_rows);
   at.logit_residual = layout.Add<float>(logit_rows * hidden);

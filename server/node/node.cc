@@ -261,8 +261,8 @@ void Node::TrimWhenIdle() {
   timers_.At(clock_.Now() + kTrimInterval, [this] { TrimWhenIdle(); });
 }
 
-// The others could go on; but whoever runs several wants to know, and a start brings
-// the lost one back or says why not.
+// The other devices could go on. But the operator must learn of the loss, and a restart
+// brings the device back or says why not.
 void Node::StopIfADeviceIsLost() {
   for (const auto& device : devices_) {
     const pbs::Status health = device->backend().Health();

@@ -39,7 +39,7 @@ void AttendCall::OnReadDone(bool ok) {
   const absl::Status status = ok ? Read() : EndUpload();
   read_.Clear();
   if (!status.ok()) {
-    upload_.reset();  // free before the caller is told
+    upload_.reset();  // before the caller gets the status
     slot_.Reset();
     Fail(status);
     return;

@@ -19,7 +19,8 @@ namespace pbs::server {
 
 class CallGuard {
  public:
-  // `cut(reason)` ends the call; it is called on the timer thread, at most once, and
+  // `cut(reason)` ends the call: CANCELLED for a stalled write, DEADLINE_EXCEEDED for a
+  // time limit. It is called on the timer thread, at most once, and
   // never after Disarm() has returned. It must not call the guard.
   CallGuard(TimerQueue& timers, const Clock& clock,
             std::function<void(absl::Status)> cut);

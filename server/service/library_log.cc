@@ -31,7 +31,7 @@ void Write(LogLevel level, const char* library, const char* file, int line,
       {{"library", library}, {"message", message}, {"file", name}, {"line", line}});
 }
 
-// An error of a library is no error of ours: what it did to a call, the call tells.
+// An error of a library is logged as a warning: the call that it ends has its own line.
 LogLevel LevelOf(gpr_log_severity severity) {
   switch (severity) {
     case GPR_LOG_SEVERITY_DEBUG:

@@ -90,7 +90,7 @@ void SetTransport(const ServiceOptions& options, grpc::ServerBuilder& builder) {
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   // No number of a peer's pings ends its connection, which may carry others' calls.
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
-  // From a connection to its first words.
+  // From the start of a connection to its first bytes.
   builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
                              t.keepalive_timeout_seconds * kMillis);
   // Beyond its own limit gRPC ends the whole connection: calls are refused below it.

@@ -42,14 +42,14 @@ class StreamCall : public Reactor, private WriteLoop::Stream {
         guard_(service.parts.timers, service.parts.clock,
                [this, &context](const absl::Status& reason) {
                  Fail(reason);
-                 // A write that stalls ends no other way. Without one, the status
-                 // still reaches the caller.
-                 if (loop_.ticks() % 2 == 1) context.TryCancel();
+                 // A stalled write ends no other way. A time limit ends an upload,
+                 // whose caller still reads: he gets the status.
+                 if (absl::IsCancelled(reason)) context.TryCancel();
                }) {}
   ~StreamCall() override = default;
 
-  // From here on a stalled write ends the call. The hooks below may be called: for the
-  // constructor's body, once every member is there.
+  // Watches for stalled writes. Call it first in the constructor's body: the hooks
+  // below may be called from then on.
   void Start() {
     guard_.WatchWrites(
         loop_, absl::Seconds(service_.options.transport.write_stall_seconds_max));
@@ -74,10 +74,11 @@ class StreamCall : public Reactor, private WriteLoop::Stream {
   virtual bool LetGo() = 0;
   // After the first failure, without the lock, on the thread that called Fail().
   virtual void OnFailed(const absl::Status&) {}
-  // Frees what the call holds, before the caller is told that it is over.
+  // Frees what the call holds. The caller gets the status after that.
   virtual void Release(const absl::Status& status) = 0;
 
   ServiceContext& service_;
+  const OpenCalls::Call open_{service_.open_calls};
   const CallDeadline deadline_;
   CallRecord record_;
   WriteLoop loop_;
@@ -102,8 +103,6 @@ class StreamCall : public Reactor, private WriteLoop::Stream {
     Release(status);
     this->Finish(record_.End(status));
   }
-
-  const OpenCalls::Call open_{service_.open_calls};
 };
 
 }  // namespace pbs::server

@@ -23,11 +23,11 @@ COVERAGE_ROWS = 64
 
 
 def record(client: Client, tensors: Synthetic, method: MeanPooling | Pbs) -> dict:
-    """Density and coverage of one method, and for each block how many heads compute it."""
+    """Causal ratio and coverage of a method; for each block how many heads compute it."""
     attention = Attention(method, dense_fallback=False, coverage_rows=COVERAGE_ROWS)
     result = client.attend_synthetic(tensors, attention, want=("block_mask",))
     return {
-        "density": result.stats.density,
+        "causal_ratio": result.stats.executed_blocks / result.stats.causal_blocks,
         "coverage": result.stats.coverage,
         # One character per key block, one line per query block.
         "heads": ["".join(map(str, row)) for row in result.block_mask[0].sum(0, dtype=int)],
@@ -50,7 +50,7 @@ def main() -> int:
         maps = {name: record(client, tensors, method) for name, method in methods.items()}
     for name, figures in maps.items():
         print(
-            f"    {name:14} density {figures['density']:.3f}, coverage {figures['coverage']:.3f}",
+            f"    {name:14} causal ratio {figures['causal_ratio']:.3f}, coverage {figures['coverage']:.3f}",
             file=sys.stderr,
         )
     figures = {**vars(arguments), "num_heads": tensors.num_heads, "maps": maps}

@@ -118,7 +118,7 @@ def plot_attention(results: dict) -> None:
 def density(results: dict) -> str:
     """What the two methods computed, at one threshold."""
     rows = [
-        [name, f"{figures['density']:.3f}", f"{figures['coverage']:.3f}"]
+        [name, f"{figures['causal_ratio']:.3f}", f"{figures['coverage']:.3f}"]
         for name, figures in results["maps"].items()
     ]
     return table(["method", "density", "coverage of the attention mass"], rows)
@@ -134,7 +134,7 @@ def plot_density(results: dict) -> None:
             cmap="Blues", vmin=0, vmax=1, interpolation="none",
         )  # fmt: skip
         axis.set(
-            title=f"{name}\n{100 * figures['density']:.0f} % of the blocks\n"
+            title=f"{name}\n{100 * figures['causal_ratio']:.0f} % of the causal blocks\n"
             f"{100 * figures['coverage']:.0f} % of the attention mass",
             xlabel="key block",
         )

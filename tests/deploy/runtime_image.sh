@@ -17,7 +17,9 @@ set -euo pipefail
 
 [ "$(id -u)" -eq 0 ] || fail "namespaces and mounts need root"
 work=$(mktemp -d)
-trap 'stop_server || true; rm -rf --one-file-system "$work"' EXIT
+# KILL: `unshare` blocks TERM while it waits, and ends its child with itself.
+trap '[ -z "$server" ] || kill -KILL "$server" 2>/dev/null || true
+  rm -rf --one-file-system "$work"' EXIT
 root=$work/root
 
 if [ "${1:-}" = --root ]; then

@@ -49,7 +49,7 @@ def wrong_helps(operations: str) -> list[str]:
         row = rf"^\| `{name}(?:\{{[a-z,]+\}})?` \| {re.escape(told)} \|"
         text = rf"`{name}` \({re.escape(told)}\)"
         if not re.search(f"{row}|{text}", operations, re.M):
-            found.append(f"docs/OPERATIONS.md: {name} is not told as its HELP: {told}")
+            found.append(f"docs/OPERATIONS.md: {name} is not described by its HELP: {told}")
     return found
 
 

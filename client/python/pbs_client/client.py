@@ -34,7 +34,11 @@ from pbs_client._prefill import PrefillCallbacks, PrefillResult
 from pbs_client._transport import Deadline, Metadata, Transport
 from pbs_client.attend_options import Given, Packed, Synthetic, Timing
 from pbs_client.block_lists import BlockGrid
-from pbs_client.errors import CorruptDataError, UnavailableError
+from pbs_client.errors import (
+    CorruptDataError,
+    DeadlineExceededError,
+    UnavailableError,
+)
 from pbs_client.kv import (
     Array,
     KvCache,
@@ -135,12 +139,14 @@ class Client:
     def wait_until_serving(self, *, timeout: float | None) -> None:
         """Waits until the server is healthy. The server may start after this call.
 
-        A connection that breaks meanwhile is made again.
+        While the server is unavailable, the client asks again.
 
         Raises:
-            DeadlineExceededError: it was not healthy within `timeout` seconds.
+            DeadlineExceededError: it was not healthy within `timeout` seconds. Its cause
+                is the last UnavailableError, if there was one.
         """
         deadline = Deadline(timeout)
+        reason: UnavailableError | None = None
         while True:
             watch = self._transport.receive(
                 _health.WATCH, _health.request(""), deadline.left(), wait_for_ready=True
@@ -151,8 +157,11 @@ class Client:
                         if _health.state(state) == "SERVING":
                             return
                 raise CorruptDataError("the server ended the watch of its health")
-            except UnavailableError:
+            except UnavailableError as error:
+                reason = error
                 time.sleep(min(WATCH_PAUSE_SECONDS, deadline.left()))
+            except DeadlineExceededError as error:
+                raise error from reason
 
     # ---- raw attention
 
