@@ -121,7 +121,7 @@ def density(results: dict) -> str:
         [name, f"{figures['causal_ratio']:.3f}", f"{figures['coverage']:.3f}"]
         for name, figures in results["maps"].items()
     ]
-    return table(["method", "density", "coverage of the attention mass"], rows)
+    return table(["method", "causal ratio", "coverage of the attention mass"], rows)
 
 
 def plot_density(results: dict) -> None:
