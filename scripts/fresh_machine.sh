@@ -21,7 +21,13 @@ install_packages mmdebstrap git
 
 work=$(mktemp -d)
 root=$work/root
-trap 'umount -lR "$root" 2>/dev/null || true; rm -rf --one-file-system "$work"' EXIT
+# Nothing is removed while a folder of the host is still mounted there.
+clean_up() {
+  ! mountpoint -q "$root" || umount -lR "$root"
+  ! mountpoint -q "$root" || fail "$root is still mounted; its folders stay"
+  rm -rf --one-file-system "$work"
+}
+trap clean_up EXIT
 
 say "a bare $suite"
 mmdebstrap --quiet --variant=minbase "$suite" "$root"
