@@ -67,10 +67,11 @@ class Case:
         self.runs: list[dict] = []
 
     def summary(self) -> dict:
-        """Medians of wall and CPU seconds, and the details of the last run."""
+        """Medians of wall, CPU and TTFT seconds, and the details of the last run."""
         medians = {
             key: statistics.median(run[key] for run in self.runs)
-            for key in ("wall", "cpu")
+            for key in ("wall", "cpu", "ttft")
+            if key in self.runs[-1]
         }
         spread = [run["wall"] for run in self.runs]
         return {
