@@ -40,6 +40,7 @@ class AttendCall final
   std::unique_ptr<AttendUpload> TakeUpload();
   absl::Status StoreJob(JobId id);
 
+  using StreamCall::OnDone;  // gRPC's, beside the listener's
   // AttendListener.
   void OnDone(absl::StatusOr<AttendResult> result) override;
   // StreamCall.

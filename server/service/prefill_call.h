@@ -45,6 +45,7 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
 
   void PushEvent(grpc::ByteBuffer event);
 
+  using StreamCall::OnDone;  // gRPC's, beside the listener's
   // PrefillListener, called on the executor's thread.
   void OnKvReady(int32_t layer) override;
   void OnLayerDone(int32_t layer, double density, double seconds) override;
