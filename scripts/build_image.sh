@@ -38,7 +38,8 @@ make_base() {
   rm -rf --one-file-system "$work/base"
 }
 
-# build FORMAT: the image, and its check.
+# build FORMAT: the image, and its check. The volume is where the compiler cache of the
+# build container's user lies.
 build() {
   local image=localhost/pbs-prefill:$1 container mounted
   say "building $image"

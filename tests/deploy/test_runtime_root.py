@@ -22,6 +22,17 @@ def loaded_by(program: str) -> list[str]:
     return re.findall(r"(?:=> |^\s*)(/\S+) \(", listed, re.MULTILINE)
 
 
+def packages_of(program: str) -> list[str]:
+    """What deploy/runtime_packages.sh names."""
+    listed = subprocess.run(
+        [DEPLOY / "runtime_packages.sh", program],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return listed.stdout.split()
+
+
 @pytest.fixture(scope="module")
 def program() -> str:
     """A built server; where there is none, a program that every Debian has."""
@@ -85,12 +96,7 @@ def test_scanners_find_name_version_and_licence_of_every_package(program, root):
         fields = dict(re.findall(r"^(Package|Version): (.*)$", file.read_text(), re.M))
         described[fields["Package"]] = fields["Version"]
         assert (root / "usr/share/doc" / file.name / "copyright").stat().st_size > 0
-    owners = subprocess.run(
-        [DEPLOY / "runtime_packages.sh", program],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
+    owners = packages_of(program)
     assert set(owners) | {"base-files"} == set(described)
     for name, version in described.items():
         asked = ["dpkg-query", "-W", "-f=${Version}", name]
@@ -101,12 +107,7 @@ def test_scanners_find_name_version_and_licence_of_every_package(program, root):
 
 
 def test_the_packages_own_every_library_and_none_is_for_development(program):
-    packages = subprocess.run(
-        [DEPLOY / "runtime_packages.sh", program],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
+    packages = packages_of(program)
     assert not [p for p in packages if p.endswith("-dev")]
     files = subprocess.run(
         ["dpkg-query", "-L", *packages], check=True, capture_output=True, text=True
