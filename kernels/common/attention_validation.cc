@@ -1,10 +1,10 @@
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "pbs/attention.h"
@@ -85,47 +85,16 @@ Status ValidateSequences(const AttentionProblem& problem) {
   return OkStatus();
 }
 
-Status ValidateGivenFlags(const AttentionOptions& options) {
-  const std::string method = MethodName(options.method);
-  if (options.use_given_order && options.method != Method::kPbs) {
-    return InvalidArgument("use_given_order needs method pbs, not " + method);
-  }
-  if (options.use_given_lists && options.method == Method::kDense) {
-    return InvalidArgument("use_given_lists needs method pbs or mean_pooling, not " +
-                           method);
-  }
-  if (options.use_given_lists && options.dense_fallback) {
-    return InvalidArgument("use_given_lists and dense_fallback exclude each other");
+// Options whose range depends on the heads.
+Status ValidateWidths(const AttentionProblem& problem) {
+  const int32_t head_dim = problem.shape.head_dim;
+  for (const auto& [name, dims] : {std::pair{"slow_dims", problem.options.slow_dims},
+                                   std::pair{"fast_dims", problem.options.fast_dims}}) {
+    if (dims <= head_dim) continue;
+    return InvalidArgument(std::string(name) + " " + Str(dims) + " exceeds head_dim " +
+                           Str(head_dim));
   }
   return OkStatus();
-}
-
-Status ValidateOptions(const AttentionOptions& options) {
-  const int32_t block = options.block_size;
-  if (block < kBlockSizeMin || block > kBlockSizeMax ||
-      !std::has_single_bit(static_cast<uint32_t>(block))) {
-    return InvalidArgument("block_size " + Str(block) + " is not a power of two in [" +
-                           Str(kBlockSizeMin) + ", " + Str(kBlockSizeMax) + "]");
-  }
-  if (options.method == Method::kPbs) {
-    const int32_t segment = options.segment_size;
-    if (segment < 1 || segment > kSegmentSizeMax) {
-      return OutsideRange("segment_size", segment, block, kSegmentSizeMax);
-    }
-    if (segment % block != 0) {
-      return InvalidArgument("segment_size " + Str(segment) +
-                             " is not a multiple of block_size " + Str(block));
-    }
-  }
-  if (options.method != Method::kDense &&
-      !(options.threshold > 0.0f && options.threshold <= 1.0f)) {
-    return InvalidArgument("threshold " + std::to_string(options.threshold) +
-                           " is outside (0, 1]");
-  }
-  if (options.coverage_rows < 0 || options.coverage_rows > kCoverageRowsMax) {
-    return OutsideRange("coverage_rows", options.coverage_rows, 0, kCoverageRowsMax);
-  }
-  return ValidateGivenFlags(options);
 }
 
 const int32_t* OrderRow(const AttentionGeometry& g, const ConstRows& order,
@@ -139,6 +108,7 @@ const int32_t* OrderRow(const AttentionGeometry& g, const ConstRows& order,
 Status ValidateProblem(const AttentionProblem& problem) {
   PBS_RETURN_IF_ERROR(ValidateHeads(problem.shape));
   PBS_RETURN_IF_ERROR(ValidateOptions(problem.options));
+  PBS_RETURN_IF_ERROR(ValidateWidths(problem));
   return ValidateSequences(problem);
 }
 

@@ -10,24 +10,28 @@ int32_t BlocksOf(int32_t tokens, int32_t block_size) {
 
 }  // namespace
 
-const char* ScopeName(Scope scope) {
-  return scope == Scope::kKvHead ? "kv_head" : "query_head";
+BandWidths BandWidthsOf(const AttentionProblem& problem) {
+  const AttentionOptions& options = problem.options;
+  const int32_t head_dim = problem.shape.head_dim;
+  return {options.slow_dims > 0 ? options.slow_dims : head_dim / 4 * 3,
+          options.fast_dims > 0 ? options.fast_dims : head_dim / 2};
 }
 
 AttentionGeometry MakeGeometry(const AttentionProblem& problem) {
   const AttentionShape& shape = problem.shape;
   const AttentionOptions& options = problem.options;
-  const bool is_pbs = options.method == Method::kPbs;
+  const bool permutes = Permutes(options);
+  const MethodTraits& traits = TraitsOf(options.method);
 
   AttentionGeometry g;
   g.num_heads = shape.num_heads;
   g.num_kv_heads = shape.num_kv_heads;
   g.group_size = shape.num_heads / shape.num_kv_heads;
-  g.num_order_heads = is_pbs && options.scope == Scope::kQueryHead ? shape.num_heads
+  g.num_order_heads = permutes && options.scope == Scope::kQueryHead ? shape.num_heads
                                                                    : shape.num_kv_heads;
   g.head_dim = shape.head_dim;
   g.block_size = options.block_size;
-  g.segment_size = is_pbs ? options.segment_size : options.block_size;
+  g.segment_size = permutes ? options.segment_size : options.block_size;
   g.blocks_per_segment = g.segment_size / g.block_size;
 
   g.sequences.reserve(shape.sequences.size());
@@ -44,9 +48,10 @@ AttentionGeometry MakeGeometry(const AttentionProblem& problem) {
     s.slot_begin = g.total_slots;
     s.query_block_begin = g.total_query_blocks;
     s.entries_begin = g.total_entries;
-    s.dense = options.method == Method::kDense ||
-              (is_pbs && s.k_len <= options.segment_size && !options.use_given_order &&
-               !options.use_given_lists);
+    const bool is_short =
+        (permutes && s.k_len <= options.segment_size && !options.use_given_order) ||
+        s.num_key_blocks <= traits.dense_blocks_max;
+    s.dense = !traits.Selects() || (is_short && !options.use_given_lists);
     for (int32_t i = 0; i < s.num_query_blocks; ++i) {
       s.entries_per_head += g.RowCapacity(s, s.first_query_block + i);
     }

@@ -5,8 +5,8 @@
 namespace pbs {
 
 DType ScoreRoundingOf(const AttentionProblem& problem) {
-  const bool rounds = problem.options.method == Method::kPbs &&
-                      problem.options.scope == Scope::kQueryHead;
+  const bool rounds =
+      Permutes(problem.options) && problem.options.scope == Scope::kQueryHead;
   return rounds ? problem.dtype : DType::kF32;
 }
 

@@ -169,7 +169,7 @@ void FillPositions(AttentionRun& run, const Unit& unit) {
   const SequenceGeometry& s = run.Sequence(unit);
   int32_t* positions = run.Positions(unit);
   const bool identity = !unit.sparse || run.RanDense(unit) != 0 ||
-                        run.plan.problem.options.method != Method::kPbs;
+                        !Permutes(run.plan.problem.options);
   if (identity) {
     std::iota(positions, positions + s.k_len, 0);
   } else if (run.plan.problem.options.use_given_order) {
@@ -204,17 +204,42 @@ void GatherBlock(const AttentionRun& run, const Unit& unit, const ConstRows& sou
             0u);
 }
 
-// Mean of a gathered block (a short block is divided by block_size all the same) into
-// its column of the packed block means.
+// Mean of a gathered block into its column of the packed block means. With means of
+// queries, a short block is divided by block_size all the same.
 void PoolKeys(const AttentionRun& run, const Unit& unit, int32_t block,
               const uint32_t* rows, float* mean) {
   const CpuAttentionPlan& plan = run.plan;
   const AttentionGeometry& g = plan.geometry;
   const SequenceGeometry& s = run.Sequence(unit);
   const int32_t keys = std::min(g.block_size, s.k_len - block * g.block_size);
-  MeanOfRows(run, rows, keys, mean);
+  const Scorer scorer = TraitsOf(plan.problem.options.method).scorer;
+  const bool by_length = scorer == Scorer::kRows || scorer == Scorer::kLines;
+  MeanOfRows(run, rows, keys, by_length ? keys : g.block_size, mean);
   StoreColumn(run.kernels, static_cast<int32_t>(RoundUp(s.num_key_blocks, kLanePad)),
               block, g.head_dim, mean, run.Pooled(unit) + plan.Pooled(s).keys);
+}
+
+// The strided keys of a gathered block: column j has `stride` keys, one after the other.
+void FoldKeys(const AttentionRun& run, const Unit& unit, int32_t block,
+              const uint32_t* rows, float* wide) {
+  const CpuAttentionPlan& plan = run.plan;
+  const AttentionGeometry& g = plan.geometry;
+  const SequenceGeometry& s = run.Sequence(unit);
+  const int32_t stride = plan.problem.options.stride;
+  const auto columns = static_cast<int32_t>(plan.FoldedColumns(s));
+  float* folded = run.Pooled(unit) + plan.Pooled(s).folded;
+  for (int32_t i = 0; i < g.block_size; ++i) {
+    const uint32_t* row = rows + static_cast<int64_t>(i) * plan.depth;
+    if (plan.format.pairs) {
+      run.kernels.bf16_to_f32(reinterpret_cast<const uint16_t*>(row), wide, g.head_dim);
+    } else {
+      std::copy_n(reinterpret_cast<const float*>(row), g.head_dim, wide);
+    }
+    StoreColumnPart(run.kernels,
+                    {.cols = columns, .depth = stride * g.head_dim},
+                    (block * g.block_size + i) / stride, i % stride * g.head_dim,
+                    {wide, static_cast<size_t>(g.head_dim)}, folded);
+  }
 }
 
 void PackBlock(AttentionRun& run, const Unit& unit, int32_t block, int worker) {
@@ -223,7 +248,9 @@ void PackBlock(AttentionRun& run, const Unit& unit, int32_t block, int worker) {
   auto* rows = static_cast<uint32_t*>(run.Scratch(worker));
   GatherBlock(run, unit, run.tensors.k, block, rows);
   if (plan.SelectsBlocks(unit) && run.RanDense(unit) == 0) {
-    PoolKeys(run, unit, block, rows, reinterpret_cast<float*>(rows + run.BlockWords()));
+    auto* row = reinterpret_cast<float*>(rows + run.BlockWords());
+    if (plan.pools_keys) PoolKeys(run, unit, block, rows, row);
+    if (plan.folds_keys) FoldKeys(run, unit, block, rows, row);
   }
   PackTransposed(run.kernels, rows, g.block_size, plan.depth,
                  run.PackedKeys(unit) + block * run.BlockWords());
@@ -248,7 +275,7 @@ void PackBlock(AttentionRun& run, const Unit& unit, int32_t block, int worker) {
 }  // namespace
 
 void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
-                float* mean) {
+                int32_t divisor, float* mean) {
   const CpuAttentionPlan& plan = run.plan;
   const AttentionGeometry& g = plan.geometry;
   float wide[kHeadDims.back()];
@@ -262,7 +289,7 @@ void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
       run.kernels.add(reinterpret_cast<const float*>(row), mean, g.head_dim);
     }
   }
-  run.kernels.divide(static_cast<float>(g.block_size), mean, g.head_dim);
+  run.kernels.divide(static_cast<float>(divisor), mean, g.head_dim);
   if (ScoreRoundingOf(plan.problem) != DType::kF32) {
     uint16_t narrow[kHeadDims.back()];
     RowFromF32(run.kernels, plan.problem.dtype, mean, g.head_dim, narrow);

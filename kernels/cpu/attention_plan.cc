@@ -1,5 +1,7 @@
 #include "cpu/attention_plan.h"
 
+#include "cpu/attention_select.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -38,8 +40,9 @@ void ExtendPrefixes(const CpuAttentionPlan& plan, const Unit& unit, Wave& wave) 
   extend(wave.segments, scored ? body / g.segment_size + 1 : 0);
   extend(wave.key_blocks, s.num_key_blocks);
   extend(wave.query_blocks, selected ? blocks : 0);
-  extend(wave.score_tiles,
-         selected ? CeilDiv(s.num_query_blocks, kScoreTile) * plan.num_members : 0);
+  extend(wave.select_items,
+         selected ? CeilDiv(s.num_query_blocks, plan.select_tile) * plan.num_members
+                  : 0);
   extend(wave.query_tiles, static_cast<int64_t>(s.num_query_blocks) * plan.tile_groups *
                                plan.tiles_per_block);
   ++wave.num_units;
@@ -103,8 +106,7 @@ int64_t ScratchBytes(const CpuAttentionPlan& plan) {
   for (const Unit& unit : plan.units) {
     computes_order |= plan.ComputesOrder(unit);
     if (!plan.SelectsBlocks(unit)) continue;
-    const int64_t blocks = g.sequences[unit.sequence].num_key_blocks;
-    score = std::max(score, RoundUp(blocks, kLanePad) * kScoreTile + 2 * blocks);
+    score = std::max(score, SelectWords(plan, g.sequences[unit.sequence]));
   }
   const int64_t sort = computes_order ? 2 * g.segment_size : 0;
   int64_t coverage = 0;
@@ -165,10 +167,15 @@ ScoringLayout CpuAttentionPlan::Scoring(const SequenceGeometry& s) const {
 
 PooledLayout CpuAttentionPlan::Pooled(const SequenceGeometry& s) const {
   PooledLayout layout;
-  layout.queries =
-      layout.keys + RoundUp(s.num_key_blocks, kLanePad) * geometry.head_dim;
-  layout.size = layout.queries + static_cast<int64_t>(num_members) *
-                                     s.num_query_blocks * geometry.head_dim;
+  const int64_t means = RoundUp(s.num_key_blocks, kLanePad) * geometry.head_dim;
+  layout.queries = layout.keys + (pools_keys ? means : 0);
+  const int64_t query_means =
+      static_cast<int64_t>(num_members) * s.num_query_blocks * geometry.head_dim;
+  layout.bands = layout.queries + (pools_queries ? query_means : 0);
+  layout.folded = RoundUp(layout.bands + 2 * num_members, kLanePad);
+  const int64_t folded =
+      FoldedColumns(s) * problem.options.stride * geometry.head_dim;
+  layout.size = layout.folded + (folds_keys ? folded : 0);
   return layout;
 }
 
@@ -184,6 +191,11 @@ std::unique_ptr<CpuAttentionPlan> MakeCpuPlan(const AttentionProblem& problem,
   plan->query_tile = std::min(g.block_size, kQueryTile);
   plan->tiles_per_block = g.block_size / plan->query_tile;
   plan->tile_groups = static_cast<int32_t>(CeilDiv(plan->num_members, kSharedTiles));
+  const Scorer scorer = TraitsOf(problem.options.method).scorer;
+  plan->select_tile = SelectTile(problem.options);
+  plan->folds_keys = scorer == Scorer::kAntidiagonal;
+  plan->pools_keys = scorer != Scorer::kNone && !plan->folds_keys;
+  plan->pools_queries = plan->pools_keys && scorer != Scorer::kRows;
   plan->num_workers = num_workers;
   plan->sampled_before.push_back(0);
   for (const SequenceGeometry& s : g.sequences) {

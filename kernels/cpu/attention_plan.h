@@ -21,7 +21,6 @@ inline constexpr int32_t kQueryTile = 128;  // query rows attended together
 // Query heads whose tiles read their lists side by side, so that each block of keys and
 // values is loaded into the second-level cache once.
 inline constexpr int32_t kSharedTiles = 4;
-inline constexpr int32_t kScoreTile = 16;  // query blocks scored together
 // Approximate bytes of a wave's packed operands.
 inline constexpr int64_t kWaveBytes = 32 << 20;
 inline constexpr int32_t kLanePad = 16;  // column counts are multiples of this
@@ -52,6 +51,8 @@ struct ScoringLayout {
 struct PooledLayout {
   int64_t keys = 0;     // packed block means [head_dim, key blocks padded]
   int64_t queries = 0;  // block means [members, query blocks, head_dim]
+  int64_t bands = 0;    // divisors of the bands' logits [members, 2]
+  int64_t folded = 0;   // packed strided keys [stride x head_dim, FoldedColumns()]
   int64_t size = 0;
 };
 
@@ -63,7 +64,7 @@ struct Wave {
   std::vector<int64_t> segments;   // whole segments, and one for the tail
   std::vector<int64_t> key_blocks;
   std::vector<int64_t> query_blocks;  // x members
-  std::vector<int64_t> score_tiles;   // x members
+  std::vector<int64_t> select_items;  // x members
   std::vector<int64_t> query_tiles;   // x groups of kSharedTiles members
 };
 
@@ -74,6 +75,11 @@ struct CpuAttentionPlan final : AttentionPlan {
   int32_t tiles_per_block = 0;
   int32_t query_tile = 0;   // rows
   int32_t tile_groups = 0;  // groups of members, per query block
+  int32_t select_tile = 0;  // query blocks of one item of the scorer
+  // What the scorer reads.
+  bool pools_keys = false;
+  bool pools_queries = false;
+  bool folds_keys = false;
   int32_t num_workers = 0;
   std::vector<Unit> units;
   std::vector<Wave> waves;
@@ -106,7 +112,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   }
   // True when this plan scores the keys of `unit` and computes its order.
   bool ComputesOrder(const Unit& unit) const {
-    return unit.sparse && problem.options.method == Method::kPbs &&
+    return unit.sparse && Permutes(problem.options) &&
            !problem.options.use_given_order;
   }
   bool SelectsBlocks(const Unit& unit) const {
@@ -114,6 +120,11 @@ struct CpuAttentionPlan final : AttentionPlan {
   }
   ScoringLayout Scoring(const SequenceGeometry& s) const;
   PooledLayout Pooled(const SequenceGeometry& s) const;
+  // Strided keys of a sequence, padded.
+  int64_t FoldedColumns(const SequenceGeometry& s) const {
+    const int64_t per_block = geometry.block_size / problem.options.stride;
+    return RoundUp(s.num_key_blocks * per_block, kLanePad);
+  }
   // Words of the packed keys of one unit. The values take as many.
   int64_t PackedWords(const SequenceGeometry& s) const {
     return static_cast<int64_t>(s.num_key_blocks) * geometry.block_size * depth;

@@ -128,10 +128,10 @@ void MeasureCoverage(AttentionRun& run, const Wave& wave);
 // Ratio of executed to causal blocks of the unit's selected lists.
 double UnitCausalRatio(const AttentionRun& run, const Unit& unit);
 
-// Sum of up to block_size rows of words divided by block_size, [head_dim]; rounded to
-// the input dtype where the published code rounds.
+// Sum of rows of words over `divisor`, [head_dim]; rounded to the input dtype where the
+// published code rounds.
 void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
-                float* mean);
+                int32_t divisor, float* mean);
 
 // Fills `report` from the workspace of a finished run.
 void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,

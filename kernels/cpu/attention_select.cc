@@ -1,104 +1,61 @@
 // Stage 2: block means of queries, block scores, lists.
+#include "cpu/attention_select.h"
+
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 
-#include "common/score_rounding.h"
-#include "cpu/attention_run.h"
 #include "methods/block_selection.h"
 
 namespace pbs::cpu {
 namespace {
 
-float* PooledQueries(const AttentionRun& run, const Unit& unit, int32_t member) {
-  const SequenceGeometry& s = run.Sequence(unit);
-  return run.Pooled(unit) + run.plan.Pooled(s).queries +
-         static_cast<int64_t>(member) * s.num_query_blocks * run.plan.geometry.head_dim;
+constexpr int32_t kMeansTile = 16;
+constexpr int32_t kBandsTile = 16;
+// Strided query rows of an item of XAttention: enough to reuse each panel of keys.
+constexpr int32_t kAntidiagonalRows = 64;
+
+using SelectFunction = void (*)(AttentionRun&, const Unit&, const SelectItem&, int);
+
+struct CpuScorer {
+  SelectFunction select = nullptr;
+  int64_t (*words)(const CpuAttentionPlan&, const SequenceGeometry&) = nullptr;
+};
+
+CpuScorer ScorerOf(const AttentionOptions& options) {
+  switch (TraitsOf(options.method).scorer) {
+    case Scorer::kMeans:
+      return {SelectByMeans, MeansWords};
+    case Scorer::kBands:
+      return {SelectByBands, BandsWords};
+    case Scorer::kRows:
+      return {SelectByRows, RowsWords};
+    case Scorer::kAntidiagonal:
+      return {SelectByAntidiagonals, AntidiagonalsWords};
+    case Scorer::kLines:
+      return {SelectByLines, LinesWords};
+    case Scorer::kNone:
+      break;
+  }
+  return {};
 }
 
 void PoolQueryBlock(AttentionRun& run, const Unit& unit, int32_t member,
                     int32_t query_block, int worker) {
   const CpuAttentionPlan& plan = run.plan;
   const AttentionGeometry& g = plan.geometry;
-  const SequenceGeometry& s = run.Sequence(unit);
-  const int32_t position = (s.first_query_block + query_block) * g.block_size;
-  const int32_t first = std::max(position - s.query_offset, 0);
-  const int32_t last = std::min(position + g.block_size - s.query_offset, s.q_len);
+  const RowRange range = RowsOfBlock(run, unit, query_block);
   auto* rows = static_cast<uint32_t*>(run.Scratch(worker));
-  for (int32_t row = first; row < last; ++row) {
+  for (int32_t row = range.first; row < range.last; ++row) {
     RowToWords(run.kernels, plan.format,
                run.QueryRow(unit, run.QueryHead(unit, member), row), g.head_dim,
-               rows + static_cast<int64_t>(row - first) * plan.depth);
+               rows + static_cast<int64_t>(row - range.first) * plan.depth);
   }
-  MeanOfRows(run, rows, last - first,
+  MeanOfRows(run, rows, range.last - range.first, g.block_size,
              PooledQueries(run, unit, member) +
                  static_cast<int64_t>(query_block) * g.head_dim);
-}
-
-// Raw dot products of block means -> scaled logits.
-void ScaleLogits(const AttentionRun& run, std::span<float> logits) {
-  const float root = std::sqrt(static_cast<float>(run.plan.geometry.head_dim));
-  const DType rounding = ScoreRoundingOf(run.plan.problem);
-  VisitDType(rounding, [&](auto element) {
-    using Element = decltype(element);
-    const auto round = [](float x) { return ToFloat(FromFloat<Element>(x)); };
-    for (float& logit : logits) logit = round(round(logit) / root);
-  });
-}
-
-SelectionRow RowRule(const AttentionRun& run, const Unit& unit, int32_t block) {
-  const AttentionGeometry& g = run.plan.geometry;
-  const AttentionOptions& options = run.plan.problem.options;
-  const int32_t own = block / g.blocks_per_segment * g.blocks_per_segment;
-  return {
-      .num_candidates = options.method == Method::kMeanPooling ? block + 1 : own,
-      .own_begin = own,
-      .own_end = g.RowCapacity(run.Sequence(unit), block),
-      .forced_block = options.force_first_block ? run.FirstBlock(unit) : -1,
-      .threshold = options.threshold,
-  };
-}
-
-void ScoreTileOfBlocks(AttentionRun& run, const Unit& unit, int64_t index, int worker) {
-  const CpuAttentionPlan& plan = run.plan;
-  const AttentionGeometry& g = plan.geometry;
-  const SequenceGeometry& s = run.Sequence(unit);
-  const int64_t tiles = (s.num_query_blocks + kScoreTile - 1) / kScoreTile;
-  const auto member = static_cast<int32_t>(index / tiles);
-  const auto first = static_cast<int32_t>(index % tiles * kScoreTile);
-  const int32_t rows = std::min(kScoreTile, s.num_query_blocks - first);
-  const auto padded = static_cast<int32_t>(RoundUp(s.num_key_blocks, kLanePad));
-  auto* logits = static_cast<float*>(run.Scratch(worker));
-  auto* keys =
-      reinterpret_cast<uint64_t*>(logits + static_cast<int64_t>(padded) * kScoreTile);
-  const float* queries =
-      PooledQueries(run, unit, member) + static_cast<int64_t>(first) * g.head_dim;
-  run.kernels.gemm(
-      {.rows = rows,
-       .cols = padded,
-       .depth = g.head_dim,
-       .a = reinterpret_cast<const uint32_t*>(queries),
-       .a_stride = g.head_dim,
-       .b = reinterpret_cast<const uint32_t*>(run.Pooled(unit) + plan.Pooled(s).keys),
-       .c = logits,
-       .c_stride = padded});
-  const int32_t head = run.QueryHead(unit, member);
-  for (int32_t i = 0; i < rows; ++i) {
-    const SelectionRow rule = RowRule(run, unit, s.first_query_block + first + i);
-    const std::span<float> row(logits + static_cast<int64_t>(i) * padded,
-                               static_cast<size_t>(rule.num_candidates));
-    ScaleLogits(run, row);
-    const auto selected =
-        SelectRow(rule, row, {keys, static_cast<size_t>(s.num_key_blocks)},
-                  run.ListEntries(unit, head, first + i));
-    if (!selected.has_value()) {
-      run.non_finite = true;
-      return;
-    }
-    run.ListCount(unit, head, first + i) = static_cast<uint16_t>(selected->count);
-  }
 }
 
 void FindFirstBlock(AttentionRun& run, const Unit& unit) {
@@ -119,7 +76,87 @@ void ClearPooledPadding(const AttentionRun& run, const Unit& unit) {
   }
 }
 
+SelectItem ItemAt(const AttentionRun& run, const Unit& unit, int64_t index) {
+  const int32_t blocks = run.Sequence(unit).num_query_blocks;
+  const int32_t tile = run.plan.select_tile;
+  const int64_t tiles = (int64_t{blocks} + tile - 1) / tile;
+  const auto first = static_cast<int32_t>(index % tiles * tile);
+  return {.member = static_cast<int32_t>(index / tiles),
+          .first_block = first,
+          .num_blocks = std::min(tile, blocks - first)};
+}
+
 }  // namespace
+
+int32_t SelectTile(const AttentionOptions& options) {
+  switch (TraitsOf(options.method).scorer) {
+    case Scorer::kMeans:
+      return kMeansTile;
+    case Scorer::kBands:
+      return kBandsTile;
+    case Scorer::kAntidiagonal:
+      return std::max(1, kAntidiagonalRows * options.stride / options.block_size);
+    case Scorer::kLines:
+      return std::numeric_limits<int32_t>::max();  // a head's lines serve all its rows
+    case Scorer::kRows:
+    case Scorer::kNone:
+      break;
+  }
+  return 1;
+}
+
+int64_t SelectWords(const CpuAttentionPlan& plan, const SequenceGeometry& s) {
+  return ScorerOf(plan.problem.options).words(plan, s);
+}
+
+RowRange RowsOfBlock(const AttentionRun& run, const Unit& unit, int32_t query_block) {
+  const SequenceGeometry& s = run.Sequence(unit);
+  const int32_t block_size = run.plan.geometry.block_size;
+  const int32_t begin = (s.first_query_block + query_block) * block_size;
+  return {std::max(begin - s.query_offset, 0),
+          std::min(begin + block_size - s.query_offset, s.q_len)};
+}
+
+int32_t NumCandidates(const AttentionRun& run, const Unit& unit, int32_t query_block) {
+  const AttentionGeometry& g = run.plan.geometry;
+  const int32_t block = run.Sequence(unit).first_query_block + query_block;
+  // Without an order, the diagonal block competes for the mass.
+  return Permutes(run.plan.problem.options)
+             ? block / g.blocks_per_segment * g.blocks_per_segment
+             : block + 1;
+}
+
+bool IsDenseTail(const AttentionRun& run, const Unit& unit, int32_t query_block) {
+  return run.Sequence(unit).num_query_blocks - query_block <=
+         run.plan.problem.options.dense_tail_blocks;
+}
+
+float* PooledQueries(const AttentionRun& run, const Unit& unit, int32_t member) {
+  const SequenceGeometry& s = run.Sequence(unit);
+  return run.Pooled(unit) + run.plan.Pooled(s).queries +
+         static_cast<int64_t>(member) * s.num_query_blocks * run.plan.geometry.head_dim;
+}
+
+void StoreList(AttentionRun& run, const Unit& unit, int32_t member, int32_t query_block,
+               std::span<uint8_t> keep) {
+  const AttentionGeometry& g = run.plan.geometry;
+  const AttentionOptions& options = run.plan.problem.options;
+  const SequenceGeometry& s = run.Sequence(unit);
+  const int32_t block = s.first_query_block + query_block;
+  const int32_t own = block / g.blocks_per_segment * g.blocks_per_segment;
+  const ForcedBlocks forced = {
+      .own_begin = own,
+      .own_end = g.RowCapacity(s, block),
+      .first_block = ForcesFirstBlock(options) ? run.FirstBlock(unit) : -1,
+      .sink_end = options.sink_blocks,
+      .window_begin =
+          IsDenseTail(run, unit, query_block) ? 0 : block + 1 - options.window_blocks,
+  };
+  KeepForced(forced, keep);
+  const int32_t head = run.QueryHead(unit, member);
+  run.ListCount(unit, head, query_block) = static_cast<uint16_t>(
+      WriteList(forced, keep, run.ListEntries(unit, head, query_block)));
+}
 
 double UnitCausalRatio(const AttentionRun& run, const Unit& unit) {
   const SequenceGeometry& s = run.Sequence(unit);
@@ -135,22 +172,38 @@ double UnitCausalRatio(const AttentionRun& run, const Unit& unit) {
 }
 
 void SelectBlocks(AttentionRun& run, const Wave& wave) {
+  const CpuAttentionPlan& plan = run.plan;
   if (wave.query_blocks.back() == 0) return;
-  run.pool.ParallelFor(wave.num_units, [&](int64_t i, int) {
-    const Unit& unit = run.plan.units[wave.first_unit + i];
-    if (!run.plan.SelectsBlocks(unit)) return;
+  const auto for_each_selecting = [&](auto&& body) {
+    run.pool.ParallelFor(wave.num_units, [&](int64_t i, int) {
+      const Unit& unit = plan.units[wave.first_unit + i];
+      if (plan.SelectsBlocks(unit)) body(unit);
+    });
+  };
+  for_each_selecting([&](const Unit& unit) {
     FindFirstBlock(run, unit);
-    ClearPooledPadding(run, unit);
+    if (plan.pools_keys) ClearPooledPadding(run, unit);
   });
-  run.ForEach(wave, wave.query_blocks,
+  if (plan.pools_queries) {
+    run.ForEach(wave, wave.query_blocks,
+                [&](const Unit& unit, int64_t index, int worker) {
+                  const int32_t blocks = run.Sequence(unit).num_query_blocks;
+                  PoolQueryBlock(run, unit, static_cast<int32_t>(index / blocks),
+                                 static_cast<int32_t>(index % blocks), worker);
+                });
+  }
+  if (TraitsOf(plan.problem.options.method).scorer == Scorer::kBands) {
+    for_each_selecting([&](const Unit& unit) {
+      for (int32_t member = 0; member < plan.num_members; ++member) {
+        MeasureBands(run, unit, member);
+      }
+    });
+  }
+  const SelectFunction select = ScorerOf(plan.problem.options).select;
+  run.ForEach(wave, wave.select_items,
               [&](const Unit& unit, int64_t index, int worker) {
-                const int32_t blocks = run.Sequence(unit).num_query_blocks;
-                PoolQueryBlock(run, unit, static_cast<int32_t>(index / blocks),
-                               static_cast<int32_t>(index % blocks), worker);
+                if (!run.non_finite) select(run, unit, ItemAt(run, unit, index), worker);
               });
-  run.ForEach(wave, wave.score_tiles, [&](const Unit& unit, int64_t index, int worker) {
-    ScoreTileOfBlocks(run, unit, index, worker);
-  });
 }
 
 }  // namespace pbs::cpu

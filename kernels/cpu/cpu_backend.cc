@@ -75,7 +75,8 @@ CpuBackend::CpuBackend(int32_t num_threads, Isa isa, bool bf16_products,
             .num_threads = num_threads,
             .bf16_speedup = bf16_speedup,
             .head_dims = {kHeadDims.begin(), kHeadDims.end()},
-            .dtypes = {DType::kF32, DType::kF16, DType::kBF16}} {}
+            .dtypes = {DType::kF32, DType::kF16, DType::kBF16},
+            .methods = {kCpuMethods.begin(), kCpuMethods.end()}} {}
 
 DType CpuBackend::ComputeDType(DType stored) const {
   return stored == DType::kBF16 && bf16_products_ ? DType::kBF16 : DType::kF32;

@@ -1,8 +1,10 @@
 #include "cpu/packing.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
 
 namespace pbs::cpu {
 namespace {
@@ -109,10 +111,20 @@ void PackRowsAsPairs(const TileKernels& kernels, const uint32_t* rows, int32_t k
 
 void StoreColumn(const TileKernels& kernels, int32_t cols, int32_t col, int32_t depth,
                  const float* values, float* panels) {
+  StoreColumnPart(kernels, {cols, depth}, col, 0, {values, static_cast<size_t>(depth)},
+                  panels);
+}
+
+void StoreColumnPart(const TileKernels& kernels, const PanelShape& shape, int32_t col,
+                     int32_t begin, std::span<const float> values, float* panels) {
   const int32_t first = col / kernels.panel_width * kernels.panel_width;
-  const int32_t width = std::min(kernels.panel_width, cols - first);
-  float* out = panels + static_cast<int64_t>(first) * depth + (col - first);
-  for (int32_t k = 0; k < depth; ++k) out[static_cast<int64_t>(k) * width] = values[k];
+  const int32_t width = std::min(kernels.panel_width, shape.cols - first);
+  float* out = panels + static_cast<int64_t>(first) * shape.depth + (col - first) +
+               static_cast<int64_t>(begin) * width;
+  for (const float value : values) {
+    *out = value;
+    out += width;
+  }
 }
 
 }  // namespace pbs::cpu

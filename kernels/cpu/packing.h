@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "cpu/tile_kernels.h"
 #include "pbs/dtype.h"
@@ -49,5 +50,13 @@ void PackRowsAsPairs(const TileKernels& kernels, const uint32_t* rows, int32_t k
 // Writes `values` [depth] into column `col` of panels [depth, cols].
 void StoreColumn(const TileKernels& kernels, int32_t cols, int32_t col, int32_t depth,
                  const float* values, float* panels);
+
+struct PanelShape {
+  int32_t cols = 0;
+  int32_t depth = 0;
+};
+// Writes `values` into column `col` of panels of `shape`, from depth `begin` on.
+void StoreColumnPart(const TileKernels& kernels, const PanelShape& shape, int32_t col,
+                     int32_t begin, std::span<const float> values, float* panels);
 
 }  // namespace pbs::cpu

@@ -66,7 +66,7 @@ class Operands {
 class ScoreRounding {
  public:
   explicit ScoreRounding(const AttentionProblem& problem)
-      : dtype_(problem.options.method == Method::kPbs &&
+      : dtype_(Permutes(problem.options) &&
                        problem.options.scope == Scope::kQueryHead
                    ? problem.dtype
                    : DType::kF32) {}

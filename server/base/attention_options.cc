@@ -1,90 +1,127 @@
 #include "server/base/attention_options.h"
 
+#include <cstdint>
+#include <type_traits>
+#include <variant>
+#include <vector>
+
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "google/protobuf/descriptor.h"
+#include "google/protobuf/message.h"
+#include "pbs/check.h"
 #include "server/base/status.h"
 
 namespace pbs::server {
 namespace {
 
-absl::StatusOr<Scope> DecodeScope(v1::Scope scope) {
-  switch (scope) {
+using google::protobuf::FieldDescriptor;
+using google::protobuf::Message;
+using google::protobuf::Reflection;
+
+absl::StatusOr<Scope> DecodeScope(int number) {
+  switch (number) {
     case v1::SCOPE_UNSPECIFIED:
     case v1::KV_HEAD:
       return Scope::kKvHead;
     case v1::QUERY_HEAD:
       return Scope::kQueryHead;
     default:
-      return absl::InvalidArgumentError(
-          absl::StrCat("scope ", static_cast<int>(scope), " is not one of KV_HEAD (",
-                       static_cast<int>(v1::KV_HEAD), "), QUERY_HEAD (",
-                       static_cast<int>(v1::QUERY_HEAD), ")"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "scope ", number, " is not one of KV_HEAD (", static_cast<int>(v1::KV_HEAD),
+          "), QUERY_HEAD (", static_cast<int>(v1::QUERY_HEAD), ")"));
   }
 }
 
-// Copies an optional field when it is set.
-template <class T>
-void Take(bool is_set, T value, T& target) {
-  if (is_set) target = value;
+int EncodeScope(Scope scope) {
+  return scope == Scope::kKvHead ? v1::KV_HEAD : v1::QUERY_HEAD;
 }
 
-AttentionOptions DecodeDense(const v1::DenseOptions& wire) {
-  AttentionOptions options;
-  options.method = Method::kDense;
-  Take(wire.has_block_size(), wire.block_size(), options.block_size);
-  return options;
+// The option of a field of the wire. They have the same names.
+const OptionTraits& OptionOf(const FieldDescriptor& field) {
+  const OptionTraits* option = FindOption(field.name());
+  PBS_CHECK(option != nullptr);
+  return *option;
 }
 
-absl::StatusOr<AttentionOptions> DecodePbs(const v1::PbsOptions& wire) {
-  AttentionOptions options;
-  options.method = Method::kPbs;
-  Take(wire.has_block_size(), wire.block_size(), options.block_size);
-  Take(wire.has_segment_size(), wire.segment_size(), options.segment_size);
-  Take(wire.has_threshold(), wire.threshold(), options.threshold);
-  PBS_ABSL_ASSIGN_OR_RETURN(options.scope, DecodeScope(wire.scope()));
-  Take(wire.has_force_first_block(), wire.force_first_block(),
-       options.force_first_block);
-  options.use_given_order = wire.use_given_order();
-  options.use_given_lists = wire.use_given_lists();
-  return options;
+absl::Status DecodeField(const Message& wire, const FieldDescriptor& field,
+                         AttentionOptions& options) {
+  const Reflection& reflection = *wire.GetReflection();
+  return std::visit(
+      [&](auto member) -> absl::Status {
+        using Value = std::decay_t<decltype(options.*member)>;
+        if constexpr (std::is_same_v<Value, int32_t>) {
+          options.*member = reflection.GetInt32(wire, &field);
+        } else if constexpr (std::is_same_v<Value, float>) {
+          options.*member = reflection.GetFloat(wire, &field);
+        } else if constexpr (std::is_same_v<Value, bool>) {
+          options.*member = reflection.GetBool(wire, &field);
+        } else {
+          PBS_ABSL_ASSIGN_OR_RETURN(
+              options.*member, DecodeScope(reflection.GetEnumValue(wire, &field)));
+        }
+        return absl::OkStatus();
+      },
+      OptionOf(field).field);
 }
 
-AttentionOptions DecodeMeanPooling(const v1::MeanPoolingOptions& wire) {
-  AttentionOptions options;
-  options.method = Method::kMeanPooling;
-  Take(wire.has_block_size(), wire.block_size(), options.block_size);
-  Take(wire.has_threshold(), wire.threshold(), options.threshold);
-  Take(wire.has_force_first_block(), wire.force_first_block(),
-       options.force_first_block);
-  options.use_given_lists = wire.use_given_lists();
-  return options;
+// The fields that are set and are options. Sub-messages are not.
+absl::Status DecodeFields(const Message& wire, AttentionOptions& options) {
+  std::vector<const FieldDescriptor*> fields;
+  wire.GetReflection()->ListFields(wire, &fields);
+  for (const FieldDescriptor* field : fields) {
+    if (field->cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE) continue;
+    PBS_ABSL_RETURN_IF_ERROR(DecodeField(wire, *field, options));
+  }
+  return absl::OkStatus();
 }
 
-absl::Status Reserved(const char* method) {
-  return absl::UnimplementedError(absl::StrCat("attention method ", method,
-                                               " is reserved; this server runs dense, "
-                                               "pbs and mean_pooling"));
+// Sets every field of `wire` that is an option.
+void EncodeFields(const AttentionOptions& options, Message& wire) {
+  const Reflection& reflection = *wire.GetReflection();
+  for (int i = 0; i < wire.GetDescriptor()->field_count(); ++i) {
+    const FieldDescriptor& field = *wire.GetDescriptor()->field(i);
+    if (field.cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE) continue;
+    std::visit(
+        [&](auto member) {
+          const auto value = options.*member;
+          using Value = std::decay_t<decltype(value)>;
+          if constexpr (std::is_same_v<Value, int32_t>) {
+            reflection.SetInt32(&wire, &field, value);
+          } else if constexpr (std::is_same_v<Value, float>) {
+            reflection.SetFloat(&wire, &field, value);
+          } else if constexpr (std::is_same_v<Value, bool>) {
+            reflection.SetBool(&wire, &field, value);
+          } else {
+            reflection.SetEnumValue(&wire, &field, EncodeScope(value));
+          }
+        },
+        OptionOf(field).field);
+  }
 }
 
+const FieldDescriptor* MethodField(const v1::AttentionOptions& wire) {
+  return wire.GetReflection()->GetOneofFieldDescriptor(
+      wire, wire.GetDescriptor()->FindOneofByName("method"));
+}
+
+// A message without a method changes the profile's options, one with a method the
+// method's defaults.
 absl::StatusOr<AttentionOptions> DecodeMethod(const v1::AttentionOptions& wire,
                                               const AttentionOptions& profile) {
-  switch (wire.method_case()) {
-    case v1::AttentionOptions::kDense:
-      return DecodeDense(wire.dense());
-    case v1::AttentionOptions::kPbs:
-      return DecodePbs(wire.pbs());
-    case v1::AttentionOptions::kMeanPooling:
-      return DecodeMeanPooling(wire.mean_pooling());
-    case v1::AttentionOptions::kXattention:
-      return Reserved("xattention");
-    case v1::AttentionOptions::kMinference:
-      return Reserved("minference");
-    case v1::AttentionOptions::kFlexprefill:
-      return Reserved("flexprefill");
-    case v1::AttentionOptions::METHOD_NOT_SET:
-      break;
+  const FieldDescriptor* field = MethodField(wire);
+  if (field == nullptr) {
+    if (wire.as_published()) {
+      return absl::InvalidArgumentError("as_published needs a method");
+    }
+    return profile;
   }
-  return profile;
+  const MethodTraits* traits = FindMethod(field->name());
+  PBS_CHECK(traits != nullptr);
+  AttentionOptions options = DefaultOptions(traits->method, wire.as_published());
+  PBS_ABSL_RETURN_IF_ERROR(
+      DecodeFields(wire.GetReflection()->GetMessage(wire, field), options));
+  return options;
 }
 
 }  // namespace
@@ -98,8 +135,11 @@ absl::StatusOr<AttentionOptions> DecodeAttentionOptions(
   if (wire.method_case() == v1::AttentionOptions::METHOD_NOT_SET) {
     options.dense_fallback = profile.dense_fallback.value_or(dense_fallback);
   }
-  Take(wire.has_dense_fallback(), wire.dense_fallback(), options.dense_fallback);
-  Take(wire.has_coverage_rows(), wire.coverage_rows(), options.coverage_rows);
+  if (wire.has_permutation()) {
+    options.permute = true;
+    PBS_ABSL_RETURN_IF_ERROR(DecodeFields(wire.permutation(), options));
+  }
+  PBS_ABSL_RETURN_IF_ERROR(DecodeFields(wire, options));
   return options;
 }
 
@@ -114,30 +154,11 @@ absl::StatusOr<AttentionProfile> DecodeAttentionProfile(
 
 v1::AttentionOptions EncodeAttentionOptions(const AttentionOptions& options) {
   v1::AttentionOptions wire;
-  switch (options.method) {
-    case Method::kDense:
-      wire.mutable_dense()->set_block_size(options.block_size);
-      break;
-    case Method::kPbs: {
-      v1::PbsOptions& pbs = *wire.mutable_pbs();
-      pbs.set_block_size(options.block_size);
-      pbs.set_segment_size(options.segment_size);
-      pbs.set_threshold(options.threshold);
-      pbs.set_scope(options.scope == Scope::kKvHead ? v1::KV_HEAD : v1::QUERY_HEAD);
-      pbs.set_force_first_block(options.force_first_block);
-      pbs.set_use_given_order(options.use_given_order);
-      pbs.set_use_given_lists(options.use_given_lists);
-      break;
-    }
-    case Method::kMeanPooling: {
-      v1::MeanPoolingOptions& mean = *wire.mutable_mean_pooling();
-      mean.set_block_size(options.block_size);
-      mean.set_threshold(options.threshold);
-      mean.set_force_first_block(options.force_first_block);
-      mean.set_use_given_lists(options.use_given_lists);
-      break;
-    }
-  }
+  const FieldDescriptor* field =
+      wire.GetDescriptor()->FindFieldByName(MethodName(options.method));
+  EncodeFields(options, *wire.GetReflection()->MutableMessage(&wire, field));
+  if (options.permute) EncodeFields(options, *wire.mutable_permutation());
+  if (TraitsOf(options.method).Selects()) EncodeFields(options, wire);
   wire.set_dense_fallback(options.dense_fallback);
   wire.set_coverage_rows(options.coverage_rows);
   return wire;
@@ -153,15 +174,7 @@ v1::AttentionOptions EncodeAttentionProfile(const AttentionProfile& profile) {
 }
 
 v1::Method EncodeMethod(Method method) {
-  switch (method) {
-    case Method::kDense:
-      return v1::DENSE;
-    case Method::kPbs:
-      return v1::PBS;
-    case Method::kMeanPooling:
-      return v1::MEAN_POOLING;
-  }
-  return v1::METHOD_UNSPECIFIED;
+  return static_cast<v1::Method>(static_cast<int>(method) + 1);
 }
 
 }  // namespace pbs::server

@@ -1,5 +1,6 @@
 // Converts AttentionOptions of the wire to and from AttentionOptions of the data plane,
-// for requests and the configuration.
+// for requests and the configuration. A field of the wire is the option of the same name
+// (pbs/attention_options.h), so a method needs no code here.
 //
 // Threading: stateless. It is a CMake target of its own (pbs::attention_options),
 // because the other files of server/base do not need protobuf.
@@ -25,7 +26,7 @@ struct AttentionProfile {
 // defaults of that method for unset fields. `dense_fallback` is the RPC's default: it
 // applies when neither the message nor an applicable profile sets the field. Ranges are
 // not checked (ValidateProblem() does). Errors: InvalidArgument for an enum value
-// outside its enum, Unimplemented for a reserved method.
+// outside its enum, and for as_published without a method.
 absl::StatusOr<AttentionOptions> DecodeAttentionOptions(
     const v1::AttentionOptions& wire, const AttentionProfile& profile,
     bool dense_fallback);
@@ -34,9 +35,9 @@ absl::StatusOr<AttentionOptions> DecodeAttentionOptions(
 absl::StatusOr<AttentionProfile> DecodeAttentionProfile(
     const v1::AttentionOptions& wire);
 
-// Every field set.
+// Every field that the method has is set.
 v1::AttentionOptions EncodeAttentionOptions(const AttentionOptions& options);
-// Every field set, dense_fallback only where the profile sets it.
+// As above, dense_fallback only where the profile sets it.
 v1::AttentionOptions EncodeAttentionProfile(const AttentionProfile& profile);
 
 v1::Method EncodeMethod(Method method);

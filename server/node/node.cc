@@ -87,6 +87,7 @@ ServiceOptions Node::MakeServiceOptions() const {
       absl::StrCat(count, info.device, ", ", info.num_threads, " threads");
   options.backend.head_dims = info.head_dims;
   options.backend.dtypes = info.dtypes;
+  options.backend.methods = info.methods;
   return options;
 }
 

@@ -47,7 +47,7 @@ v1::ServerInfo DescribeServer(const ServiceOptions& options, const LeaseStore& l
   backend.set_device(options.backend.device);
   for (int32_t head_dim : options.backend.head_dims) backend.add_head_dims(head_dim);
   for (DType dtype : options.backend.dtypes) backend.add_dtypes(EncodeDType(dtype));
-  for (Method method : kMethods) info.add_methods(EncodeMethod(method));
+  for (Method method : options.backend.methods) info.add_methods(EncodeMethod(method));
   v1::ServerLimits& limits = *info.mutable_limits();
   limits.set_tokens_max(options.limits.tokens_max);
   limits.set_attend_tokens_max(options.limits.attend_tokens_max);

@@ -63,6 +63,7 @@ struct BackendFacts {
   std::string device;  // "Intel(R) Xeon(R) Processor, 16 threads"
   std::vector<int32_t> head_dims;
   std::vector<DType> dtypes;
+  std::vector<Method> methods;
 };
 
 struct ServiceOptions {

@@ -102,7 +102,7 @@ inline constexpr std::array<const char*, 17> kCodeNames = {"OK",
                                                            "UNAUTHENTICATED"};
 
 // Label `method`, indexed by pbs::Method.
-inline constexpr auto kMethodNames = [] {
+inline const auto kMethodNames = [] {
   std::array<const char*, kMethods.size()> names{};
   for (Method method : kMethods)
     names[static_cast<size_t>(method)] = MethodName(method);

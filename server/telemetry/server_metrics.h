@@ -96,7 +96,7 @@ struct EngineMetrics {
  private:
   std::atomic<Part> num_parts_ = 0;
   PerLabel<prometheus::Histogram, kStageNames.size()> stage_time_;
-  PerLabel<prometheus::Histogram, kMethodNames.size()> density_;
+  PerLabel<prometheus::Histogram, kMethods.size()> density_;
   PerLabel<prometheus::Counter, kWasteReasonNames.size()> tokens_wasted_;
   PerLabel<prometheus::Counter, kRejectReasonNames.size()> rejected_;
 };

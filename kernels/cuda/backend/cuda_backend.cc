@@ -78,7 +78,8 @@ CudaBackend::CudaBackend(std::unique_ptr<Driver> driver)
             .host_memory = false,
             .device_bytes_free = driver_->info().memory_bytes_free,
             .head_dims = {kCudaHeadDims.begin(), kCudaHeadDims.end()},
-            .dtypes = {DType::kF16, DType::kBF16}} {}
+            .dtypes = {DType::kF16, DType::kBF16},
+            .methods = {kCudaMethods.begin(), kCudaMethods.end()}} {}
 
 CudaBackend::~CudaBackend() = default;
 

@@ -34,7 +34,7 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.block_size != kBlockTokens) {
     return Unsupported("block_size", std::to_string(problem.options.block_size), "128");
   }
-  return Status();
+  return CheckMethods(problem.options, kCudaMethods, "cuda");
 }
 
 int32_t CeilDiv(int32_t value, int32_t divisor) {
@@ -60,9 +60,8 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
     sparse = true;
     scored_blocks += s.k_len / g.segment_size * g.blocks_per_segment;
   }
-  const bool is_pbs = options.method == Method::kPbs;
   plan.has_lists = sparse;
-  plan.permutes = sparse && is_pbs;
+  plan.permutes = sparse && Permutes(options);
   plan.orders = plan.permutes && !options.use_given_order;
   plan.selects = sparse && !options.use_given_lists;
   // A run of several sequences is pooled here: its blocks lie on as many grids.
@@ -254,7 +253,7 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.logit_stride = plan.logit_stride;
   s.threshold = options.threshold;
   s.force_first_block = options.force_first_block ? 1 : 0;
-  s.own_has_mass = options.method == Method::kMeanPooling ? 1 : 0;
+  s.own_has_mass = Permutes(options) ? 0 : 1;
   s.permutes = plan.permutes ? 1 : 0;
   s.pools = plan.selects ? 1 : 0;
   s.rounding = ScoreRoundingOf(plan.problem) == DType::kF32

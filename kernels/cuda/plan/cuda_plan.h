@@ -18,6 +18,8 @@
 namespace pbs::cuda {
 
 inline constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
+inline constexpr std::array kCudaMethods = {Method::kDense, Method::kPbs,
+                                            Method::kMeanPooling};
 
 // Facts about the plan's device, and choices for it.
 struct DeviceTraits {

@@ -8,8 +8,10 @@
 //   pbs           keys sorted by importance inside each segment; past blocks selected
 //                 by pooled attention mass; the query block's own segment read whole
 //                 (sections 3.1-3.3)
-//   mean_pooling  identity order; causal blocks selected by pooled mass; the first and
-//                 the diagonal block forced
+//   the others    identity order; causal blocks selected by the method's own scores;
+//                 the diagonal block forced. Sorted keys are an option.
+//
+// attention_options.h has the table of methods and their options.
 //
 // Shapes: q and o [heads, q_len, head_dim], k and v [kv_heads, k_len, head_dim] per
 // sequence. Query head h reads KV head h / (num_heads / num_kv_heads). The queries of a
@@ -31,13 +33,13 @@
 // Determinism: on one backend and ISA, equal inputs give equal bits on every run.
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <vector>
 
+#include "pbs/attention_options.h"
 #include "pbs/block_lists.h"
 #include "pbs/dtype.h"
 #include "pbs/limits.h"
@@ -45,65 +47,6 @@
 #include "pbs/workspace.h"
 
 namespace pbs {
-
-enum class Method : uint8_t { kDense, kPbs, kMeanPooling };
-inline constexpr std::array kMethods = {Method::kDense, Method::kPbs,
-                                        Method::kMeanPooling};
-
-// The queries that decide a key order (pbs).
-enum class Scope : uint8_t {
-  // One order per KV head, from the mean importance over its query heads. This is the
-  // default: it takes num_heads / num_kv_heads times less permuted memory and traffic
-  // (appendix G).
-  kKvHead,
-  // One order per query head. It equals the published code, including that code's
-  // rounding of logits and block means to the input dtype (docs/adr/0003).
-  kQueryHead,
-};
-
-// "dense", "pbs", "mean_pooling"; "kv_head", "query_head".
-constexpr const char* MethodName(Method method) {
-  switch (method) {
-    case Method::kDense:
-      return "dense";
-    case Method::kPbs:
-      return "pbs";
-    case Method::kMeanPooling:
-      return "mean_pooling";
-  }
-  return "unknown";
-}
-const char* ScopeName(Scope scope);
-
-struct AttentionOptions {
-  Method method = Method::kPbs;
-  // Tokens of a query or key block; a power of two in [kBlockSizeMin, kBlockSizeMax].
-  int32_t block_size = 128;
-  // pbs: tokens of a segment; a multiple of block_size, at most kSegmentSizeMax. A
-  // sequence with k_len <= segment_size runs dense, unless order or lists are given.
-  int32_t segment_size = 256;
-  // pbs, mean_pooling: estimated attention mass to keep per query block, (0, 1]. A
-  // higher threshold selects more blocks; 1 selects every candidate.
-  float threshold = 0.9f;
-  Scope scope = Scope::kKvHead;  // pbs
-  // pbs, mean_pooling: every query block also reads the block that holds key 0.
-  bool force_first_block = true;
-  // pbs: use AttentionTensors::order instead of scoring keys.
-  bool use_given_order = false;
-  // pbs, mean_pooling: use AttentionTensors::lists instead of selecting blocks.
-  bool use_given_lists = false;
-  // Run an order head of a sequence dense (identity order, every causal block) when its
-  // lists select at least kDenseFallbackRatio of the causal blocks: sparse attention
-  // then saves no time. AttentionStats reports it.
-  bool dense_fallback = false;
-  // Query rows per sequence and head whose exact attention coverage is measured;
-  // 0 measures none. At most kCoverageRowsMax.
-  int32_t coverage_rows = 0;
-
-  bool operator==(const AttentionOptions&) const = default;
-};
-
-inline constexpr double kDenseFallbackRatio = 0.95;
 
 struct SequenceShape {
   int32_t q_len = 0;  // 0 .. k_len
@@ -128,6 +71,13 @@ struct AttentionProblem {
 // OK when every field is inside its documented range and the fields agree.
 // InvalidArgument names field, value and limit.
 Status ValidateProblem(const AttentionProblem& problem);
+
+// Columns of the bands of prism, with its defaults applied.
+struct BandWidths {
+  int32_t slow = 0;
+  int32_t fast = 0;
+};
+BandWidths BandWidthsOf(const AttentionProblem& problem);
 
 // Positions of the blocks, rows and list entries of one sequence. They follow from the
 // problem alone.
@@ -154,7 +104,7 @@ struct AttentionGeometry {
   int32_t num_order_heads = 0;  // heads with an order: num_kv_heads or num_heads
   int32_t head_dim = 0;
   int32_t block_size = 0;
-  int32_t segment_size = 0;  // == block_size unless the method is pbs
+  int32_t segment_size = 0;  // == block_size unless keys are sorted
   int32_t blocks_per_segment = 0;
   std::vector<SequenceGeometry> sequences;
   int64_t total_q = 0;

@@ -86,6 +86,8 @@ struct BackendInfo {
   // Head dims and dtypes that attention supports; others are refused.
   std::vector<int32_t> head_dims;
   std::vector<DType> dtypes;
+  // Methods that its attention runs; others are refused.
+  std::vector<Method> methods;
 };
 
 // The last step of a linear layer: how its products are stored.
