@@ -30,6 +30,10 @@ struct TileScratch {
     out = own + rows * plan.depth;
     row_max = out + rows * dim;
     row_sum = row_max + padded;
+    const int64_t tiles = std::min(plan.num_members, kSharedTiles);
+    visible = reinterpret_cast<int32_t*>(scores + rows * (block + block / 2) +
+                                         tiles * (rows * (plan.depth + dim) +
+                                                  2 * padded));
   }
 
   float* scores;
@@ -38,6 +42,7 @@ struct TileScratch {
   float* out;
   float* row_max;
   float* row_sum;
+  int32_t* visible;  // positions of the means of blocks, shared by the tiles
 };
 
 struct QueryTile {
@@ -93,6 +98,8 @@ class ListWalk {
     left_ = static_cast<int32_t>(list_.size());
   }
 
+  // The whole list; empty where it is not stored.
+  std::span<const uint16_t> list() const { return list_; }
   // -1 at the end.
   int32_t block() const {
     return left_ == 0 || list_.data() == nullptr ? left_ - 1 : list_[left_ - 1];
@@ -118,34 +125,38 @@ void LoadQueries(const AttentionRun& run, const Unit& unit, const QueryTile& til
   std::fill_n(scratch.row_sum, tile.rows, 0.0f);
 }
 
-void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
-                 int32_t block, const TileScratch& scratch) {
+// One block of keys and values, or of their means.
+struct KeyBlock {
+  const uint32_t* keys = nullptr;
+  const uint32_t* values = nullptr;
+  const int32_t* positions = nullptr;  // null: every row sees every key
+  float bias = 0;  // added to the dot products
+};
+
+void AttendKeys(const AttentionRun& run, const QueryTile& tile, const KeyBlock& block,
+                const TileScratch& scratch) {
   const CpuAttentionPlan& plan = run.plan;
   const AttentionGeometry& g = plan.geometry;
-  const int32_t* range = run.BlockRange(unit) + 2 * static_cast<int64_t>(block);
-  if (range[0] > tile.first_position + tile.rows - 1) return;  // wholly later
   const GemmFunction gemm =
       plan.format.pairs ? run.kernels.gemm_pairs : run.kernels.gemm;
-  const uint32_t* values = run.PackedValues(unit) + block * run.BlockWords();
   gemm({.rows = tile.rows,
         .cols = g.block_size,
         .depth = plan.depth,
         .a = scratch.query,
         .a_stride = plan.depth,
-        .b = run.PackedKeys(unit) + block * run.BlockWords(),
+        .b = block.keys,
         .c = scratch.scores,
         .c_stride = g.block_size});
-  const bool short_block =
-      (block + 1) * g.block_size > run.Sequence(unit).k_len;  // has padding
-  const bool masked = short_block || range[1] > tile.first_position;
+  if (block.bias != 0) {
+    const int64_t scores = int64_t{tile.rows} * g.block_size;
+    for (int64_t i = 0; i < scores; ++i) scratch.scores[i] += block.bias;
+  }
   run.kernels.softmax(
       {.rows = tile.rows,
        .cols = g.block_size,
        .head_dim = g.head_dim,
        .scale = kLog2E / std::sqrt(static_cast<float>(g.head_dim)),
-       .positions =
-           masked ? run.Positions(unit) + static_cast<int64_t>(block) * g.block_size
-                  : nullptr,
+       .positions = block.positions,
        .first_query = tile.first_position,
        .scores = scratch.scores,
        .pairs = plan.format.pairs ? scratch.pairs : nullptr,
@@ -159,10 +170,55 @@ void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& til
         .a = plan.format.pairs ? scratch.pairs
                                : reinterpret_cast<const uint32_t*>(scratch.scores),
         .a_stride = depth,
-        .b = values,
+        .b = block.values,
         .c = scratch.out,
         .c_stride = g.head_dim,
         .accumulate = true});
+}
+
+void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
+                 int32_t block, const TileScratch& scratch) {
+  const int64_t block_size = run.plan.geometry.block_size;
+  const int32_t* range = run.BlockRange(unit) + 2 * static_cast<int64_t>(block);
+  if (range[0] > tile.first_position + tile.rows - 1) return;  // wholly later
+  const bool has_padding = (block + 1) * block_size > run.Sequence(unit).k_len;
+  const bool masked = has_padding || range[1] > tile.first_position;
+  AttendKeys(run, tile,
+             {.keys = run.PackedKeys(unit) + block * run.BlockWords(),
+              .values = run.PackedValues(unit) + block * run.BlockWords(),
+              .positions = masked ? run.Positions(unit) + block * block_size : nullptr},
+             scratch);
+}
+
+// Attends to the means of the blocks that are not in `list` and that lie wholly before
+// the query block, one key each, with the weight of a whole block.
+void AttendMeans(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
+                 std::span<const uint16_t> list, const TileScratch& scratch) {
+  const AttentionGeometry& g = run.plan.geometry;
+  const SequenceGeometry& s = run.Sequence(unit);
+  const int32_t* range = run.BlockRange(unit);
+  const int32_t first_query = std::max(
+      (s.first_query_block + tile.query_block) * g.block_size, s.query_offset);
+  const int32_t mean_blocks = run.plan.MeanBlocks(s);
+  std::fill_n(scratch.visible, int64_t{mean_blocks} * g.block_size, INT32_MAX);
+  for (int32_t j = 0; j < s.num_key_blocks; ++j) {
+    if (range[2 * j + 1] < first_query) scratch.visible[j] = 0;
+  }
+  for (const uint16_t block : list) scratch.visible[block] = INT32_MAX;
+  const float bias = std::log(static_cast<float>(g.block_size)) *
+                     std::sqrt(static_cast<float>(g.head_dim));
+  for (int32_t i = 0; i < mean_blocks; ++i) {
+    const int32_t* positions = scratch.visible + int64_t{i} * g.block_size;
+    if (std::find(positions, positions + g.block_size, 0) == positions + g.block_size) {
+      continue;
+    }
+    AttendKeys(run, tile,
+               {.keys = run.MeanKeys(unit) + i * run.BlockWords(),
+                .values = run.MeanValues(unit) + i * run.BlockWords(),
+                .positions = positions,
+                .bias = bias},
+               scratch);
+  }
 }
 
 void StoreRows(AttentionRun& run, const Unit& unit, const QueryTile& tile,
@@ -210,6 +266,10 @@ void AttendTiles(AttentionRun& run, const Unit& unit, int64_t index, int worker)
     }
   }
   for (int32_t slot = 0; slot < group.size; ++slot) {
+    if (run.plan.corrects && !walks[slot].list().empty()) {
+      AttendMeans(run, unit, group.At(slot), walks[slot].list(),
+                  TileScratch(run, worker, slot));
+    }
     StoreRows(run, unit, group.At(slot), TileScratch(run, worker, slot));
   }
 }

@@ -39,6 +39,7 @@ void ExtendPrefixes(const CpuAttentionPlan& plan, const Unit& unit, Wave& wave) 
   extend(wave.key_tiles, scored ? CeilDiv(body, kKeyTile) : 0);
   extend(wave.segments, scored ? body / g.segment_size + 1 : 0);
   extend(wave.key_blocks, s.num_key_blocks);
+  extend(wave.mean_blocks, plan.corrects && unit.sparse ? plan.MeanBlocks(s) : 0);
   extend(wave.query_blocks, selected ? blocks : 0);
   extend(wave.select_items,
          selected ? CeilDiv(s.num_query_blocks, plan.select_tile) * plan.num_members
@@ -52,11 +53,13 @@ struct WaveSizes {
   int64_t packed_words = 0;
   int64_t scoring = 0;
   int64_t pooled = 0;
+  int64_t means = 0;
 
   void KeepMax(const WaveSizes& other) {
     packed_words = std::max(packed_words, other.packed_words);
     scoring = std::max(scoring, other.scoring);
     pooled = std::max(pooled, other.pooled);
+    means = std::max(means, other.means);
   }
 };
 
@@ -83,9 +86,11 @@ WaveSizes MakeWaves(CpuAttentionPlan& plan) {
     unit.packed_begin = current.packed_words;
     unit.score_begin = current.scoring;
     unit.pooled_begin = current.pooled;
+    unit.means_begin = current.means;
     current.packed_words += RoundUp(words, kLanePad);
     if (plan.ComputesOrder(unit)) current.scoring += plan.Scoring(s).size;
     if (plan.SelectsBlocks(unit)) current.pooled += plan.Pooled(s).size;
+    if (plan.corrects && unit.sparse) current.means += plan.MeansWords(s);
     ExtendPrefixes(plan, unit, plan.waves.back());
   }
   largest.KeepMax(current);
@@ -96,9 +101,16 @@ WaveSizes MakeWaves(CpuAttentionPlan& plan) {
 int64_t ScratchBytes(const CpuAttentionPlan& plan) {
   const AttentionGeometry& g = plan.geometry;
   const int64_t tiles = std::min(plan.num_members, kSharedTiles);
-  const int64_t attend = plan.query_tile * (g.block_size + g.block_size / 2) +
-                         tiles * plan.query_tile * (plan.depth + g.head_dim) +
-                         tiles * 2 * RoundUp(plan.query_tile, kLanePad);
+  int64_t attend = plan.query_tile * (g.block_size + g.block_size / 2) +
+                   tiles * plan.query_tile * (plan.depth + g.head_dim) +
+                   tiles * 2 * RoundUp(plan.query_tile, kLanePad);
+  if (plan.corrects) {
+    int64_t mean_blocks = 0;
+    for (const SequenceGeometry& s : g.sequences) {
+      mean_blocks = std::max<int64_t>(mean_blocks, plan.MeanBlocks(s));
+    }
+    attend += mean_blocks * g.block_size;
+  }
   const int64_t gather =
       static_cast<int64_t>(std::max(g.block_size, kKeyTile)) * g.head_dim + g.head_dim;
   int64_t score = 0;
@@ -142,6 +154,7 @@ void PlaceRegions(CpuAttentionPlan& plan, const WaveSizes& wave) {
 
   plan.scoring_at = layout.Add<float>(wave.scoring);
   plan.pooled_at = layout.Add<float>(wave.pooled);
+  plan.means_at = layout.Add<float>(wave.means);
   plan.memory.pooled_bytes = layout.TakePart();
 
   plan.coverage_at = layout.Add<double>(g.num_heads * plan.sampled_before.back());
@@ -194,6 +207,7 @@ std::unique_ptr<CpuAttentionPlan> MakeCpuPlan(const AttentionProblem& problem,
   const Scorer scorer = TraitsOf(problem.options.method).scorer;
   plan->select_tile = SelectTile(problem.options);
   plan->folds_keys = scorer == Scorer::kAntidiagonal;
+  plan->corrects = problem.options.mean_correction;
   plan->pools_keys = scorer != Scorer::kNone && !plan->folds_keys;
   plan->pools_queries = plan->pools_keys && scorer != Scorer::kRows;
   plan->num_workers = num_workers;

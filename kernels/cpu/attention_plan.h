@@ -36,6 +36,7 @@ struct Unit {
   int64_t packed_begin = 0;  // words into the wave's packed region: keys, then values
   int64_t score_begin = 0;   // floats into the wave's scoring region
   int64_t pooled_begin = 0;  // floats into the wave's pooled region
+  int64_t means_begin = 0;   // words into the wave's region of means
 };
 
 // Offsets in a unit's part of the scoring region, in floats.
@@ -63,6 +64,7 @@ struct Wave {
   std::vector<int64_t> key_tiles;  // key tiles of whole segments
   std::vector<int64_t> segments;   // whole segments, and one for the tail
   std::vector<int64_t> key_blocks;
+  std::vector<int64_t> mean_blocks;
   std::vector<int64_t> query_blocks;  // x members
   std::vector<int64_t> select_items;  // x members
   std::vector<int64_t> query_tiles;   // x groups of kSharedTiles members
@@ -80,6 +82,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   bool pools_keys = false;
   bool pools_queries = false;
   bool folds_keys = false;
+  bool corrects = false;  // adds the means of unselected blocks
   int32_t num_workers = 0;
   std::vector<Unit> units;
   std::vector<Wave> waves;
@@ -101,6 +104,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   int64_t packed_at = 0;
   int64_t scoring_at = 0;
   int64_t pooled_at = 0;
+  int64_t means_at = 0;
   int64_t scratch_at = 0;  // [num_workers] of scratch_bytes
   int64_t scratch_bytes = 0;
 
@@ -124,6 +128,15 @@ struct CpuAttentionPlan final : AttentionPlan {
   int64_t FoldedColumns(const SequenceGeometry& s) const {
     const int64_t per_block = geometry.block_size / problem.options.stride;
     return RoundUp(s.num_key_blocks * per_block, kLanePad);
+  }
+  // Blocks that the means of a sequence's key blocks fill, a key each.
+  int32_t MeanBlocks(const SequenceGeometry& s) const {
+    return (s.num_key_blocks + geometry.block_size - 1) / geometry.block_size;
+  }
+  // Words of a unit's means: rows of keys, rows of values, then both packed.
+  int64_t MeansWords(const SequenceGeometry& s) const {
+    const int64_t rows = int64_t{MeanBlocks(s)} * geometry.block_size;
+    return 2 * rows * geometry.head_dim + 2 * rows * depth;
   }
   // Words of the packed keys of one unit. The values take as many.
   int64_t PackedWords(const SequenceGeometry& s) const {

@@ -80,6 +80,25 @@ struct AttentionRun {
     return At<float>(plan.pooled_at) + unit.pooled_begin;
   }
 
+  // Means of the unit's key blocks and value blocks: rows, and packed like keys and
+  // values, [MeanBlocks()] blocks.
+  float* MeanKeyRows(const Unit& unit) const {
+    return At<float>(plan.means_at) + unit.means_begin;
+  }
+  float* MeanValueRows(const Unit& unit) const {
+    return MeanKeyRows(unit) + MeanRowsFloats(unit);
+  }
+  uint32_t* MeanKeys(const Unit& unit) const {
+    return reinterpret_cast<uint32_t*>(MeanValueRows(unit) + MeanRowsFloats(unit));
+  }
+  uint32_t* MeanValues(const Unit& unit) const {
+    return MeanKeys(unit) + plan.MeanBlocks(Sequence(unit)) * BlockWords();
+  }
+  int64_t MeanRowsFloats(const Unit& unit) const {
+    return int64_t{plan.MeanBlocks(Sequence(unit))} * plan.geometry.block_size *
+           plan.geometry.head_dim;
+  }
+
   // Length of the list of (query head, query block of the sequence), when blocks are
   // selected.
   uint16_t& ListCount(const Unit& unit, int32_t head, int32_t query_block) const {
@@ -122,6 +141,7 @@ void ScoreAndSortKeys(AttentionRun& run, const Wave& wave);  // positions of the
 void PackOperands(AttentionRun& run, const Wave& wave);      // packed K and V, pooled K
 void SelectBlocks(AttentionRun& run, const Wave& wave);      // lists
 void FallBackToDense(AttentionRun& run, const Wave& wave);   // where lists do not pay
+void PackMeans(AttentionRun& run, const Wave& wave);         // packed means of blocks
 void Attend(AttentionRun& run, const Wave& wave);            // o, lse
 void MeasureCoverage(AttentionRun& run, const Wave& wave);
 
