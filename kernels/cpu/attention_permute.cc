@@ -242,15 +242,6 @@ void FoldKeys(const AttentionRun& run, const Unit& unit, int32_t block,
   }
 }
 
-void PackValues(const AttentionRun& run, const uint32_t* rows, uint32_t* values) {
-  const AttentionGeometry& g = run.plan.geometry;
-  if (run.plan.format.pairs) {
-    PackRowsAsPairs(run.kernels, rows, g.block_size, g.head_dim, values);
-  } else {
-    PackRows(run.kernels, rows, g.block_size, g.head_dim, values);
-  }
-}
-
 // Mean rows of the key blocks that fill one block, as words; padding becomes zeros.
 void LoadMeans(const AttentionRun& run, const Unit& unit, int32_t mean_block,
                const float* means, uint32_t* rows) {
@@ -300,6 +291,15 @@ void PackBlock(AttentionRun& run, const Unit& unit, int32_t block, int worker) {
 }
 
 }  // namespace
+
+void PackValues(const AttentionRun& run, const uint32_t* rows, uint32_t* values) {
+  const AttentionGeometry& g = run.plan.geometry;
+  if (run.plan.format.pairs) {
+    PackRowsAsPairs(run.kernels, rows, g.block_size, g.head_dim, values);
+  } else {
+    PackRows(run.kernels, rows, g.block_size, g.head_dim, values);
+  }
+}
 
 void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
                 int32_t divisor, float* mean) {

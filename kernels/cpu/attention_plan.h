@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/packing.h"
+#include "methods/vertical_slash.h"
 #include "pbs/attention.h"
 #include "pbs/workspace.h"
 
@@ -54,6 +55,8 @@ struct PooledLayout {
   int64_t queries = 0;  // block means [members, query blocks, head_dim]
   int64_t bands = 0;    // divisors of the bands' logits [members, 2]
   int64_t folded = 0;   // packed strided keys [stride x head_dim, FoldedColumns()]
+  int64_t lines = 0;    // int32: chosen columns, then distances, by member
+  int64_t columns = 0;  // packed chosen keys, then values, by member, GatheredBlocks()
   int64_t size = 0;
 };
 
@@ -83,6 +86,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   bool pools_queries = false;
   bool folds_keys = false;
   bool corrects = false;  // adds the means of unselected blocks
+  bool gathers = false;   // reads chosen columns, and parts of the listed blocks
   int32_t num_workers = 0;
   std::vector<Unit> units;
   std::vector<Wave> waves;
@@ -128,6 +132,16 @@ struct CpuAttentionPlan final : AttentionPlan {
   int64_t FoldedColumns(const SequenceGeometry& s) const {
     const int64_t per_block = geometry.block_size / problem.options.stride;
     return RoundUp(s.num_key_blocks * per_block, kLanePad);
+  }
+  // Chosen columns and distances of a head, and the blocks that the columns fill.
+  int32_t Columns(const SequenceGeometry& s) const {
+    return NumColumns(problem.options.vertical_tokens, s.k_len);
+  }
+  int32_t Distances(const SequenceGeometry& s) const {
+    return NumDistances(problem.options.slash_tokens, s.k_len);
+  }
+  int32_t GatheredBlocks(const SequenceGeometry& s) const {
+    return (Columns(s) + geometry.block_size - 1) / geometry.block_size;
   }
   // Blocks that the means of a sequence's key blocks fill, a key each.
   int32_t MeanBlocks(const SequenceGeometry& s) const {
