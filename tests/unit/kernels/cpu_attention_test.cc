@@ -119,7 +119,7 @@ TEST_P(CpuAttentionSpec, AttendsAsTheReferenceDoesGivenItsOwnOrderAndLists) {
         const BackendRun run = RunOn(attention_, inputs.problem(), inputs.Tensors());
         ASSERT_TRUE(run.status.ok()) << run.status.ToString();
         ExpectOutputsNear(inputs, ExpectedOutput(name, inputs, DecisionOf(run.report)),
-                          Tolerance(dtype, GetParam().pairs, shape.head_dim));
+                          OutputTolerance(dtype, GetParam().pairs, shape.head_dim));
       }
     }
   }
@@ -185,7 +185,7 @@ TEST_P(CpuAttentionSpec, ThresholdOneEqualsDense) {
       AttentionCase sparse(problem, 5);
       ASSERT_TRUE(RunOn(attention_, problem, sparse.Tensors()).status.ok());
       ExpectOutputsNear(sparse, ExpectedResult("dense", dense, sparse.Tensors()).output,
-                        Tolerance(DType::kF32, false, 96));
+                        OutputTolerance(DType::kF32, false, 96));
     }
   }
 }
@@ -223,7 +223,7 @@ TEST_P(CpuAttentionSpec, GivenListsAndOrderAreUsedExactly) {
   EXPECT_EQ(run.report.order, order);
   EXPECT_EQ(ExpandMask(g, run.report.lists.View()), mask);
   ExpectOutputsNear(inputs, ExpectedResult("given lists", problem, tensors).output,
-                    Tolerance(DType::kF32, false, 96));
+                    OutputTolerance(DType::kF32, false, 96));
 }
 
 struct ReadableMask {
@@ -273,7 +273,7 @@ TEST_P(CpuAttentionSpec, AttendsUnderEveryReadableMaskOfFourBlocks) {
       tensors.order = order;
       ASSERT_TRUE(RunOn(attention_, problem, tensors).status.ok());
       ExpectOutputsNear(inputs, ExpectedResult(name, problem, tensors).output,
-                        Tolerance(DType::kF32, false, 32));
+                        OutputTolerance(DType::kF32, false, 32));
     }
   }
 }
@@ -302,7 +302,7 @@ TEST_P(CpuAttentionSpec, GivenListsWithoutAnOrderMeetTheComputedOne) {
     ASSERT_TRUE(run.status.ok()) << run.status.ToString();
     const reference::Result& expected = ExpectedResult(name, problem, tensors);
     EXPECT_EQ(run.report.order, expected.decision.order);
-    ExpectOutputsNear(inputs, expected.output, Tolerance(DType::kF32, false, 64));
+    ExpectOutputsNear(inputs, expected.output, OutputTolerance(DType::kF32, false, 64));
   }
 }
 
@@ -321,7 +321,7 @@ TEST_P(CpuAttentionSpec, IdentityOrderSelectsWhatTheUnpermutedRuleSelects) {
   const reference::Result& expected = ExpectedResult("identity", problem, tensors);
   EXPECT_EQ(run.report.order, identity);
   EXPECT_EQ(run.report.lists.indices, expected.decision.lists.indices);
-  ExpectOutputsNear(inputs, expected.output, Tolerance(DType::kF32, false, 96));
+  ExpectOutputsNear(inputs, expected.output, OutputTolerance(DType::kF32, false, 96));
 }
 
 // f32 products in another order: the tables differ by rounding alone.
@@ -346,7 +346,7 @@ TEST(CpuTables, AgreeWithEachOther) {
             worst, std::abs(results[i].O(3, row, d) - results[0].O(3, row, d)));
       }
     }
-    EXPECT_LE(worst, 2 * Tolerance(DType::kF32, false, 96)) << engines[i].name;
+    EXPECT_LE(worst, 2 * OutputTolerance(DType::kF32, false, 96)) << engines[i].name;
   }
 }
 

@@ -1,0 +1,241 @@
+// The table of methods, options and shapes that every attention backend is tested on,
+// and the comparison with the reference.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pbs/block_mask.h"
+#include "reference/reference_attention.h"
+#include "tests/support/attention_case.h"
+#include "tests/support/largest_error.h"
+#include "tests/support/tolerances.h"
+
+namespace pbs::testing_support {
+
+struct MatrixMethod {
+  const char* name;
+  AttentionOptions options;
+};
+
+struct MatrixShape {
+  const char* name;
+  int32_t num_heads, num_kv_heads, head_dim;
+  std::vector<SequenceShape> sequences;
+};
+
+inline AttentionProblem MatrixProblem(const MatrixShape& shape, DType dtype,
+                                      const AttentionOptions& options) {
+  AttentionProblem problem;
+  problem.shape = {shape.num_heads, shape.num_kv_heads, shape.head_dim,
+                   shape.sequences};
+  problem.dtype = dtype;
+  problem.options = options;
+  return problem;
+}
+
+// Every method that selects blocks, with options that leave some blocks out. Blocks of
+// 16 keys, segments of 32.
+inline std::vector<MatrixMethod> SelectingMethods() {
+  AttentionOptions pbs;
+  pbs.block_size = 16;
+  pbs.segment_size = 32;
+  pbs.threshold = 0.6f;
+  AttentionOptions plain = pbs;
+  plain.segment_size = AttentionOptions{}.segment_size;
+  const auto with = [](AttentionOptions options, Method method) {
+    options.method = method;
+    const bool has_threshold =
+        method != Method::kFlexPrefill && method != Method::kFlashPrefill;
+    if (!has_threshold) options.threshold = AttentionOptions{}.threshold;
+    options.gamma = method == Method::kFlexPrefill ? 0.6f : options.gamma;
+    options.alpha = method == Method::kFlashPrefill ? 0.6f : options.alpha;
+    return options;
+  };
+  return {{"pbs", pbs},
+          {"mean_pooling", with(plain, Method::kMeanPooling)},
+          {"xattention", with(plain, Method::kXAttention)},
+          {"flexprefill", with(plain, Method::kFlexPrefill)},
+          {"prism", with(plain, Method::kPrism)},
+          {"flashprefill", with(plain, Method::kFlashPrefill)}};
+}
+
+// Those, and what their options change.
+inline std::vector<MatrixMethod> MatrixMethods() {
+  std::vector<MatrixMethod> methods = SelectingMethods();
+  const auto add = [&](const char* name, const char* of, auto&& change) {
+    const auto base = std::find_if(
+        methods.begin(), methods.end(),
+        [&](const MatrixMethod& method) { return std::string(method.name) == of; });
+    AttentionOptions options = base->options;
+    change(options);
+    methods.push_back({name, options});
+  };
+  const auto permute = [](AttentionOptions& o) {
+    o.permute = true;
+    o.segment_size = 32;
+  };
+  add("pbs_query_head", "pbs", [](auto& o) { o.scope = Scope::kQueryHead; });
+  add("pbs_no_first_block", "pbs", [](auto& o) { o.force_first_block = false; });
+  add("pbs_large_segments", "pbs", [](auto& o) { o.segment_size = 48; });
+  add("pbs_tail_sink_window", "pbs", [](auto& o) {
+    o.dense_tail_blocks = 1;
+    o.sink_blocks = 2;
+    o.window_blocks = 3;
+    o.threshold = 0.2f;
+  });
+  add("pbs_fallback", "pbs", [](auto& o) { o.dense_fallback = true; });
+  add("mean_pooling_permuted", "mean_pooling", permute);
+  add("mean_pooling_no_first_block", "mean_pooling",
+      [](auto& o) { o.force_first_block = false; });
+  add("xattention_published", "xattention", [](auto& o) { o.as_published = true; });
+  add("xattention_stride_2", "xattention", [](auto& o) { o.stride = 2; });
+  add("xattention_stride_16", "xattention", [](auto& o) { o.stride = 16; });
+  add("xattention_permuted", "xattention", permute);
+  add("xattention_published_permuted", "xattention_permuted",
+      [](auto& o) { o.as_published = true; });
+  add("xattention_no_first_block", "xattention",
+      [](auto& o) { o.force_first_block = false; });
+  add("flexprefill_query_aware", "flexprefill", [](auto& o) { o.tau = 1; });
+  add("flexprefill_lines_only", "flexprefill", [](auto& o) { o.tau = 0; });
+  add("flexprefill_published", "flexprefill", [](auto& o) { o.as_published = true; });
+  add("flexprefill_permuted", "flexprefill", permute);
+  add("flexprefill_query_aware_permuted", "flexprefill_query_aware", permute);
+  add("flexprefill_no_first_block", "flexprefill",
+      [](auto& o) { o.force_first_block = false; });
+  add("prism_bands", "prism", [](auto& o) {
+    o.slow_dims = 12;
+    o.fast_dims = 6;
+    o.fast_threshold = 0.3f;
+  });
+  add("prism_permuted", "prism", permute);
+  add("prism_tail_sink_window", "prism", [](auto& o) {
+    o.dense_tail_blocks = 2;
+    o.sink_blocks = 1;
+    o.window_blocks = 2;
+    o.force_first_block = false;
+  });
+  add("flashprefill_published", "flashprefill", [](auto& o) {
+    o.as_published = true;
+    o.sink_blocks = 1;
+    o.window_blocks = 2;
+  });
+  add("flashprefill_permuted", "flashprefill", permute);
+  add("flashprefill_published_permuted", "flashprefill_permuted",
+      [](auto& o) { o.as_published = true; });
+  AttentionOptions dense;
+  dense.method = Method::kDense;
+  dense.block_size = 16;
+  methods.push_back({"dense", dense});
+  return methods;
+}
+
+// For blocks of 16 keys.
+inline std::vector<MatrixShape> MatrixShapes() {
+  return {{"odd_length", 2, 1, 64, {{149, 149}}},
+          {"whole_segments", 2, 2, 32, {{128, 128}}},
+          {"tail_of_one", 4, 2, 96, {{129, 129}}},
+          {"six_heads_of_one", 6, 1, 32, {{100, 100}}},
+          {"wide_head", 1, 1, 256, {{117, 117}}},
+          {"one_query", 2, 1, 64, {{1, 131}}},
+          {"offset_inside_a_block", 2, 1, 128, {{59, 141}}},
+          {"offset_at_a_block", 2, 1, 32, {{64, 160}}},
+          {"packed", 4, 2, 64, {{75, 75}, {0, 0}, {1, 1}, {0, 40}, {33, 110}, {9, 9}}}};
+}
+
+// The reference's answers of one case. It is slow, and the engines nearly always decide
+// alike, so the answers are kept and recomputed when a decision differs.
+class ReferenceAnswers {
+ public:
+  const reference::Decision& Decide(const std::string& name, AttentionCase& inputs) {
+    const auto found = decisions_.find(name);
+    if (found != decisions_.end()) return found->second;
+    return decisions_[name] = reference::Decide(inputs.problem(), inputs.Tensors());
+  }
+  const reference::Output& Attend(const std::string& name, AttentionCase& inputs,
+                                  reference::Decision decision) {
+    const auto found = outputs_.find(name);
+    if (found != outputs_.end() && IsEqual(found->second.first, decision)) {
+      return found->second.second;
+    }
+    reference::Output output =
+        reference::Attend(inputs.problem(), inputs.Tensors(), decision);
+    return (outputs_[name] = {std::move(decision), std::move(output)}).second;
+  }
+
+ private:
+  static bool IsEqual(const reference::Decision& a, const reference::Decision& b) {
+    return a.order == b.order && a.lists.indices == b.lists.indices &&
+           a.lists.count == b.lists.count;
+  }
+
+  std::map<std::string, reference::Decision> decisions_;
+  std::map<std::string, std::pair<reference::Decision, reference::Output>> outputs_;
+};
+
+struct OutputErrors {
+  double o = 0;
+  double lse = 0;
+};
+
+inline OutputErrors LargestErrors(const AttentionCase& inputs,
+                                  const reference::Output& expected) {
+  const AttentionGeometry& g = inputs.geometry();
+  OutputErrors errors;
+  for (int32_t head = 0; head < g.num_heads; ++head) {
+    for (int64_t row = 0; row < g.total_q; ++row) {
+      const int64_t at = head * g.total_q + row;
+      for (int32_t d = 0; d < g.head_dim; ++d) {
+        errors.o = LargerError(errors.o, std::abs(inputs.O(head, row, d) -
+                                                  expected.o[at * g.head_dim + d]));
+      }
+      errors.lse =
+          LargerError(errors.lse, std::abs(inputs.Lse(head, row) - expected.lse[at]));
+    }
+  }
+  return errors;
+}
+
+struct ListDifference {
+  int64_t blocks = 0;   // selected by the reference
+  int64_t differ = 0;   // selected by one of both only
+  int64_t outside = 0;  // of those, not explained by the rounding of scores
+};
+
+// A block may differ when thresholds that differ by kThresholdSlack make the reference
+// select it or not.
+inline ListDifference CompareLists(AttentionCase& inputs, const BlockLists& ours,
+                                   const BlockLists& expected) {
+  const AttentionGeometry& g = inputs.geometry();
+  const std::vector<uint8_t> mine = ExpandMask(g, ours.View());
+  const std::vector<uint8_t> theirs = ExpandMask(g, expected.View());
+  ListDifference difference;
+  std::vector<std::vector<uint8_t>> near;
+  if (mine != theirs) {
+    for (const float change : {1 - kThresholdSlack, 1 + kThresholdSlack}) {
+      AttentionProblem problem = inputs.problem();
+      for (float* x : {&problem.options.threshold, &problem.options.fast_threshold,
+                       &problem.options.gamma, &problem.options.alpha}) {
+        *x *= change;
+      }
+      near.push_back(
+          ExpandMask(g, reference::Decide(problem, inputs.Tensors()).lists.View()));
+    }
+  }
+  for (size_t i = 0; i < mine.size(); ++i) {
+    difference.blocks += theirs[i];
+    if (mine[i] == theirs[i]) continue;
+    ++difference.differ;
+    difference.outside += near[0][i] == near[1][i];
+  }
+  return difference;
+}
+
+}  // namespace pbs::testing_support

@@ -1,0 +1,189 @@
+// Spec: docs/KERNELS.md. Every method with its options, on every kind of shape, dtype
+// and table of the CPU backend, against the f64 reference.
+//
+//   order, lists  the reference's own; blocks next to a threshold may differ
+//   o, lse        the reference's for the backend's own order and lists
+//
+// tests/support/attention_matrix.h has the table, tolerances.h the tolerances.
+#include "tests/support/attention_matrix.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu_attention.h"
+#include "tests/support/case_name.h"
+
+namespace pbs::cpu {
+namespace {
+
+using testing_support::AttentionCase;
+using testing_support::BackendRun;
+using testing_support::ListDifference;
+using testing_support::MatrixMethod;
+using testing_support::MatrixMethods;
+using testing_support::MatrixProblem;
+using testing_support::MatrixShape;
+using testing_support::MatrixShapes;
+using testing_support::ReferenceAnswers;
+using testing_support::SelectingMethods;
+
+struct Engine {
+  const char* name;
+  Isa isa;
+  DType dtype;
+  bool pairs;
+};
+
+std::vector<Engine> Engines() {
+  std::vector<Engine> engines;
+  for (const Engine& engine :
+       {Engine{"scalar_f32", Isa::kScalar, DType::kF32, false},
+        Engine{"scalar_bf16", Isa::kScalar, DType::kBF16, false},
+        Engine{"avx2_f32", Isa::kAvx2, DType::kF32, false},
+        Engine{"avx2_f16", Isa::kAvx2, DType::kF16, false},
+        Engine{"avx2_bf16", Isa::kAvx2, DType::kBF16, false},
+        Engine{"avx512_f32", Isa::kAvx512, DType::kF32, false},
+        Engine{"avx512_f16", Isa::kAvx512, DType::kF16, false},
+        Engine{"avx512_bf16", Isa::kAvx512, DType::kBF16, false},
+        Engine{"avx512_bf16_pairs", Isa::kAvx512Bf16, DType::kBF16, true}}) {
+    if (IsSupported(engine.isa)) engines.push_back(engine);
+  }
+  return engines;
+}
+
+class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
+ protected:
+  // Runs one case and compares; sums up how lists differ.
+  void Check(const std::string& name, const AttentionProblem& problem, uint32_t seed) {
+    const std::string key = name + " " + DTypeName(problem.dtype);
+    SCOPED_TRACE(key + " seed " + std::to_string(seed));
+    AttentionCase inputs(problem, seed);
+    const BackendRun run =
+        testing_support::RunOn(attention_, problem, inputs.Tensors());
+    ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+    const reference::Decision& expected = Answers().Decide(key, inputs);
+    if (run.report.order == expected.order) {
+      const ListDifference difference =
+          testing_support::CompareLists(inputs, run.report.lists, expected.lists);
+      EXPECT_EQ(difference.outside, 0);
+      total_.blocks += difference.blocks;
+      total_.differ += difference.differ;
+    } else {
+      // Half-precision scores tie; see golden_test.cc for how far moved keys are apart.
+      EXPECT_TRUE(problem.dtype != DType::kF32 &&
+                  problem.options.scope == Scope::kQueryHead);
+    }
+    reference::Decision own;
+    own.order = run.report.order;
+    own.lists = run.report.lists;
+    const auto errors = testing_support::LargestErrors(
+        inputs, Answers().Attend(key, inputs, std::move(own)));
+    EXPECT_LE(errors.o, testing_support::OutputTolerance(
+                            problem.dtype, GetParam().pairs, problem.shape.head_dim));
+    EXPECT_LE(errors.lse, testing_support::kLseTolerance);
+  }
+
+  void TearDown() override {
+    if (total_.blocks == 0) return;
+    std::printf("%-20s %ld of %ld blocks differ, all next to a threshold\n",
+                GetParam().name, static_cast<long>(total_.differ),
+                static_cast<long>(total_.blocks));
+    EXPECT_LE(static_cast<double>(total_.differ),
+              testing_support::kBlocksInSlackMax * static_cast<double>(total_.blocks));
+  }
+
+  static ReferenceAnswers& Answers() {
+    static auto& answers = *new ReferenceAnswers;
+    return answers;
+  }
+
+  ThreadPool pool_{2};
+  CpuAttention attention_{pool_, GetParam().isa, GetParam().pairs};
+  ListDifference total_;
+};
+
+TEST_P(AttentionMatrixSpec, EveryMethodOnEveryShapeIsTheReferences) {
+  for (const MatrixMethod& method : MatrixMethods()) {
+    for (const MatrixShape& shape : MatrixShapes()) {
+      Check(std::string(method.name) + " " + shape.name,
+            MatrixProblem(shape, GetParam().dtype, method.options), 7);
+    }
+  }
+}
+
+TEST_P(AttentionMatrixSpec, EveryMethodOnEveryBlockSizeIsTheReferences) {
+  for (const MatrixMethod& method : SelectingMethods()) {
+    for (const int32_t block : {32, 64, 128, 256}) {
+      for (const bool permute : {false, true}) {
+        AttentionOptions options = method.options;
+        options.block_size = block;
+        if (permute) options.permute = options.method != Method::kPbs;
+        if (Permutes(options)) options.segment_size = 2 * block;
+        const MatrixShape shape = {"", 2, 1, 32, {{150, 700}}};
+        Check(std::string(method.name) + (permute ? " permuted" : "") + " block " +
+                  std::to_string(block),
+              MatrixProblem(shape, GetParam().dtype, options), 11);
+      }
+    }
+  }
+}
+
+// Blocks of 16, segments of 32: up to four blocks and two whole segments.
+TEST_P(AttentionMatrixSpec, EveryMethodOnEverySmallLengthIsTheReferences) {
+  if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "lengths are the same to dtypes";
+  for (const MatrixMethod& method : MatrixMethods()) {
+    for (int32_t length = 1; length <= 70; ++length) {
+      const MatrixShape shape = {"", 2, 1, 32, {{length, length}}};
+      Check(std::string(method.name) + " length " + std::to_string(length),
+            MatrixProblem(shape, GetParam().dtype, method.options), 13);
+    }
+  }
+}
+
+TEST_P(AttentionMatrixSpec, EveryMethodOnEveryNumberOfLastQueriesIsTheReferences) {
+  if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "lengths are the same to dtypes";
+  for (const MatrixMethod& method : MatrixMethods()) {
+    for (int32_t queries = 0; queries <= 69; ++queries) {
+      const MatrixShape shape = {"", 2, 1, 32, {{queries, 69}}};
+      Check(std::string(method.name) + " queries " + std::to_string(queries),
+            MatrixProblem(shape, GetParam().dtype, method.options), 17);
+    }
+  }
+}
+
+// With `threshold` or `gamma` 1 every candidate is selected.
+TEST_P(AttentionMatrixSpec, ThresholdOneIsDense) {
+  for (const MatrixMethod& method : MatrixMethods()) {
+    AttentionOptions options = method.options;
+    if (options.method == Method::kDense || options.method == Method::kFlashPrefill) {
+      continue;
+    }
+    (options.method == Method::kFlexPrefill ? options.gamma : options.threshold) = 1;
+    for (const MatrixShape& shape : MatrixShapes()) {
+      SCOPED_TRACE(std::string(method.name) + " " + shape.name);
+      AttentionCase sparse(MatrixProblem(shape, GetParam().dtype, options), 19);
+      const BackendRun run =
+          testing_support::RunOn(attention_, sparse.problem(), sparse.Tensors());
+      ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+      EXPECT_DOUBLE_EQ(run.report.stats.Density(), 1);
+      AttentionOptions all;
+      all.method = Method::kDense;
+      all.block_size = 16;
+      AttentionCase dense(MatrixProblem(shape, GetParam().dtype, all), 19);
+      const std::string key = std::string("dense seed 19 ") + shape.name + " " +
+                              DTypeName(GetParam().dtype);
+      const auto errors = testing_support::LargestErrors(
+          sparse, Answers().Attend(key, dense, Answers().Decide(key, dense)));
+      EXPECT_LE(errors.o, testing_support::OutputTolerance(
+                              GetParam().dtype, GetParam().pairs, shape.head_dim));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Engines, AttentionMatrixSpec, testing::ValuesIn(Engines()),
+                         testing_support::CaseName());
+
+}  // namespace
+}  // namespace pbs::cpu
