@@ -58,8 +58,11 @@ std::vector<BlockCounts> CountBlocks(const AttentionGeometry& g,
   std::vector<BlockCounts> heads(static_cast<size_t>(g.num_heads));
   ForEachRow(g, [&](int32_t n, int32_t head, int32_t i) {
     const RanRow row = row_of(n, head, i);
-    heads[head].executed += row.count;
-    heads[head].lower += CountBelow(row, g.sequences[n].first_query_block + i + 1);
+    const int32_t causal = g.sequences[n].first_query_block + i + 1;
+    // With gathered keys a row may compute more than all blocks: a share stops at 1.
+    const int32_t most = g.RowCapacity(g.sequences[n], causal - 1);
+    heads[head].executed += std::min(row.count + row.gathered, most);
+    heads[head].lower += std::min(CountBelow(row, causal) + row.gathered, causal);
   });
   return heads;
 }

@@ -4,9 +4,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "cpu/attention_run.h"
+#include "cpu/row_keys.h"
 
 namespace pbs::cpu {
 namespace {
@@ -16,6 +18,7 @@ constexpr float kLn2 = 0.693147180559945309f;
 
 // A worker's memory: scores of one tile, and the state of the tiles it walks with.
 struct TileScratch {
+  TileScratch() = default;
   TileScratch(const AttentionRun& run, int worker, int32_t slot) {
     const CpuAttentionPlan& plan = run.plan;
     const int64_t rows = plan.query_tile;
@@ -30,14 +33,20 @@ struct TileScratch {
     out = own + rows * plan.depth;
     row_max = out + rows * dim;
     row_sum = row_max + padded;
+    const int64_t tiles = std::min(plan.num_members, kSharedTiles);
+    shared = reinterpret_cast<int32_t*>(scores + rows * (block + block / 2) +
+                                        tiles * (rows * (plan.depth + dim) +
+                                                 2 * padded));
   }
 
-  float* scores;
-  uint32_t* pairs;
-  uint32_t* query;
-  float* out;
-  float* row_max;
-  float* row_sum;
+  float* scores = nullptr;
+  uint32_t* pairs = nullptr;
+  uint32_t* query = nullptr;
+  float* out = nullptr;
+  float* row_max = nullptr;
+  float* row_sum = nullptr;
+  // Behind the tiles: positions of the means of blocks, then the memory of RowKeys.
+  int32_t* shared = nullptr;
 };
 
 struct QueryTile {
@@ -93,6 +102,8 @@ class ListWalk {
     left_ = static_cast<int32_t>(list_.size());
   }
 
+  // The whole list; empty where it is not stored.
+  std::span<const uint16_t> list() const { return list_; }
   // -1 at the end.
   int32_t block() const {
     return left_ == 0 || list_.data() == nullptr ? left_ - 1 : list_[left_ - 1];
@@ -118,34 +129,38 @@ void LoadQueries(const AttentionRun& run, const Unit& unit, const QueryTile& til
   std::fill_n(scratch.row_sum, tile.rows, 0.0f);
 }
 
-void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
-                 int32_t block, const TileScratch& scratch) {
+// One block of keys and values, or of their means.
+struct KeyBlock {
+  const uint32_t* keys = nullptr;
+  const uint32_t* values = nullptr;
+  const int32_t* positions = nullptr;  // null: every row sees every key
+  float bias = 0;  // added to the dot products
+};
+
+void AttendKeys(const AttentionRun& run, const QueryTile& tile, const KeyBlock& block,
+                const TileScratch& scratch) {
   const CpuAttentionPlan& plan = run.plan;
   const AttentionGeometry& g = plan.geometry;
-  const int32_t* range = run.BlockRange(unit) + 2 * static_cast<int64_t>(block);
-  if (range[0] > tile.first_position + tile.rows - 1) return;  // wholly later
   const GemmFunction gemm =
       plan.format.pairs ? run.kernels.gemm_pairs : run.kernels.gemm;
-  const uint32_t* values = run.PackedValues(unit) + block * run.BlockWords();
   gemm({.rows = tile.rows,
         .cols = g.block_size,
         .depth = plan.depth,
         .a = scratch.query,
         .a_stride = plan.depth,
-        .b = run.PackedKeys(unit) + block * run.BlockWords(),
+        .b = block.keys,
         .c = scratch.scores,
         .c_stride = g.block_size});
-  const bool short_block =
-      (block + 1) * g.block_size > run.Sequence(unit).k_len;  // has padding
-  const bool masked = short_block || range[1] > tile.first_position;
+  if (block.bias != 0) {
+    const int64_t scores = int64_t{tile.rows} * g.block_size;
+    for (int64_t i = 0; i < scores; ++i) scratch.scores[i] += block.bias;
+  }
   run.kernels.softmax(
       {.rows = tile.rows,
        .cols = g.block_size,
        .head_dim = g.head_dim,
        .scale = kLog2E / std::sqrt(static_cast<float>(g.head_dim)),
-       .positions =
-           masked ? run.Positions(unit) + static_cast<int64_t>(block) * g.block_size
-                  : nullptr,
+       .positions = block.positions,
        .first_query = tile.first_position,
        .scores = scratch.scores,
        .pairs = plan.format.pairs ? scratch.pairs : nullptr,
@@ -159,10 +174,65 @@ void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& til
         .a = plan.format.pairs ? scratch.pairs
                                : reinterpret_cast<const uint32_t*>(scratch.scores),
         .a_stride = depth,
-        .b = values,
+        .b = block.values,
         .c = scratch.out,
         .c_stride = g.head_dim,
         .accumulate = true});
+}
+
+void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
+                 int32_t block, const RowKeys* keys, const TileScratch& scratch) {
+  const int64_t block_size = run.plan.geometry.block_size;
+  const int32_t* range = run.BlockRange(unit) + 2 * static_cast<int64_t>(block);
+  if (range[0] > tile.first_position + tile.rows - 1) return;  // wholly later
+  const bool has_padding = (block + 1) * block_size > run.Sequence(unit).k_len;
+  const bool masked = has_padding || range[1] > tile.first_position;
+  const int32_t* positions =
+      masked ? run.Positions(unit) + block * block_size : nullptr;
+  if (keys != nullptr) positions = keys->BlockPositions(block);
+  AttendKeys(run, tile,
+             {.keys = run.PackedKeys(unit) + block * run.BlockWords(),
+              .values = run.PackedValues(unit) + block * run.BlockWords(),
+              .positions = positions},
+             scratch);
+}
+
+// Attends to the means of the blocks that are not in `list` and that lie wholly before
+// the query block, one key each, with the weight of a whole block.
+void AttendMeans(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
+                 std::span<const uint16_t> list, const RowKeys* keys,
+                 const TileScratch& scratch) {
+  const AttentionGeometry& g = run.plan.geometry;
+  const SequenceGeometry& s = run.Sequence(unit);
+  const int32_t* range = run.BlockRange(unit);
+  const int32_t first_query = std::max(
+      (s.first_query_block + tile.query_block) * g.block_size, s.query_offset);
+  const int32_t mean_blocks = run.plan.MeanBlocks(s);
+  int32_t* visible = scratch.shared;
+  std::fill_n(visible, int64_t{mean_blocks} * g.block_size, INT32_MAX);
+  for (int32_t j = 0; j < s.num_key_blocks; ++j) {
+    if (range[2 * j + 1] < first_query) visible[j] = 0;
+  }
+  for (const uint16_t block : list) visible[block] = INT32_MAX;
+  if (keys != nullptr) {  // a block of which a column is read
+    for (const int32_t column : keys->columns()) {
+      if (keys->ReadsColumn(column)) visible[column / g.block_size] = INT32_MAX;
+    }
+  }
+  const float bias = std::log(static_cast<float>(g.block_size)) *
+                     std::sqrt(static_cast<float>(g.head_dim));
+  for (int32_t i = 0; i < mean_blocks; ++i) {
+    const int32_t* positions = visible + int64_t{i} * g.block_size;
+    if (std::find(positions, positions + g.block_size, 0) == positions + g.block_size) {
+      continue;
+    }
+    AttendKeys(run, tile,
+               {.keys = run.MeanKeys(unit) + i * run.BlockWords(),
+                .values = run.MeanValues(unit) + i * run.BlockWords(),
+                .positions = positions,
+                .bias = bias},
+               scratch);
+  }
 }
 
 void StoreRows(AttentionRun& run, const Unit& unit, const QueryTile& tile,
@@ -191,26 +261,73 @@ void StoreRows(AttentionRun& run, const Unit& unit, const QueryTile& tile,
   }
 }
 
+// Attends to the chosen columns that the tile's spans do not hold.
+void AttendColumns(const AttentionRun& run, const Unit& unit, const QueryTile& tile,
+                   const RowKeys& keys, const TileScratch& scratch) {
+  const int32_t member = tile.head - run.QueryHead(unit, 0);
+  const int32_t blocks = run.plan.GatheredBlocks(run.Sequence(unit));
+  for (int32_t i = 0; i < blocks; ++i) {
+    const int32_t* positions = keys.ColumnPositions(i);
+    if (positions == nullptr) continue;
+    AttendKeys(run, tile,
+               {.keys = run.GatheredKeys(unit, member) + i * run.BlockWords(),
+                .values = run.GatheredValues(unit, member) + i * run.BlockWords(),
+                .positions = positions},
+               scratch);
+  }
+}
+
+// One tile on its way through its list.
+struct TileWalk {
+  TileWalk() = default;
+  TileWalk(const AttentionRun& run, const Unit& unit, const QueryTile& query_tile,
+           int worker, int32_t slot)
+      : tile(query_tile), scratch(run, worker, slot), list(run, unit, tile) {
+    LoadQueries(run, unit, tile, scratch);
+    if (!run.plan.gathers || list.list().empty()) return;
+    const SequenceGeometry& s = run.Sequence(unit);
+    const int64_t block_size = run.plan.geometry.block_size;
+    int32_t* mask = scratch.shared +
+                    (run.plan.corrects ? run.plan.MeanBlocks(s) * block_size : 0);
+    auto* spans = reinterpret_cast<uint32_t*>(mask + block_size) +
+                  slot * RowKeys::SlotWords(s);
+    row_keys.emplace(run, unit, tile.head, tile.first_position, spans, mask);
+  }
+
+  const RowKeys* keys() const { return row_keys.has_value() ? &*row_keys : nullptr; }
+
+  QueryTile tile;
+  TileScratch scratch;
+  ListWalk list;
+  std::optional<RowKeys> row_keys;  // where the tile reads parts of blocks
+};
+
 void AttendTiles(AttentionRun& run, const Unit& unit, int64_t index, int worker) {
   const TileGroup group = GroupAt(run, unit, index);
   if (group.first.rows == 0 || run.Stopped()) return;
-  std::array<ListWalk, kSharedTiles> walks;
+  std::array<TileWalk, kSharedTiles> slots;
+  const std::span<TileWalk> walks(slots.data(), static_cast<size_t>(group.size));
   for (int32_t slot = 0; slot < group.size; ++slot) {
-    walks[slot] = ListWalk(run, unit, group.At(slot));
-    LoadQueries(run, unit, group.At(slot), TileScratch(run, worker, slot));
+    slots[slot] = TileWalk(run, unit, group.At(slot), worker, slot);
   }
   for (;;) {
     int32_t block = -1;
-    for (const ListWalk& walk : walks) block = std::max(block, walk.block());
+    for (const TileWalk& walk : walks) block = std::max(block, walk.list.block());
     if (block < 0) break;
-    for (int32_t slot = 0; slot < group.size; ++slot) {
-      if (walks[slot].block() != block) continue;
-      AttendBlock(run, unit, group.At(slot), block, TileScratch(run, worker, slot));
-      walks[slot].Advance();
+    for (TileWalk& walk : walks) {
+      if (walk.list.block() != block) continue;
+      AttendBlock(run, unit, walk.tile, block, walk.keys(), walk.scratch);
+      walk.list.Advance();
     }
   }
-  for (int32_t slot = 0; slot < group.size; ++slot) {
-    StoreRows(run, unit, group.At(slot), TileScratch(run, worker, slot));
+  for (const TileWalk& walk : walks) {
+    if (walk.keys() != nullptr) {
+      AttendColumns(run, unit, walk.tile, *walk.keys(), walk.scratch);
+    }
+    if (run.plan.corrects && !walk.list.list().empty()) {
+      AttendMeans(run, unit, walk.tile, walk.list.list(), walk.keys(), walk.scratch);
+    }
+    StoreRows(run, unit, walk.tile, walk.scratch);
   }
 }
 

@@ -242,6 +242,25 @@ void FoldKeys(const AttentionRun& run, const Unit& unit, int32_t block,
   }
 }
 
+// Mean rows of the key blocks that fill one block, as words; padding becomes zeros.
+void LoadMeans(const AttentionRun& run, const Unit& unit, int32_t mean_block,
+               const float* means, uint32_t* rows) {
+  const CpuAttentionPlan& plan = run.plan;
+  const AttentionGeometry& g = plan.geometry;
+  const int32_t first = mean_block * g.block_size;
+  for (int32_t i = 0; i < g.block_size; ++i) {
+    uint32_t* row = rows + static_cast<int64_t>(i) * plan.depth;
+    const float* mean = means + static_cast<int64_t>(first + i) * g.head_dim;
+    if (first + i >= run.Sequence(unit).num_key_blocks) {
+      std::fill_n(row, plan.depth, 0u);
+    } else if (plan.format.pairs) {
+      run.kernels.f32_to_bf16(mean, reinterpret_cast<uint16_t*>(row), g.head_dim);
+    } else {
+      std::copy_n(mean, g.head_dim, reinterpret_cast<float*>(row));
+    }
+  }
+}
+
 void PackBlock(AttentionRun& run, const Unit& unit, int32_t block, int worker) {
   const CpuAttentionPlan& plan = run.plan;
   const AttentionGeometry& g = plan.geometry;
@@ -252,27 +271,35 @@ void PackBlock(AttentionRun& run, const Unit& unit, int32_t block, int worker) {
     if (plan.pools_keys) PoolKeys(run, unit, block, rows, row);
     if (plan.folds_keys) FoldKeys(run, unit, block, rows, row);
   }
+  const int32_t keys =
+      std::min(g.block_size, run.Sequence(unit).k_len - block * g.block_size);
+  const bool keeps_means = plan.corrects && unit.sparse;
+  const int64_t mean_at = static_cast<int64_t>(block) * g.head_dim;
+  if (keeps_means) MeanOfRows(run, rows, keys, keys, run.MeanKeyRows(unit) + mean_at);
   PackTransposed(run.kernels, rows, g.block_size, plan.depth,
                  run.PackedKeys(unit) + block * run.BlockWords());
 
   GatherBlock(run, unit, run.tensors.v, block, rows);
-  uint32_t* values = run.PackedValues(unit) + block * run.BlockWords();
-  if (plan.format.pairs) {
-    PackRowsAsPairs(run.kernels, rows, g.block_size, g.head_dim, values);
-  } else {
-    PackRows(run.kernels, rows, g.block_size, g.head_dim, values);
-  }
+  if (keeps_means) MeanOfRows(run, rows, keys, keys, run.MeanValueRows(unit) + mean_at);
+  PackValues(run, rows, run.PackedValues(unit) + block * run.BlockWords());
 
   const int32_t* positions =
       run.Positions(unit) + static_cast<int64_t>(block) * g.block_size;
-  const int32_t keys =
-      std::min(g.block_size, run.Sequence(unit).k_len - block * g.block_size);
   const auto [least, largest] = std::minmax_element(positions, positions + keys);
   run.BlockRange(unit)[2 * block] = *least;
   run.BlockRange(unit)[2 * block + 1] = *largest;
 }
 
 }  // namespace
+
+void PackValues(const AttentionRun& run, const uint32_t* rows, uint32_t* values) {
+  const AttentionGeometry& g = run.plan.geometry;
+  if (run.plan.format.pairs) {
+    PackRowsAsPairs(run.kernels, rows, g.block_size, g.head_dim, values);
+  } else {
+    PackRows(run.kernels, rows, g.block_size, g.head_dim, values);
+  }
+}
 
 void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
                 int32_t divisor, float* mean) {
@@ -336,6 +363,19 @@ void ScoreAndSortKeys(AttentionRun& run, const Wave& wave) {
 void PackOperands(AttentionRun& run, const Wave& wave) {
   run.ForEach(wave, wave.key_blocks, [&](const Unit& unit, int64_t block, int worker) {
     PackBlock(run, unit, static_cast<int32_t>(block), worker);
+  });
+}
+
+void PackMeans(AttentionRun& run, const Wave& wave) {
+  run.ForEach(wave, wave.mean_blocks, [&](const Unit& unit, int64_t index, int worker) {
+    const CpuAttentionPlan& plan = run.plan;
+    const auto block = static_cast<int32_t>(index);
+    auto* rows = static_cast<uint32_t*>(run.Scratch(worker));
+    LoadMeans(run, unit, block, run.MeanKeyRows(unit), rows);
+    PackTransposed(run.kernels, rows, plan.geometry.block_size, plan.depth,
+                   run.MeanKeys(unit) + block * run.BlockWords());
+    LoadMeans(run, unit, block, run.MeanValueRows(unit), rows);
+    PackValues(run, rows, run.MeanValues(unit) + block * run.BlockWords());
   });
 }
 

@@ -1,11 +1,12 @@
 #include "cpu/attention_plan.h"
 
-#include "cpu/attention_select.h"
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
+
+#include "cpu/attention_select.h"
+#include "cpu/row_keys.h"
 
 namespace pbs::cpu {
 namespace {
@@ -39,6 +40,7 @@ void ExtendPrefixes(const CpuAttentionPlan& plan, const Unit& unit, Wave& wave) 
   extend(wave.key_tiles, scored ? CeilDiv(body, kKeyTile) : 0);
   extend(wave.segments, scored ? body / g.segment_size + 1 : 0);
   extend(wave.key_blocks, s.num_key_blocks);
+  extend(wave.mean_blocks, plan.corrects && unit.sparse ? plan.MeanBlocks(s) : 0);
   extend(wave.query_blocks, selected ? blocks : 0);
   extend(wave.select_items,
          selected ? CeilDiv(s.num_query_blocks, plan.select_tile) * plan.num_members
@@ -52,11 +54,13 @@ struct WaveSizes {
   int64_t packed_words = 0;
   int64_t scoring = 0;
   int64_t pooled = 0;
+  int64_t means = 0;
 
   void KeepMax(const WaveSizes& other) {
     packed_words = std::max(packed_words, other.packed_words);
     scoring = std::max(scoring, other.scoring);
     pooled = std::max(pooled, other.pooled);
+    means = std::max(means, other.means);
   }
 };
 
@@ -83,9 +87,11 @@ WaveSizes MakeWaves(CpuAttentionPlan& plan) {
     unit.packed_begin = current.packed_words;
     unit.score_begin = current.scoring;
     unit.pooled_begin = current.pooled;
+    unit.means_begin = current.means;
     current.packed_words += RoundUp(words, kLanePad);
     if (plan.ComputesOrder(unit)) current.scoring += plan.Scoring(s).size;
     if (plan.SelectsBlocks(unit)) current.pooled += plan.Pooled(s).size;
+    if (plan.corrects && unit.sparse) current.means += plan.MeansWords(s);
     ExtendPrefixes(plan, unit, plan.waves.back());
   }
   largest.KeepMax(current);
@@ -96,9 +102,16 @@ WaveSizes MakeWaves(CpuAttentionPlan& plan) {
 int64_t ScratchBytes(const CpuAttentionPlan& plan) {
   const AttentionGeometry& g = plan.geometry;
   const int64_t tiles = std::min(plan.num_members, kSharedTiles);
-  const int64_t attend = plan.query_tile * (g.block_size + g.block_size / 2) +
-                         tiles * plan.query_tile * (plan.depth + g.head_dim) +
-                         tiles * 2 * RoundUp(plan.query_tile, kLanePad);
+  int64_t extra = 0;
+  int64_t attend = plan.query_tile * (g.block_size + g.block_size / 2) +
+                   tiles * plan.query_tile * (plan.depth + g.head_dim) +
+                   tiles * 2 * RoundUp(plan.query_tile, kLanePad);
+  for (const SequenceGeometry& s : g.sequences) {
+    int64_t more = plan.corrects ? int64_t{plan.MeanBlocks(s)} * g.block_size : 0;
+    if (plan.gathers) more += RowKeys::Words(plan, s);
+    extra = std::max(extra, more);
+  }
+  attend += extra;
   const int64_t gather =
       static_cast<int64_t>(std::max(g.block_size, kKeyTile)) * g.head_dim + g.head_dim;
   int64_t score = 0;
@@ -113,7 +126,8 @@ int64_t ScratchBytes(const CpuAttentionPlan& plan) {
   if (plan.problem.options.coverage_rows > 0) {
     for (const SequenceGeometry& s : g.sequences) {
       coverage = std::max(
-          coverage, static_cast<int64_t>(s.num_key_blocks) * g.block_size + plan.depth);
+          coverage, static_cast<int64_t>(s.num_key_blocks) * g.block_size + plan.depth +
+                        (plan.gathers ? RowKeys::SlotWords(s) : 0));
     }
   }
   return RoundUp(4 * std::max({attend, gather, score, sort, coverage}), 64);
@@ -142,6 +156,7 @@ void PlaceRegions(CpuAttentionPlan& plan, const WaveSizes& wave) {
 
   plan.scoring_at = layout.Add<float>(wave.scoring);
   plan.pooled_at = layout.Add<float>(wave.pooled);
+  plan.means_at = layout.Add<float>(wave.means);
   plan.memory.pooled_bytes = layout.TakePart();
 
   plan.coverage_at = layout.Add<double>(g.num_heads * plan.sampled_before.back());
@@ -175,7 +190,13 @@ PooledLayout CpuAttentionPlan::Pooled(const SequenceGeometry& s) const {
   layout.folded = RoundUp(layout.bands + 2 * num_members, kLanePad);
   const int64_t folded =
       FoldedColumns(s) * problem.options.stride * geometry.head_dim;
-  layout.size = layout.folded + (folds_keys ? folded : 0);
+  layout.lines = layout.folded + (folds_keys ? folded : 0);
+  layout.columns = RoundUp(
+      layout.lines + (gathers ? num_members * (Columns(s) + Distances(s)) : 0),
+      kLanePad);
+  const int64_t gathered = int64_t{2} * num_members * GatheredBlocks(s) *
+                           geometry.block_size * depth;
+  layout.size = layout.columns + (gathers ? gathered : 0);
   return layout;
 }
 
@@ -193,8 +214,15 @@ std::unique_ptr<CpuAttentionPlan> MakeCpuPlan(const AttentionProblem& problem,
   plan->tile_groups = static_cast<int32_t>(CeilDiv(plan->num_members, kSharedTiles));
   const Scorer scorer = TraitsOf(problem.options.method).scorer;
   plan->select_tile = SelectTile(problem.options);
+  plan->gathers = TraitsOf(problem.options.method).rule == Rule::kLargestLines &&
+                  !problem.options.use_given_lists;
+  if (plan->gathers) {
+    plan->query_tile = std::min(plan->query_tile, kRowGroup);
+    plan->tiles_per_block = g.block_size / plan->query_tile;
+  }
   plan->folds_keys = scorer == Scorer::kAntidiagonal;
-  plan->pools_keys = scorer != Scorer::kNone && !plan->folds_keys;
+  plan->corrects = problem.options.mean_correction;
+  plan->pools_keys = scorer != Scorer::kNone && !plan->folds_keys && !plan->gathers;
   plan->pools_queries = plan->pools_keys && scorer != Scorer::kRows;
   plan->num_workers = num_workers;
   plan->sampled_before.push_back(0);

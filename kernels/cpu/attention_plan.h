@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/packing.h"
+#include "methods/vertical_slash.h"
 #include "pbs/attention.h"
 #include "pbs/workspace.h"
 
@@ -36,6 +37,7 @@ struct Unit {
   int64_t packed_begin = 0;  // words into the wave's packed region: keys, then values
   int64_t score_begin = 0;   // floats into the wave's scoring region
   int64_t pooled_begin = 0;  // floats into the wave's pooled region
+  int64_t means_begin = 0;   // words into the wave's region of means
 };
 
 // Offsets in a unit's part of the scoring region, in floats.
@@ -53,6 +55,8 @@ struct PooledLayout {
   int64_t queries = 0;  // block means [members, query blocks, head_dim]
   int64_t bands = 0;    // divisors of the bands' logits [members, 2]
   int64_t folded = 0;   // packed strided keys [stride x head_dim, FoldedColumns()]
+  int64_t lines = 0;    // int32: chosen columns, then distances, by member
+  int64_t columns = 0;  // packed chosen keys, then values, by member, GatheredBlocks()
   int64_t size = 0;
 };
 
@@ -63,6 +67,7 @@ struct Wave {
   std::vector<int64_t> key_tiles;  // key tiles of whole segments
   std::vector<int64_t> segments;   // whole segments, and one for the tail
   std::vector<int64_t> key_blocks;
+  std::vector<int64_t> mean_blocks;
   std::vector<int64_t> query_blocks;  // x members
   std::vector<int64_t> select_items;  // x members
   std::vector<int64_t> query_tiles;   // x groups of kSharedTiles members
@@ -80,6 +85,8 @@ struct CpuAttentionPlan final : AttentionPlan {
   bool pools_keys = false;
   bool pools_queries = false;
   bool folds_keys = false;
+  bool corrects = false;  // adds the means of unselected blocks
+  bool gathers = false;   // reads chosen columns, and parts of the listed blocks
   int32_t num_workers = 0;
   std::vector<Unit> units;
   std::vector<Wave> waves;
@@ -101,6 +108,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   int64_t packed_at = 0;
   int64_t scoring_at = 0;
   int64_t pooled_at = 0;
+  int64_t means_at = 0;
   int64_t scratch_at = 0;  // [num_workers] of scratch_bytes
   int64_t scratch_bytes = 0;
 
@@ -124,6 +132,25 @@ struct CpuAttentionPlan final : AttentionPlan {
   int64_t FoldedColumns(const SequenceGeometry& s) const {
     const int64_t per_block = geometry.block_size / problem.options.stride;
     return RoundUp(s.num_key_blocks * per_block, kLanePad);
+  }
+  // Chosen columns and distances of a head, and the blocks that the columns fill.
+  int32_t Columns(const SequenceGeometry& s) const {
+    return NumColumns(problem.options.vertical_tokens, s.k_len);
+  }
+  int32_t Distances(const SequenceGeometry& s) const {
+    return NumDistances(problem.options.slash_tokens, s.k_len);
+  }
+  int32_t GatheredBlocks(const SequenceGeometry& s) const {
+    return (Columns(s) + geometry.block_size - 1) / geometry.block_size;
+  }
+  // Blocks that the means of a sequence's key blocks fill, a key each.
+  int32_t MeanBlocks(const SequenceGeometry& s) const {
+    return (s.num_key_blocks + geometry.block_size - 1) / geometry.block_size;
+  }
+  // Words of a unit's means: rows of keys, rows of values, then both packed.
+  int64_t MeansWords(const SequenceGeometry& s) const {
+    const int64_t rows = int64_t{MeanBlocks(s)} * geometry.block_size;
+    return 2 * rows * geometry.head_dim + 2 * rows * depth;
   }
   // Words of the packed keys of one unit. The values take as many.
   int64_t PackedWords(const SequenceGeometry& s) const {

@@ -8,6 +8,7 @@
 
 #include "common/list_report.h"
 #include "cpu/attention_run.h"
+#include "cpu/row_keys.h"
 
 namespace pbs::cpu {
 namespace {
@@ -52,6 +53,14 @@ double RowCoverage(const AttentionRun& run, const Unit& unit, int32_t head, int3
   double total = 0;
   for (int32_t block = 0; block < s.num_key_blocks; ++block) total += mass_of(block);
   double selected = 0;
+  if (plan.gathers) {
+    const RowKeys keys(run, unit, head, position,
+                       reinterpret_cast<uint32_t*>(logits + slots), nullptr);
+    for (int32_t slot = 0; slot < s.k_len; ++slot) {
+      if (keys.Reads(slot)) selected += std::exp(logits[slot] - top);
+    }
+    return selected / total;
+  }
   const int32_t query_block = position / g.block_size - s.first_query_block;
   for (uint16_t block : run.List(unit, head, query_block)) selected += mass_of(block);
   return selected / total;
@@ -87,7 +96,8 @@ class ReportReader {
                        head * s.entries_per_head +
                        plan_.row_entries[s.query_block_begin + query_block],
             .count =
-                At<uint16_t>(plan_.counts_at)[g_.ListRow(sequence, head, query_block)]};
+                At<uint16_t>(plan_.counts_at)[g_.ListRow(sequence, head, query_block)],
+            .gathered = plan_.gathers ? plan_.GatheredBlocks(s) : 0};
   }
 
   void WhatRan(AttentionStats& stats) const {

@@ -80,6 +80,53 @@ struct AttentionRun {
     return At<float>(plan.pooled_at) + unit.pooled_begin;
   }
 
+  // The lines of a query head, and the packed keys and values of its columns.
+  std::span<int32_t> ChosenColumns(const Unit& unit, int32_t head) const {
+    const SequenceGeometry& s = Sequence(unit);
+    const int32_t count = plan.Columns(s);
+    return {Lines(unit) + (head - QueryHead(unit, 0)) * count,
+            static_cast<size_t>(count)};
+  }
+  std::span<int32_t> ChosenDistances(const Unit& unit, int32_t head) const {
+    const SequenceGeometry& s = Sequence(unit);
+    const int32_t count = plan.Distances(s);
+    return {Lines(unit) + plan.num_members * plan.Columns(s) +
+                (head - QueryHead(unit, 0)) * count,
+            static_cast<size_t>(count)};
+  }
+  uint32_t* GatheredKeys(const Unit& unit, int32_t member) const {
+    const SequenceGeometry& s = Sequence(unit);
+    return reinterpret_cast<uint32_t*>(Pooled(unit) + plan.Pooled(s).columns) +
+           int64_t{2} * member * plan.GatheredBlocks(s) * BlockWords();
+  }
+  uint32_t* GatheredValues(const Unit& unit, int32_t member) const {
+    return GatheredKeys(unit, member) +
+           plan.GatheredBlocks(Sequence(unit)) * BlockWords();
+  }
+  int32_t* Lines(const Unit& unit) const {
+    return reinterpret_cast<int32_t*>(Pooled(unit) +
+                                      plan.Pooled(Sequence(unit)).lines);
+  }
+
+  // Means of the unit's key blocks and value blocks: rows, and packed like keys and
+  // values, [MeanBlocks()] blocks.
+  float* MeanKeyRows(const Unit& unit) const {
+    return At<float>(plan.means_at) + unit.means_begin;
+  }
+  float* MeanValueRows(const Unit& unit) const {
+    return MeanKeyRows(unit) + MeanRowsFloats(unit);
+  }
+  uint32_t* MeanKeys(const Unit& unit) const {
+    return reinterpret_cast<uint32_t*>(MeanValueRows(unit) + MeanRowsFloats(unit));
+  }
+  uint32_t* MeanValues(const Unit& unit) const {
+    return MeanKeys(unit) + plan.MeanBlocks(Sequence(unit)) * BlockWords();
+  }
+  int64_t MeanRowsFloats(const Unit& unit) const {
+    return int64_t{plan.MeanBlocks(Sequence(unit))} * plan.geometry.block_size *
+           plan.geometry.head_dim;
+  }
+
   // Length of the list of (query head, query block of the sequence), when blocks are
   // selected.
   uint16_t& ListCount(const Unit& unit, int32_t head, int32_t query_block) const {
@@ -122,6 +169,7 @@ void ScoreAndSortKeys(AttentionRun& run, const Wave& wave);  // positions of the
 void PackOperands(AttentionRun& run, const Wave& wave);      // packed K and V, pooled K
 void SelectBlocks(AttentionRun& run, const Wave& wave);      // lists
 void FallBackToDense(AttentionRun& run, const Wave& wave);   // where lists do not pay
+void PackMeans(AttentionRun& run, const Wave& wave);         // packed means of blocks
 void Attend(AttentionRun& run, const Wave& wave);            // o, lse
 void MeasureCoverage(AttentionRun& run, const Wave& wave);
 
@@ -132,6 +180,9 @@ double UnitCausalRatio(const AttentionRun& run, const Unit& unit);
 // published code rounds.
 void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
                 int32_t divisor, float* mean);
+
+// Packs gathered rows of values, [block_size, depth] words.
+void PackValues(const AttentionRun& run, const uint32_t* rows, uint32_t* values);
 
 // Fills `report` from the workspace of a finished run.
 void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,

@@ -7,8 +7,6 @@
 #include <limits>
 #include <span>
 
-#include "methods/block_selection.h"
-
 namespace pbs::cpu {
 namespace {
 
@@ -35,6 +33,9 @@ CpuScorer ScorerOf(const AttentionOptions& options) {
     case Scorer::kAntidiagonal:
       return {SelectByAntidiagonals, AntidiagonalsWords};
     case Scorer::kLines:
+      if (TraitsOf(options.method).rule == Rule::kLargestLines) {
+        return {SelectByVerticalSlash, VerticalSlashWords};
+      }
       return {SelectByLines, LinesWords};
     case Scorer::kNone:
       break;
@@ -137,14 +138,14 @@ float* PooledQueries(const AttentionRun& run, const Unit& unit, int32_t member) 
          static_cast<int64_t>(member) * s.num_query_blocks * run.plan.geometry.head_dim;
 }
 
-void StoreList(AttentionRun& run, const Unit& unit, int32_t member, int32_t query_block,
-               std::span<uint8_t> keep) {
+ForcedBlocks ForcedBlocksOf(const AttentionRun& run, const Unit& unit,
+                            int32_t query_block) {
   const AttentionGeometry& g = run.plan.geometry;
   const AttentionOptions& options = run.plan.problem.options;
   const SequenceGeometry& s = run.Sequence(unit);
   const int32_t block = s.first_query_block + query_block;
   const int32_t own = block / g.blocks_per_segment * g.blocks_per_segment;
-  const ForcedBlocks forced = {
+  return {
       .own_begin = own,
       .own_end = g.RowCapacity(s, block),
       .first_block = ForcesFirstBlock(options) ? run.FirstBlock(unit) : -1,
@@ -152,6 +153,11 @@ void StoreList(AttentionRun& run, const Unit& unit, int32_t member, int32_t quer
       .window_begin =
           IsDenseTail(run, unit, query_block) ? 0 : block + 1 - options.window_blocks,
   };
+}
+
+void StoreList(AttentionRun& run, const Unit& unit, int32_t member, int32_t query_block,
+               std::span<uint8_t> keep) {
+  const ForcedBlocks forced = ForcedBlocksOf(run, unit, query_block);
   KeepForced(forced, keep);
   const int32_t head = run.QueryHead(unit, member);
   run.ListCount(unit, head, query_block) = static_cast<uint16_t>(

@@ -9,6 +9,7 @@
 #include <span>
 
 #include "cpu/attention_run.h"
+#include "methods/block_selection.h"
 
 namespace pbs::cpu {
 
@@ -59,11 +60,14 @@ void SelectByAntidiagonals(AttentionRun& run, const Unit& unit, const SelectItem
                            int worker);
 void SelectByLines(AttentionRun& run, const Unit& unit, const SelectItem& item,
                    int worker);
+void SelectByVerticalSlash(AttentionRun& run, const Unit& unit, const SelectItem& item,
+                           int worker);
 
 int64_t MeansWords(const CpuAttentionPlan& plan, const SequenceGeometry& s);
 int64_t BandsWords(const CpuAttentionPlan& plan, const SequenceGeometry& s);
 int64_t RowsWords(const CpuAttentionPlan& plan, const SequenceGeometry& s);
 int64_t AntidiagonalsWords(const CpuAttentionPlan& plan, const SequenceGeometry& s);
+int64_t VerticalSlashWords(const CpuAttentionPlan& plan, const SequenceGeometry& s);
 int64_t LinesWords(const CpuAttentionPlan& plan, const SequenceGeometry& s);
 
 // The divisors of the logits of both bands, [2] per member. Needs the pooled queries
@@ -83,7 +87,10 @@ int32_t NumCandidates(const AttentionRun& run, const Unit& unit, int32_t query_b
 bool IsDenseTail(const AttentionRun& run, const Unit& unit, int32_t query_block);
 // Block means of the queries of one member, [query blocks, head_dim].
 float* PooledQueries(const AttentionRun& run, const Unit& unit, int32_t member);
-// Adds the blocks that are read whatever their scores are, and stores the list.
+// The blocks that the query block reads whatever their scores are.
+ForcedBlocks ForcedBlocksOf(const AttentionRun& run, const Unit& unit,
+                            int32_t query_block);
+// Adds the forced blocks, and stores the list.
 void StoreList(AttentionRun& run, const Unit& unit, int32_t member, int32_t query_block,
                std::span<uint8_t> keep);
 

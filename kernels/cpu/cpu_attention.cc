@@ -55,6 +55,7 @@ bool RunWave(AttentionRun& run, const Wave& wave, double* times) {
   SelectBlocks(run, wave);
   if (!healthy()) return false;
   FallBackToDense(run, wave);
+  PackMeans(run, wave);
   watch.Lap(times[1]);
   Attend(run, wave);
   watch.Lap(times[2]);

@@ -23,8 +23,9 @@ const TileKernels& KernelsFor(Isa isa);
 
 // The methods that this backend runs.
 inline constexpr std::array kCpuMethods = {
-    Method::kDense,       Method::kPbs,   Method::kMeanPooling, Method::kXAttention,
-    Method::kFlexPrefill, Method::kPrism, Method::kFlashPrefill};
+    Method::kDense,      Method::kPbs,         Method::kMeanPooling,
+    Method::kXAttention, Method::kMInference,  Method::kFlexPrefill,
+    Method::kPrism,      Method::kFlashPrefill};
 
 class CpuAttention final : public AttentionBackend {
  public:

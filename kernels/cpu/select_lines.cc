@@ -12,12 +12,11 @@
 #include <numeric>
 #include <span>
 
-#include "cpu/attention_select.h"
+#include "cpu/line_masses.h"
 
 namespace pbs::cpu {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr int32_t kMeansTile = 16;  // query blocks scored together
 constexpr int kDigitBits = 8;       // of the search for the smallest kept probability
 constexpr int kDigits = 32 / kDigitBits;
@@ -29,126 +28,40 @@ int32_t PaddedBlocks(const SequenceGeometry& s) {
 
 // The item's memory.
 struct Lines {
-  Lines(const AttentionRun& run, const Unit& unit, int worker)
+  Lines(const AttentionRun& run, const Unit& unit, ItemScratch scratch)
       : s(run.Sequence(unit)),
         block_size(run.plan.geometry.block_size),
-        num_rows(run.plan.NumProxies(s)) {
-    const int64_t padded_keys = int64_t{s.num_key_blocks} * block_size;
-    ItemScratch scratch(run, worker);
-    queries = scratch.Words(int64_t{block_size} * run.plan.depth);
-    scores = scratch.Floats(int64_t{block_size} * block_size);
-    row_max = scratch.Floats(block_size);
-    row_sum = scratch.Floats(block_size);
-    columns = scratch.Floats(padded_keys);
-    diagonals = scratch.Floats(padded_keys);
-    sorted = scratch.Floats(padded_keys);
-    column_blocks = scratch.Floats(s.num_key_blocks);
-    diagonal_blocks = scratch.Floats(s.num_key_blocks);
-    estimate = scratch.Floats(s.num_key_blocks);
-    logits = scratch.Floats(int64_t{kMeansTile} * PaddedBlocks(s));
-    keeps_column = scratch.Keep(s.num_key_blocks);
-    keeps_distance = scratch.Keep(s.num_key_blocks);
-    keep = scratch.Keep(s.num_key_blocks);
-    sort_keys = scratch.SortKeys(s.num_key_blocks);
-  }
+        masses(run, unit, block_size, scratch),
+        sorted(scratch.Floats(int64_t{s.num_key_blocks} * block_size)),
+        column_blocks(scratch.Floats(s.num_key_blocks)),
+        diagonal_blocks(scratch.Floats(s.num_key_blocks)),
+        estimate(scratch.Floats(s.num_key_blocks)),
+        logits(scratch.Floats(int64_t{kMeansTile} * PaddedBlocks(s))),
+        keeps_column(scratch.Keep(s.num_key_blocks)),
+        keeps_distance(scratch.Keep(s.num_key_blocks)),
+        keep(scratch.Keep(s.num_key_blocks)),
+        sort_keys(scratch.SortKeys(s.num_key_blocks)) {}
   static int64_t Words(const CpuAttentionPlan& plan, const SequenceGeometry& s) {
     const int64_t block = plan.geometry.block_size;
     const int64_t blocks = RoundUp(s.num_key_blocks, kLanePad);
-    return block * (plan.depth + block + 2) + 3 * s.num_key_blocks * block +
-           3 * blocks + kMeansTile * blocks +
+    return LineMasses::Words(plan, s, plan.geometry.block_size) +
+           s.num_key_blocks * block + 3 * blocks + kMeansTile * blocks +
            3 * RoundUp(s.num_key_blocks / 4 + 1, kLanePad) + 2 * blocks;
   }
 
   const SequenceGeometry& s;
   int32_t block_size;
-  int32_t num_rows;          // last queries
-  uint32_t* queries;         // [num_rows, depth]
-  float* scores;             // [num_rows, block_size]
-  float* row_max;            // in units of log2
-  float* row_sum;
-  float* columns;            // [keys] mean probability of a key slot
-  float* diagonals;          // [keys] of a distance d, at index k_len - 1 - d
-  float* sorted;             // [keys]
-  float* column_blocks;      // [blocks]
-  float* diagonal_blocks;    // [blocks] of the distances of index block y
-  float* estimate;           // [blocks]
-  float* logits;             // [kMeansTile, padded blocks]
+  LineMasses masses;
+  float* sorted;                      // [keys]
+  float* column_blocks;               // [blocks]
+  float* diagonal_blocks;             // [blocks] of the distances, the largest first
+  float* estimate;                    // [blocks]
+  float* logits;                      // [kMeansTile, padded blocks]
   std::span<uint8_t> keeps_column;    // [blocks]
   std::span<uint8_t> keeps_distance;  // [blocks] by block distance
   std::span<uint8_t> keep;
   std::span<uint64_t> sort_keys;
 };
-
-void LoadQueries(const AttentionRun& run, const Unit& unit, int32_t member,
-                 const Lines& lines) {
-  for (int32_t r = 0; r < lines.num_rows; ++r) {
-    const int32_t row = lines.s.q_len - lines.num_rows + r;
-    RowToWords(run.kernels, run.plan.format,
-               run.QueryRow(unit, run.QueryHead(unit, member), row),
-               run.plan.geometry.head_dim,
-               lines.queries + static_cast<int64_t>(r) * run.plan.depth);
-  }
-}
-
-// Calls body(row, slot, logit in units of log2) for every key that a last query sees.
-template <class Body>
-void ForEachLogit(const AttentionRun& run, const Unit& unit, const Lines& lines,
-                  Body&& body) {
-  const CpuAttentionPlan& plan = run.plan;
-  const int32_t* positions = run.Positions(unit);
-  const GemmFunction gemm =
-      plan.format.pairs ? run.kernels.gemm_pairs : run.kernels.gemm;
-  const float scale =
-      kLog2E / std::sqrt(static_cast<float>(plan.geometry.head_dim));
-  const int32_t first_position = lines.s.k_len - lines.num_rows;
-  for (int32_t block = 0; block < lines.s.num_key_blocks; ++block) {
-    gemm({.rows = lines.num_rows,
-          .cols = lines.block_size,
-          .depth = plan.depth,
-          .a = lines.queries,
-          .a_stride = plan.depth,
-          .b = run.PackedKeys(unit) + block * run.BlockWords(),
-          .c = lines.scores,
-          .c_stride = lines.block_size});
-    for (int32_t r = 0; r < lines.num_rows; ++r) {
-      const float* row = lines.scores + static_cast<int64_t>(r) * lines.block_size;
-      const int32_t begin = block * lines.block_size;
-      for (int32_t i = 0; i < lines.block_size; ++i) {
-        if (positions[begin + i] > first_position + r) continue;
-        body(r, begin + i, row[i] * scale);
-      }
-    }
-  }
-}
-
-// Fills `columns` and `diagonals`. False when a logit is not finite.
-bool MeasureLines(const AttentionRun& run, const Unit& unit, const Lines& lines) {
-  std::fill_n(lines.row_max, lines.num_rows, -INFINITY);
-  std::fill_n(lines.row_sum, lines.num_rows, 0.0f);
-  bool finite = true;
-  ForEachLogit(run, unit, lines, [&](int32_t r, int32_t, float logit) {
-    finite &= std::isfinite(logit);
-    if (logit > lines.row_max[r]) {
-      lines.row_sum[r] *= std::exp2(lines.row_max[r] - logit);
-      lines.row_max[r] = logit;
-    }
-    lines.row_sum[r] += std::exp2(logit - lines.row_max[r]);
-  });
-  if (!finite) return false;
-  const int64_t padded_keys = int64_t{lines.s.num_key_blocks} * lines.block_size;
-  std::fill_n(lines.columns, padded_keys, 0.0f);
-  std::fill_n(lines.diagonals, padded_keys, 0.0f);
-  const int32_t first_position = lines.s.k_len - lines.num_rows;
-  const float share = 1.0f / static_cast<float>(lines.num_rows);
-  ForEachLogit(run, unit, lines, [&](int32_t r, int32_t slot, float logit) {
-    const float p = std::exp2(logit - lines.row_max[r]) / lines.row_sum[r] * share;
-    lines.columns[slot] += p;
-    // In sorted keys a slot can lie behind its query.
-    const int32_t distance = std::max(first_position + r - slot, 0);
-    lines.diagonals[lines.s.k_len - 1 - distance] += p;
-  });
-  return true;
-}
 
 // The fewest lines whose mass passes gamma, as a number of blocks.
 int32_t CountBlocks(const Lines& lines, const float* values, float gamma,
@@ -166,10 +79,16 @@ int32_t CountBlocks(const Lines& lines, const float* values, float gamma,
   return std::clamp((count + 1) / tokens_per_block + 1, 1, lines.s.num_key_blocks);
 }
 
-void SumBlocks(const Lines& lines, const float* values, float* blocks) {
+// Masses of blocks of columns, and of blocks of distances that are counted from the
+// largest distance, k_len - 1.
+void SumBlocks(Lines& lines) {
   for (int32_t j = 0; j < lines.s.num_key_blocks; ++j) {
-    const float* begin = values + static_cast<int64_t>(j) * lines.block_size;
-    blocks[j] = std::accumulate(begin, begin + lines.block_size, 0.0f);
+    const int32_t begin = j * lines.block_size;
+    const int32_t end = std::min(begin + lines.block_size, lines.s.k_len);
+    const float* columns = lines.masses.columns();
+    const float* distances = lines.masses.distances() + lines.s.k_len;
+    lines.column_blocks[j] = std::accumulate(columns + begin, columns + end, 0.0f);
+    lines.diagonal_blocks[j] = std::accumulate(distances - end, distances - begin, 0.0f);
   }
 }
 
@@ -222,7 +141,8 @@ bool Softmax(float* row, int32_t count) {
 // Fills `estimate` from the mean of the last queries.
 bool EstimateColumns(const AttentionRun& run, const Unit& unit, const Lines& lines) {
   float mean[kHeadDims.back()];
-  MeanOfRows(run, lines.queries, lines.num_rows, lines.num_rows, mean);
+  const int32_t rows = lines.masses.num_queries();
+  MeanOfRows(run, lines.masses.queries(), rows, rows, mean);
   ScoreMeans(run, unit, mean, 1, lines.logits);
   std::copy_n(lines.logits, lines.s.num_key_blocks, lines.estimate);
   return Softmax(lines.estimate, lines.s.num_key_blocks);
@@ -301,13 +221,13 @@ bool CutGrid(const AttentionRun& run, const Unit& unit, int32_t member,
 }
 
 // Block columns and block distances of a head that selects by lines.
-void KeepLines(const AttentionRun& run, const Lines& lines, bool only_forced) {
+void KeepLines(const AttentionRun& run, Lines& lines, bool only_forced) {
   const AttentionOptions& options = run.plan.problem.options;
   const int32_t tokens = options.as_published ? 128 : lines.block_size;
   const int32_t num_columns =
-      only_forced ? 1 : CountBlocks(lines, lines.columns, options.gamma, tokens);
+      only_forced ? 1 : CountBlocks(lines, lines.masses.columns(), options.gamma, tokens);
   const int32_t num_distances =
-      only_forced ? 1 : CountBlocks(lines, lines.diagonals, options.gamma, tokens);
+      only_forced ? 1 : CountBlocks(lines, lines.masses.distances(), options.gamma, tokens);
   const int32_t last = lines.s.num_key_blocks - 1;
   if (options.force_first_block) lines.column_blocks[0] = INFINITY;
   lines.diagonal_blocks[last] = INFINITY;
@@ -325,14 +245,13 @@ int64_t LinesWords(const CpuAttentionPlan& plan, const SequenceGeometry& s) {
 void SelectByLines(AttentionRun& run, const Unit& unit, const SelectItem& item,
                    int worker) {
   const AttentionOptions& options = run.plan.problem.options;
-  Lines lines(run, unit, worker);
-  LoadQueries(run, unit, item.member, lines);
-  if (!MeasureLines(run, unit, lines) || !EstimateColumns(run, unit, lines)) {
+  Lines lines(run, unit, ItemScratch(run, worker));
+  if (!lines.masses.Measure(item.member, run.plan.geometry.head_dim) ||
+      !EstimateColumns(run, unit, lines)) {
     run.non_finite = true;
     return;
   }
-  SumBlocks(lines, lines.columns, lines.column_blocks);
-  SumBlocks(lines, lines.diagonals, lines.diagonal_blocks);
+  SumBlocks(lines);
   const bool query_aware = Distance(lines) < options.tau;  // false for NaN
   KeepLines(run, lines, query_aware);
   GridCut cut = {.least = UINT32_MAX, .ties = 0};

@@ -51,7 +51,7 @@ std::vector<std::pair<std::string, AttentionOptions>> Methods() {
   for (const int32_t block : {32, 128}) {
     const auto add = [&](const char* name, AttentionOptions options) {
       options.block_size = block;
-      options.segment_size = std::min(2 * block, 128);
+      if (Permutes(options)) options.segment_size = std::min(2 * block, 128);
       options.threshold = 0.7f;
       methods.push_back({absl::StrCat(name, " block ", block), options});
     };

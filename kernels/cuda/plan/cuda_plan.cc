@@ -34,6 +34,9 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.block_size != kBlockTokens) {
     return Unsupported("block_size", std::to_string(problem.options.block_size), "128");
   }
+  if (problem.options.mean_correction) {
+    return Unsupported("mean_correction", "true", "false");
+  }
   return CheckMethods(problem.options, kCudaMethods, "cuda");
 }
 
@@ -253,6 +256,9 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.logit_stride = plan.logit_stride;
   s.threshold = options.threshold;
   s.force_first_block = options.force_first_block ? 1 : 0;
+  s.dense_tail_blocks = options.dense_tail_blocks;
+  s.sink_blocks = options.sink_blocks;
+  s.window_blocks = options.window_blocks;
   s.own_has_mass = Permutes(options) ? 0 : 1;
   s.permutes = plan.permutes ? 1 : 0;
   s.pools = plan.selects ? 1 : 0;

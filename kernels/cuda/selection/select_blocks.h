@@ -1,6 +1,7 @@
 // Makes the lists of key blocks. The list of a query block has the fewest past blocks
 // whose share of the pooled attention mass reaches the threshold, the block of key 0,
-// and the blocks of the own segment (arXiv 2510.21270, section 3.3).
+// the blocks of the own segment (arXiv 2510.21270, section 3.3), and those that the
+// options force.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
@@ -176,6 +177,10 @@ class SelectBlocks {
             ? LoadGlobal(params_.first_block + order_head_ * params_.num_sequences +
                          sequence_index_)
             : -1;
+    const int query_block = first_row_ + row;
+    const bool dense_tail =
+        sequence_.num_query_blocks - query_block <= params_.dense_tail_blocks;
+    const int window_begin = dense_tail ? 0 : Block(row) + 1 - params_.window_blocks;
     uint16_t* list = params_.entries + EntryOffset(sequence_, head_, first_row_ + row,
                                                    params_.blocks_per_segment);
     int count = 0;
@@ -186,7 +191,8 @@ class SelectBlocks {
       const uint32_t tied = Ballot(past && bits == least);
       bool keep = past && (bits > least ||
                            (bits == least && PopulationCount(tied & before) < ties));
-      keep = keep || (past && block == forced);
+      keep = keep || (past && (block == forced || block < params_.sink_blocks ||
+                               block >= window_begin));
       ties -= PopulationCount(tied);
       const uint32_t kept = Ballot(keep);
       if (keep) {

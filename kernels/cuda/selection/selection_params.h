@@ -65,7 +65,11 @@ struct SelectionParams {
 
   float threshold;
   int32_t force_first_block;
-  int32_t own_has_mass;  // mean pooling: blocks up to the diagonal share the mass
+  int32_t own_has_mass;  // identity order: blocks up to the diagonal share the mass
+  // Blocks that are read whatever their scores are (pbs/attention_options.h).
+  int32_t dense_tail_blocks;
+  int32_t sink_blocks;
+  int32_t window_blocks;
   int32_t permutes;      // keys and values are gathered; else they are read in place
   int32_t pools;         // block means of keys are computed
   ScoreRounding rounding;
