@@ -21,7 +21,7 @@
 namespace pbs::testing_support {
 
 struct MatrixMethod {
-  const char* name;
+  std::string name;
   AttentionOptions options;
 };
 
@@ -70,10 +70,10 @@ inline std::vector<MatrixMethod> SelectingMethods() {
 // Those, and what their options change.
 inline std::vector<MatrixMethod> MatrixMethods() {
   std::vector<MatrixMethod> methods = SelectingMethods();
-  const auto add = [&](const char* name, const char* of, auto&& change) {
-    const auto base = std::find_if(
-        methods.begin(), methods.end(),
-        [&](const MatrixMethod& method) { return std::string(method.name) == of; });
+  const auto add = [&](const std::string& name, const std::string& of, auto&& change) {
+    const auto base =
+        std::find_if(methods.begin(), methods.end(),
+                     [&](const MatrixMethod& method) { return method.name == of; });
     AttentionOptions options = base->options;
     change(options);
     methods.push_back({name, options});
@@ -116,6 +116,8 @@ inline std::vector<MatrixMethod> MatrixMethods() {
     o.fast_threshold = 0.3f;
   });
   add("prism_permuted", "prism", permute);
+  add("prism_permuted_query_head", "prism_permuted",
+      [](auto& o) { o.scope = Scope::kQueryHead; });
   add("prism_tail_sink_window", "prism", [](auto& o) {
     o.dense_tail_blocks = 2;
     o.sink_blocks = 1;
@@ -128,8 +130,16 @@ inline std::vector<MatrixMethod> MatrixMethods() {
     o.window_blocks = 2;
   });
   add("flashprefill_permuted", "flashprefill", permute);
+  add("flashprefill_permuted_query_head", "flashprefill_permuted",
+      [](auto& o) { o.scope = Scope::kQueryHead; });
   add("flashprefill_published_permuted", "flashprefill_permuted",
       [](auto& o) { o.as_published = true; });
+  for (const char* name :
+       {"pbs", "pbs_query_head", "mean_pooling", "flexprefill", "flashprefill",
+        "xattention_permuted", "prism_tail_sink_window"}) {
+    add(std::string(name) + "_corrected", name,
+        [](auto& o) { o.mean_correction = true; });
+  }
   AttentionOptions dense;
   dense.method = Method::kDense;
   dense.block_size = 16;
@@ -223,7 +233,7 @@ inline ListDifference CompareLists(AttentionCase& inputs, const BlockLists& ours
       AttentionProblem problem = inputs.problem();
       for (float* x : {&problem.options.threshold, &problem.options.fast_threshold,
                        &problem.options.gamma, &problem.options.alpha}) {
-        *x *= change;
+        *x = std::min(*x * change, 1.0f);
       }
       near.push_back(
           ExpandMask(g, reference::Decide(problem, inputs.Tensors()).lists.View()));

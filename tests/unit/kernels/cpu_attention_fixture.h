@@ -95,7 +95,7 @@ inline void ExpectOutputsNear(const AttentionCase& inputs,
     }
   }
   EXPECT_LE(worst, tolerance);
-  EXPECT_LE(worst_lse, testing_support::kLseTolerance);
+  EXPECT_LE(worst_lse, testing_support::LseTolerance(inputs.problem().dtype, false));
 }
 
 class CpuAttentionSpec : public testing::TestWithParam<Engine> {

@@ -28,9 +28,6 @@ using testing_support::GoldenCase;
 using testing_support::MeanCorrectionCases;
 using testing_support::RunOn;
 
-// Methods whose unselected blocks this backend can correct by their means.
-constexpr bool kCpuCorrectsMeans = false;
-
 // The published code of prism rounds block means and temperatures to the input dtype,
 // we do not. In the case in bf16 that swaps two blocks of head 0, row 8, whose
 // estimated masses are 0.0867 and 0.0858, next to the threshold.
@@ -121,7 +118,6 @@ TEST_P(GoldenBaselineSpec, OutputsAreThePublishedOnesGivenTheirMask) {
 }
 
 TEST_P(GoldenBaselineSpec, MeanCorrectionIsThePublishedOneGivenTheirMask) {
-  if (!kCpuCorrectsMeans) GTEST_SKIP() << "the CPU backend has no mean correction";
   for (GoldenCase& golden : MeanCorrectionCases()) {
     SCOPED_TRACE(golden.name);
     AttentionProblem problem = golden.problem;
