@@ -221,22 +221,23 @@ struct ListDifference {
 
 // A block may differ when thresholds that differ by kThresholdSlack make the reference
 // select it or not.
-inline ListDifference CompareLists(AttentionCase& inputs, const BlockLists& ours,
-                                   const BlockLists& expected) {
-  const AttentionGeometry& g = inputs.geometry();
+inline ListDifference CompareLists(const AttentionProblem& problem,
+                                   const AttentionTensors& tensors,
+                                   const BlockLists& ours, const BlockLists& expected) {
+  const AttentionGeometry g = MakeGeometry(problem);
   const std::vector<uint8_t> mine = ExpandMask(g, ours.View());
   const std::vector<uint8_t> theirs = ExpandMask(g, expected.View());
   ListDifference difference;
   std::vector<std::vector<uint8_t>> near;
   if (mine != theirs) {
     for (const float change : {1 - kThresholdSlack, 1 + kThresholdSlack}) {
-      AttentionProblem problem = inputs.problem();
-      for (float* x : {&problem.options.threshold, &problem.options.fast_threshold,
-                       &problem.options.gamma, &problem.options.alpha}) {
+      AttentionProblem changed = problem;
+      AttentionOptions& options = changed.options;
+      for (float* x : {&options.threshold, &options.fast_threshold, &options.gamma,
+                       &options.alpha}) {
         *x = std::min(*x * change, 1.0f);
       }
-      near.push_back(
-          ExpandMask(g, reference::Decide(problem, inputs.Tensors()).lists.View()));
+      near.push_back(ExpandMask(g, reference::Decide(changed, tensors).lists.View()));
     }
   }
   for (size_t i = 0; i < mine.size(); ++i) {

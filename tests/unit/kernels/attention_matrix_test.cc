@@ -53,6 +53,25 @@ std::vector<Engine> Engines() {
   return engines;
 }
 
+void Scale(std::vector<uint8_t>& bytes, float factor) {
+  auto* values = reinterpret_cast<float*>(bytes.data());
+  for (size_t i = 0; i < bytes.size() / sizeof(float); ++i) values[i] *= factor;
+}
+
+// Of one sequence. Keys behind the last whole segment stay in place.
+std::vector<int32_t> ReversedSegments(const AttentionGeometry& g) {
+  std::vector<int32_t> order;
+  for (int32_t head = 0; head < g.num_order_heads; ++head) {
+    const auto keys = static_cast<int32_t>(g.total_k);
+    for (int32_t slot = 0; slot < keys; ++slot) {
+      const int32_t begin = slot / g.segment_size * g.segment_size;
+      const bool whole = begin + g.segment_size <= keys;
+      order.push_back(whole ? 2 * begin + g.segment_size - 1 - slot : slot);
+    }
+  }
+  return order;
+}
+
 class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
  protected:
   // Runs one case and compares; sums up how lists differ.
@@ -65,8 +84,8 @@ class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
     ASSERT_TRUE(run.status.ok()) << run.status.ToString();
     const reference::Decision& expected = Answers().Decide(key, inputs);
     if (run.report.order == expected.order) {
-      const ListDifference difference =
-          testing_support::CompareLists(inputs, run.report.lists, expected.lists);
+      const ListDifference difference = testing_support::CompareLists(
+          problem, inputs.Tensors(), run.report.lists, expected.lists);
       EXPECT_EQ(difference.outside, 0);
       total_.blocks += difference.blocks;
       total_.differ += difference.differ;
@@ -172,6 +191,42 @@ TEST_P(AttentionMatrixSpec, ListsOfAGivenOrderAreTheReferences) {
       EXPECT_EQ(run.report.order, order);
       EXPECT_EQ(run.report.lists.indices,
                 reference::Decide(problem, tensors).lists.indices);
+    }
+  }
+}
+
+struct InputCase {
+  const char* name;
+  float queries;  // factors of the inputs
+  float keys;
+};
+
+// Scores that all tie, and scores so far apart that many probabilities are 0 in f32.
+TEST_P(AttentionMatrixSpec, ListsOfExtremeScoresAreTheReferences) {
+  if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "scores are f32 for all dtypes";
+  for (const InputCase& c :
+       {InputCase{"zero_queries", 0, 1}, InputCase{"zero_keys", 1, 0},
+        InputCase{"all_zero", 0, 0}, InputCase{"far_apart", 6, 6}}) {
+    for (const MatrixMethod& method : MatrixMethods()) {
+      SCOPED_TRACE(std::string(c.name) + " " + method.name);
+      AttentionProblem problem =
+          MatrixProblem(MatrixShapes()[0], DType::kF32, method.options);
+      if (method.options.dense_fallback) continue;
+      // An order by importances that are 0 in f32 only is the backend's own.
+      problem.options.use_given_order = Permutes(problem.options);
+      AttentionCase inputs(problem, 29);
+      Scale(inputs.q_bytes(), c.queries);
+      Scale(inputs.k_bytes(), c.keys);
+      AttentionTensors tensors = inputs.Tensors();
+      const std::vector<int32_t> order = ReversedSegments(inputs.geometry());
+      tensors.order = {order.data(), PackedLayout(inputs.geometry().total_k, 1)};
+      const BackendRun run = testing_support::RunOn(attention_, problem, tensors);
+      ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+      const auto expected = reference::Decide(problem, tensors);
+      EXPECT_EQ(testing_support::CompareLists(problem, tensors, run.report.lists,
+                                              expected.lists)
+                    .outside,
+                0);
     }
   }
 }
