@@ -288,7 +288,8 @@ bool ForcesFirstBlock(const AttentionOptions& options) {
 bool SelectsEveryBlock(const AttentionOptions& options) {
   const MethodTraits& traits = TraitsOf(options.method);
   if (!traits.Selects()) return true;
-  return (traits.options & kThreshold) != 0 && options.threshold >= 1.0f;
+  return ((traits.options & kThreshold) != 0 && options.threshold >= 1.0f) ||
+         ((traits.options & kGamma) != 0 && options.gamma >= 1.0f);
 }
 
 std::string CanonicalText(const AttentionOptions& options) {
@@ -316,10 +317,14 @@ Status ValidateOptions(const AttentionOptions& options) {
     } else if (Differs(options, defaults, option)) {
       const bool needs_permute =
           (option.bit & kOfSortedKeys) != 0 && TraitsOf(options.method).Selects();
-      return InvalidArgument(
-          "method " + std::string(MethodName(options.method)) + " has no option" +
-          Assignment(options, option) + "; " + MethodsWith(option.bit) +
-          (needs_permute ? " and methods with permute have it" : " have it"));
+      const std::string owners = MethodsWith(option.bit);
+      const bool one = owners.find(',') == std::string::npos;
+      return InvalidArgument("method " + std::string(MethodName(options.method)) +
+                             " has no option" + Assignment(options, option) + "; " +
+                             owners +
+                             (needs_permute ? " and methods with permute have it"
+                              : one         ? " has it"
+                                            : " have it"));
     }
   }
   PBS_RETURN_IF_ERROR(CheckSizes(options, has));

@@ -157,38 +157,54 @@ inline std::vector<MatrixShape> MatrixShapes() {
           {"one_query", 2, 1, 64, {{1, 131}}},
           {"offset_inside_a_block", 2, 1, 128, {{59, 141}}},
           {"offset_at_a_block", 2, 1, 32, {{64, 160}}},
+          {"many_tiles", 6, 2, 32, {{300, 300}}},
           {"packed", 4, 2, 64, {{75, 75}, {0, 0}, {1, 1}, {0, 40}, {33, 110}, {9, 9}}}};
 }
 
-// The reference's answers of one case. It is slow, and the engines nearly always decide
+// The reference's answers by case. It is slow, and the engines nearly always decide
 // alike, so the answers are kept and recomputed when a decision differs.
 class ReferenceAnswers {
  public:
-  const reference::Decision& Decide(const std::string& name, AttentionCase& inputs) {
-    const auto found = decisions_.find(name);
-    if (found != decisions_.end()) return found->second;
-    return decisions_[name] = reference::Decide(inputs.problem(), inputs.Tensors());
+  const reference::Result& Run(const std::string& name, AttentionCase& inputs) {
+    const auto found = results_.find(name);
+    if (found != results_.end()) return found->second;
+    return results_[name] = reference::Run(inputs.problem(), inputs.Tensors());
   }
+  // Its output for the order and lists of a backend's report.
   const reference::Output& Attend(const std::string& name, AttentionCase& inputs,
-                                  reference::Decision decision) {
-    const auto found = outputs_.find(name);
-    if (found != outputs_.end() && IsEqual(found->second.first, decision)) {
-      return found->second.second;
-    }
-    reference::Output output =
-        reference::Attend(inputs.problem(), inputs.Tensors(), decision);
-    return (outputs_[name] = {std::move(decision), std::move(output)}).second;
+                                  const AttentionReport& report) {
+    const reference::Result& result = Run(name, inputs);
+    if (DecidesAlike(result.decision, report)) return result.output;
+    reference::Decision own;
+    own.order = report.order;
+    own.lists = report.lists;
+    return other_ = reference::Attend(inputs.problem(), inputs.Tensors(), own);
+  }
+  static bool DecidesAlike(const reference::Decision& decision,
+                           const AttentionReport& report) {
+    return decision.order == report.order &&
+           decision.lists.indices == report.lists.indices &&
+           decision.lists.count == report.lists.count;
   }
 
  private:
-  static bool IsEqual(const reference::Decision& a, const reference::Decision& b) {
-    return a.order == b.order && a.lists.indices == b.lists.indices &&
-           a.lists.count == b.lists.count;
-  }
-
-  std::map<std::string, reference::Decision> decisions_;
-  std::map<std::string, std::pair<reference::Decision, reference::Output>> outputs_;
+  std::map<std::string, reference::Result> results_;
+  reference::Output other_;
 };
+
+inline void ExpectEqualStats(const AttentionStats& ours,
+                             const AttentionStats& expected) {
+  EXPECT_EQ(ours.executed_blocks, expected.executed_blocks);
+  EXPECT_EQ(ours.lower_blocks, expected.lower_blocks);
+  EXPECT_EQ(ours.causal_blocks, expected.causal_blocks);
+  EXPECT_EQ(ours.dense_blocks, expected.dense_blocks);
+  EXPECT_EQ(ours.method_run, expected.method_run);
+  EXPECT_EQ(ours.dense_fallback, expected.dense_fallback);
+  EXPECT_DOUBLE_EQ(ours.dense_flops, expected.dense_flops);
+  EXPECT_DOUBLE_EQ(ours.executed_flops, expected.executed_flops);
+  EXPECT_EQ(ours.coverage_rows, expected.coverage_rows);
+  EXPECT_NEAR(ours.coverage, expected.coverage, kCoverageTolerance);
+}
 
 struct OutputErrors {
   double o = 0;

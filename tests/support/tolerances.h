@@ -29,6 +29,9 @@ inline double LseTolerance(DType dtype, bool corrects) {
   return dtype == DType::kF16 ? 2e-3 : 1e-2;
 }
 
+// Largest |coverage - reference|: f32 probabilities of up to 1024 keys.
+inline constexpr double kCoverageTolerance = 1e-5;
+
 // Relative change of a threshold that covers the rounding of f32 scores: logits up to
 // about 10 are off by 1e-6, masses by as much of their value.
 inline constexpr float kThresholdSlack = 1e-4f;

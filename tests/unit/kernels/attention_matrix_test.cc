@@ -2,6 +2,7 @@
 // and table of the CPU backend, against the f64 reference.
 //
 //   order, lists  the reference's own; blocks next to a threshold may differ
+//   statistics    the reference's
 //   o, lse        the reference's for the backend's own order and lists
 //
 // tests/support/attention_matrix.h has the table, tolerances.h the tolerances.
@@ -17,6 +18,13 @@
 
 namespace pbs::cpu {
 namespace {
+
+// Sanitized builds try every ninth length: every one takes minutes there.
+#ifdef PBS_FEW_LENGTHS
+constexpr int32_t kLengthStep = 9;
+#else
+constexpr int32_t kLengthStep = 1;
+#endif
 
 using testing_support::AttentionCase;
 using testing_support::BackendRun;
@@ -75,34 +83,44 @@ std::vector<int32_t> ReversedSegments(const AttentionGeometry& g) {
 class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
  protected:
   // Runs one case and compares; sums up how lists differ.
-  void Check(const std::string& name, const AttentionProblem& problem, uint32_t seed) {
+  void Check(const std::string& name, AttentionProblem problem, uint32_t seed) {
     const std::string key = name + " " + DTypeName(problem.dtype);
     SCOPED_TRACE(key + " seed " + std::to_string(seed));
-    AttentionCase inputs(problem, seed);
+    problem.options.coverage_rows = 2;
+    AttentionCase inputs(problem, seed,
+                         problem.dtype == DType::kF32
+                             ? AttentionCase::Layout::kPacked
+                             : AttentionCase::Layout::kTokenMajor);
     const BackendRun run =
         testing_support::RunOn(attention_, problem, inputs.Tensors());
     ASSERT_TRUE(run.status.ok()) << run.status.ToString();
-    const reference::Decision& expected = Answers().Decide(key, inputs);
-    if (run.report.order == expected.order) {
-      const ListDifference difference = testing_support::CompareLists(
-          problem, inputs.Tensors(), run.report.lists, expected.lists);
-      EXPECT_EQ(difference.outside, 0);
-      total_.blocks += difference.blocks;
-      total_.differ += difference.differ;
-    } else {
-      // Half-precision scores tie; see golden_test.cc for how far moved keys are apart.
-      EXPECT_TRUE(problem.dtype != DType::kF32 &&
-                  problem.options.scope == Scope::kQueryHead);
-    }
-    reference::Decision own;
-    own.order = run.report.order;
-    own.lists = run.report.lists;
+    CompareDecisions(inputs, run.report, Answers().Run(key, inputs));
+    for (double density : run.report.head_density) EXPECT_LE(density, 1);
     const auto errors = testing_support::LargestErrors(
-        inputs, Answers().Attend(key, inputs, std::move(own)));
+        inputs, Answers().Attend(key, inputs, run.report));
     EXPECT_LE(errors.o, testing_support::OutputTolerance(
                             problem.dtype, GetParam().pairs, problem.shape.head_dim));
     EXPECT_LE(errors.lse, testing_support::LseTolerance(
                               problem.dtype, problem.options.mean_correction));
+  }
+
+  void CompareDecisions(AttentionCase& inputs, const AttentionReport& report,
+                        const reference::Result& expected) {
+    const AttentionProblem& problem = inputs.problem();
+    if (report.order != expected.decision.order) {
+      // Half-precision scores tie; see golden_test.cc for how far moved keys are apart.
+      EXPECT_TRUE(problem.dtype != DType::kF32 &&
+                  problem.options.scope == Scope::kQueryHead);
+      return;
+    }
+    const ListDifference difference = testing_support::CompareLists(
+        problem, inputs.Tensors(), report.lists, expected.decision.lists);
+    EXPECT_EQ(difference.outside, 0);
+    total_.blocks += difference.blocks;
+    total_.differ += difference.differ;
+    if (difference.differ > 0) return;
+    EXPECT_EQ(report.lists.num_masked, expected.decision.lists.num_masked);
+    testing_support::ExpectEqualStats(report.stats, expected.stats);
   }
 
   void TearDown() override {
@@ -151,10 +169,25 @@ TEST_P(AttentionMatrixSpec, EveryMethodOnEveryBlockSizeIsTheReferences) {
 }
 
 // Blocks of 16, segments of 32: up to four blocks and two whole segments.
+// Heads, tiles and segments of the default sizes.
+TEST_P(AttentionMatrixSpec, EveryMethodOnBlocksOf128IsTheReferences) {
+  for (const MatrixMethod& method : SelectingMethods()) {
+    AttentionOptions options = method.options;
+    options.block_size = 128;
+    if (Permutes(options)) options.segment_size = 256;
+    for (const MatrixShape& shape :
+         {MatrixShape{"odd_length", 4, 2, 96, {{701, 701}}},
+          MatrixShape{"batch", 4, 2, 64, {{513, 513}, {1, 1}, {90, 650}}}}) {
+      Check(method.name + " block 128 " + shape.name,
+            MatrixProblem(shape, GetParam().dtype, options), 31);
+    }
+  }
+}
+
 TEST_P(AttentionMatrixSpec, EveryMethodOnEverySmallLengthIsTheReferences) {
   if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "lengths are the same to dtypes";
   for (const MatrixMethod& method : MatrixMethods()) {
-    for (int32_t length = 1; length <= 70; ++length) {
+    for (int32_t length = 1; length <= 70; length += kLengthStep) {
       const MatrixShape shape = {"", 2, 1, 32, {{length, length}}};
       Check(method.name + " length " + std::to_string(length),
             MatrixProblem(shape, GetParam().dtype, method.options), 13);
@@ -165,7 +198,7 @@ TEST_P(AttentionMatrixSpec, EveryMethodOnEverySmallLengthIsTheReferences) {
 TEST_P(AttentionMatrixSpec, EveryMethodOnEveryNumberOfLastQueriesIsTheReferences) {
   if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "lengths are the same to dtypes";
   for (const MatrixMethod& method : MatrixMethods()) {
-    for (int32_t queries = 0; queries <= 69; ++queries) {
+    for (int32_t queries = 0; queries <= 69; queries += kLengthStep) {
       const MatrixShape shape = {"", 2, 1, 32, {{queries, 69}}};
       Check(method.name + " queries " + std::to_string(queries),
             MatrixProblem(shape, GetParam().dtype, method.options), 17);
@@ -252,8 +285,8 @@ TEST_P(AttentionMatrixSpec, ThresholdOneIsDense) {
       AttentionCase dense(MatrixProblem(shape, GetParam().dtype, all), 19);
       const std::string key = std::string("dense seed 19 ") + shape.name + " " +
                               DTypeName(GetParam().dtype);
-      const auto errors = testing_support::LargestErrors(
-          sparse, Answers().Attend(key, dense, Answers().Decide(key, dense)));
+      const auto errors =
+          testing_support::LargestErrors(sparse, Answers().Run(key, dense).output);
       EXPECT_LE(errors.o, testing_support::OutputTolerance(
                               GetParam().dtype, GetParam().pairs, shape.head_dim));
     }
