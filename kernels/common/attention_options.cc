@@ -146,8 +146,10 @@ std::string Assignment(const AttentionOptions& options, const OptionTraits& opti
   const std::string value = std::visit(
       [&](auto field) -> std::string {
         const auto x = options.*field;
-        if constexpr (std::is_same_v<decltype(x), const Scope>) return ScopeName(x);
-        else return Text(static_cast<double>(x));
+        if constexpr (std::is_same_v<decltype(x), const Scope>)
+          return ScopeName(x);
+        else
+          return Text(static_cast<double>(x));
       },
       option.field);
   return " " + std::string(option.name) + "=" + value;

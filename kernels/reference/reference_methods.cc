@@ -14,8 +14,7 @@ namespace pbs::reference {
 namespace {
 
 Kept KeepByScore(const SelectingHead& head) {
-  const MethodTraits& traits = TraitsOf(head.options().method);
-  switch (traits.scorer) {
+  switch (TraitsOf(head.options().method).scorer) {
     case Scorer::kMeans:
       return SelectByMeans(head);
     case Scorer::kBands:
@@ -25,7 +24,6 @@ Kept KeepByScore(const SelectingHead& head) {
     case Scorer::kAntidiagonal:
       return SelectByAntidiagonals(head);
     case Scorer::kLines:
-      PBS_CHECK(traits.rule == Rule::kCoverLines && "the reference has no minference");
       return SelectByLines(head);
     case Scorer::kNone:
       break;
@@ -110,7 +108,10 @@ BlockLists CopyLists(const BlockListsView& view) {
 
 }  // namespace
 
+bool HasMethod(Method method) { return TraitsOf(method).rule != Rule::kLargestLines; }
+
 Decision Decide(const AttentionProblem& problem, const AttentionTensors& tensors) {
+  PBS_CHECK(HasMethod(problem.options.method));
   const AttentionGeometry g = MakeGeometry(problem);
   Decision decision;
   decision.order.resize(static_cast<size_t>(g.num_order_heads * g.total_k));

@@ -67,83 +67,94 @@ inline std::vector<MatrixMethod> SelectingMethods() {
           {"flashprefill", with(plain, Method::kFlashPrefill)}};
 }
 
-// Those, and what their options change.
-inline std::vector<MatrixMethod> MatrixMethods() {
-  std::vector<MatrixMethod> methods = SelectingMethods();
-  const auto add = [&](const std::string& name, const std::string& of, auto&& change) {
+// Adds variants of methods to a table.
+class MethodTable {
+ public:
+  explicit MethodTable(std::vector<MatrixMethod> methods)
+      : methods_(std::move(methods)) {}
+
+  // `change` takes the options of the row named `of`.
+  template <class Change>
+  void Add(const std::string& name, const std::string& of, Change&& change) {
     const auto base =
-        std::find_if(methods.begin(), methods.end(),
+        std::find_if(methods_.begin(), methods_.end(),
                      [&](const MatrixMethod& method) { return method.name == of; });
     AttentionOptions options = base->options;
     change(options);
-    methods.push_back({name, options});
-  };
-  const auto permute = [](AttentionOptions& o) {
-    o.permute = true;
-    o.segment_size = 32;
-  };
-  add("pbs_query_head", "pbs", [](auto& o) { o.scope = Scope::kQueryHead; });
-  add("pbs_no_first_block", "pbs", [](auto& o) { o.force_first_block = false; });
-  add("pbs_large_segments", "pbs", [](auto& o) { o.segment_size = 48; });
-  add("pbs_tail_sink_window", "pbs", [](auto& o) {
-    o.dense_tail_blocks = 1;
-    o.sink_blocks = 2;
-    o.window_blocks = 3;
-    o.threshold = 0.2f;
-  });
-  add("pbs_fallback", "pbs", [](auto& o) { o.dense_fallback = true; });
-  add("mean_pooling_permuted", "mean_pooling", permute);
-  add("mean_pooling_no_first_block", "mean_pooling",
-      [](auto& o) { o.force_first_block = false; });
-  add("xattention_published", "xattention", [](auto& o) { o.as_published = true; });
-  add("xattention_stride_2", "xattention", [](auto& o) { o.stride = 2; });
-  add("xattention_stride_16", "xattention", [](auto& o) { o.stride = 16; });
-  add("xattention_permuted", "xattention", permute);
-  add("xattention_published_permuted", "xattention_permuted",
-      [](auto& o) { o.as_published = true; });
-  add("xattention_no_first_block", "xattention",
-      [](auto& o) { o.force_first_block = false; });
-  add("flexprefill_query_aware", "flexprefill", [](auto& o) { o.tau = 1; });
-  add("flexprefill_lines_only", "flexprefill", [](auto& o) { o.tau = 0; });
-  add("flexprefill_published", "flexprefill", [](auto& o) { o.as_published = true; });
-  add("flexprefill_permuted", "flexprefill", permute);
-  add("flexprefill_query_aware_permuted", "flexprefill_query_aware", permute);
-  add("flexprefill_no_first_block", "flexprefill",
-      [](auto& o) { o.force_first_block = false; });
-  add("prism_bands", "prism", [](auto& o) {
+    methods_.push_back({name, options});
+  }
+  std::vector<MatrixMethod> Take() { return std::move(methods_); }
+
+ private:
+  std::vector<MatrixMethod> methods_;
+};
+
+// Options that one method has, or that it treats in its own way.
+inline void AddOwnOptions(MethodTable& table) {
+  table.Add("pbs_large_segments", "pbs", [](auto& o) { o.segment_size = 48; });
+  table.Add("pbs_fallback", "pbs", [](auto& o) { o.dense_fallback = true; });
+  table.Add("xattention_published", "xattention",
+            [](auto& o) { o.as_published = true; });
+  table.Add("xattention_stride_2", "xattention", [](auto& o) { o.stride = 2; });
+  table.Add("xattention_stride_16", "xattention", [](auto& o) { o.stride = 16; });
+  table.Add("flexprefill_query_aware", "flexprefill", [](auto& o) { o.tau = 1; });
+  table.Add("flexprefill_lines_only", "flexprefill", [](auto& o) { o.tau = 0; });
+  table.Add("flexprefill_published", "flexprefill",
+            [](auto& o) { o.as_published = true; });
+  table.Add("prism_bands", "prism", [](auto& o) {
     o.slow_dims = 12;
     o.fast_dims = 6;
     o.fast_threshold = 0.3f;
   });
-  add("prism_permuted", "prism", permute);
-  add("prism_permuted_query_head", "prism_permuted",
-      [](auto& o) { o.scope = Scope::kQueryHead; });
-  add("prism_tail_sink_window", "prism", [](auto& o) {
-    o.dense_tail_blocks = 2;
-    o.sink_blocks = 1;
-    o.window_blocks = 2;
-    o.force_first_block = false;
-  });
-  add("flashprefill_published", "flashprefill", [](auto& o) {
+  table.Add("flashprefill_published", "flashprefill", [](auto& o) {
     o.as_published = true;
     o.sink_blocks = 1;
     o.window_blocks = 2;
   });
-  add("flashprefill_permuted", "flashprefill", permute);
-  add("flashprefill_permuted_query_head", "flashprefill_permuted",
-      [](auto& o) { o.scope = Scope::kQueryHead; });
-  add("flashprefill_published_permuted", "flashprefill_permuted",
-      [](auto& o) { o.as_published = true; });
+}
+
+// Options of several methods.
+inline void AddSharedOptions(MethodTable& table) {
+  for (const char* name : {"pbs", "mean_pooling", "xattention", "flexprefill"}) {
+    table.Add(std::string(name) + "_no_first_block", name,
+              [](auto& o) { o.force_first_block = false; });
+  }
+  for (const char* name : {"pbs", "prism"}) {
+    table.Add(std::string(name) + "_tail_sink_window", name, [](auto& o) {
+      o.dense_tail_blocks = 1;
+      o.sink_blocks = 2;
+      o.window_blocks = 3;
+      o.threshold = 0.2f;
+      o.force_first_block = false;
+    });
+  }
+  for (const char* name :
+       {"mean_pooling", "xattention", "xattention_published", "flexprefill",
+        "flexprefill_query_aware", "prism", "flashprefill", "flashprefill_published"}) {
+    table.Add(std::string(name) + "_permuted", name, [](auto& o) {
+      o.permute = true;
+      o.segment_size = 32;
+    });
+  }
+  for (const char* name : {"pbs", "prism_permuted", "flashprefill_permuted"}) {
+    table.Add(std::string(name) + "_query_head", name,
+              [](auto& o) { o.scope = Scope::kQueryHead; });
+  }
   for (const char* name :
        {"pbs", "pbs_query_head", "mean_pooling", "flexprefill", "flashprefill",
         "xattention_permuted", "prism_tail_sink_window"}) {
-    add(std::string(name) + "_corrected", name,
-        [](auto& o) { o.mean_correction = true; });
+    table.Add(std::string(name) + "_corrected", name,
+              [](auto& o) { o.mean_correction = true; });
   }
-  AttentionOptions dense;
-  dense.method = Method::kDense;
-  dense.block_size = 16;
-  methods.push_back({"dense", dense});
+}
+
+// The selecting methods, what their options change, and dense.
+inline std::vector<MatrixMethod> MatrixMethods() {
+  MethodTable table(SelectingMethods());
+  AddOwnOptions(table);
+  AddSharedOptions(table);
+  std::vector<MatrixMethod> methods = table.Take();
+  methods.push_back({"dense", {.method = Method::kDense, .block_size = 16}});
   return methods;
 }
 
