@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <charconv>
 #include <cstddef>
 #include <cstdio>
 #include <iterator>
@@ -166,6 +167,13 @@ Status OutsideRange(const OptionTraits& option, const std::string& value) {
                          Text(option.high) + "]");
 }
 
+// The shortest text of a float that reads back as the same number.
+std::string Short(double value) {
+  char text[32];
+  const auto end = std::to_chars(text, text + sizeof text, static_cast<float>(value));
+  return {text, end.ptr};
+}
+
 Status CheckRange(const AttentionOptions& options, const OptionTraits& option) {
   if (option.low == option.high) return OkStatus();  // not a number
   return std::visit(
@@ -173,7 +181,7 @@ Status CheckRange(const AttentionOptions& options, const OptionTraits& option) {
         const auto x = static_cast<double>(options.*field);
         const bool above = option.low_excluded ? x > option.low : x >= option.low;
         if (above && x <= option.high) return OkStatus();
-        return OutsideRange(option, Text(x));
+        return OutsideRange(option, Short(x));
       },
       option.field);
 }

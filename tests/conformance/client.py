@@ -385,10 +385,28 @@ def requests_beyond_a_limit_are_refused(client: Client) -> None:
         )
 
 
-def reserved_methods_are_unimplemented(client: Client) -> None:
-    options = client.protocol.message("AttentionOptions")()
-    options.flexprefill.SetInParent()
-    _refused(lambda: client.prefill(attention=options), "UNIMPLEMENTED")
+def methods_run_or_are_unimplemented_as_the_server_says(client: Client) -> None:
+    message, number = client.protocol.message, client.protocol.number
+    server = client.protocol.call("Prefill", "GetServerInfo")(
+        message("GetServerInfoRequest")()
+    )
+    methods = message("AttentionOptions").DESCRIPTOR.oneofs_by_name["method"].fields
+    for name in (field.name for field in methods):
+        options = message("AttentionOptions")(dense_fallback=False)
+        getattr(options, name).block_size = 64
+        method = number("Method", name.upper())
+        if method in server.methods:
+            _, done = client.prefill(attention=options)
+            ran = set(done.stats.layer_method)
+            # A short prompt runs dense.
+            assert ran <= {method, number("Method", "DENSE")}, f"{name} ran as {ran}"
+        else:
+            _refused(lambda o=options: client.prefill(attention=o), "UNIMPLEMENTED")
+
+
+def reserved_names_are_unimplemented(client: Client) -> None:
+    ticket = client.protocol.message("KvTicket")(handle="0" * 32)
+    _refused(lambda: client.prefill(prefix_ticket=ticket), "UNIMPLEMENTED")
 
 
 def an_unknown_model_is_not_found(client: Client) -> None:
@@ -433,7 +451,8 @@ CHECKS = (
     a_released_ticket_is_unknown,
     equal_keys_are_one_piece_of_work,
     requests_beyond_a_limit_are_refused,
-    reserved_methods_are_unimplemented,
+    methods_run_or_are_unimplemented_as_the_server_says,
+    reserved_names_are_unimplemented,
     an_unknown_model_is_not_found,
     the_first_token_is_the_most_likely_one,
 )

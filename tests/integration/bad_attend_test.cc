@@ -160,10 +160,17 @@ INSTANTIATE_TEST_SUITE_P(
             "non_finite_with_pbs", [](auto& h) { h.set_allow_non_finite(true); },
             "allow_non_finite needs method dense, not pbs"),
         BadHeader(
-            "xattention", [](auto& h) { h.mutable_options()->mutable_xattention(); },
-            "attention method xattention is reserved; this server runs dense, pbs "
-            "and mean_pooling",
-            StatusCode::UNIMPLEMENTED),
+            "stride",
+            [](auto& h) { h.mutable_options()->mutable_xattention()->set_stride(3); },
+            "stride 3 is not a power of two in [2, 64] of at most block_size 128"),
+        BadHeader(
+            "option_of_another_method",
+            [](auto& h) {
+              h.mutable_options()->mutable_dense();
+              h.mutable_options()->set_sink_blocks(1);
+            },
+            "method dense has no option sink_blocks=1; pbs, mean_pooling, xattention, "
+            "minference, flexprefill, prism, flashprefill have it"),
         BadHeader(
             "synthetic_with_tensors",
             [](auto& h) { h.mutable_synthetic()->set_batch(1); },

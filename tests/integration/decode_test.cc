@@ -293,7 +293,42 @@ INSTANTIATE_TEST_SUITE_P(
                     "[1]",
                     {"--method", "pbs", "--threshold", "1.5"},
                     1,
-                    "threshold"},
+                    "threshold 1.5 is outside (0, 1]"},
+        RefusalCase{"bad_stride",
+                    "[1]",
+                    {"--method", "xattention", "--stride", "3"},
+                    1,
+                    "stride 3 is not a power of two"},
+        RefusalCase{"bad_columns",
+                    "[1]",
+                    {"--method", "minference", "--vertical-tokens", "-1"},
+                    1,
+                    "vertical_tokens -1 is outside [1, 1048576]"},
+        RefusalCase{"bad_tau",
+                    "[1]",
+                    {"--method", "flexprefill", "--gamma", "0.5", "--tau", "2"},
+                    1,
+                    "tau 2 is outside [0, 1]"},
+        RefusalCase{"bad_dims",
+                    "[1]",
+                    {"--method", "prism", "--fast-dims", "7"},
+                    1,
+                    "fast_dims 7 is odd"},
+        RefusalCase{"bad_alpha",
+                    "[1]",
+                    {"--method", "flashprefill", "--alpha", "0"},
+                    1,
+                    "alpha 0 is outside (0, 1]"},
+        RefusalCase{"bad_segment_of_another_method",
+                    "[1]",
+                    {"--method", "prism", "--permute", "--segment-size", "200"},
+                    1,
+                    "segment_size 200 is not a multiple of block_size 128"},
+        RefusalCase{"bad_option_of_the_profile",
+                    "[1]",
+                    {"--sink-blocks", "65536"},
+                    1,
+                    "sink_blocks 65536 is outside [0, 65535]"},
         RefusalCase{
             "no_new_tokens", "[1]", {"--max-new-tokens", "0"}, 2, "--max-new-tokens"},
         RefusalCase{"unknown_method", "[1]", {"--method", "magic"}, 2, "magic"},
@@ -301,8 +336,124 @@ INSTANTIATE_TEST_SUITE_P(
                     "[1]",
                     {"--method", "dense", "--scope", "kv_head"},
                     2,
-                    "--scope needs --method pbs"},
+                    "--scope kv_head is an option of pbs, and others with --permute; "
+                    "--method dense does not have it"},
+        RefusalCase{"option_of_another_method",
+                    "[1]",
+                    {"--method", "pbs", "--alpha", "0.1"},
+                    2,
+                    "--alpha 0.1 is an option of flashprefill; --method pbs does not "
+                    "have it"},
+        RefusalCase{"switch_of_other_methods",
+                    "[1]",
+                    {"--method", "minference", "--no-force-first-block"},
+                    2,
+                    "--no-force-first-block is an option of pbs, mean_pooling, "
+                    "xattention, flexprefill and prism; --method minference does not "
+                    "have it"},
+        RefusalCase{"shared_option_with_dense",
+                    "[1]",
+                    {"--method", "dense", "--mean-correction"},
+                    2,
+                    "--method dense does not have it"},
+        RefusalCase{"permute_with_pbs",
+                    "[1]",
+                    {"--method", "pbs", "--permute"},
+                    2,
+                    "--method pbs does not have it"},
+        RefusalCase{"segments_without_permute",
+                    "[1]",
+                    {"--method", "prism", "--segment-size", "512"},
+                    2,
+                    "--method prism does not have it"},
+        RefusalCase{"option_without_method",
+                    "[1]",
+                    {"--threshold", "0.5"},
+                    2,
+                    "--threshold needs --method pbs, mean_pooling, xattention or "
+                    "prism"},
+        RefusalCase{"as_published_without_method",
+                    "[1]",
+                    {"--as-published"},
+                    2,
+                    "--as-published needs --method pbs"},
+        RefusalCase{"value_of_another_type", "[1]", {"--stride", "x"}, 2, "--stride"},
         RefusalCase{"tokens_and_ticket", "[1]", {"--ticket", "x"}, 2, "--ticket"}),
+    testing_support::CaseName());
+
+TEST_F(DecodeSpec, ATicketTakesNoAttentionOptions) {
+  for (const char* flag : {"--method=dense", "--sink-blocks=1", "--permute"}) {
+    const ProcessResult result = Decode({"--ticket", "x", flag});
+    EXPECT_EQ(result.exit_status, 2) << flag;
+    EXPECT_THAT(result.err, HasSubstr("cannot be used with --ticket")) << flag;
+  }
+}
+
+struct MethodCase {
+  const char* name;
+  std::vector<std::string> arguments;
+  bool is_dense;  // the options select every block
+};
+
+class DecodeMethodSpec : public DecodeSpec,
+                         public testing::WithParamInterface<MethodCase> {};
+
+// Densities tell that the options reached the server; a density of 1 gives what one
+// process with dense attention decodes.
+TEST_P(DecodeMethodSpec, PrefillsWithTheMethodsOptions) {
+  std::vector<std::string> arguments = GetParam().arguments;
+  arguments.insert(arguments.end(), {"--tokens", PromptFile(600), "--block-size", "32",
+                                     "--no-dense-fallback"});
+  const ProcessResult result = Decode(arguments);
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const auto report = nlohmann::json::parse(result.out);
+  if (GetParam().is_dense) {
+    EXPECT_EQ(report["density"], 1.0);
+    EXPECT_EQ(report["tokens"], DecodeInOneProcess(folder_.path(), Prompt(600), {}));
+  } else {
+    EXPECT_LT(report["density"].get<double>(), 0.9);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Methods, DecodeMethodSpec,
+    testing::Values(
+        MethodCase{"pbs",
+                   {"--method", "pbs", "--segment-size", "64", "--threshold", "0.3",
+                    "--scope", "query_head"},
+                   false},
+        MethodCase{"xattention",
+                   {"--method", "xattention", "--stride", "16", "--threshold", "0.3"},
+                   false},
+        MethodCase{"xattention_permuted",
+                   {"--method", "xattention", "--threshold", "0.3", "--permute",
+                    "--segment-size", "64"},
+                   false},
+        MethodCase{
+            "xattention_all", {"--method", "xattention", "--threshold", "1"}, true},
+        MethodCase{
+            "minference",
+            {"--method", "minference", "--vertical-tokens", "1", "--slash-tokens", "1"},
+            false},
+        MethodCase{"minference_all",
+                   {"--method", "minference", "--slash-tokens", "600"},
+                   true},
+        MethodCase{"flexprefill", {"--method", "flexprefill", "--gamma", "0.3"}, false},
+        MethodCase{"prism", {"--method", "prism", "--threshold", "0.3"}, false},
+        MethodCase{"prism_all", {"--method", "prism", "--threshold", "1"}, true},
+        MethodCase{
+            "flashprefill", {"--method", "flashprefill", "--alpha", "0.9"}, false},
+        MethodCase{
+            "flashprefill_with_a_tail",
+            {"--method", "flashprefill", "--alpha", "1", "--dense-tail-blocks", "19"},
+            true},
+        MethodCase{
+            "flashprefill_with_a_window",
+            {"--method", "flashprefill", "--alpha", "1", "--window-blocks", "19"},
+            true},
+        MethodCase{"flashprefill_with_sinks",
+                   {"--method", "flashprefill", "--alpha", "1", "--sink-blocks", "19"},
+                   true}),
     testing_support::CaseName());
 
 TEST_F(DecodeSpec, RefusesWhatIsNoTicket) {

@@ -90,7 +90,7 @@ def test_a_method_may_be_given_by_its_name(client, name):
     assert client.prefill("recall", PROMPT, name).first_token >= 0
 
 
-@pytest.mark.parametrize("method", ["Dense", "xattention", "", Dense, 1, {"pbs": {}}])
+@pytest.mark.parametrize("method", ["Dense", "sparse", "", Dense, 1, {"pbs": {}}])
 def test_another_method_is_refused_with_a_sentence(client, method):
     with pytest.raises(ValueError, match="is not one of 'dense', 'pbs', 'mean_pooling'"):
         client.prefill("recall", PROMPT, method)
@@ -117,7 +117,7 @@ def test_a_delivery_may_be_given_by_its_name(name, delivery):
 
 
 BAD_VALUES = {
-    "a method that is none": (lambda: Attention("xattention"), "method 'xattention' is not"),
+    "a method that is none": (lambda: Attention("sparse"), "method 'sparse' is not"),
     "an attention in an attention": (lambda: Attention(Attention()), "is not one of 'dense'"),
     "cu_seqlens of floats": (lambda: Packed([0.5]), "cu_seqlens is not a list of integers"),
     "cu_seqlens_k of floats": (lambda: Packed([0], [0.5]), "cu_seqlens_k is not a list"),

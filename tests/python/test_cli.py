@@ -18,9 +18,8 @@ from kv_chunks import EPOCH, Cache
 from pbs_client import _messages, safetensors_file
 from pbs_client.cli import main, progress
 from pbs_client.cli.arguments import make_parser
-from pbs_client.cli.commands import _cast, _method
+from pbs_client.cli.commands import _cast
 from pbs_client.kv import KvCache, Span
-from pbs_client.options import Dense, MeanPooling, Pbs
 
 PrefillEvent = _messages._message_class("pbs.v1.PrefillEvent")
 MODELS = "/pbs.v1.Prefill/ListModels"
@@ -30,31 +29,6 @@ NOBODY = "127.0.0.1:1"
 
 def parse(*words: str):
     return make_parser().parse_args(words)
-
-
-@pytest.mark.parametrize(
-    ("words", "method"),
-    [
-        ("", None),
-        ("--method dense", Dense()),
-        ("--method dense --block-size 64", Dense(64)),
-        ("--method pbs", Pbs()),
-        (
-            "--method pbs --block-size 64 --segment-size 512 --threshold 0.7 "
-            "--scope query_head --no-force-first-block",
-            Pbs(64, 512, 0.7, "query_head", False),
-        ),
-        ("--method mean_pooling --threshold 0.5", MeanPooling(threshold=0.5)),
-        ("--method mean_pooling --segment-size 512", MeanPooling()),
-    ],
-)
-def test_method_options_become_a_method(words, method):
-    assert _method(parse("attend", "--input", "x", *words.split())) == method
-
-
-def test_an_option_that_the_method_lacks_is_noted_on_stderr(capsys):
-    _method(parse("attend", "--input", "x", "--method", "dense", "--threshold", "0.5"))
-    assert capsys.readouterr().err == "note: dense has no --threshold; ignored\n"
 
 
 @pytest.mark.parametrize(

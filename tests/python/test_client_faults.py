@@ -147,7 +147,7 @@ def test_uploads_are_cut_into_chunks_that_ascend_without_gaps():
                 "given": Given(block_mask=np.ones((1, 1, 1, 1), bool)),
                 "method": "dense",
             },
-            "need pbs or mean_pooling",
+            "need a method of pbs, mean_pooling",
             id="mask for dense",
         ),
         pytest.param(

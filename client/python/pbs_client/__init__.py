@@ -1,10 +1,10 @@
 """Client of pbs-prefill: prefill over gRPC, KV caches as NumPy arrays.
 
-Modules of this package: client.py (Client), options.py (Dense, Pbs, MeanPooling,
-Attention), attend_options.py (Packed, Given, Timing, Synthetic), prefill_options.py
-(Inline, Lease, Logits), kv.py (KvPart, KvFormat and caches), results.py,
-block_lists.py, errors.py, safetensors_file.py and, with torch and transformers
-installed, hf.py.
+Modules of this package: client.py (Client), options.py (Attention, and the methods:
+Dense, Pbs, ...), attend_options.py (Packed, Given, Timing, Synthetic),
+prefill_options.py (Inline, Lease, Logits), kv.py (KvPart, KvFormat and caches),
+results.py, block_lists.py, errors.py, safetensors_file.py and, with torch and
+transformers installed, hf.py.
 """
 
 from pbs_client._attend import AttendResult
@@ -28,7 +28,18 @@ from pbs_client.errors import (
     UnimplementedError,
 )
 from pbs_client.kv import KvCache, KvDescriptor, KvFormat, KvLease, KvPart, KvTicket
-from pbs_client.options import Attention, Dense, MeanPooling, Pbs
+from pbs_client.options import (
+    Attention,
+    Dense,
+    FlashPrefill,
+    FlexPrefill,
+    MeanPooling,
+    MInference,
+    Pbs,
+    Permute,
+    Prism,
+    XAttention,
+)
 from pbs_client.prefill_options import Inline, Lease, Logits
 from pbs_client.results import (
     Admitted,
@@ -55,6 +66,8 @@ __all__ = [
     "DeadlineExceededError",
     "Dense",
     "FailedPreconditionError",
+    "FlashPrefill",
+    "FlexPrefill",
     "Given",
     "Inline",
     "InternalError",
@@ -68,14 +81,17 @@ __all__ = [
     "LayerProgress",
     "Lease",
     "Logits",
+    "MInference",
     "MeanPooling",
     "ModelInfo",
     "NotFoundError",
     "Packed",
     "Pbs",
     "PbsError",
+    "Permute",
     "PrefillResult",
     "PrefillStats",
+    "Prism",
     "ResourceExhaustedError",
     "ServerInfo",
     "StageSeconds",
@@ -84,5 +100,6 @@ __all__ = [
     "TokenLogit",
     "UnavailableError",
     "UnimplementedError",
+    "XAttention",
     "__version__",
 ]

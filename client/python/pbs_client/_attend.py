@@ -21,10 +21,10 @@ from pbs_client.block_lists import (
 from pbs_client.errors import CorruptDataError
 from pbs_client.options import (
     BLOCK_SIZE_DEFAULT,
+    METHODS,
     Attention,
-    MeanPooling,
     Method,
-    Pbs,
+    method_of,
 )
 from pbs_client.results import AttendStats
 
@@ -58,7 +58,8 @@ class AttendResult:
         order: int32 [batch, order heads, k_len] or [order heads, total_k]: the original
             position of the key in each slot. Order heads are the query heads in scope
             "query_head", else the KV heads.
-        lists: the blocks that ran.
+        lists: the blocks that ran. MInference reads parts of these, those of its
+            diagonals, and the keys of its columns in other blocks.
         block_mask: these blocks as uint8 [batch, heads, query blocks, key blocks]; a
             tuple of one array per sequence when their blocks differ.
         stats: density, times, backend.
@@ -177,13 +178,13 @@ def make_header(
 
 
 def add_given(
-    header: Any, method: Method | None, given: Given, grid: BlockGrid | None
+    header: Any, attention: Attention, given: Given, grid: BlockGrid | None
 ) -> list[tuple[str, Array]]:
     """Makes the request use the given order and blocks. Returns their tensors.
 
     Args:
         header: the AttendHeader to change.
-        method: the request's method.
+        attention: the request's.
         given: order and blocks.
         grid: the block grid; a block_mask needs it.
 
@@ -192,22 +193,25 @@ def add_given(
             the mask does not match the grid.
     """
     uploads: list[tuple[str, Array]] = []
+    method = method_of(attention.method)
     if given.order is not None:
-        if not isinstance(method, Pbs):
-            raise ValueError("an order needs the method pbs")
-        header.options.pbs.use_given_order = True
+        if attention.permute:
+            header.options.permutation.use_given_order = True
+        elif method is not None and method.permutes:
+            getattr(header.options, method.name).use_given_order = True
+        else:
+            names = " or ".join(name for name, kind in METHODS.items() if kind.permutes)
+            raise ValueError(f"an order needs the method {names}, or permute")
         uploads.append(("ORDER", _order_array(given.order)))
     lists = given.lists
     if given.block_mask is not None:
         assert grid is not None
         lists = lists_from_mask(given.block_mask, grid)
     if lists is not None:
-        if isinstance(method, Pbs):
-            header.options.pbs.use_given_lists = True
-        elif isinstance(method, MeanPooling):
-            header.options.mean_pooling.use_given_lists = True
-        else:
-            raise ValueError("lists and block_mask need pbs or mean_pooling")
+        if method is None or not method.selects:
+            names = ", ".join(name for name, kind in METHODS.items() if kind.selects)
+            raise ValueError(f"lists and block_mask need a method of {names}")
+        getattr(header.options, method.name).use_given_lists = True
         uploads.append(("LIST_OFFSETS", np.asarray(lists.offsets, np.int64)))
         uploads.append(("LIST_INDICES", np.asarray(lists.indices, np.uint16)))
     return uploads

@@ -62,9 +62,9 @@ class Given:
     """A key order and blocks that the method uses instead of its own.
 
     Attributes:
-        order: key order (method pbs): integers of AttendResult.order's shape that
-            permute inside segments only.
-        lists: block lists (pbs, mean_pooling).
+        order: key order (Pbs, or Attention.permute): integers of AttendResult.order's
+            shape that permute inside segments only.
+        lists: block lists (every method except Dense).
         block_mask: block lists as a mask; see block_lists.lists_from_mask().
 
     Raises:

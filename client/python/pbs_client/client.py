@@ -190,9 +190,9 @@ class Client:
             k: [batch, kv_heads, k_len, head_dim] or [kv_heads, total_k, head_dim], of
                 q's dtype; kv_heads divides heads.
             v: k's shape and dtype.
-            method: Dense(), Pbs(...), MeanPooling(...), the name of one with its
-                defaults, such as "dense", or Attention(...) for further options; None
-                is the server's default.
+            method: Dense(), Pbs(...), another method of options.py, the name of one
+                with its defaults, such as "dense", or Attention(...) for further
+                options; None is the server's default profile.
             want: results to return, of "o", "lse", "order", "lists", "block_mask".
             packed: bounds of the sequences in packed tensors.
             given: key order and blocks to use instead of the method's own.
@@ -215,7 +215,7 @@ class Client:
         has_mask = given.block_mask is not None
         grid = self._grid(shape, method_of(attention.method), want, has_mask)
         uploads = [("Q", q), ("K", k), ("V", v)]
-        uploads += _attend.add_given(header, method_of(attention.method), given, grid)
+        uploads += _attend.add_given(header, attention, given, grid)
         call = _attend.AttendCall(
             header, tuple(uploads), shape, q.dtype, grid, tuple(want)
         )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pbs_client import _messages, dtypes
-from pbs_client.options import Method, method_from_message
+from pbs_client.options import Attention, Method, method_of
 
 _EXACT_INTEGER_MAX = 1 << 53
 _METHOD_NAMES = {n: k.lower() for k, n in _messages.enum_numbers("Method").items()}
@@ -115,8 +115,8 @@ class ServerInfo:
 
     Attributes:
         epoch: changes with every start of the server; tickets contain it.
-        default_attention: the method of requests that name none; None when the server
-            did not state it or this client does not know it.
+        methods: the names of the methods that the server runs, as in options.METHODS.
+        default_profile: the attention of requests that name no method.
     """
 
     version: str
@@ -126,7 +126,15 @@ class ServerInfo:
     backends: tuple[BackendInfo, ...]
     methods: tuple[str, ...]
     limits: ServerLimits
-    default_attention: Method | None
+    default_profile: Attention
+
+    @property
+    def default_attention(self) -> Method | None:
+        """The method of default_profile.
+
+        None when the server did not state it or this client does not know it.
+        """
+        return method_of(self.default_profile.method)
 
     @classmethod
     def from_message(cls, message: Any) -> ServerInfo:
@@ -139,7 +147,7 @@ class ServerInfo:
             backends=tuple(BackendInfo.from_message(b) for b in message.backends),
             methods=tuple(method_name(number) for number in message.methods),
             limits=ServerLimits.from_message(message.limits),
-            default_attention=method_from_message(message.default_attention),
+            default_profile=Attention.from_message(message.default_attention),
         )
 
 

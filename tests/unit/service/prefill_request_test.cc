@@ -171,11 +171,11 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"coverage_rows",
                     [](auto& r) { r.mutable_attention()->set_coverage_rows(-1); },
                     "coverage_rows -1 is outside [0, 1024]"},
-        RefusedCase{"xattention",
-                    [](auto& r) { r.mutable_attention()->mutable_xattention(); },
-                    "attention method xattention is reserved; this server runs dense, "
-                    "pbs and mean_pooling",
-                    kUnimplemented}),
+        RefusedCase{"alpha",
+                    [](auto& r) {
+                      r.mutable_attention()->mutable_flashprefill()->set_alpha(1.5f);
+                    },
+                    "alpha 1.5 is outside (0, 1]"}),
     testing_support::CaseName());
 
 INSTANTIATE_TEST_SUITE_P(

@@ -6,10 +6,9 @@ import argparse
 
 from pbs_client import _version
 from pbs_client._transport import check_target
-from pbs_client.cli import commands
+from pbs_client.cli import attention, commands
 from pbs_client.client import CONTROL_TIMEOUT_SECONDS, WORK_TIMEOUT_SECONDS
 from pbs_client.dtypes import FLOAT_DTYPES
-from pbs_client.options import SCOPES
 
 _TIMEOUT_SECONDS_MAX = 1_000_000
 _FILE_WANTS = ("o", "lse", "order", "block_mask")
@@ -26,6 +25,7 @@ examples:
   pbs-client models --server 127.0.0.1:50051
   pbs-client prefill --model llama --tokens prompt.json --method pbs --kv kv.safetensors
   pbs-client attend --input qkv.safetensors --output out.safetensors --method dense
+  pbs-client attend --input qkv.safetensors --method xattention --threshold 0.95
 
 exit codes:
   0  done
@@ -77,29 +77,30 @@ def make_parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"pbs-client {_version.__version__}"
     )
     made = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for name, run, summary, text, groups in (
-        ("info", commands.info, "version, backends, methods, limits", _INFO, ()),
-        ("models", commands.models, "the models of the server", _MODELS, ()),
-        ("attend", commands.attend, "raw attention", _ATTEND, (_method, _attend)),
+    for run, summary, text, usage, groups in (
+        (commands.info, "version, backends, methods, limits", _INFO, "", ()),
+        (commands.models, "the models of the server", _MODELS, "", ()),
+        (commands.attend, "raw attention", _ATTEND, "--input FILE", (_attend,)),
         (
-            "prefill",
             commands.prefill,
             "run a prompt through a model",
             _PREFILL,
-            (_prompt, _method, _prefill),
+            "--tokens FILE",
+            (_prompt, _prefill),
         ),
         (
-            "generate",
             commands.generate,
             "prefill on the server, decode here",
             _GENERATE,
-            (_prompt, _method, _generate),
+            "--tokens FILE --model-path FOLDER --max-new-tokens N",
+            (_prompt, _generate),
         ),
     ):
         command = made.add_parser(
-            name,
+            run.__name__,
             help=summary,
             description=text,
+            usage=" ".join(f"%(prog)s {usage} [OPTION ...]".split()),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
@@ -109,6 +110,8 @@ def make_parser() -> argparse.ArgumentParser:
         )
         for add_group in groups:
             add_group(command)
+        if groups:
+            attention.add_arguments(command)
     return parser
 
 
@@ -131,59 +134,6 @@ def _connection(parser: argparse.ArgumentParser, timeout_seconds: float) -> None
     )
 
 
-def _method(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "attention",
-        "The server's defaults are in brackets. An option that the method does not\n"
-        "  have is ignored, with a note on stderr.",
-    )
-    group.add_argument(
-        "--method",
-        choices=("dense", "pbs", "mean_pooling"),
-        help="dense: all blocks; pbs: keys sorted inside segments, then blocks "
-        "selected; mean_pooling: blocks selected [the server's profile: "
-        "`pbs-client info`]",
-    )
-    group.add_argument(
-        "--block-size", type=int, metavar="TOKENS", help="power of two, 16..256 [128]"
-    )
-    group.add_argument(
-        "--segment-size",
-        type=int,
-        metavar="TOKENS",
-        help="pbs: keys move inside segments of this size, a multiple of the block "
-        "size [256]",
-    )
-    group.add_argument(
-        "--threshold",
-        type=float,
-        help="pbs, mean_pooling: attention mass to keep, (0, 1]; higher is nearer to "
-        "dense and slower [0.9]",
-    )
-    group.add_argument(
-        "--scope",
-        choices=SCOPES,
-        help="pbs: one key order per KV head or per query head [kv_head]",
-    )
-    group.add_argument(
-        "--force-first-block",
-        action=argparse.BooleanOptionalAction,
-        help="pbs, mean_pooling: every query reads the first block [yes]",
-    )
-    group.add_argument(
-        "--dense-fallback",
-        action=argparse.BooleanOptionalAction,
-        help="run dense where nearly all blocks are selected [attend: no; prefill, "
-        "generate: yes]",
-    )
-    group.add_argument(
-        "--coverage-rows",
-        type=int,
-        metavar="ROWS",
-        help="measure the kept attention mass exactly on this many query rows [0]",
-    )
-
-
 def _attend(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tensors")
     group.add_argument(
@@ -198,12 +148,14 @@ def _attend(parser: argparse.ArgumentParser) -> None:
         help="cast q, k, v first, rounding to nearest even [no cast]",
     )
     group.add_argument(
-        "--use-order", action="store_true", help="pbs: use the file's order"
+        "--use-order",
+        action="store_true",
+        help="pbs, and others with --permute: use the file's order",
     )
     group.add_argument(
         "--use-block-mask",
         action="store_true",
-        help="pbs, mean_pooling: use the file's block_mask",
+        help="every method except dense: use the file's block_mask",
     )
     group.add_argument(
         "--want",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,37 +15,36 @@ from pbs_client import dtypes, safetensors_file
 from pbs_client._prefill import find_model
 from pbs_client.attend_options import Given, Packed, Timing
 from pbs_client.block_lists import flat_mask
+from pbs_client.cli.attention import attention_from
 from pbs_client.cli.progress import ProgressBar
 from pbs_client.client import Client
 from pbs_client.errors import PbsError
 from pbs_client.kv import KvCache, KvFormat
-from pbs_client.options import Attention, Dense, MeanPooling, Method, Pbs
+from pbs_client.options import Attention, method_of
 from pbs_client.prefill_options import Delivery, Inline, Lease, Logits
 from pbs_client.results import to_json
 
 TOKENS_FILE_BYTES_MAX = 64 << 20
 _RELEASE_TIMEOUT_SECONDS = 5.0
 
-_METHODS: dict[str, Any] = {"dense": Dense, "pbs": Pbs, "mean_pooling": MeanPooling}
-_METHOD_OPTIONS = (
-    "block_size",
-    "segment_size",
-    "threshold",
-    "scope",
-    "force_first_block",
-)
-
 
 def info(arguments: argparse.Namespace) -> None:
     """`pbs-client info`."""
     with Client(arguments.server) as client:
         found = client.info(timeout=arguments.timeout)
-    default = found.default_attention
     line: dict[str, Any] = to_json(found)
-    if default is not None:
-        names = {kind: name for name, kind in _METHODS.items()}
-        line["default_attention"] = {"method": names[type(default)], **to_json(default)}
-    _print(line)
+    del line["default_profile"]
+    _print({**line, "default_attention": _profile(found.default_profile)})
+
+
+def _profile(profile: Attention) -> dict[str, Any] | None:
+    """A profile as one flat JSON object; None when its method is unknown here."""
+    method = method_of(profile.method)
+    if method is None:
+        return None
+    shared = to_json(profile)
+    del shared["method"]
+    return {"method": method.name, **to_json(method), **shared}
 
 
 def models(arguments: argparse.Namespace) -> None:
@@ -58,7 +56,7 @@ def models(arguments: argparse.Namespace) -> None:
 
 def attend(arguments: argparse.Namespace) -> None:
     """`pbs-client attend`."""
-    attention = _attention(arguments)
+    attention = attention_from(arguments)
     tensors = _read_tensors(arguments)
     with Client(arguments.server) as client, ProgressBar() as bar:
         begin = time.monotonic()
@@ -90,7 +88,7 @@ def attend(arguments: argparse.Namespace) -> None:
 
 def prefill(arguments: argparse.Namespace) -> None:
     """`pbs-client prefill`."""
-    attention, tokens = _attention(arguments), _read_tokens(arguments.tokens)
+    attention, tokens = attention_from(arguments), _read_tokens(arguments.tokens)
     delivery: Delivery | None = None
     if arguments.lease:
         delivery = Lease(arguments.ttl)
@@ -144,11 +142,11 @@ def prefill(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """`pbs-client generate`."""
-    from pbs_client import hf  # needs torch and transformers
-
-    attention, tokens = _attention(arguments), _read_tokens(arguments.tokens)
+    attention, tokens = attention_from(arguments), _read_tokens(arguments.tokens)
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens} is below 1")
+    from pbs_client import hf  # needs torch and transformers
+
     clock = _StageClock()
     # Load before the lease exists, because loading can take longer than it lives.
     model = hf.load_model(
@@ -211,34 +209,6 @@ class _StageClock:
         now = time.monotonic()
         self.seconds[name] = now - self._begin
         self._begin = now
-
-
-def _attention(arguments: argparse.Namespace) -> Attention:
-    """The attention that the arguments ask for. Errors as _method()."""
-    return Attention(
-        _method(arguments), arguments.dense_fallback, arguments.coverage_rows
-    )
-
-
-def _method(arguments: argparse.Namespace) -> Method | None:
-    """The method of the arguments. ValueError for method options without --method."""
-    given = {
-        name: getattr(arguments, name)
-        for name in _METHOD_OPTIONS
-        if getattr(arguments, name) is not None
-    }
-    if arguments.method is None:
-        if given:
-            option = next(iter(given)).replace("_", "-")
-            raise ValueError(f"--{option} needs --method")
-        return None
-    kind = _METHODS[arguments.method]
-    for name in sorted(set(given) - set(kind.__dataclass_fields__)):
-        option = name.replace("_", "-")
-        print(f"note: {arguments.method} has no --{option}; ignored", file=sys.stderr)
-        del given[name]
-    made: Method = kind(**given)
-    return made
 
 
 def _read_tensors(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <cctype>
 #include <functional>
 #include <optional>
+#include <string>
 
 #include "tests/support/case_name.h"
 
@@ -151,24 +153,66 @@ INSTANTIATE_TEST_SUITE_P(
             [](auto& w) { w.mutable_pbs()->set_scope(static_cast<v1::Scope>(9)); },
             absl::StatusCode::kInvalidArgument,
             "scope 9 is not one of KV_HEAD (1), QUERY_HEAD (2)"},
-        RefusedCase{"xattention", [](auto& w) { w.mutable_xattention(); },
-                    absl::StatusCode::kUnimplemented,
-                    "attention method xattention is reserved; this server runs dense, "
-                    "pbs and mean_pooling"},
-        RefusedCase{"minference", [](auto& w) { w.mutable_minference(); },
-                    absl::StatusCode::kUnimplemented,
-                    "attention method minference is reserved; this server runs dense, "
-                    "pbs and mean_pooling"},
-        RefusedCase{"flexprefill", [](auto& w) { w.mutable_flexprefill(); },
-                    absl::StatusCode::kUnimplemented,
-                    "attention method flexprefill is reserved; this server runs dense, "
-                    "pbs and mean_pooling"}),
+        RefusedCase{"scope_of_a_permutation",
+                    [](auto& w) {
+                      w.mutable_prism();
+                      w.mutable_permutation()->set_scope(static_cast<v1::Scope>(9));
+                    },
+                    absl::StatusCode::kInvalidArgument,
+                    "scope 9 is not one of KV_HEAD (1), QUERY_HEAD (2)"},
+        RefusedCase{"as_published_without_a_method",
+                    [](auto& w) { w.set_as_published(true); },
+                    absl::StatusCode::kInvalidArgument,
+                    "as_published needs a method"}),
     testing_support::CaseName());
 
 TEST(AttentionOptionsWire, MethodsKeepTheirNames) {
-  EXPECT_EQ(EncodeMethod(Method::kDense), v1::DENSE);
-  EXPECT_EQ(EncodeMethod(Method::kPbs), v1::PBS);
-  EXPECT_EQ(EncodeMethod(Method::kMeanPooling), v1::MEAN_POOLING);
+  for (Method method : kMethods) {
+    std::string name = v1::Method_Name(EncodeMethod(method));
+    for (char& letter : name) letter = static_cast<char>(std::tolower(letter));
+    EXPECT_EQ(name, MethodName(method));
+  }
+}
+
+// A message and the table of methods must not drift apart.
+TEST(AttentionOptionsWire, EveryFieldIsAnOptionOfItsMethod) {
+  const auto& attention = *v1::AttentionOptions::descriptor();
+  for (Method method : kMethods) {
+    const auto* field = attention.FindFieldByName(MethodName(method));
+    ASSERT_NE(field, nullptr) << MethodName(method);
+    for (int i = 0; i < field->message_type()->field_count(); ++i) {
+      const std::string& name = field->message_type()->field(i)->name();
+      const OptionTraits* option = FindOption(name);
+      ASSERT_NE(option, nullptr) << MethodName(method) << " " << name;
+      EXPECT_NE(TraitsOf(method).options & option->bit, 0u)
+          << MethodName(method) << " " << name;
+    }
+  }
+}
+
+TEST(AttentionOptionsWire, EveryOptionOfEveryMethodSurvivesARoundTrip) {
+  for (Method method : kMethods) {
+    for (const bool as_published : {false, true}) {
+      SCOPED_TRACE(testing::Message() << MethodName(method) << " " << as_published);
+      if (method == Method::kDense && as_published) continue;
+      AttentionOptions options = DefaultOptions(method, as_published);
+      if (!Permutes(options) && TraitsOf(method).Selects()) {
+        options.permute = true;
+        options.segment_size = 512;
+        options.scope = Scope::kQueryHead;
+      }
+      if (TraitsOf(method).Selects()) {
+        options.dense_tail_blocks = 3;
+        options.sink_blocks = 4;
+        options.window_blocks = 5;
+        options.mean_correction = true;
+      }
+      const auto decoded =
+          DecodeAttentionOptions(EncodeAttentionOptions(options), {}, true);
+      ASSERT_TRUE(decoded.ok()) << decoded.status();
+      EXPECT_EQ(*decoded, options);
+    }
+  }
 }
 
 }  // namespace

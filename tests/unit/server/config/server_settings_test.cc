@@ -345,10 +345,14 @@ INSTANTIATE_TEST_SUITE_P(
             "default_attention: use_given_order and use_given_lists need "
             "tensors that only a request has; a profile has them false"},
         ViolationCase{
-            "reserved",
-            [](auto& c) { c.mutable_default_attention()->mutable_minference(); },
-            "default_attention: attention method minference is reserved; this "
-            "server runs dense, pbs and mean_pooling"}),
+            "option_of_another_method",
+            [](auto& c) {
+              c.mutable_default_attention()->mutable_dense();
+              c.mutable_default_attention()->set_dense_tail_blocks(2);
+            },
+            "default_attention: method dense has no option dense_tail_blocks=2; pbs, "
+            "mean_pooling, xattention, minference, flexprefill, prism, flashprefill "
+            "have it"}),
     testing_support::CaseName());
 
 TEST(ConfigViolations, LimitsThemselvesAreAllowed) {
