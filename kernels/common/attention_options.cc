@@ -147,8 +147,10 @@ std::string Assignment(const AttentionOptions& options, const OptionTraits& opti
   const std::string value = std::visit(
       [&](auto field) -> std::string {
         const auto x = options.*field;
-        if constexpr (std::is_same_v<decltype(x), const Scope>) return ScopeName(x);
-        else return Text(static_cast<double>(x));
+        if constexpr (std::is_same_v<decltype(x), const Scope>)
+          return ScopeName(x);
+        else
+          return Text(static_cast<double>(x));
       },
       option.field);
   return " " + std::string(option.name) + "=" + value;
@@ -296,7 +298,8 @@ bool ForcesFirstBlock(const AttentionOptions& options) {
 bool SelectsEveryBlock(const AttentionOptions& options) {
   const MethodTraits& traits = TraitsOf(options.method);
   if (!traits.Selects()) return true;
-  return (traits.options & kThreshold) != 0 && options.threshold >= 1.0f;
+  return ((traits.options & kThreshold) != 0 && options.threshold >= 1.0f) ||
+         ((traits.options & kGamma) != 0 && options.gamma >= 1.0f);
 }
 
 std::string CanonicalText(const AttentionOptions& options) {
@@ -324,10 +327,14 @@ Status ValidateOptions(const AttentionOptions& options) {
     } else if (Differs(options, defaults, option)) {
       const bool needs_permute =
           (option.bit & kOfSortedKeys) != 0 && TraitsOf(options.method).Selects();
-      return InvalidArgument(
-          "method " + std::string(MethodName(options.method)) + " has no option" +
-          Assignment(options, option) + "; " + MethodsWith(option.bit) +
-          (needs_permute ? " and methods with permute have it" : " have it"));
+      const std::string owners = MethodsWith(option.bit);
+      const bool one = owners.find(',') == std::string::npos;
+      return InvalidArgument("method " + std::string(MethodName(options.method)) +
+                             " has no option" + Assignment(options, option) + "; " +
+                             owners +
+                             (needs_permute ? " and methods with permute have it"
+                              : one         ? " has it"
+                                            : " have it"));
     }
   }
   PBS_RETURN_IF_ERROR(CheckSizes(options, has));

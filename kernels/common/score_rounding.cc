@@ -10,6 +10,11 @@ DType ScoreRoundingOf(const AttentionProblem& problem) {
   return rounds ? problem.dtype : DType::kF32;
 }
 
+DType BlockScoreRoundingOf(const AttentionProblem& problem) {
+  const bool of_means = TraitsOf(problem.options.method).scorer == Scorer::kMeans;
+  return of_means ? ScoreRoundingOf(problem) : DType::kF32;
+}
+
 Status ScoreOverflow(const AttentionProblem& problem) {
   if (ScoreRoundingOf(problem) == DType::kF16) {
     return InvalidArgument(

@@ -9,6 +9,10 @@ namespace pbs {
 // the published code; else kF32, which means no rounding.
 DType ScoreRoundingOf(const AttentionProblem& problem);
 
+// The same of block means and of their products: pbs and mean_pooling are published
+// with that rounding, other methods with sorted keys are not published.
+DType BlockScoreRoundingOf(const AttentionProblem& problem);
+
 // InvalidArgument for finite inputs whose scores are not finite.
 Status ScoreOverflow(const AttentionProblem& problem);
 

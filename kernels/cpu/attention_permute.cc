@@ -317,7 +317,7 @@ void MeanOfRows(const AttentionRun& run, const uint32_t* rows, int32_t num_rows,
     }
   }
   run.kernels.divide(static_cast<float>(divisor), mean, g.head_dim);
-  if (ScoreRoundingOf(plan.problem) != DType::kF32) {
+  if (BlockScoreRoundingOf(plan.problem) != DType::kF32) {
     uint16_t narrow[kHeadDims.back()];
     RowFromF32(run.kernels, plan.problem.dtype, mean, g.head_dim, narrow);
     RowToF32(run.kernels, plan.problem.dtype, narrow, g.head_dim, mean);

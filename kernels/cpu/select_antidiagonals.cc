@@ -2,8 +2,8 @@
 //
 // Row i of the strided queries is the tokens i * stride .. i * stride + stride - 1 in
 // falling order, column j of the strided keys the tokens j * stride .. in rising order.
-// Their product sums every stride-th antidiagonal. Softmax over the columns j <= i, then
-// sums over the rows and columns of a block, give the block's mass.
+// Their product sums every stride-th antidiagonal. Softmax over the columns j <= i,
+// then sums over the rows and columns of a block, give the block's mass.
 //
 // Keys are multiplied in chunks of columns. Each (row, chunk) keeps its own largest
 // logit, so that memory grows with rows x blocks, not with rows x columns.
@@ -57,8 +57,7 @@ void LoadRows(const AttentionRun& run, const Unit& unit, const SelectItem& item,
   for (int32_t i = 0; i < num_rows; ++i) {
     for (int32_t t = 0; t < sizes.stride; ++t) {
       float* out = queries + i * sizes.depth + int64_t{t} * g.head_dim;
-      const int32_t row =
-          begin + (i + 1) * sizes.stride - 1 - t - s.query_offset;
+      const int32_t row = begin + (i + 1) * sizes.stride - 1 - t - s.query_offset;
       if (row < 0 || row >= s.q_len) {
         std::fill_n(out, g.head_dim, 0.0f);
       } else {
@@ -85,18 +84,25 @@ bool SumRow(float scale, float* scores, int32_t visible, int32_t per_block,
   return true;
 }
 
+// Columns that a strided row sees: those up to its own, and with sorted keys only
+// candidates, because the own segment has no diagonal.
+int32_t VisibleColumns(const AttentionRun& run, const Unit& unit, const Sizes& sizes,
+                       int32_t row) {
+  const int32_t query_block =
+      row / sizes.per_block - run.Sequence(unit).first_query_block;
+  return std::min(row + 1, NumCandidates(run, unit, query_block) * sizes.per_block);
+}
+
 // Fills `tops` and `partial` of all rows. False when a logit is not finite.
 bool MeasureChunks(const AttentionRun& run, const Unit& unit, const SelectItem& item,
                    const Sizes& sizes, const Item& at) {
   const CpuAttentionPlan& plan = run.plan;
   const SequenceGeometry& s = run.Sequence(unit);
   const int32_t num_rows = item.num_blocks * sizes.per_block;
-  const int32_t first_row =
-      (s.first_query_block + item.first_block) * sizes.per_block;
+  const int32_t first_row = (s.first_query_block + item.first_block) * sizes.per_block;
   const auto columns = static_cast<int32_t>(plan.FoldedColumns(s));
-  const float scale =
-      kLog2E / (std::sqrt(static_cast<float>(plan.geometry.head_dim)) *
-                static_cast<float>(sizes.stride));
+  const float scale = kLog2E / (std::sqrt(static_cast<float>(plan.geometry.head_dim)) *
+                                static_cast<float>(sizes.stride));
   const float* keys = run.Pooled(unit) + plan.Pooled(s).folded;
   std::fill_n(at.partial, int64_t{num_rows} * s.num_key_blocks, 0.0f);
   for (int32_t chunk = 0; chunk < sizes.chunks; ++chunk) {
@@ -113,7 +119,8 @@ bool MeasureChunks(const AttentionRun& run, const Unit& unit, const SelectItem& 
          .c = at.scores,
          .c_stride = cols});
     for (int32_t i = 0; i < num_rows; ++i) {
-      const int32_t visible = std::clamp(first_row + i + 1 - first, 0, cols);
+      const int32_t visible =
+          std::clamp(VisibleColumns(run, unit, sizes, first_row + i) - first, 0, cols);
       if (!SumRow(scale, at.scores + int64_t{i} * cols, visible, sizes.per_block,
                   first / sizes.per_block, at.tops + int64_t{i} * sizes.chunks + chunk,
                   at.partial + int64_t{i} * s.num_key_blocks)) {
@@ -146,9 +153,8 @@ void AddRow(const Sizes& sizes, const Item& at, int32_t row, int32_t num_key_blo
 int32_t FirstChunkBlocks(int32_t k_len, int32_t block_size) {
   int64_t power = 1;
   while (power < k_len) power *= 2;
-  const int64_t chunk =
-      std::max<int64_t>(std::min(std::max<int64_t>(2048, power), (1 << 28) / power),
-                        2048);
+  const int64_t chunk = std::max<int64_t>(
+      std::min(std::max<int64_t>(2048, power), (1 << 28) / power), 2048);
   return static_cast<int32_t>(chunk / block_size);
 }
 
@@ -190,17 +196,17 @@ void SelectByAntidiagonals(AttentionRun& run, const Unit& unit, const SelectItem
     std::fill(keep.begin(), keep.end(), uint8_t{0});
     std::fill_n(at.masses, block + 1, 0.0f);
     const int32_t first_row = s.query_offset / sizes.stride;
-    for (int32_t r = 0; r < sizes.per_block; ++r) {
+    const int32_t candidates = NumCandidates(run, unit, query_block);
+    for (int32_t r = 0; r < sizes.per_block && candidates > 0; ++r) {
       const int32_t row = block * sizes.per_block + r;
       if (row < first_row || row >= live_rows) continue;
-      AddRow(sizes, at, i * sizes.per_block + r, s.num_key_blocks, block + 1);
+      AddRow(sizes, at, i * sizes.per_block + r, s.num_key_blocks, candidates);
     }
-    const int32_t candidates = NumCandidates(run, unit, query_block);
     const ForcedMass forced = {
         .own = candidates > block ? block : -1,
         .first = ForcesFirstBlock(options) ? run.FirstBlock(unit) : -1,
-        .lags = options.as_published &&
-                block < FirstChunkBlocks(s.k_len, g.block_size)};
+        .lags =
+            options.as_published && block < FirstChunkBlocks(s.k_len, g.block_size)};
     KeepCoverWithForced(options.threshold, forced,
                         {at.masses, static_cast<size_t>(candidates)}, sort_keys, keep);
     StoreList(run, unit, item.member, query_block, keep);

@@ -88,7 +88,8 @@ void SumBlocks(Lines& lines) {
     const float* columns = lines.masses.columns();
     const float* distances = lines.masses.distances() + lines.s.k_len;
     lines.column_blocks[j] = std::accumulate(columns + begin, columns + end, 0.0f);
-    lines.diagonal_blocks[j] = std::accumulate(distances - end, distances - begin, 0.0f);
+    lines.diagonal_blocks[j] =
+        std::accumulate(distances - end, distances - begin, 0.0f);
   }
 }
 
@@ -149,16 +150,18 @@ bool EstimateColumns(const AttentionRun& run, const Unit& unit, const Lines& lin
 }
 
 // Root of the Jensen-Shannon divergence of estimate and columns, with the natural
-// logarithm. NaN when a block has no mass at all.
-double Distance(const Lines& lines) {
+// logarithm. As published, a block without any mass makes it NaN.
+double Distance(const Lines& lines, bool as_published) {
   double divergence = 0;
   for (int32_t j = 0; j < lines.s.num_key_blocks; ++j) {
     const double p = lines.estimate[j];
     const double q = lines.column_blocks[j];
     const double middle = (p + q) / 2;
-    divergence += p / 2 * std::log(p / middle) + q / 2 * std::log(q / middle);
+    for (const double x : {p, q}) {
+      if (x > 0 || as_published) divergence += x / 2 * std::log(x / middle);
+    }
   }
-  return std::sqrt(divergence);
+  return std::sqrt(divergence < 0 ? 0 : divergence);  // rounding; passes NaN on
 }
 
 // Calls body(query block, probabilities [candidates]) for all rows of the head, in
@@ -176,8 +179,7 @@ bool ForEachRow(const AttentionRun& run, const Unit& unit, int32_t member,
       float* row = lines.logits + static_cast<int64_t>(i) * PaddedBlocks(lines.s);
       const int32_t count = NumCandidates(run, unit, first + i);
       if (count > 0 && !Softmax(row, count)) return false;
-      body(first + i,
-           std::span<const float>(row, static_cast<size_t>(count)));
+      body(first + i, std::span<const float>(row, static_cast<size_t>(count)));
     }
   }
   return true;
@@ -200,12 +202,12 @@ bool CutGrid(const AttentionRun& run, const Unit& unit, int32_t member,
   for (int digit = kDigits - 1; digit >= 0; --digit) {
     const int shift = digit * kDigitBits;
     std::array<double, kDigitValues> sums{};
-    const bool finite = ForEachRow(
-        run, unit, member, lines, [&](int32_t, std::span<const float> row) {
+    const bool finite =
+        ForEachRow(run, unit, member, lines, [&](int32_t, std::span<const float> row) {
           for (float p : row) {
             const auto bits = std::bit_cast<uint32_t>(p);
-            const bool matches = digit == kDigits - 1 ||
-                                 bits >> (shift + kDigitBits) == known;
+            const bool matches =
+                digit == kDigits - 1 || bits >> (shift + kDigitBits) == known;
             if (matches) sums[bits >> shift & (kDigitValues - 1)] += p;
           }
         });
@@ -221,15 +223,18 @@ bool CutGrid(const AttentionRun& run, const Unit& unit, int32_t member,
 }
 
 // Block columns and block distances of a head that selects by lines.
-void KeepLines(const AttentionRun& run, Lines& lines, bool only_forced) {
+void KeepLines(const AttentionRun& run, const Unit& unit, Lines& lines,
+               bool only_forced) {
   const AttentionOptions& options = run.plan.problem.options;
   const int32_t tokens = options.as_published ? 128 : lines.block_size;
   const int32_t num_columns =
-      only_forced ? 1 : CountBlocks(lines, lines.masses.columns(), options.gamma, tokens);
+      only_forced ? 1
+                  : CountBlocks(lines, lines.masses.columns(), options.gamma, tokens);
   const int32_t num_distances =
-      only_forced ? 1 : CountBlocks(lines, lines.masses.distances(), options.gamma, tokens);
+      only_forced ? 1
+                  : CountBlocks(lines, lines.masses.distances(), options.gamma, tokens);
   const int32_t last = lines.s.num_key_blocks - 1;
-  if (options.force_first_block) lines.column_blocks[0] = INFINITY;
+  if (options.force_first_block) lines.column_blocks[run.FirstBlock(unit)] = INFINITY;
   lines.diagonal_blocks[last] = INFINITY;
   KeepLargest(lines, lines.column_blocks, num_columns, lines.keeps_column);
   KeepLargest(lines, lines.diagonal_blocks, num_distances, lines.keep);
@@ -252,20 +257,26 @@ void SelectByLines(AttentionRun& run, const Unit& unit, const SelectItem& item,
     return;
   }
   SumBlocks(lines);
-  const bool query_aware = Distance(lines) < options.tau;  // false for NaN
-  KeepLines(run, lines, query_aware);
+  const bool query_aware =
+      Distance(lines, options.as_published) < options.tau;  // false for NaN
+  KeepLines(run, unit, lines, query_aware);
   GridCut cut = {.least = UINT32_MAX, .ties = 0};
   if (query_aware) {
-    const double mass = double{options.gamma} * lines.s.num_query_blocks;
+    int32_t rows = 0;  // each has mass 1
+    for (int32_t i = 0; i < lines.s.num_query_blocks; ++i) {
+      rows += NumCandidates(run, unit, i) > 0 ? 1 : 0;
+    }
+    const double mass = double{options.gamma} * rows;
     if (!CutGrid(run, unit, item.member, lines, mass, cut)) {
       run.non_finite = true;
       return;
     }
   }
+  const uint8_t all = options.gamma >= 1.0f ? 1 : 0;
   const auto finish_row = [&](int32_t query_block, std::span<const float> row) {
     const int32_t block = lines.s.first_query_block + query_block;
     for (int32_t j = 0; j <= block; ++j) {
-      lines.keep[j] = lines.keeps_column[j] | lines.keeps_distance[block - j];
+      lines.keep[j] = all | lines.keeps_column[j] | lines.keeps_distance[block - j];
     }
     for (size_t j = 0; j < row.size(); ++j) {
       const auto bits = std::bit_cast<uint32_t>(row[j]);

@@ -39,7 +39,7 @@ void Multiply(const AttentionRun& run, const Unit& unit, const float* queries,
 
 // Raw dot products of block means -> scaled logits.
 void ScaleLogits(const AttentionRun& run, float divisor, std::span<float> logits) {
-  const DType rounding = ScoreRoundingOf(run.plan.problem);
+  const DType rounding = BlockScoreRoundingOf(run.plan.problem);
   VisitDType(rounding, [&](auto element) {
     using Element = decltype(element);
     const auto round = [](float x) { return ToFloat(FromFloat<Element>(x)); };

@@ -61,15 +61,20 @@ class Operands {
   const std::vector<double> q_, k_, v_;
 };
 
-// With query-head scope, intermediate scores are rounded to the input dtype, as in the
-// published code. All other cases keep full precision.
+// With query-head scope, the scores of keys and the means of pbs and mean_pooling are
+// rounded to the input dtype, as in the published code. All other scores keep full
+// precision.
 class ScoreRounding {
  public:
-  explicit ScoreRounding(const AttentionProblem& problem)
-      : dtype_(Permutes(problem.options) &&
-                       problem.options.scope == Scope::kQueryHead
-                   ? problem.dtype
-                   : DType::kF32) {}
+  static ScoreRounding OfKeys(const AttentionProblem& problem) {
+    const bool rounds =
+        Permutes(problem.options) && problem.options.scope == Scope::kQueryHead;
+    return ScoreRounding(rounds ? problem.dtype : DType::kF32);
+  }
+  static ScoreRounding OfBlocks(const AttentionProblem& problem) {
+    const bool of_means = TraitsOf(problem.options.method).scorer == Scorer::kMeans;
+    return of_means ? OfKeys(problem) : ScoreRounding(DType::kF32);
+  }
 
   double operator()(double value) const {
     const auto narrow = static_cast<float>(value);
@@ -79,6 +84,8 @@ class ScoreRounding {
   }
 
  private:
+  explicit ScoreRounding(DType dtype) : dtype_(dtype) {}
+
   DType dtype_;
 };
 

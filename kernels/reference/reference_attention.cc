@@ -1,3 +1,4 @@
+// Attention of the reference under a decision, and its coverage.
 #include "reference/reference_attention.h"
 
 #include <algorithm>
@@ -65,37 +66,74 @@ std::vector<bool> SelectedKeys(const AttentionGeometry& g, const SequenceGeometr
   return selected;
 }
 
-const int32_t* OrderOf(const AttentionGeometry& g, const Decision& decision,
-                       int32_t sequence, int32_t head) {
+const int32_t* OrderOfHead(const AttentionGeometry& g, const Decision& decision,
+                           int32_t sequence, int32_t head) {
   return decision.order.data() + g.OrderHead(head) * g.total_k +
          g.sequences[sequence].k_begin;
 }
 
-void CountBlocks(const AttentionGeometry& g, const Decision& decision,
-                 AttentionStats& stats) {
-  const BlockListsView lists = decision.lists.View();
-  for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
-    const SequenceGeometry& s = g.sequences[n];
-    for (int32_t head = 0; head < g.num_heads; ++head) {
-      const bool permuted =
-          decision.ran_dense[n * g.num_order_heads + g.OrderHead(head)] == 0;
-      for (int32_t i = 0; i < s.num_query_blocks; ++i) {
-        const int32_t block = s.first_query_block + i;
-        const int32_t segment_end =
-            (block / g.blocks_per_segment + 1) * g.blocks_per_segment;
-        stats.causal_blocks += block + 1;
-        stats.dense_blocks +=
-            permuted ? std::min(segment_end, s.num_key_blocks) : block + 1;
-        for (uint16_t j : lists.Row(g.ListRow(n, head, i))) {
-          ++stats.executed_blocks;
-          stats.lower_blocks += j <= block;
-        }
+// A block that takes part in a row's softmax as one key.
+struct MeanKey {
+  double logit = 0;
+  std::vector<double> value;
+};
+
+// Mean keys and values of the blocks that the row's list leaves out and whose keys all
+// come before the first row of its query block. Their mass is that of as many equal
+// keys.
+std::vector<MeanKey> CorrectingKeys(const Operands& in, const AttentionGeometry& g,
+                                    int32_t head, int32_t row, const int32_t* order,
+                                    std::span<const uint16_t> list) {
+  const SequenceGeometry& s = in.shape();
+  const int32_t query_block = (s.query_offset + row) / g.block_size;
+  const int32_t first_row = std::max(query_block * g.block_size, s.query_offset);
+  std::vector<MeanKey> keys;
+  for (int32_t block = 0; block < s.num_key_blocks; ++block) {
+    const int32_t* begin = order + block * g.block_size;
+    const int32_t* end = order + std::min((block + 1) * g.block_size, s.k_len);
+    const bool selected = std::find(list.begin(), list.end(), block) != list.end();
+    if (selected || *std::max_element(begin, end) >= first_row) continue;
+    const auto length = static_cast<double>(end - begin);
+    MeanKey& mean = keys.emplace_back();
+    mean.value.resize(static_cast<size_t>(g.head_dim));
+    for (int32_t d = 0; d < g.head_dim; ++d) {
+      double key_sum = 0;
+      for (const int32_t* key = begin; key < end; ++key) {
+        key_sum += in.K(g.KvHead(head), *key, d);
+        mean.value[d] += in.V(g.KvHead(head), *key, d) / length;
       }
+      mean.logit += in.Q(head, row, d) * key_sum / length;
+    }
+    mean.logit = mean.logit / std::sqrt(g.head_dim) + std::log(length);
+  }
+  return keys;
+}
+
+// Softmax and weighted sum of values of one row, over the keys with finite logits and
+// the mean keys. Writes o [head_dim], which is zeros before, and returns the lse.
+double AttendRow(const Operands& in, const AttentionGeometry& g, int32_t head,
+                 const std::vector<double>& logits, const std::vector<MeanKey>& means,
+                 double* o) {
+  double top = -INFINITY;
+  for (double logit : logits) top = std::max(top, logit);
+  for (const MeanKey& mean : means) top = std::max(top, mean.logit);
+  if (std::isinf(top)) return -INFINITY;
+  double sum = 0;
+  for (int32_t key = 0; key < static_cast<int32_t>(logits.size()); ++key) {
+    const double weight = std::exp(logits[key] - top);
+    if (weight == 0) continue;
+    sum += weight;
+    for (int32_t d = 0; d < g.head_dim; ++d) {
+      o[d] += weight * in.V(g.KvHead(head), key, d);
     }
   }
-  const double block_flops = 4.0 * g.block_size * g.block_size * g.head_dim;
-  stats.executed_flops = block_flops * static_cast<double>(stats.executed_blocks);
-  stats.dense_flops = block_flops * static_cast<double>(stats.dense_blocks);
+  for (const MeanKey& mean : means) {
+    const double weight = std::exp(mean.logit - top);
+    sum += weight;
+    for (int32_t d = 0; d < g.head_dim; ++d) o[d] += weight * mean.value[d];
+  }
+  for (int32_t d = 0; d < g.head_dim; ++d) o[d] /= sum;
+  return top + std::log(sum);
 }
 
 }  // namespace
@@ -111,29 +149,20 @@ Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
       problem, tensors, g,
       [&](const Operands& in, int32_t n, int32_t head, int32_t row, int64_t list_row) {
         const SequenceGeometry& s = g.sequences[n];
+        const int32_t* order = OrderOfHead(g, decision, n, head);
+        const std::span<const uint16_t> list = lists.Row(list_row);
         auto logits = CausalLogits(in, g, head, row, logit_sum);
-        const auto selected =
-            SelectedKeys(g, s, OrderOf(g, decision, n, head), lists.Row(list_row));
-        double top = -INFINITY;
+        const auto selected = SelectedKeys(g, s, order, list);
         for (int32_t key = 0; key < s.k_len; ++key) {
           if (!selected[key]) logits[key] = -INFINITY;
-          top = std::max(top, logits[key]);
+        }
+        std::vector<MeanKey> means;
+        if (problem.options.mean_correction) {
+          means = CorrectingKeys(in, g, head, row, order, list);
         }
         const int64_t at = head * g.total_q + s.q_begin + row;
-        out.lse[at] = -INFINITY;
-        if (std::isinf(top)) return;
-        double sum = 0;
-        double* o = out.o.data() + at * g.head_dim;
-        for (int32_t key = 0; key < s.k_len; ++key) {
-          const double weight = std::exp(logits[key] - top);
-          if (weight == 0) continue;
-          sum += weight;
-          for (int32_t d = 0; d < g.head_dim; ++d) {
-            o[d] += weight * in.V(g.KvHead(head), key, d);
-          }
-        }
-        for (int32_t d = 0; d < g.head_dim; ++d) o[d] /= sum;
-        out.lse[at] = top + std::log(sum);
+        out.lse[at] =
+            AttendRow(in, g, head, logits, means, out.o.data() + at * g.head_dim);
       });
   return out;
 }
@@ -155,7 +184,7 @@ double Coverage(const AttentionProblem& problem, const AttentionTensors& tensors
         Softmax(mass);
         const int32_t block = (s.query_offset + row) / g.block_size;
         const auto selected =
-            SelectedKeys(g, s, OrderOf(g, decision, n, head),
+            SelectedKeys(g, s, OrderOfHead(g, decision, n, head),
                          lists.Row(g.ListRow(n, head, block - s.first_query_block)));
         for (int32_t key = 0; key < s.k_len; ++key) {
           if (selected[key]) total += mass[key];
@@ -165,29 +194,6 @@ double Coverage(const AttentionProblem& problem, const AttentionTensors& tensors
     }
   }
   return num_rows == 0 ? 0.0 : total / static_cast<double>(num_rows);
-}
-
-Result Run(const AttentionProblem& problem, const AttentionTensors& tensors) {
-  Result result;
-  const AttentionGeometry g = MakeGeometry(problem);
-  result.decision = Decide(problem, tensors);
-  AttentionStats& stats = result.stats;
-  CountBlocks(g, result.decision, stats);
-  result.output = Attend(problem, tensors, result.decision);
-  int32_t sparse_heads = 0;
-  for (const SequenceGeometry& s : g.sequences) {
-    if (!s.dense && s.q_len > 0) sparse_heads += g.num_order_heads;
-  }
-  const int32_t fallen_back = result.decision.heads_fallen_back;
-  stats.dense_fallback = fallen_back > 0;
-  stats.method_run =
-      fallen_back == sparse_heads ? Method::kDense : problem.options.method;
-  stats.coverage = Coverage(problem, tensors, result.decision);
-  for (const SequenceGeometry& s : g.sequences) {
-    stats.coverage_rows += static_cast<int64_t>(g.num_heads) *
-                           std::min(problem.options.coverage_rows, s.q_len);
-  }
-  return result;
 }
 
 }  // namespace pbs::reference

@@ -47,7 +47,11 @@ std::vector<double> KeyImportance(const AttentionProblem& problem,
                                   const AttentionTensors& tensors, int32_t sequence,
                                   int32_t order_head);
 
-// Key order and block lists of `problem`. Given ones are used unchecked.
+// False for minference, which reads parts of blocks.
+bool HasMethod(Method method);
+
+// Key order and block lists of `problem`, whose method the reference has. Given ones
+// are used unchecked.
 Decision Decide(const AttentionProblem& problem, const AttentionTensors& tensors);
 
 // Attention under `decision`. A row that sees nothing has o = 0 and lse = -inf.

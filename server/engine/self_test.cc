@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -44,28 +45,63 @@ struct Case {
   AttentionProblem problem;
 };
 
-// Small blocks, and those that every backend has.
-std::vector<std::pair<std::string, AttentionOptions>> Methods() {
-  std::vector<std::pair<std::string, AttentionOptions>> methods;
-  methods.push_back({"dense", {.method = Method::kDense}});
-  for (const int32_t block : {32, 128}) {
-    const auto add = [&](const char* name, AttentionOptions options) {
-      options.block_size = block;
-      if (Permutes(options)) options.segment_size = std::min(2 * block, 128);
-      options.threshold = 0.7f;
-      methods.push_back({absl::StrCat(name, " block ", block), options});
-    };
-    add("pbs kv_head", {});
-    add("pbs query_head", {.scope = Scope::kQueryHead});
-    add("mean_pooling", {.method = Method::kMeanPooling});
-  }
-  return methods;
+struct NamedOptions {
+  std::string name;
+  AttentionOptions options;
+};
+
+bool HasOption(Method method, std::string_view name) {
+  return (TraitsOf(method).options & FindOption(name)->bit) != 0;
 }
 
-std::vector<Case> Cases(DType dtype) {
+// Options of a method that leave some blocks out.
+AttentionOptions SparseOptions(Method method, int32_t block_size) {
+  AttentionOptions options = DefaultOptions(method);
+  options.block_size = block_size;
+  if (Permutes(options)) options.segment_size = std::min(2 * block_size, 128);
+  if (HasOption(method, "threshold")) options.threshold = 0.7f;
+  if (HasOption(method, "gamma")) options.gamma = 0.7f;
+  if (HasOption(method, "alpha")) options.alpha = 0.5f;
+  return options;
+}
+
+// All methods that backend and reference have: in small blocks, and in those that every
+// backend has. What options add to any method is run with one.
+std::vector<NamedOptions> Methods(const std::vector<Method>& methods) {
+  std::vector<NamedOptions> all;
+  for (const Method method : methods) {
+    const std::string name = MethodName(method);
+    if (!TraitsOf(method).Selects()) {
+      all.push_back({name, DefaultOptions(method)});
+    } else if (reference::HasMethod(method)) {
+      for (const int32_t block : {32, 128}) {
+        const AttentionOptions options = SparseOptions(method, block);
+        all.push_back({absl::StrCat(name, " block ", block), options});
+        if (!Permutes(options)) continue;
+        AttentionOptions query_head = options;
+        query_head.scope = Scope::kQueryHead;
+        all.push_back({absl::StrCat(name, " query_head block ", block), query_head});
+        AttentionOptions corrected = options;
+        corrected.mean_correction = true;
+        all.push_back({absl::StrCat(name, " corrected block ", block), corrected});
+      }
+    }
+  }
+  const auto sorts = std::find_if(methods.begin(), methods.end(), [](Method method) {
+    return HasOption(method, "permute") && reference::HasMethod(method);
+  });
+  if (sorts == methods.end()) return all;
+  AttentionOptions sorted = SparseOptions(*sorts, 32);
+  sorted.permute = true;
+  sorted.segment_size = 64;
+  all.push_back({absl::StrCat(MethodName(*sorts), " permuted block 32"), sorted});
+  return all;
+}
+
+std::vector<Case> Cases(const std::vector<Method>& methods, DType dtype) {
   const AttentionShape shape = {kNumHeads, kNumKvHeads, kHeadDim, {{kSeqLen, kSeqLen}}};
   std::vector<Case> cases;
-  for (const auto& [name, options] : Methods()) {
+  for (const auto& [name, options] : Methods(methods)) {
     cases.push_back(
         {absl::StrCat(name, " ", DTypeName(dtype)), {shape, dtype, options}});
   }
@@ -183,7 +219,7 @@ absl::StatusOr<SelfTestReport> RunSelfTest(AttentionBackend& attention,
   for (const DType dtype : memory.info().dtypes) {
     const int32_t before = report.num_cases;
     absl::Status missing;
-    for (const Case& test : Cases(dtype)) {
+    for (const Case& test : Cases(memory.info().methods, dtype)) {
       const absl::StatusOr<double> error = RunCase(attention, memory, test);
       if (absl::IsUnimplemented(error.status())) {
         missing = error.status();

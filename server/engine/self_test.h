@@ -1,5 +1,6 @@
 // The self-test of a backend: it runs small fixed attention problems of every method
-// and dtype and compares with the f64 reference. A server that fails it must not serve.
+// and dtype of its info() that the f64 reference has, and compares with the reference.
+// A server that fails it must not serve.
 //
 // Threading: uses the backend; call it before any other use of the backend.
 // Memory: a few megabytes, freed on return.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -26,6 +27,60 @@ inline nlohmann::json GoldenManifest() {
   return nlohmann::json::parse(*text);
 }
 
+// Options of the authors' code as ours.
+inline AttentionOptions BaselineOptions(const nlohmann::json& entry) {
+  const std::string method = entry["method"];
+  const nlohmann::json& params = entry["params"];
+  AttentionOptions options;
+  options.block_size = params["block_size"];
+  // Made by the authors' code, or by a model that can also leave its deviations out.
+  options.as_published = params.value("as_published", true);
+  if (method == "meanpooling") {
+    options.method = Method::kMeanPooling;
+    options.threshold = params["threshold"];
+    options.force_first_block = params["force_select_first_block"];
+    options.as_published = false;
+  } else if (method == "xattention") {
+    options.method = Method::kXAttention;
+    options.threshold = params["threshold"];
+    options.stride = params["stride"];
+  } else if (method == "flexprefill") {
+    options.method = Method::kFlexPrefill;
+    options.gamma = params["gamma"];
+    options.tau = params["tau"];
+  } else if (method == "prism") {
+    options.method = Method::kPrism;
+    options.threshold = params["low_freq_threshold"];
+    options.fast_threshold = params["high_freq_threshold"];
+    options.slow_dims = params["low_freq_dim"];
+    options.fast_dims = params["high_freq_dim"];
+    options.force_first_block = params["force_sink"];
+  } else if (method == "flashprefill") {
+    options.method = Method::kFlashPrefill;
+    options.alpha = params["alpha"];
+    options.sink_blocks = params["attention_sink"];
+    options.window_blocks = params["window_size"];
+    options.dense_tail_blocks = params["last_n_block_full"];
+  } else {
+    PBS_CHECK(method == "mean_correction");  // of the blocks that a given mask leaves
+    options.method = Method::kMeanPooling;
+    options.mean_correction = true;
+    options.as_published = false;
+  }
+  return options;
+}
+
+inline AttentionOptions GoldenOptions(const nlohmann::json& entry) {
+  if (entry.contains("params")) return BaselineOptions(entry);
+  AttentionOptions options;
+  options.scope = Scope::kQueryHead;
+  options.block_size = entry["block"];
+  options.segment_size = entry["segment"];
+  options.threshold = entry["tau"];
+  options.force_first_block = entry["force_first"];
+  return options;
+}
+
 // One case of the manifest, ready to run.
 class GoldenCase {
  public:
@@ -38,7 +93,7 @@ class GoldenCase {
                                       ".safetensors")
                     : file_) {
     problem.dtype = *ParseDType(entry["dtype"].get<std::string>());
-    problem.options = Options(entry);
+    problem.options = GoldenOptions(entry);
     const auto& q = inputs_.at("q").shape;
     const auto len = static_cast<int32_t>(q[2]);
     problem.shape = {
@@ -56,6 +111,7 @@ class GoldenCase {
       lower_density_ = MeanOf(entry["lower_density"]);
   }
 
+  bool has_output() const { return file_.contains("o"); }
   bool has_mask() const { return file_.contains("block_mask"); }
   bool has_order() const { return !order_.empty(); }
   const std::vector<uint8_t>& mask() const { return file_.at("block_mask").bytes; }
@@ -92,6 +148,9 @@ class GoldenCase {
     GiveOrder(given, tensors);
     if (!has_mask()) return;
     given.options.use_given_lists = true;
+    given.options.sink_blocks = 0;  // in the mask
+    given.options.window_blocks = 0;
+    given.options.dense_tail_blocks = 0;
     lists = *ListsFromMask(MakeGeometry(given), mask());
     tensors.lists = lists.View();
   }
@@ -134,6 +193,21 @@ class GoldenCase {
     }
     return worst;
   }
+  // The same of a packed output of the reference. Requires one sequence.
+  double DistanceFromGolden(const reference::Output& ours) const {
+    const std::vector<float> golden = file_.at("o").Floats();
+    PBS_CHECK(problem.shape.sequences.size() == 1 && ours.o.size() == golden.size());
+    double worst = 0;
+    for (size_t i = 0; i < golden.size(); ++i) {
+      worst = LargerError(worst, std::abs(ours.o[i] - golden[i]));
+    }
+    return worst;
+  }
+  // Half an ulp of the stored output at magnitude 4; 0 when it is f32.
+  double StorageError() const {
+    const DType stored = file_.at("o").Float();
+    return stored == DType::kF32 ? 0 : stored == DType::kF16 ? 0x1p-9 : 0x1p-6;
+  }
 
   // Largest distance of the last output (f32) from the packed output of the reference.
   double DistanceFrom(const reference::Output& expected) const {
@@ -163,24 +237,6 @@ class GoldenCase {
     for (const double value : values) sum += value;
     return sum / static_cast<double>(values.size());
   }
-  static AttentionOptions Options(const nlohmann::json& entry) {
-    AttentionOptions options;
-    if (entry["method"] == "meanpooling") {
-      const auto& params = entry["params"];
-      options.method = Method::kMeanPooling;
-      options.block_size = params["block_size"];
-      options.threshold = params["threshold"];
-      options.force_first_block = params["force_select_first_block"];
-      return options;
-    }
-    options.scope = Scope::kQueryHead;
-    options.block_size = entry["block"];
-    options.segment_size = entry["segment"];
-    options.threshold = entry["tau"];
-    options.force_first_block = entry["force_first"];
-    return options;
-  }
-
   TensorMap file_;
   TensorMap inputs_;
   std::vector<uint8_t> q_, k_, v_, o_, wide_q_, wide_k_;
@@ -188,16 +244,40 @@ class GoldenCase {
   double density_ = 0, lower_density_ = 0;
 };
 
-// PBS and mean pooling, in f32 or in half precision.
-inline std::vector<GoldenCase> GoldenCases(bool f32) {
+// The cases of `lists` in the manifest that `accepts`.
+template <class Accepts>
+std::vector<GoldenCase> CasesOf(std::initializer_list<const char*> lists,
+                                Accepts&& accepts) {
   const nlohmann::json manifest = GoldenManifest();
   std::vector<GoldenCase> cases;
-  for (const char* list : {"cases", "baselines"}) {
+  for (const char* list : lists) {
     for (const auto& entry : manifest[list]) {
-      if ((entry["dtype"] == "f32") == f32) cases.emplace_back(entry);
+      if (accepts(entry)) cases.emplace_back(entry);
     }
   }
   return cases;
+}
+
+// PBS and mean pooling, in f32 or in half precision.
+inline std::vector<GoldenCase> GoldenCases(bool f32) {
+  return CasesOf({"cases", "baselines"}, [f32](const nlohmann::json& entry) {
+    const bool is_ours = entry["method"] == "pbs" || entry["method"] == "meanpooling";
+    return is_ours && (entry["dtype"] == "f32") == f32;
+  });
+}
+
+// The other methods that select blocks, of the authors' code and of the NumPy model.
+inline std::vector<GoldenCase> BaselineCases() {
+  return CasesOf({"baselines", "numpy"}, [](const nlohmann::json& entry) {
+    return entry["method"] == "xattention" || entry["method"] == "flexprefill" ||
+           entry["method"] == "prism" || entry["method"] == "flashprefill";
+  });
+}
+
+inline std::vector<GoldenCase> MeanCorrectionCases() {
+  return CasesOf({"baselines"}, [](const nlohmann::json& entry) {
+    return entry["method"] == "mean_correction";
+  });
 }
 
 }  // namespace pbs::testing_support

@@ -12,11 +12,13 @@
 #include "cpu/cpu_attention.h"
 #include "reference/reference_attention.h"
 #include "tests/support/attention_case.h"
+#include "tests/support/tolerances.h"
 
 namespace pbs::cpu {
 
 using testing_support::AttentionCase;
 using testing_support::BackendRun;
+using testing_support::OutputTolerance;
 using testing_support::RunOn;
 
 // One way to compute: a table, and whether bf16 operands are multiplied as pairs.
@@ -39,15 +41,6 @@ inline std::vector<Engine> RunnableEngines() {
     if (IsSupported(engine.isa)) engines.push_back(engine);
   }
   return engines;
-}
-
-// f32: a dot product of head_dim terms of magnitude up to 10 rounds like a random walk
-// of sqrt(head_dim) steps of 2^-24 * 10; the output follows the logit. f16, bf16: half
-// an ulp of outputs of magnitude up to 4 and, for pairs, of probabilities (2^-9).
-inline double Tolerance(DType dtype, bool pairs, int32_t head_dim) {
-  if (dtype == DType::kF32) return 3 * 0x1p-24 * 10 * std::sqrt(head_dim);
-  if (dtype == DType::kF16) return 2e-3;
-  return pairs ? 3e-2 : 1.6e-2;
 }
 
 struct Shape {
@@ -102,7 +95,7 @@ inline void ExpectOutputsNear(const AttentionCase& inputs,
     }
   }
   EXPECT_LE(worst, tolerance);
-  EXPECT_LE(worst_lse, 2e-5);  // f32 logits up to about 10, sums of up to 1024 terms
+  EXPECT_LE(worst_lse, testing_support::LseTolerance(inputs.problem().dtype, false));
 }
 
 class CpuAttentionSpec : public testing::TestWithParam<Engine> {

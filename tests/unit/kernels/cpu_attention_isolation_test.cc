@@ -9,11 +9,14 @@
 #include <utility>
 #include <vector>
 
+#include "tests/support/attention_matrix.h"
 #include "tests/support/case_name.h"
 #include "tests/unit/kernels/cpu_attention_fixture.h"
 
 namespace pbs::cpu {
 namespace {
+
+using testing_support::MatrixMethod;
 
 enum class Layout { kPacked, kTokenMajor, kBatch };
 
@@ -139,23 +142,19 @@ const std::vector<SequenceShape> kBatches[] = {
     {{37, 37}, {1, 1}, {150, 150}, {64, 64}, {200, 200}},
     {{300, 300}, {130, 420}, {90, 90}}};
 
-std::vector<std::pair<std::string, AttentionOptions>> Methods() {
-  AttentionOptions dense;
-  dense.method = Method::kDense;
-  AttentionOptions pbs;
-  pbs.threshold = 0.5f;
-  AttentionOptions small_blocks = pbs;
-  small_blocks.block_size = 16;
-  small_blocks.segment_size = 32;
-  AttentionOptions query_heads = small_blocks;
-  query_heads.scope = Scope::kQueryHead;
-  AttentionOptions pooling = small_blocks;
-  pooling.method = Method::kMeanPooling;
-  return {{"dense", dense},
-          {"pbs", pbs},
-          {"pbs_block_16", small_blocks},
-          {"pbs_query_head", query_heads},
-          {"mean_pooling", pooling}};
+std::vector<MatrixMethod> Methods() {
+  std::vector<MatrixMethod> methods = testing_support::SelectingMethods();
+  methods.push_back({"dense", {.method = Method::kDense}});
+  methods.push_back({"pbs_block_128", {.threshold = 0.5f}});
+  MatrixMethod query_heads = methods[0];
+  query_heads.name = "pbs_query_head";
+  query_heads.options.scope = Scope::kQueryHead;
+  methods.push_back(query_heads);
+  MatrixMethod corrected = methods[0];
+  corrected.name = "pbs_corrected";
+  corrected.options.mean_correction = true;
+  methods.push_back(corrected);
+  return methods;
 }
 
 using CpuIsolationSpec = CpuAttentionSpec;

@@ -29,7 +29,7 @@ TEST_P(DensitySpec, IsTheShareOfWhatDenseAttentionComputesOnTheSameTiles) {
   const DensityCase& c = GetParam();
   for (Scope scope : {Scope::kKvHead, Scope::kQueryHead}) {
     AttentionOptions options = c.options;
-    options.scope = scope;
+    if (Permutes(options)) options.scope = scope;
     constexpr int32_t kHeads = 4;
     const AttentionProblem problem =
         MakeProblem({c.name, kHeads, 2, 32, c.sequences}, DType::kF32, options);

@@ -73,83 +73,158 @@ INSTANTIATE_TEST_SUITE_P(Lengths, SegmentOrderSpec,
                                          SegmentCase{"odd", 1000, 96}),
                          testing_support::CaseName());
 
+// One query block: its own segment [own_begin, own_end) and what is forced before it.
 struct SelectionCase {
   const char* name;
-  SelectionRow row;
+  float threshold;
   std::vector<float> logits;
+  ForcedBlocks forced;
   std::vector<uint16_t> list;
 };
 
-class SelectRowSpec : public testing::TestWithParam<SelectionCase> {};
+class KeepCoverSpec : public testing::TestWithParam<SelectionCase> {};
 
-TEST_P(SelectRowSpec, TakesTheFewestLargestCandidatesThatReachTheThreshold) {
+TEST_P(KeepCoverSpec, TakesTheFewestLargestCandidatesThatReachTheThreshold) {
   const SelectionCase& c = GetParam();
   std::vector<uint64_t> scratch(c.logits.size());
+  std::vector<uint8_t> keep(64);
+  ASSERT_TRUE(KeepCover(c.threshold, c.logits, scratch, keep));
+  KeepForced(c.forced, keep);
   std::vector<uint16_t> list(64);
-  const auto selected = SelectRow(c.row, c.logits, scratch, list.data());
-  ASSERT_TRUE(selected.has_value());
-  list.resize(static_cast<size_t>(selected->count));
+  list.resize(static_cast<size_t>(WriteList(c.forced, keep, list.data())));
   EXPECT_EQ(list, c.list);
-  EXPECT_EQ(selected->num_masked, c.row.own_end - c.row.own_begin);
 }
 
-SelectionRow PastRow(int32_t own_begin, int32_t own_end, int32_t forced,
-                     float threshold) {
-  return {.num_candidates = own_begin,
-          .own_begin = own_begin,
+ForcedBlocks Own(int32_t own_begin, int32_t own_end, int32_t first_block = -1) {
+  return {.own_begin = own_begin,
           .own_end = own_end,
-          .forced_block = forced,
-          .threshold = threshold};
+          .first_block = first_block,
+          .window_begin = own_begin};
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Cases, SelectRowSpec,
+    Cases, KeepCoverSpec,
     testing::Values(
-        SelectionCase{"no_past", PastRow(0, 2, -1, .9f), {}, {0, 1}},
+        SelectionCase{"no_past", .9f, {}, Own(0, 2), {0, 1}},
+        SelectionCase{"one_block_dominates", .9f, {0, 9, 0}, Own(3, 5), {1, 3, 4}},
         SelectionCase{
-            "one_block_dominates", PastRow(3, 5, -1, .9f), {0, 9, 0}, {1, 3, 4}},
-        SelectionCase{"crossing_block_is_kept",
-                      PastRow(4, 6, -1, .5f),
-                      {0, 0, 0, 0},
-                      {0, 1, 4, 5}},
+            "crossing_block_is_kept", .5f, {0, 0, 0, 0}, Own(4, 6), {0, 1, 4, 5}},
         SelectionCase{
-            "ties_go_to_the_lower_block", PastRow(4, 5, -1, .3f), {0, 1, 1, 0}, {1, 4}},
-        SelectionCase{"threshold_one_takes_all",
-                      PastRow(3, 4, -1, 1.f),
-                      {-80, 0, 80},
-                      {0, 1, 2, 3}},
+            "ties_go_to_the_lower_block", .3f, {0, 1, 1, 0}, Own(4, 5), {1, 4}},
         SelectionCase{
-            "forced_block_joins", PastRow(4, 6, 0, .5f), {0, 0, 9, 0}, {0, 2, 4, 5}},
+            "threshold_one_takes_all", 1.f, {-80, 0, 80}, Own(3, 4), {0, 1, 2, 3}},
+        SelectionCase{
+            "forced_block_joins", .5f, {0, 0, 9, 0}, Own(4, 6, 0), {0, 2, 4, 5}},
         SelectionCase{"forced_block_already_selected",
-                      PastRow(4, 6, 2, .5f),
+                      .5f,
                       {0, 0, 9, 0},
+                      Own(4, 6, 2),
                       {2, 4, 5}},
-        SelectionCase{"forced_block_inside_own_segment",
-                      PastRow(2, 4, 3, .5f),
-                      {9, 0},
-                      {0, 2, 3}},
+        SelectionCase{
+            "forced_block_inside_own_segment", .5f, {9, 0}, Own(2, 4, 3), {0, 2, 3}},
         SelectionCase{"mass_that_never_reaches_takes_all",
-                      PastRow(3, 4, -1, .99999999f),
+                      .99999999f,
                       {0, 0, 0},
+                      Own(3, 4),
                       {0, 1, 2, 3}},
         SelectionCase{"diagonal_takes_its_share_in_mean_pooling",
-                      {.num_candidates = 3,
-                       .own_begin = 2,
-                       .own_end = 3,
-                       .forced_block = 0,
-                       .threshold = .9f},
+                      .9f,
                       {0, 0, 9},
+                      Own(2, 3, 0),
                       {0, 2}}),
     testing_support::CaseName());
 
-TEST(SelectRowErrors, RefusesLogitsThatAreNotFinite) {
+TEST(KeepCoverErrors, RefusesLogitsThatAreNotFinite) {
   std::vector<uint64_t> scratch(2);
-  std::vector<uint16_t> list(3);
+  std::vector<uint8_t> keep(2);
   for (float bad : {INFINITY, -INFINITY, NAN}) {
     const float logits[] = {0.0f, bad};
-    EXPECT_FALSE(SelectRow(PastRow(2, 3, -1, .9f), logits, scratch, list.data()));
+    for (float threshold : {0.9f, 1.0f}) {
+      EXPECT_FALSE(KeepCover(threshold, logits, scratch, keep));
+    }
   }
 }
+
+struct ForcedMassCase {
+  const char* name;
+  float threshold;
+  ForcedMass forced;
+  std::vector<float> masses;
+  std::vector<uint8_t> keep;
+};
+
+class KeepCoverWithForcedSpec : public testing::TestWithParam<ForcedMassCase> {};
+
+TEST_P(KeepCoverWithForcedSpec, TakesOthersWhileTheMassBeforeIsTooSmall) {
+  const ForcedMassCase& c = GetParam();
+  std::vector<uint64_t> scratch(c.masses.size());
+  std::vector<uint8_t> keep(c.masses.size());
+  KeepCoverWithForced(c.threshold, c.forced, c.masses, scratch, keep);
+  EXPECT_EQ(keep, c.keep);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, KeepCoverWithForcedSpec,
+    testing::Values(
+        ForcedMassCase{"forced_blocks_reach", .5f, {3, 0}, {4, 1, 1, 4}, {1, 0, 0, 1}},
+        ForcedMassCase{
+            "crossing_block_is_kept", .6f, {3, 0}, {1, 2, 5, 2}, {1, 0, 1, 1}},
+        ForcedMassCase{
+            "ties_go_to_the_lower_block", .4f, {3, 0}, {1, 3, 3, 1}, {1, 1, 0, 1}},
+        ForcedMassCase{"own_is_first", .5f, {0, 0}, {8}, {1}},
+        ForcedMassCase{"nothing_forced", .5f, {-1, -1}, {1, 6, 1}, {0, 1, 0}},
+        ForcedMassCase{"threshold_one_takes_all", 1.f, {2, 0}, {9, 0, 0}, {1, 1, 1}},
+        ForcedMassCase{"no_mass_takes_forced_only", .9f, {2, 0}, {0, 0, 0}, {1, 0, 1}},
+        // As published: the largest other always, and each next one is judged by the
+        // mass without the one before.
+        ForcedMassCase{
+            "lagging_takes_two", .5f, {3, 0, true}, {1, 5, 1, 3}, {1, 1, 0, 1}},
+        ForcedMassCase{"lagging_takes_the_largest_when_own_reaches",
+                       .5f,
+                       {3, 0, true},
+                       {0, 1, 1, 8},
+                       {1, 1, 0, 1}},
+        ForcedMassCase{
+            "lagging_ranks_the_first", .5f, {3, 0, true}, {6, 1, 1, 2}, {1, 1, 0, 1}}),
+    testing_support::CaseName());
+
+TEST(KeepShareOfLargestSpec, KeepsEqualShares) {
+  std::vector<uint8_t> keep(4);
+  KeepShareOfLargest(0.5f, std::vector<float>{1, 4, 2, 1.9f}, keep);
+  EXPECT_EQ(keep, (std::vector<uint8_t>{0, 1, 1, 0}));
+  KeepShareOfLargest(1.0f, std::vector<float>{0, 0, 0, 0}, keep);  // all are largest
+  EXPECT_EQ(keep, (std::vector<uint8_t>{1, 1, 1, 1}));
+}
+
+struct ForcedCase {
+  const char* name;
+  ForcedBlocks forced;
+  std::vector<uint16_t> list;  // nothing is kept by its score
+};
+
+class KeepForcedSpec : public testing::TestWithParam<ForcedCase> {};
+
+TEST_P(KeepForcedSpec, AddsBlocksBeforeTheOwnSegment) {
+  const ForcedBlocks& forced = GetParam().forced;
+  std::vector<uint8_t> keep(static_cast<size_t>(forced.own_begin));
+  KeepForced(forced, keep);
+  std::vector<uint16_t> list(static_cast<size_t>(forced.own_end));
+  list.resize(static_cast<size_t>(WriteList(forced, keep, list.data())));
+  EXPECT_EQ(list, GetParam().list);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, KeepForcedSpec,
+    testing::Values(ForcedCase{"own_only", {4, 6, -1, 0, 4}, {4, 5}},
+                    ForcedCase{"first_block", {4, 6, 1, 0, 4}, {1, 4, 5}},
+                    ForcedCase{"sinks", {4, 6, -1, 2, 4}, {0, 1, 4, 5}},
+                    ForcedCase{"window", {4, 6, -1, 0, 2}, {2, 3, 4, 5}},
+                    ForcedCase{"window_past_the_start", {2, 3, -1, 0, -5}, {0, 1, 2}},
+                    ForcedCase{"window_inside_own", {4, 6, -1, 0, 5}, {4, 5}},
+                    ForcedCase{"sinks_past_own", {2, 3, -1, 9, 2}, {0, 1, 2}},
+                    ForcedCase{"first_block_inside_own", {2, 4, 3, 0, 2}, {2, 3}},
+                    ForcedCase{"all_of_them", {6, 7, 3, 1, 5}, {0, 3, 5, 6}}),
+    testing_support::CaseName());
 
 }  // namespace
 }  // namespace pbs

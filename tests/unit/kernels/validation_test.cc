@@ -114,37 +114,28 @@ INSTANTIATE_TEST_SUITE_P(
                     [](auto& p) { p.options.block_size = 96; },
                     "block_size 96 is not a power of two in [16, 256]"},
         ProblemCase{"block_too_small", [](auto& p) { p.options.block_size = 8; },
-                    "block_size 8 is not a power of two in [16, 256]"},
+                    "block_size 8 is outside [16, 256]"},
         ProblemCase{"segment_not_a_multiple",
                     [](auto& p) { p.options.segment_size = 200; },
                     "segment_size 200 is not a multiple of block_size 128"},
         ProblemCase{"segment_zero", [](auto& p) { p.options.segment_size = 0; },
-                    "segment_size 0 is outside [128, 16384]"},
+                    "segment_size 0 is outside [1, 16384]"},
+        ProblemCase{"segment_past_the_limit",
+                    [](auto& p) { p.options.segment_size = 16'512; },
+                    "segment_size 16512 is outside [1, 16384]"},
         ProblemCase{"threshold_zero", [](auto& p) { p.options.threshold = 0.0f; },
-                    "threshold 0.000000 is outside (0, 1]"},
+                    "threshold 0 is outside (0, 1]"},
         ProblemCase{"threshold_one", [](auto& p) { p.options.threshold = 1.0f; }, ""},
         ProblemCase{"threshold_above_one", [](auto& p) { p.options.threshold = 1.5f; },
-                    "threshold 1.500000 is outside (0, 1]"},
+                    "threshold 1.5 is outside (0, 1]"},
         ProblemCase{"threshold_nan", [](auto& p) { p.options.threshold = NAN; },
                     "threshold nan is outside (0, 1]"},
-        ProblemCase{"dense_ignores_threshold",
+        ProblemCase{"given_lists_with_sinks",
                     [](auto& p) {
-                      p.options.method = Method::kDense;
-                      p.options.threshold = 7.0f;
-                    },
-                    ""},
-        ProblemCase{"given_order_without_pbs",
-                    [](auto& p) {
-                      p.options.method = Method::kMeanPooling;
-                      p.options.use_given_order = true;
-                    },
-                    "use_given_order needs method pbs, not mean_pooling"},
-        ProblemCase{"given_lists_with_dense",
-                    [](auto& p) {
-                      p.options.method = Method::kDense;
                       p.options.use_given_lists = true;
+                      p.options.sink_blocks = 2;
                     },
-                    "use_given_lists needs method pbs or mean_pooling, not dense"},
+                    "use_given_lists and sink_blocks 2 exclude each other"},
         ProblemCase{"given_lists_with_fallback",
                     [](auto& p) {
                       p.options.use_given_lists = true;
@@ -154,6 +145,107 @@ INSTANTIATE_TEST_SUITE_P(
         ProblemCase{"coverage_rows_past_the_limit",
                     [](auto& p) { p.options.coverage_rows = kCoverageRowsMax + 1; },
                     "coverage_rows 1025 is outside [0, 1024]"}),
+    testing_support::CaseName());
+
+// An option of another method is refused, so that nothing that is asked for is ignored.
+template <class Change>
+auto With(Method method, Change change) {
+  return [method, change](AttentionProblem& p) {
+    p.options = DefaultOptions(method);
+    change(p.options);
+  };
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    OptionsOfOtherMethods, ValidateProblemSpec,
+    testing::Values(
+        ProblemCase{"dense_threshold",
+                    With(Method::kDense, [](auto& o) { o.threshold = 0.5f; }),
+                    "method dense has no option threshold=0.5; pbs, mean_pooling, "
+                    "xattention, prism have it"},
+        ProblemCase{"dense_given_lists",
+                    With(Method::kDense, [](auto& o) { o.use_given_lists = true; }),
+                    "method dense has no option use_given_lists=1; pbs, mean_pooling, "
+                    "xattention, minference, flexprefill, prism, flashprefill have it"},
+        ProblemCase{
+            "order_without_sorted_keys",
+            With(Method::kMeanPooling, [](auto& o) { o.use_given_order = true; }),
+            "method mean_pooling has no option use_given_order=1; pbs and methods with "
+            "permute have it"},
+        ProblemCase{"order_with_permute",
+                    With(Method::kMeanPooling,
+                         [](auto& o) {
+                           o.permute = true;
+                           o.use_given_order = true;
+                         }),
+                    ""},
+        ProblemCase{"pbs_permutes_always",
+                    With(Method::kPbs, [](auto& o) { o.permute = true; }),
+                    "method pbs has no option permute=1; mean_pooling, xattention, "
+                    "minference, flexprefill, prism, flashprefill have it"},
+        ProblemCase{"scope_without_sorted_keys",
+                    With(Method::kPrism, [](auto& o) { o.scope = Scope::kQueryHead; }),
+                    "method prism has no option scope=query_head; pbs and methods with "
+                    "permute have it"},
+        ProblemCase{"gamma_of_xattention",
+                    With(Method::kXAttention, [](auto& o) { o.gamma = 0.5f; }),
+                    "method xattention has no option gamma=0.5; flexprefill has it"},
+        ProblemCase{
+            "threshold_of_flashprefill",
+            With(Method::kFlashPrefill, [](auto& o) { o.threshold = 0.5f; }),
+            "method flashprefill has no option threshold=0.5; pbs, mean_pooling, "
+            "xattention, prism have it"}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
+    OptionsOfMethods, ValidateProblemSpec,
+    testing::Values(
+        ProblemCase{"stride_not_a_power_of_two",
+                    With(Method::kXAttention, [](auto& o) { o.stride = 12; }),
+                    "stride 12 is not a power of two in [2, 64] of at most block_size "
+                    "128"},
+        ProblemCase{"stride_past_the_limit",
+                    With(Method::kXAttention, [](auto& o) { o.stride = 128; }),
+                    "stride 128 is outside [2, 64]"},
+        ProblemCase{"stride_past_the_block",
+                    With(Method::kXAttention,
+                         [](auto& o) {
+                           o.block_size = 16;
+                           o.stride = 32;
+                         }),
+                    "stride 32 is not a power of two in [2, 64] of at most block_size "
+                    "16"},
+        ProblemCase{"no_vertical_tokens",
+                    With(Method::kMInference, [](auto& o) { o.vertical_tokens = 0; }),
+                    "vertical_tokens 0 is outside [1, 1048576]"},
+        ProblemCase{
+            "slash_tokens_past_the_limit",
+            With(Method::kMInference, [](auto& o) { o.slash_tokens = kSeqLenMax + 1; }),
+            "slash_tokens 1048577 is outside [1, 1048576]"},
+        ProblemCase{"gamma_zero",
+                    With(Method::kFlexPrefill, [](auto& o) { o.gamma = 0; }),
+                    "gamma 0 is outside (0, 1]"},
+        ProblemCase{"tau_zero", With(Method::kFlexPrefill, [](auto& o) { o.tau = 0; }),
+                    ""},
+        ProblemCase{"tau_above_one",
+                    With(Method::kFlexPrefill, [](auto& o) { o.tau = 1.25f; }),
+                    "tau 1.25 is outside [0, 1]"},
+        ProblemCase{"tau_nan", With(Method::kFlexPrefill, [](auto& o) { o.tau = NAN; }),
+                    "tau nan is outside [0, 1]"},
+        ProblemCase{"odd_slow_dims",
+                    With(Method::kPrism, [](auto& o) { o.slow_dims = 7; }),
+                    "slow_dims 7 is odd; rotary pairs have two columns"},
+        ProblemCase{"fast_dims_past_the_head",
+                    With(Method::kPrism, [](auto& o) { o.fast_dims = 66; }),
+                    "fast_dims 66 exceeds head_dim 64"},
+        ProblemCase{"fast_dims_of_the_head",
+                    With(Method::kPrism, [](auto& o) { o.fast_dims = 64; }), ""},
+        ProblemCase{"alpha_zero",
+                    With(Method::kFlashPrefill, [](auto& o) { o.alpha = 0; }),
+                    "alpha 0 is outside (0, 1]"},
+        ProblemCase{"negative_window",
+                    With(Method::kFlashPrefill, [](auto& o) { o.window_blocks = -1; }),
+                    "window_blocks -1 is outside [0, 65535]"}),
     testing_support::CaseName());
 
 TEST(GeometrySpec, QueryBlocksLieOnTheAbsoluteKeyGrid) {
@@ -191,10 +283,29 @@ TEST(GeometrySpec, OrdersBelongToKvHeadsUnlessTheScopeSaysQueryHeads) {
   EXPECT_EQ(MakeGeometry(problem).OrderHead(3), 3);
   problem.options.method = Method::kMeanPooling;
   EXPECT_EQ(MakeGeometry(problem).num_order_heads, 2);
+  problem.options.permute = true;
+  EXPECT_EQ(MakeGeometry(problem).num_order_heads, 4);
+}
+
+TEST(GeometrySpec, SegmentsAreSingleBlocksUnlessKeysAreSorted) {
+  AttentionProblem problem = GoodProblem();
+  problem.options.method = Method::kPrism;
+  EXPECT_EQ(MakeGeometry(problem).blocks_per_segment, 1);
+  problem.options.permute = true;
+  EXPECT_EQ(MakeGeometry(problem).blocks_per_segment, 2);
 }
 
 TEST(GeometrySpec, PromptsOfAtMostOneSegmentRunDense) {
   AttentionProblem problem = GoodProblem();
+  problem.shape.sequences = {{256, 256}, {257, 257}};
+  const AttentionGeometry g = MakeGeometry(problem);
+  EXPECT_TRUE(g.sequences[0].dense);
+  EXPECT_FALSE(g.sequences[1].dense);
+}
+
+TEST(GeometrySpec, FlexprefillOfAtMostTwoBlocksRunsDense) {
+  AttentionProblem problem = GoodProblem();
+  problem.options.method = Method::kFlexPrefill;
   problem.shape.sequences = {{256, 256}, {257, 257}};
   const AttentionGeometry g = MakeGeometry(problem);
   EXPECT_TRUE(g.sequences[0].dense);

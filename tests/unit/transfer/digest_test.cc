@@ -71,18 +71,31 @@ TEST_P(ExactDigestSpec, WhatRunsDenseIsExactAndOfItsTenant) {
 
 INSTANTIATE_TEST_SUITE_P(
     Cases, ExactDigestSpec,
-    testing::Values(ExactCase{"dense", {.method = Method::kDense}, 100'000},
-                    ExactCase{"every_candidate", {.threshold = 1.0f}, 100'000},
-                    ExactCase{"mean_pooling_every_candidate",
-                              {.method = Method::kMeanPooling, .threshold = 1.0f},
-                              100'000},
-                    ExactCase{"prompt_of_one_segment", {}, 256}),
+    testing::Values(
+        ExactCase{"dense", {.method = Method::kDense}, 100'000},
+        ExactCase{"every_candidate", {.threshold = 1.0f}, 100'000},
+        ExactCase{"mean_pooling_every_candidate",
+                  {.method = Method::kMeanPooling, .threshold = 1.0f},
+                  100'000},
+        ExactCase{"flexprefill_every_candidate",
+                  {.method = Method::kFlexPrefill, .gamma = 1.0f},
+                  100'000},
+        ExactCase{"flexprefill_of_two_blocks", {.method = Method::kFlexPrefill}, 256},
+        ExactCase{"sorted_keys_of_one_segment",
+                  {.method = Method::kPrism, .permute = true},
+                  256},
+        ExactCase{"prompt_of_one_segment", {}, 256}),
     testing_support::CaseName());
 
 TEST(SparsityDigestSpec, NamesTheMethodAndIsTheSameInEveryBuild) {
   EXPECT_EQ(SparsityDigest({}, 257, ""), "pbs-f4bbc23b7bd1e51ac38f69d3ef4341d5");
   EXPECT_EQ(SparsityDigest({.method = Method::kMeanPooling}, 10, "").substr(0, 13),
             "mean_pooling-");
+  std::set<std::string> digests;
+  for (Method method : kMethods) {
+    digests.insert(SparsityDigest(DefaultOptions(method), 10'000, ""));
+  }
+  EXPECT_EQ(digests.size(), kMethods.size());
 }
 
 struct ChangeCase {
@@ -111,7 +124,50 @@ INSTANTIATE_TEST_SUITE_P(
         ChangeCase{"force_first_block", [](auto& o) { o.force_first_block = false; },
                    ""},
         ChangeCase{"dense_fallback", [](auto& o) { o.dense_fallback = true; }, ""},
+        ChangeCase{"dense_tail_blocks", [](auto& o) { o.dense_tail_blocks = 1; }, ""},
+        ChangeCase{"sink_blocks", [](auto& o) { o.sink_blocks = 1; }, ""},
+        ChangeCase{"window_blocks", [](auto& o) { o.window_blocks = 2; }, ""},
+        ChangeCase{"mean_correction", [](auto& o) { o.mean_correction = true; }, ""},
+        ChangeCase{"as_published", [](auto& o) { o.as_published = true; }, ""},
         ChangeCase{"tenant_salt", [](auto&) {}, "tenant"}),
+    testing_support::CaseName());
+
+struct MethodChangeCase {
+  const char* name;
+  Method method;
+  std::function<void(AttentionOptions&)> change;
+};
+
+class MethodDigestChangeSpec : public testing::TestWithParam<MethodChangeCase> {};
+
+TEST_P(MethodDigestChangeSpec, EveryOptionOfTheMethodChangesIt) {
+  AttentionOptions options = DefaultOptions(GetParam().method);
+  const std::string before = SparsityDigest(options, 10'000, "");
+  GetParam().change(options);
+  EXPECT_NE(SparsityDigest(options, 10'000, ""), before);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, MethodDigestChangeSpec,
+    testing::Values(
+        MethodChangeCase{"permute", Method::kMeanPooling,
+                         [](auto& o) { o.permute = true; }},
+        MethodChangeCase{"stride", Method::kXAttention, [](auto& o) { o.stride = 16; }},
+        MethodChangeCase{"vertical_tokens", Method::kMInference,
+                         [](auto& o) { o.vertical_tokens = 999; }},
+        MethodChangeCase{"slash_tokens", Method::kMInference,
+                         [](auto& o) { o.slash_tokens = 6095; }},
+        MethodChangeCase{"gamma", Method::kFlexPrefill,
+                         [](auto& o) { o.gamma = 0.9f; }},
+        MethodChangeCase{"tau", Method::kFlexPrefill, [](auto& o) { o.tau = 0; }},
+        MethodChangeCase{"fast_threshold", Method::kPrism,
+                         [](auto& o) { o.fast_threshold = 0.5f; }},
+        MethodChangeCase{"slow_dims", Method::kPrism,
+                         [](auto& o) { o.slow_dims = 64; }},
+        MethodChangeCase{"fast_dims", Method::kPrism,
+                         [](auto& o) { o.fast_dims = 64; }},
+        MethodChangeCase{"alpha", Method::kFlashPrefill,
+                         [](auto& o) { o.alpha = 0.2f; }}),
     testing_support::CaseName());
 
 TEST(SparsityDigestSpec, WhatIsOnlyMeasuredDoesNotChangeIt) {

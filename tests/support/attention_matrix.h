@@ -1,0 +1,279 @@
+// The table of methods, options and shapes that every attention backend is tested on,
+// and the comparison with the reference.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pbs/block_mask.h"
+#include "reference/reference_attention.h"
+#include "tests/support/attention_case.h"
+#include "tests/support/largest_error.h"
+#include "tests/support/tolerances.h"
+
+namespace pbs::testing_support {
+
+struct MatrixMethod {
+  std::string name;
+  AttentionOptions options;
+};
+
+struct MatrixShape {
+  const char* name;
+  int32_t num_heads, num_kv_heads, head_dim;
+  std::vector<SequenceShape> sequences;
+};
+
+inline AttentionProblem MatrixProblem(const MatrixShape& shape, DType dtype,
+                                      const AttentionOptions& options) {
+  AttentionProblem problem;
+  problem.shape = {shape.num_heads, shape.num_kv_heads, shape.head_dim,
+                   shape.sequences};
+  problem.dtype = dtype;
+  problem.options = options;
+  return problem;
+}
+
+// Every method that selects blocks, with options that leave some blocks out. Blocks of
+// 16 keys, segments of 32.
+inline std::vector<MatrixMethod> SelectingMethods() {
+  AttentionOptions pbs;
+  pbs.block_size = 16;
+  pbs.segment_size = 32;
+  pbs.threshold = 0.6f;
+  AttentionOptions plain = pbs;
+  plain.segment_size = AttentionOptions{}.segment_size;
+  const auto with = [](AttentionOptions options, Method method) {
+    options.method = method;
+    const bool has_threshold =
+        method != Method::kFlexPrefill && method != Method::kFlashPrefill;
+    if (!has_threshold) options.threshold = AttentionOptions{}.threshold;
+    options.gamma = method == Method::kFlexPrefill ? 0.6f : options.gamma;
+    options.alpha = method == Method::kFlashPrefill ? 0.6f : options.alpha;
+    return options;
+  };
+  return {{"pbs", pbs},
+          {"mean_pooling", with(plain, Method::kMeanPooling)},
+          {"xattention", with(plain, Method::kXAttention)},
+          {"flexprefill", with(plain, Method::kFlexPrefill)},
+          {"prism", with(plain, Method::kPrism)},
+          {"flashprefill", with(plain, Method::kFlashPrefill)}};
+}
+
+// Adds variants of methods to a table.
+class MethodTable {
+ public:
+  explicit MethodTable(std::vector<MatrixMethod> methods)
+      : methods_(std::move(methods)) {}
+
+  // `change` takes the options of the row named `of`.
+  template <class Change>
+  void Add(const std::string& name, const std::string& of, Change&& change) {
+    const auto base =
+        std::find_if(methods_.begin(), methods_.end(),
+                     [&](const MatrixMethod& method) { return method.name == of; });
+    AttentionOptions options = base->options;
+    change(options);
+    methods_.push_back({name, options});
+  }
+  std::vector<MatrixMethod> Take() { return std::move(methods_); }
+
+ private:
+  std::vector<MatrixMethod> methods_;
+};
+
+// Options that one method has, or that it treats in its own way.
+inline void AddOwnOptions(MethodTable& table) {
+  table.Add("pbs_large_segments", "pbs", [](auto& o) { o.segment_size = 48; });
+  table.Add("pbs_fallback", "pbs", [](auto& o) { o.dense_fallback = true; });
+  table.Add("xattention_published", "xattention",
+            [](auto& o) { o.as_published = true; });
+  table.Add("xattention_stride_2", "xattention", [](auto& o) { o.stride = 2; });
+  table.Add("xattention_stride_16", "xattention", [](auto& o) { o.stride = 16; });
+  table.Add("flexprefill_query_aware", "flexprefill", [](auto& o) { o.tau = 1; });
+  table.Add("flexprefill_lines_only", "flexprefill", [](auto& o) { o.tau = 0; });
+  table.Add("flexprefill_published", "flexprefill",
+            [](auto& o) { o.as_published = true; });
+  table.Add("prism_bands", "prism", [](auto& o) {
+    o.slow_dims = 12;
+    o.fast_dims = 6;
+    o.fast_threshold = 0.3f;
+  });
+  table.Add("flashprefill_published", "flashprefill", [](auto& o) {
+    o.as_published = true;
+    o.sink_blocks = 1;
+    o.window_blocks = 2;
+  });
+}
+
+// Options of several methods.
+inline void AddSharedOptions(MethodTable& table) {
+  for (const char* name : {"pbs", "mean_pooling", "xattention", "flexprefill"}) {
+    table.Add(std::string(name) + "_no_first_block", name,
+              [](auto& o) { o.force_first_block = false; });
+  }
+  for (const char* name : {"pbs", "prism"}) {
+    table.Add(std::string(name) + "_tail_sink_window", name, [](auto& o) {
+      o.dense_tail_blocks = 1;
+      o.sink_blocks = 2;
+      o.window_blocks = 3;
+      o.threshold = 0.2f;
+      o.force_first_block = false;
+    });
+  }
+  for (const char* name :
+       {"mean_pooling", "xattention", "xattention_published", "flexprefill",
+        "flexprefill_query_aware", "prism", "flashprefill", "flashprefill_published"}) {
+    table.Add(std::string(name) + "_permuted", name, [](auto& o) {
+      o.permute = true;
+      o.segment_size = 32;
+    });
+  }
+  for (const char* name : {"pbs", "prism_permuted", "flashprefill_permuted"}) {
+    table.Add(std::string(name) + "_query_head", name,
+              [](auto& o) { o.scope = Scope::kQueryHead; });
+  }
+  for (const char* name :
+       {"pbs", "pbs_query_head", "mean_pooling", "flexprefill", "flashprefill",
+        "xattention_permuted", "prism_tail_sink_window"}) {
+    table.Add(std::string(name) + "_corrected", name,
+              [](auto& o) { o.mean_correction = true; });
+  }
+}
+
+// The selecting methods, what their options change, and dense.
+inline std::vector<MatrixMethod> MatrixMethods() {
+  MethodTable table(SelectingMethods());
+  AddOwnOptions(table);
+  AddSharedOptions(table);
+  std::vector<MatrixMethod> methods = table.Take();
+  methods.push_back({"dense", {.method = Method::kDense, .block_size = 16}});
+  return methods;
+}
+
+// For blocks of 16 keys.
+inline std::vector<MatrixShape> MatrixShapes() {
+  return {{"odd_length", 2, 1, 64, {{149, 149}}},
+          {"whole_segments", 2, 2, 32, {{128, 128}}},
+          {"tail_of_one", 4, 2, 96, {{129, 129}}},
+          {"six_heads_of_one", 6, 1, 32, {{100, 100}}},
+          {"wide_head", 1, 1, 256, {{117, 117}}},
+          {"one_query", 2, 1, 64, {{1, 131}}},
+          {"offset_inside_a_block", 2, 1, 128, {{59, 141}}},
+          {"offset_at_a_block", 2, 1, 32, {{64, 160}}},
+          {"many_tiles", 6, 2, 32, {{300, 300}}},
+          {"packed", 4, 2, 64, {{75, 75}, {0, 0}, {1, 1}, {0, 40}, {33, 110}, {9, 9}}}};
+}
+
+// The reference's answers by case. It is slow, and the engines nearly always decide
+// alike, so the answers are kept and recomputed when a decision differs.
+class ReferenceAnswers {
+ public:
+  const reference::Result& Run(const std::string& name, AttentionCase& inputs) {
+    const auto found = results_.find(name);
+    if (found != results_.end()) return found->second;
+    return results_[name] = reference::Run(inputs.problem(), inputs.Tensors());
+  }
+  // Its output for the order and lists of a backend's report.
+  const reference::Output& Attend(const std::string& name, AttentionCase& inputs,
+                                  const AttentionReport& report) {
+    const reference::Result& result = Run(name, inputs);
+    if (DecidesAlike(result.decision, report)) return result.output;
+    reference::Decision own;
+    own.order = report.order;
+    own.lists = report.lists;
+    return other_ = reference::Attend(inputs.problem(), inputs.Tensors(), own);
+  }
+  static bool DecidesAlike(const reference::Decision& decision,
+                           const AttentionReport& report) {
+    return decision.order == report.order &&
+           decision.lists.indices == report.lists.indices &&
+           decision.lists.count == report.lists.count;
+  }
+
+ private:
+  std::map<std::string, reference::Result> results_;
+  reference::Output other_;
+};
+
+inline void ExpectEqualStats(const AttentionStats& ours,
+                             const AttentionStats& expected) {
+  EXPECT_EQ(ours.executed_blocks, expected.executed_blocks);
+  EXPECT_EQ(ours.lower_blocks, expected.lower_blocks);
+  EXPECT_EQ(ours.causal_blocks, expected.causal_blocks);
+  EXPECT_EQ(ours.dense_blocks, expected.dense_blocks);
+  EXPECT_EQ(ours.method_run, expected.method_run);
+  EXPECT_EQ(ours.dense_fallback, expected.dense_fallback);
+  EXPECT_DOUBLE_EQ(ours.dense_flops, expected.dense_flops);
+  EXPECT_DOUBLE_EQ(ours.executed_flops, expected.executed_flops);
+  EXPECT_EQ(ours.coverage_rows, expected.coverage_rows);
+  EXPECT_NEAR(ours.coverage, expected.coverage, kCoverageTolerance);
+}
+
+struct OutputErrors {
+  double o = 0;
+  double lse = 0;
+};
+
+inline OutputErrors LargestErrors(const AttentionCase& inputs,
+                                  const reference::Output& expected) {
+  const AttentionGeometry& g = inputs.geometry();
+  OutputErrors errors;
+  for (int32_t head = 0; head < g.num_heads; ++head) {
+    for (int64_t row = 0; row < g.total_q; ++row) {
+      const int64_t at = head * g.total_q + row;
+      for (int32_t d = 0; d < g.head_dim; ++d) {
+        errors.o = LargerError(errors.o, std::abs(inputs.O(head, row, d) -
+                                                  expected.o[at * g.head_dim + d]));
+      }
+      errors.lse =
+          LargerError(errors.lse, std::abs(inputs.Lse(head, row) - expected.lse[at]));
+    }
+  }
+  return errors;
+}
+
+struct ListDifference {
+  int64_t blocks = 0;   // selected by the reference
+  int64_t differ = 0;   // selected by one of both only
+  int64_t outside = 0;  // of those, not explained by the rounding of scores
+};
+
+// A block may differ when thresholds that differ by kThresholdSlack make the reference
+// select it or not.
+inline ListDifference CompareLists(const AttentionProblem& problem,
+                                   const AttentionTensors& tensors,
+                                   const BlockLists& ours, const BlockLists& expected) {
+  const AttentionGeometry g = MakeGeometry(problem);
+  const std::vector<uint8_t> mine = ExpandMask(g, ours.View());
+  const std::vector<uint8_t> theirs = ExpandMask(g, expected.View());
+  ListDifference difference;
+  std::vector<std::vector<uint8_t>> near;
+  if (mine != theirs) {
+    for (const float change : {1 - kThresholdSlack, 1 + kThresholdSlack}) {
+      AttentionProblem changed = problem;
+      AttentionOptions& options = changed.options;
+      for (float* x : {&options.threshold, &options.fast_threshold, &options.gamma,
+                       &options.alpha}) {
+        *x = std::min(*x * change, 1.0f);
+      }
+      near.push_back(ExpandMask(g, reference::Decide(changed, tensors).lists.View()));
+    }
+  }
+  for (size_t i = 0; i < mine.size(); ++i) {
+    difference.blocks += theirs[i];
+    if (mine[i] == theirs[i]) continue;
+    ++difference.differ;
+    difference.outside += near[0][i] == near[1][i];
+  }
+  return difference;
+}
+
+}  // namespace pbs::testing_support

@@ -1,0 +1,300 @@
+// Spec: docs/KERNELS.md. Every method with its options, on every kind of shape, dtype
+// and table of the CPU backend, against the f64 reference.
+//
+//   order, lists  the reference's own; blocks next to a threshold may differ
+//   statistics    the reference's
+//   o, lse        the reference's for the backend's own order and lists
+//
+// tests/support/attention_matrix.h has the table, tolerances.h the tolerances.
+#include "tests/support/attention_matrix.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu_attention.h"
+#include "tests/support/case_name.h"
+
+namespace pbs::cpu {
+namespace {
+
+// Sanitized builds try every ninth length: every one takes minutes there.
+#ifdef PBS_FEW_LENGTHS
+constexpr int32_t kLengthStep = 9;
+#else
+constexpr int32_t kLengthStep = 1;
+#endif
+
+using testing_support::AttentionCase;
+using testing_support::BackendRun;
+using testing_support::ListDifference;
+using testing_support::MatrixMethod;
+using testing_support::MatrixMethods;
+using testing_support::MatrixProblem;
+using testing_support::MatrixShape;
+using testing_support::MatrixShapes;
+using testing_support::ReferenceAnswers;
+using testing_support::SelectingMethods;
+
+struct Engine {
+  const char* name;
+  Isa isa;
+  DType dtype;
+  bool pairs;
+};
+
+std::vector<Engine> Engines() {
+  std::vector<Engine> engines;
+  for (const Engine& engine :
+       {Engine{"scalar_f32", Isa::kScalar, DType::kF32, false},
+        Engine{"scalar_bf16", Isa::kScalar, DType::kBF16, false},
+        Engine{"avx2_f32", Isa::kAvx2, DType::kF32, false},
+        Engine{"avx2_f16", Isa::kAvx2, DType::kF16, false},
+        Engine{"avx2_bf16", Isa::kAvx2, DType::kBF16, false},
+        Engine{"avx512_f32", Isa::kAvx512, DType::kF32, false},
+        Engine{"avx512_f16", Isa::kAvx512, DType::kF16, false},
+        Engine{"avx512_bf16", Isa::kAvx512, DType::kBF16, false},
+        Engine{"avx512_bf16_pairs", Isa::kAvx512Bf16, DType::kBF16, true}}) {
+    if (IsSupported(engine.isa)) engines.push_back(engine);
+  }
+  return engines;
+}
+
+void Scale(std::vector<uint8_t>& bytes, float factor) {
+  auto* values = reinterpret_cast<float*>(bytes.data());
+  for (size_t i = 0; i < bytes.size() / sizeof(float); ++i) values[i] *= factor;
+}
+
+// Of one sequence. Keys behind the last whole segment stay in place.
+std::vector<int32_t> ReversedSegments(const AttentionGeometry& g) {
+  std::vector<int32_t> order;
+  for (int32_t head = 0; head < g.num_order_heads; ++head) {
+    const auto keys = static_cast<int32_t>(g.total_k);
+    for (int32_t slot = 0; slot < keys; ++slot) {
+      const int32_t begin = slot / g.segment_size * g.segment_size;
+      const bool whole = begin + g.segment_size <= keys;
+      order.push_back(whole ? 2 * begin + g.segment_size - 1 - slot : slot);
+    }
+  }
+  return order;
+}
+
+class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
+ protected:
+  // Runs one case and compares; sums up how lists differ.
+  void Check(const std::string& name, AttentionProblem problem, uint32_t seed) {
+    const std::string key = name + " " + DTypeName(problem.dtype);
+    SCOPED_TRACE(key + " seed " + std::to_string(seed));
+    problem.options.coverage_rows = 2;
+    AttentionCase inputs(problem, seed,
+                         problem.dtype == DType::kF32
+                             ? AttentionCase::Layout::kPacked
+                             : AttentionCase::Layout::kTokenMajor);
+    const BackendRun run =
+        testing_support::RunOn(attention_, problem, inputs.Tensors());
+    ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+    CompareDecisions(inputs, run.report, Answers().Run(key, inputs));
+    for (double density : run.report.head_density) EXPECT_LE(density, 1);
+    const auto errors = testing_support::LargestErrors(
+        inputs, Answers().Attend(key, inputs, run.report));
+    EXPECT_LE(errors.o, testing_support::OutputTolerance(
+                            problem.dtype, GetParam().pairs, problem.shape.head_dim));
+    EXPECT_LE(errors.lse, testing_support::LseTolerance(
+                              problem.dtype, problem.options.mean_correction));
+  }
+
+  void CompareDecisions(AttentionCase& inputs, const AttentionReport& report,
+                        const reference::Result& expected) {
+    const AttentionProblem& problem = inputs.problem();
+    if (report.order != expected.decision.order) {
+      // Half-precision scores tie; see golden_test.cc for how far moved keys are apart.
+      EXPECT_TRUE(problem.dtype != DType::kF32 &&
+                  problem.options.scope == Scope::kQueryHead);
+      return;
+    }
+    const ListDifference difference = testing_support::CompareLists(
+        problem, inputs.Tensors(), report.lists, expected.decision.lists);
+    EXPECT_EQ(difference.outside, 0);
+    total_.blocks += difference.blocks;
+    total_.differ += difference.differ;
+    if (difference.differ > 0) return;
+    EXPECT_EQ(report.lists.num_masked, expected.decision.lists.num_masked);
+    testing_support::ExpectEqualStats(report.stats, expected.stats);
+  }
+
+  void TearDown() override {
+    if (total_.blocks == 0) return;
+    std::printf("%-20s %ld of %ld blocks differ, all next to a threshold\n",
+                GetParam().name, static_cast<long>(total_.differ),
+                static_cast<long>(total_.blocks));
+    EXPECT_LE(static_cast<double>(total_.differ),
+              testing_support::kBlocksInSlackMax * static_cast<double>(total_.blocks));
+  }
+
+  static ReferenceAnswers& Answers() {
+    static auto& answers = *new ReferenceAnswers;
+    return answers;
+  }
+
+  ThreadPool pool_{2};
+  CpuAttention attention_{pool_, GetParam().isa, GetParam().pairs};
+  ListDifference total_;
+};
+
+TEST_P(AttentionMatrixSpec, EveryMethodOnEveryShapeIsTheReferences) {
+  for (const MatrixMethod& method : MatrixMethods()) {
+    for (const MatrixShape& shape : MatrixShapes()) {
+      Check(method.name + " " + shape.name,
+            MatrixProblem(shape, GetParam().dtype, method.options), 7);
+    }
+  }
+}
+
+TEST_P(AttentionMatrixSpec, EveryMethodOnEveryBlockSizeIsTheReferences) {
+  for (const MatrixMethod& method : SelectingMethods()) {
+    for (const int32_t block : {32, 64, 128, 256}) {
+      for (const bool permute : {false, true}) {
+        AttentionOptions options = method.options;
+        options.block_size = block;
+        if (permute) options.permute = options.method != Method::kPbs;
+        if (Permutes(options)) options.segment_size = 2 * block;
+        const MatrixShape shape = {"", 2, 1, 32, {{150, 700}}};
+        Check(method.name + (permute ? " permuted" : "") + " block " +
+                  std::to_string(block),
+              MatrixProblem(shape, GetParam().dtype, options), 11);
+      }
+    }
+  }
+}
+
+// Blocks of 16, segments of 32: up to four blocks and two whole segments.
+// Heads, tiles and segments of the default sizes.
+TEST_P(AttentionMatrixSpec, EveryMethodOnBlocksOf128IsTheReferences) {
+  for (const MatrixMethod& method : SelectingMethods()) {
+    AttentionOptions options = method.options;
+    options.block_size = 128;
+    if (Permutes(options)) options.segment_size = 256;
+    for (const MatrixShape& shape :
+         {MatrixShape{"odd_length", 4, 2, 96, {{701, 701}}},
+          MatrixShape{"batch", 4, 2, 64, {{513, 513}, {1, 1}, {90, 650}}}}) {
+      Check(method.name + " block 128 " + shape.name,
+            MatrixProblem(shape, GetParam().dtype, options), 31);
+    }
+  }
+}
+
+TEST_P(AttentionMatrixSpec, EveryMethodOnEverySmallLengthIsTheReferences) {
+  if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "lengths are the same to dtypes";
+  for (const MatrixMethod& method : MatrixMethods()) {
+    for (int32_t length = 1; length <= 70; length += kLengthStep) {
+      const MatrixShape shape = {"", 2, 1, 32, {{length, length}}};
+      Check(method.name + " length " + std::to_string(length),
+            MatrixProblem(shape, GetParam().dtype, method.options), 13);
+    }
+  }
+}
+
+TEST_P(AttentionMatrixSpec, EveryMethodOnEveryNumberOfLastQueriesIsTheReferences) {
+  if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "lengths are the same to dtypes";
+  for (const MatrixMethod& method : MatrixMethods()) {
+    for (int32_t queries = 0; queries <= 69; queries += kLengthStep) {
+      const MatrixShape shape = {"", 2, 1, 32, {{queries, 69}}};
+      Check(method.name + " queries " + std::to_string(queries),
+            MatrixProblem(shape, GetParam().dtype, method.options), 17);
+    }
+  }
+}
+
+// A given order has no ties, so that rounded scores are compared too.
+TEST_P(AttentionMatrixSpec, ListsOfAGivenOrderAreTheReferences) {
+  for (const MatrixMethod& method : MatrixMethods()) {
+    if (!Permutes(method.options) || method.options.dense_fallback) continue;
+    for (const MatrixShape& shape : MatrixShapes()) {
+      SCOPED_TRACE(method.name + " " + shape.name);
+      AttentionProblem problem = MatrixProblem(shape, GetParam().dtype, method.options);
+      AttentionCase inputs(problem, 23);
+      const auto order = reference::Decide(problem, inputs.Tensors()).order;
+      problem.options.use_given_order = true;
+      AttentionCase given(problem, 23);
+      AttentionTensors tensors = given.Tensors();
+      tensors.order = {order.data(), PackedLayout(given.geometry().total_k, 1)};
+      const BackendRun run = testing_support::RunOn(attention_, problem, tensors);
+      ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+      EXPECT_EQ(run.report.order, order);
+      EXPECT_EQ(run.report.lists.indices,
+                reference::Decide(problem, tensors).lists.indices);
+    }
+  }
+}
+
+struct InputCase {
+  const char* name;
+  float queries;  // factors of the inputs
+  float keys;
+};
+
+// Scores that all tie, and scores so far apart that many probabilities are 0 in f32.
+TEST_P(AttentionMatrixSpec, ListsOfExtremeScoresAreTheReferences) {
+  if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "scores are f32 for all dtypes";
+  for (const InputCase& c :
+       {InputCase{"zero_queries", 0, 1}, InputCase{"zero_keys", 1, 0},
+        InputCase{"all_zero", 0, 0}, InputCase{"far_apart", 6, 6}}) {
+    for (const MatrixMethod& method : MatrixMethods()) {
+      SCOPED_TRACE(std::string(c.name) + " " + method.name);
+      AttentionProblem problem =
+          MatrixProblem(MatrixShapes()[0], DType::kF32, method.options);
+      if (method.options.dense_fallback) continue;
+      // An order by importances that are 0 in f32 only is the backend's own.
+      problem.options.use_given_order = Permutes(problem.options);
+      AttentionCase inputs(problem, 29);
+      Scale(inputs.q_bytes(), c.queries);
+      Scale(inputs.k_bytes(), c.keys);
+      AttentionTensors tensors = inputs.Tensors();
+      const std::vector<int32_t> order = ReversedSegments(inputs.geometry());
+      tensors.order = {order.data(), PackedLayout(inputs.geometry().total_k, 1)};
+      const BackendRun run = testing_support::RunOn(attention_, problem, tensors);
+      ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+      const auto expected = reference::Decide(problem, tensors);
+      EXPECT_EQ(testing_support::CompareLists(problem, tensors, run.report.lists,
+                                              expected.lists)
+                    .outside,
+                0);
+    }
+  }
+}
+
+// With `threshold` or `gamma` 1 every candidate is selected.
+TEST_P(AttentionMatrixSpec, ThresholdOneIsDense) {
+  for (const MatrixMethod& method : MatrixMethods()) {
+    AttentionOptions options = method.options;
+    if (options.method == Method::kDense || options.method == Method::kFlashPrefill) {
+      continue;
+    }
+    (options.method == Method::kFlexPrefill ? options.gamma : options.threshold) = 1;
+    for (const MatrixShape& shape : MatrixShapes()) {
+      SCOPED_TRACE(method.name + " " + shape.name);
+      AttentionCase sparse(MatrixProblem(shape, GetParam().dtype, options), 19);
+      const BackendRun run =
+          testing_support::RunOn(attention_, sparse.problem(), sparse.Tensors());
+      ASSERT_TRUE(run.status.ok()) << run.status.ToString();
+      EXPECT_DOUBLE_EQ(run.report.stats.Density(), 1);
+      AttentionOptions all;
+      all.method = Method::kDense;
+      all.block_size = 16;
+      AttentionCase dense(MatrixProblem(shape, GetParam().dtype, all), 19);
+      const std::string key = std::string("dense seed 19 ") + shape.name + " " +
+                              DTypeName(GetParam().dtype);
+      const auto errors =
+          testing_support::LargestErrors(sparse, Answers().Run(key, dense).output);
+      EXPECT_LE(errors.o, testing_support::OutputTolerance(
+                              GetParam().dtype, GetParam().pairs, shape.head_dim));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Engines, AttentionMatrixSpec, testing::ValuesIn(Engines()),
+                         testing_support::CaseName());
+
+}  // namespace
+}  // namespace pbs::cpu
