@@ -190,13 +190,19 @@ bool IsPowerOfTwo(int32_t value) {
   return value > 0 && std::has_single_bit(static_cast<uint32_t>(value));
 }
 
+Status CheckBlockSize(int32_t block_size) {
+  if (IsPowerOfTwo(block_size) && block_size >= kBlockSizeMin &&
+      block_size <= kBlockSizeMax) {
+    return OkStatus();
+  }
+  return InvalidArgument("block_size " + std::to_string(block_size) +
+                         " is not a power of two in [" + std::to_string(kBlockSizeMin) +
+                         ", " + std::to_string(kBlockSizeMax) + "]");
+}
+
+// Sizes that must fit the block size.
 Status CheckSizes(const AttentionOptions& options, OptionSet has) {
   const std::string block = std::to_string(options.block_size);
-  if (!IsPowerOfTwo(options.block_size)) {
-    return InvalidArgument("block_size " + block + " is not a power of two in [" +
-                           std::to_string(kBlockSizeMin) + ", " +
-                           std::to_string(kBlockSizeMax) + "]");
-  }
   if ((has & kSegmentSize) != 0 && options.segment_size % options.block_size != 0) {
     return InvalidArgument("segment_size " + std::to_string(options.segment_size) +
                            " is not a multiple of block_size " + block);
@@ -276,8 +282,8 @@ AttentionOptions DefaultOptions(Method method, bool as_published) {
   AttentionOptions options;
   options.method = method;
   if (method == Method::kPrism) options.threshold = 0.95f;
-  options.as_published = as_published;
-  if (!as_published) return options;
+  if (!as_published || !TraitsOf(method).Selects()) return options;
+  options.as_published = true;
   if (method == Method::kPbs) options.scope = Scope::kQueryHead;
   if (method == Method::kFlashPrefill) {
     options.sink_blocks = 2;
@@ -321,6 +327,7 @@ std::string CanonicalText(const AttentionOptions& options) {
 Status ValidateOptions(const AttentionOptions& options) {
   const AttentionOptions defaults = DefaultOptions(options.method);
   const OptionSet has = OptionsOf(options);
+  PBS_RETURN_IF_ERROR(CheckBlockSize(options.block_size));
   for (const OptionTraits& option : kOptions) {
     if ((has & option.bit) != 0) {
       PBS_RETURN_IF_ERROR(CheckRange(options, option));

@@ -65,7 +65,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadPrefill(
             "threshold_0",
             [](auto& r) { r.mutable_attention()->mutable_pbs()->set_threshold(0); },
-            "threshold 0.000000 is outside (0, 1]"),
+            "threshold 0 is outside (0, 1]"),
         BadPrefill(
             "threshold_nan",
             [](auto& r) {

@@ -116,7 +116,8 @@ TEST(InfoSpec, SaysWhatTheServerIs) {
   NodeOptions options;
   options.service.version = "1.2.3";
   options.service.commit = "abc";
-  options.service.backend = {"cpu", "avx2", "test", {32, 64}, {DType::kF32}};
+  options.service.backend = {
+      "cpu", "avx2", "test", {32, 64}, {DType::kF32}, {Method::kPbs}};
   TestNode node(options);
   const auto info = node.NewClient()->GetServerInfo();
   ASSERT_TRUE(info.ok());

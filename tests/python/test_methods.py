@@ -252,8 +252,8 @@ SHARED_RANGE = r"is outside \[0, 65535\]"
 REFUSED = [
     # method or attention; what the server says
     (XAttention(block_size=100), "block_size 100 is not a power of two"),
-    (XAttention(block_size=8), r"block_size 8 is outside \[16, 256\]"),
-    (XAttention(block_size=512), r"block_size 512 is outside \[16, 256\]"),
+    (XAttention(block_size=8), r"block_size 8 is not a power of two in \[16, 256\]"),
+    (XAttention(block_size=512), r"block_size 512 is not a power of two in \[16, 256\]"),
     (XAttention(stride=1), r"stride 1 is outside \[2, 64\]"),
     (XAttention(stride=12), "stride 12 is not a power of two"),
     (XAttention(32, stride=64), "stride 64 .* at most block_size 32"),

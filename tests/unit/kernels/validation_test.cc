@@ -114,7 +114,7 @@ INSTANTIATE_TEST_SUITE_P(
                     [](auto& p) { p.options.block_size = 96; },
                     "block_size 96 is not a power of two in [16, 256]"},
         ProblemCase{"block_too_small", [](auto& p) { p.options.block_size = 8; },
-                    "block_size 8 is outside [16, 256]"},
+                    "block_size 8 is not a power of two in [16, 256]"},
         ProblemCase{"segment_not_a_multiple",
                     [](auto& p) { p.options.segment_size = 200; },
                     "segment_size 200 is not a multiple of block_size 128"},

@@ -237,10 +237,13 @@ TEST_F(PrefillRunSpec, RunsSparseMethodsWhichEqualDenseAtAThresholdOfOne) {
   KvCache cache = MakeCache(*model_, 300);
   const Prefilled dense =
       Prefill(*model_, {.num_tokens = 300, .attention = kDenseOptions}, tokens, cache);
-  for (Method method : {Method::kPbs, Method::kMeanPooling}) {
+  for (Method method :
+       {Method::kPbs, Method::kMeanPooling, Method::kXAttention, Method::kPrism}) {
     SCOPED_TRACE(MethodName(method));
-    const AttentionOptions options = {
-        .method = method, .block_size = 16, .segment_size = 64, .threshold = 1.0f};
+    AttentionOptions options = DefaultOptions(method);
+    options.block_size = 16;
+    options.threshold = 1.0f;
+    if (Permutes(options)) options.segment_size = 64;
     const Prefilled all =
         Prefill(*model_, {.num_tokens = 300, .attention = options}, tokens, cache);
     ASSERT_TRUE(all.status.ok()) << all.status.ToString();

@@ -144,7 +144,7 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{
             "threshold",
             [](auto& r) { r.mutable_attention()->mutable_pbs()->set_threshold(2); },
-            "threshold 2.000000 is outside (0, 1]"},
+            "threshold 2 is outside (0, 1]"},
         RefusedCase{"segment_size",
                     [](auto& r) {
                       r.mutable_attention()->mutable_pbs()->set_segment_size(100);

@@ -336,7 +336,7 @@ INSTANTIATE_TEST_SUITE_P(
                       [](auto& c) {
                         c.mutable_default_attention()->mutable_pbs()->set_threshold(2);
                       },
-                      "default_attention: threshold 2.000000 is outside (0, 1]"},
+                      "default_attention: threshold 2 is outside (0, 1]"},
         ViolationCase{
             "given_order",
             [](auto& c) {
