@@ -1,0 +1,96 @@
+"""The settings that are compared: methods x thresholds x dense tail x mean correction.
+
+A setting is data. It becomes options of the client when it is measured. A setting that
+this client or server does not have is skipped, with the reason, so the table may name
+methods before they exist.
+
+What every setting says: how many blocks of queries at the end are dense, and whether
+blocks that are not computed take part through their means. A setting of neither says so
+too, because a server's defaults may differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pbs_client
+from pbs_client import Attention
+
+DENSE = "dense"
+TAILS = (0, 1)  # query blocks at the end that read every earlier block
+CORRECTIONS = (False, True)
+# Method -> class of the client, and the options of its grid. The first is the most exact.
+GRID: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
+    "pbs": (
+        "Pbs",
+        tuple({"threshold": t} for t in (0.95, 0.9, 0.8, 0.7, 0.5)),
+    ),
+    "mean_pooling": ("MeanPooling", tuple({"threshold": t} for t in (0.95, 0.9, 0.8))),
+    "xattention": ("XAttention", tuple({"threshold": t} for t in (0.95, 0.9, 0.8))),
+    "flexprefill": ("FlexPrefill", tuple({"gamma": g} for g in (0.98, 0.95, 0.9))),
+    "prism": ("Prism", tuple({"threshold": t} for t in (0.97, 0.95, 0.9))),
+    "flashprefill": ("FlashPrefill", tuple({"alpha": a} for a in (0.05, 0.1, 0.2))),
+    "minference": (
+        "MInference",
+        (
+            {"vertical_tokens": 512, "slash_tokens": 1024},
+            {"vertical_tokens": 256, "slash_tokens": 512},
+        ),
+    ),
+}
+QUICK = ("dense", "pbs 0.9", "pbs 0.5", "mean_pooling 0.9")
+
+
+class UnknownSettingError(ValueError):
+    """This client does not have the method or an option of a setting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A method with its options, and the options that all methods share."""
+
+    method: str
+    class_name: str
+    options: dict[str, Any]
+    tail_blocks: int = 0
+    corrected: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as "pbs 0.9, tail 1, corrected"."""
+        values = "/".join(f"{value:g}" for value in self.options.values())
+        parts = [f"{self.method} {values}".rstrip()]
+        parts += [f"tail {self.tail_blocks}"] if self.tail_blocks else []
+        parts += ["corrected"] if self.corrected else []
+        return ", ".join(parts)
+
+    def attention(self) -> Attention:
+        """Options of the client.
+
+        Raises:
+            UnknownSettingError: it does not have them.
+        """
+        method = getattr(pbs_client, self.class_name, None)
+        if method is None:
+            raise UnknownSettingError(f"the client has no {self.class_name}")
+        known = {field.name for field in dataclasses.fields(Attention)}
+        shared: dict[str, Any] = {}
+        if self.method != DENSE:
+            wanted = {"dense_tail_blocks": self.tail_blocks, "mean_correction": self.corrected}
+            # Without the option there is nothing to switch off.
+            shared = {name: v for name, v in wanted.items() if v or name in known}
+        try:
+            return Attention(method(**self.options), **shared)
+        except (TypeError, ValueError) as error:
+            raise UnknownSettingError(f"the client refuses it: {error}") from error
+
+
+def all_settings() -> list[Setting]:
+    """Dense first, then the whole grid."""
+    settings = [Setting(DENSE, "Dense", {})]
+    for method, (class_name, grid) in GRID.items():
+        for options, tail, corrected in itertools.product(grid, TAILS, CORRECTIONS):
+            settings.append(Setting(method, class_name, options, tail, corrected))
+    return settings
