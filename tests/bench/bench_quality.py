@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", help=f"default: {LENGTHS}")
     parser.add_argument("--prompts", type=int, help=f"of each kind and length ({PROMPTS})")
     parser.add_argument("--settings", help="a regular expression for whole names")
+    parser.add_argument("--more", action="store_true", help="also the grid's further options")
     parser.add_argument("--time-limit", type=float, default=240, help="minutes, for model")
     parser.add_argument("--quick", action="store_true", help="four settings, 2K")
     parser.add_argument("--no-screen", action="store_true",
@@ -60,25 +61,25 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def chosen_settings(pattern: str | None, quick: bool) -> tuple:
-    """Dense, and the settings whose whole name the pattern matches."""
+def chosen_settings(arguments: argparse.Namespace) -> tuple:
+    """Dense, and of the others what the arguments name."""
     import settings
 
-    def wanted(name: str) -> bool:
-        if pattern is not None:
-            return re.fullmatch(pattern, name) is not None
-        return not quick or name in settings.QUICK
-
-    return tuple(
-        s for s in settings.all_settings() if s.name == settings.DENSE or wanted(s.name)
-    )
+    pattern = arguments.settings
+    if pattern is not None:
+        wanted = [s for s in settings.all_settings() if re.fullmatch(pattern, s.name)]
+    else:
+        wanted = settings.all_settings(more=arguments.more)
+    if arguments.quick and pattern is None:
+        wanted = [s for s in wanted if s.name in settings.QUICK]
+    return (settings.all_settings()[0], *(s for s in wanted if s.name != settings.DENSE))
 
 
 def measure_model(arguments: argparse.Namespace, header: dict) -> None:
     """The part `model`. Its imports need torch and transformers."""
     import model_quality
 
-    settings = chosen_settings(arguments.settings, arguments.quick)
+    settings = chosen_settings(arguments)
     if arguments.list:
         print("\n".join(setting.name for setting in settings))
         return

@@ -28,8 +28,8 @@ from measure import EXPOSED, MODEL, Measurer, ProcessClock, TextPrompt  # noqa: 
 from pbs_client import Client, InvalidArgumentError, UnimplementedError  # noqa: E402
 from real_server import running_server  # noqa: E402
 from retrieval_tasks import TASKS, make_prompt  # noqa: E402
-from run_log import Key, RunLog  # noqa: E402
-from settings import DENSE, Setting, UnknownSettingError  # noqa: E402
+from run_log import Key, OtherRunError, RunLog  # noqa: E402
+from settings import DENSE, Setting, UnknownSettingError, all_settings  # noqa: E402
 
 CONTINUATION_TOKENS = 256
 PROBE_TOKENS = 300  # of the prompt that shows whether the server has a setting
@@ -112,7 +112,9 @@ class Run:
     def measure(self) -> bool:
         """Measures what is missing. False when the time ended before."""
         begun, done = time.monotonic(), 0
-        missing = [key for key in self._keys() if not self._log.has(key)]
+        for setting in self._plan.settings:
+            self._screen(setting.name)
+        missing = [k for k in self._keys() if not self._log.has(k) and not self._is_out(k)]
         say(f"{len(self._log.records)} measurements are there, {len(missing)} to make")
         for key in self._keys():
             setting_name, length, kind, index = key
@@ -121,6 +123,7 @@ class Run:
             if time.monotonic() > self._plan.deadline:
                 return False
             self._measure_one(key)
+            self._screen(setting_name)
             done += 1
             per_item = (time.monotonic() - begun) / done
             left = sum(not self._log.has(k) and not self._is_out(k) for k in missing)
@@ -136,17 +139,18 @@ class Run:
                         yield setting.name, length, kind, index
 
     def _is_out(self, key: Key) -> bool:
-        """Whether a setting is measured no further."""
+        """Whether this is not to be measured: skipped, or screened and not the first."""
         name, _, _, index = key
-        if name in self.skipped or name in self.screened:
-            return True
-        if name == DENSE or not self._plan.screen or index < rule.PROMPTS_MIN:
-            return False
+        screened = name in self.screened and index >= rule.PROMPTS_MIN
+        return name in self.skipped or screened
+
+    def _screen(self, name: str) -> None:
+        """Remembers a setting whose loss is far out."""
+        if not self._plan.screen or name in self.screened or name == DENSE:
+            return
         if rule.is_hopeless(self.cells_of(name)):
             self.screened.add(name)
             say(f"{name}: its loss is far out, and it is measured no further")
-            return True
-        return False
 
     def _measure_one(self, key: Key) -> None:
         name, length, kind, index = key
@@ -198,7 +202,8 @@ class Run:
     def figures_of(self, name: str) -> dict[int, dict[str, Any]]:
         """Figures by length, of those that are measured."""
         records = [r for r in self._log.records.values() if r["setting"] in (name, DENSE)]
-        found = {n: summary.figures(records, name, n) for n in self._plan.lengths}
+        lengths = sorted({record["length"] for record in records})
+        found = {n: summary.figures(records, name, n) for n in lengths}
         return {length: figures for length, figures in found.items() if figures}
 
     def cells_of(self, name: str) -> dict[int, rule.Cell]:
@@ -206,12 +211,16 @@ class Run:
         return {n: summary.cell(figures) for n, figures in self.figures_of(name).items()}
 
     def results(self) -> dict[str, Any]:
-        """All figures, the choice of the rule, and what was left out."""
+        """All figures of the log, the choice of the rule, and what was left out.
+
+        The log may have more settings and lengths than the plan, of an earlier call.
+        """
+        known = {s.name: s for s in (*all_settings(), *self._plan.settings)}
         settings = {
             s.name: {"method": s.method, "options": s.options, "tail_blocks": s.tail_blocks,
-                     "corrected": s.corrected, "lengths": self.figures_of(s.name)}
-            for s in self._plan.settings
-            if self.figures_of(s.name)
+                     "corrected": s.corrected, "lengths": figures}
+            for s in known.values()
+            if (figures := self.figures_of(s.name))
         }  # fmt: skip
         lengths = sorted(settings.get(DENSE, {}).get("lengths", {}))
         choice = None
@@ -245,7 +254,10 @@ def run_model(
     flags = [word for n, folder in folders.items() for word in ("--model", f"{n}={folder}")]
     with running_server(*flags) as server, Client(server.target) as client:
         who = identity(client, prompts, plan.seed)
-        log = RunLog(state / f"{arguments.output}.jsonl", who, fresh=arguments.fresh)
+        try:
+            log = RunLog(state / f"{arguments.output}.jsonl", who, fresh=arguments.fresh)
+        except OtherRunError as error:
+            sys.exit(f"{error} from this run; --fresh begins anew, --output keeps both")
         measurer = Measurer(client, ProcessClock(server.process.pid), tier)
         dense_folder = state / "dense" / hashlib.sha256(repr(who).encode()).hexdigest()[:16]
         run = Run(plan, prompts, measurer, log, dense_folder)

@@ -109,7 +109,7 @@ def plot(results: dict[str, Any]) -> None:
     }
     lengths = [str(length) for length in results["lengths"]]
     figure, axes = plt.subplots(
-        len(costs), len(lengths), figsize=(1 + 3 * len(lengths), 6), squeeze=False
+        len(costs), len(lengths), figsize=(max(7, 1 + 3 * len(lengths)), 6), squeeze=False
     )
     methods = list(dict.fromkeys(s["method"] for s in results["settings"].values()))
     for row, (cost_name, cost) in zip(axes, costs.items()):

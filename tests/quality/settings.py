@@ -21,26 +21,42 @@ from pbs_client import Attention
 DENSE = "dense"
 TAILS = (0, 1)  # query blocks at the end that read every earlier block
 CORRECTIONS = (False, True)
-# Method -> class of the client, and the options of its grid. The first is the most exact.
-GRID: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
-    "pbs": (
-        "Pbs",
-        tuple({"threshold": t} for t in (0.95, 0.9, 0.8, 0.7, 0.5)),
+
+
+def _each(name: str, *values: float) -> tuple[dict[str, Any], ...]:
+    return tuple({name: value} for value in values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A method's class in the client, and the options that are tried.
+
+    `core` is what a run takes by default, `more` what it takes in addition on request.
+    """
+
+    class_name: str
+    core: tuple[dict[str, Any], ...]
+    more: tuple[dict[str, Any], ...] = ()
+
+
+GRID = {
+    "pbs": Family("Pbs", _each("threshold", 0.95, 0.9, 0.8), _each("threshold", 0.7, 0.5)),
+    "mean_pooling": Family(
+        "MeanPooling", _each("threshold", 0.95, 0.9), _each("threshold", 0.8)
     ),
-    "mean_pooling": ("MeanPooling", tuple({"threshold": t} for t in (0.95, 0.9, 0.8))),
-    "xattention": ("XAttention", tuple({"threshold": t} for t in (0.95, 0.9, 0.8))),
-    "flexprefill": ("FlexPrefill", tuple({"gamma": g} for g in (0.98, 0.95, 0.9))),
-    "prism": ("Prism", tuple({"threshold": t} for t in (0.97, 0.95, 0.9))),
-    "flashprefill": ("FlashPrefill", tuple({"alpha": a} for a in (0.05, 0.1, 0.2))),
-    "minference": (
+    "xattention": Family(
+        "XAttention", _each("threshold", 0.95, 0.9), _each("threshold", 0.8)
+    ),
+    "flexprefill": Family("FlexPrefill", _each("gamma", 0.95, 0.9), _each("gamma", 0.98)),
+    "prism": Family("Prism", _each("threshold", 0.95, 0.9), _each("threshold", 0.98)),
+    "flashprefill": Family("FlashPrefill", _each("alpha", 0.05, 0.1), _each("alpha", 0.2)),
+    "minference": Family(
         "MInference",
-        (
-            {"vertical_tokens": 512, "slash_tokens": 1024},
-            {"vertical_tokens": 256, "slash_tokens": 512},
-        ),
+        ({"vertical_tokens": 512, "slash_tokens": 1024},),
+        ({"vertical_tokens": 256, "slash_tokens": 512},),
     ),
 }
-QUICK = ("dense", "pbs 0.9", "pbs 0.5", "mean_pooling 0.9")
+QUICK = ("dense", "pbs 0.9", "pbs 0.8", "mean_pooling 0.9")
 
 
 class UnknownSettingError(ValueError):
@@ -87,10 +103,11 @@ class Setting:
             raise UnknownSettingError(f"the client refuses it: {error}") from error
 
 
-def all_settings() -> list[Setting]:
-    """Dense first, then the whole grid."""
+def all_settings(more: bool = True) -> list[Setting]:
+    """Dense first, then the grid: its core, and with `more` the whole of it."""
     settings = [Setting(DENSE, "Dense", {})]
-    for method, (class_name, grid) in GRID.items():
-        for options, tail, corrected in itertools.product(grid, TAILS, CORRECTIONS):
-            settings.append(Setting(method, class_name, options, tail, corrected))
+    for method, family in GRID.items():
+        tried = family.core + (family.more if more else ())
+        for options, tail, corrected in itertools.product(tried, TAILS, CORRECTIONS):
+            settings.append(Setting(method, family.class_name, options, tail, corrected))
     return settings
