@@ -95,16 +95,17 @@ INSTANTIATE_TEST_SUITE_P(
             "use_given_order true is for Attend only: a prefill brings no "
             "tensors"),
         BadPrefill(
-            "minference", [](auto& r) { r.mutable_attention()->mutable_minference(); },
-            "attention method minference is reserved; this server runs dense, "
-            "pbs and mean_pooling",
-            StatusCode::UNIMPLEMENTED),
+            "vertical_tokens",
+            [](auto& r) {
+              r.mutable_attention()->mutable_minference()->set_vertical_tokens(0);
+            },
+            "vertical_tokens 0 is outside [1, 1048576]"),
         BadPrefill(
-            "flexprefill",
-            [](auto& r) { r.mutable_attention()->mutable_flexprefill(); },
-            "attention method flexprefill is reserved; this server runs dense, "
-            "pbs and mean_pooling",
-            StatusCode::UNIMPLEMENTED),
+            "gamma",
+            [](auto& r) {
+              r.mutable_attention()->mutable_flexprefill()->set_gamma(1.5f);
+            },
+            "gamma 1.5 is outside (0, 1]"),
         BadPrefill(
             "push", [](auto& r) { r.mutable_delivery()->mutable_push(); },
             "delivery push is reserved; this server delivers none, inline and "

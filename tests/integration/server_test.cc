@@ -117,7 +117,7 @@ TEST(InfoSpec, SaysWhatTheServerIs) {
   options.service.version = "1.2.3";
   options.service.commit = "abc";
   options.service.backend = {
-      "cpu", "avx2", "test", {32, 64}, {DType::kF32}, {Method::kPbs}};
+      "cpu", "avx2", "test", {32, 64}, {DType::kF32}, {Method::kDense, Method::kPrism}};
   TestNode node(options);
   const auto info = node.NewClient()->GetServerInfo();
   ASSERT_TRUE(info.ok());
@@ -125,8 +125,7 @@ TEST(InfoSpec, SaysWhatTheServerIs) {
   EXPECT_EQ(info->protocol_version(), "1.0");
   EXPECT_EQ(info->epoch(), node.leases.epoch());
   EXPECT_EQ(info->backends(0).isa(), "avx2");
-  EXPECT_THAT(info->methods(),
-              testing::ElementsAre(v1::DENSE, v1::PBS, v1::MEAN_POOLING));
+  EXPECT_THAT(info->methods(), testing::ElementsAre(v1::DENSE, v1::PRISM));
   EXPECT_EQ(info->limits().receive_message_bytes_max(), (5 << 20) + (64 << 10));
   EXPECT_EQ(info->limits().memory_bytes_max(), 256 << 20);
   EXPECT_EQ(info->default_attention().pbs().segment_size(), 256);
