@@ -57,8 +57,8 @@ absl::Status DecodeField(const Message& wire, const FieldDescriptor& field,
         } else if constexpr (std::is_same_v<Value, bool>) {
           options.*member = reflection.GetBool(wire, &field);
         } else {
-          PBS_ABSL_ASSIGN_OR_RETURN(
-              options.*member, DecodeScope(reflection.GetEnumValue(wire, &field)));
+          PBS_ABSL_ASSIGN_OR_RETURN(options.*member,
+                                    DecodeScope(reflection.GetEnumValue(wire, &field)));
         }
         return absl::OkStatus();
       },

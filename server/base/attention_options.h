@@ -1,6 +1,6 @@
 // Converts AttentionOptions of the wire to and from AttentionOptions of the data plane,
-// for requests and the configuration. A field of the wire is the option of the same name
-// (pbs/attention_options.h), so a method needs no code here.
+// for requests and the configuration. A field of the wire is the option of the same
+// name (pbs/attention_options.h), so a method needs no code here.
 //
 // Threading: stateless. It is a CMake target of its own (pbs::attention_options),
 // because the other files of server/base do not need protobuf.

@@ -180,8 +180,7 @@ TEST(IsolationSpec, BadRowsOfANeighbourChangeNoBitOfWhatIsSelected) {
   AttentionOptions pbs = {.segment_size = 128, .threshold = 0.4f};
   AttentionOptions query_heads = pbs;
   query_heads.scope = Scope::kQueryHead;
-  const AttentionOptions pooling = {.method = Method::kMeanPooling,
-                                    .threshold = 0.4f};
+  const AttentionOptions pooling = {.method = Method::kMeanPooling, .threshold = 0.4f};
   for (const AttentionOptions& options : {pbs, query_heads, pooling}) {
     const AttentionProblem problem = {{2, 1, 64, sequences}, DType::kBF16, options};
     for (const Layout layout : {Layout::kPacked, Layout::kStrided}) {

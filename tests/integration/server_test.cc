@@ -116,8 +116,8 @@ TEST(InfoSpec, SaysWhatTheServerIs) {
   NodeOptions options;
   options.service.version = "1.2.3";
   options.service.commit = "abc";
-  options.service.backend = {
-      "cpu", "avx2", "test", {32, 64}, {DType::kF32}, {Method::kDense, Method::kPrism}};
+  options.service.backend = {"cpu",    "avx2",        "test",
+                             {32, 64}, {DType::kF32}, {Method::kDense, Method::kPrism}};
   TestNode node(options);
   const auto info = node.NewClient()->GetServerInfo();
   ASSERT_TRUE(info.ok());

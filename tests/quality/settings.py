@@ -19,12 +19,17 @@ import pbs_client
 from pbs_client import Attention
 
 DENSE = "dense"
-TAILS = (0, 1)  # query blocks at the end that read every earlier block
+# Query blocks at the end that read every earlier block. The last block of a prompt may
+# be short, so one alone may miss the begin of a question.
+TAILS = (0, 2)
 CORRECTIONS = (False, True)
 
 
-def _each(name: str, *values: float) -> tuple[dict[str, Any], ...]:
-    return tuple({name: value} for value in values)
+_SHARED = frozenset(field.name for field in dataclasses.fields(Attention))
+
+
+def _each(name: str, *values: float, **shared: Any) -> tuple[dict[str, Any], ...]:
+    return tuple({name: value, **shared} for value in values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Family:
     """A method's class in the client, and the options that are tried.
 
     `core` is what a run takes by default, `more` what it takes in addition on request.
+    Options that all methods share, such as `window_blocks`, may be among them.
     """
 
     class_name: str
@@ -40,7 +46,11 @@ class Family:
 
 
 GRID = {
-    "pbs": Family("Pbs", _each("threshold", 0.95, 0.9, 0.8), _each("threshold", 0.7, 0.5)),
+    "pbs": Family(
+        "Pbs",
+        _each("threshold", 0.95, 0.9, 0.8) + _each("threshold", 0.9, 0.8, window_blocks=4),
+        _each("threshold", 0.98, 0.7, 0.5) + _each("threshold", 0.95, window_blocks=4),
+    ),
     "mean_pooling": Family(
         "MeanPooling", _each("threshold", 0.95, 0.9), _each("threshold", 0.8)
     ),
@@ -76,8 +86,14 @@ class Setting:
     @property
     def name(self) -> str:
         """Such as "pbs 0.9, tail 1, corrected"."""
-        values = "/".join(f"{value:g}" for value in self.options.values())
+        own = {name: v for name, v in self.options.items() if name not in _SHARED}
+        values = "/".join(f"{value:g}" for value in own.values())
         parts = [f"{self.method} {values}".rstrip()]
+        parts += [
+            f"{name.removesuffix('_blocks')} {value:g}"
+            for name, value in self.options.items()
+            if name in _SHARED
+        ]
         parts += [f"tail {self.tail_blocks}"] if self.tail_blocks else []
         parts += ["corrected"] if self.corrected else []
         return ", ".join(parts)
@@ -91,14 +107,15 @@ class Setting:
         method = getattr(pbs_client, self.class_name, None)
         if method is None:
             raise UnknownSettingError(f"the client has no {self.class_name}")
-        known = {field.name for field in dataclasses.fields(Attention)}
-        shared: dict[str, Any] = {}
+        own = {name: v for name, v in self.options.items() if name not in _SHARED}
+        shared = {name: v for name, v in self.options.items() if name in _SHARED}
         if self.method != DENSE:
-            wanted = {"dense_tail_blocks": self.tail_blocks, "mean_correction": self.corrected}
-            # Without the option there is nothing to switch off.
-            shared = {name: v for name, v in wanted.items() if v or name in known}
+            shared |= {
+                "dense_tail_blocks": self.tail_blocks,
+                "mean_correction": self.corrected,
+            }
         try:
-            return Attention(method(**self.options), **shared)
+            return Attention(method(**own), **shared)
         except (TypeError, ValueError) as error:
             raise UnknownSettingError(f"the client refuses it: {error}") from error
 

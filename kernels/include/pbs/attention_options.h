@@ -32,10 +32,10 @@ enum class Method : uint8_t {
   kPrism,
   kFlashPrefill,
 };
-inline constexpr std::array kMethods = {
-    Method::kDense,      Method::kPbs,         Method::kMeanPooling,
-    Method::kXAttention, Method::kMInference,  Method::kFlexPrefill,
-    Method::kPrism,      Method::kFlashPrefill};
+inline constexpr std::array kMethods = {Method::kDense,       Method::kPbs,
+                                        Method::kMeanPooling, Method::kXAttention,
+                                        Method::kMInference,  Method::kFlexPrefill,
+                                        Method::kPrism,       Method::kFlashPrefill};
 
 // The queries that decide a key order.
 enum class Scope : uint8_t {
@@ -186,7 +186,8 @@ std::span<const OptionTraits> AllOptions();
 // nullptr when no option has this name.
 const OptionTraits* FindOption(std::string_view name);
 
-// The documented defaults of `method`. With `as_published`, those of the published code.
+// The documented defaults of `method`. With `as_published`, those of the published
+// code.
 AttentionOptions DefaultOptions(Method method, bool as_published = false);
 
 // True when keys are sorted inside segments.

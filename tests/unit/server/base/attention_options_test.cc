@@ -147,23 +147,24 @@ TEST_P(RefusedOptionsSpec, SaysWhy) {
 
 INSTANTIATE_TEST_SUITE_P(
     Cases, RefusedOptionsSpec,
-    testing::Values(
-        RefusedCase{
-            "scope",
-            [](auto& w) { w.mutable_pbs()->set_scope(static_cast<v1::Scope>(9)); },
-            absl::StatusCode::kInvalidArgument,
-            "scope 9 is not one of KV_HEAD (1), QUERY_HEAD (2)"},
-        RefusedCase{"scope_of_a_permutation",
-                    [](auto& w) {
-                      w.mutable_prism();
-                      w.mutable_permutation()->set_scope(static_cast<v1::Scope>(9));
-                    },
-                    absl::StatusCode::kInvalidArgument,
-                    "scope 9 is not one of KV_HEAD (1), QUERY_HEAD (2)"},
-        RefusedCase{"as_published_without_a_method",
-                    [](auto& w) { w.set_as_published(true); },
-                    absl::StatusCode::kInvalidArgument,
-                    "as_published needs a method"}),
+    testing::Values(RefusedCase{"scope",
+                                [](auto& w) {
+                                  w.mutable_pbs()->set_scope(static_cast<v1::Scope>(9));
+                                },
+                                absl::StatusCode::kInvalidArgument,
+                                "scope 9 is not one of KV_HEAD (1), QUERY_HEAD (2)"},
+                    RefusedCase{"scope_of_a_permutation",
+                                [](auto& w) {
+                                  w.mutable_prism();
+                                  w.mutable_permutation()->set_scope(
+                                      static_cast<v1::Scope>(9));
+                                },
+                                absl::StatusCode::kInvalidArgument,
+                                "scope 9 is not one of KV_HEAD (1), QUERY_HEAD (2)"},
+                    RefusedCase{"as_published_without_a_method",
+                                [](auto& w) { w.set_as_published(true); },
+                                absl::StatusCode::kInvalidArgument,
+                                "as_published needs a method"}),
     testing_support::CaseName());
 
 TEST(AttentionOptionsWire, MethodsKeepTheirNames) {
