@@ -23,6 +23,7 @@ DENSE = "dense"
 # be short, so one alone may miss the begin of a question.
 TAILS = (0, 2)
 CORRECTIONS = (False, True)
+WINDOW = 4  # key blocks up to the diagonal that every query block reads
 
 
 _SHARED = frozenset(field.name for field in dataclasses.fields(Attention))
@@ -37,33 +38,62 @@ class Family:
     """A method's class in the client, and the options that are tried.
 
     `core` is what a run takes by default, `more` what it takes in addition on request.
-    Options that all methods share, such as `window_blocks`, may be among them.
+    `near` is tried with a window, and with a dense tail only. Options that all methods
+    share may be among them.
     """
 
     class_name: str
     core: tuple[dict[str, Any], ...]
     more: tuple[dict[str, Any], ...] = ()
+    near: tuple[dict[str, Any], ...] = ()
+
+
+def _near(name: str, *values: float, **shared: Any) -> tuple[dict[str, Any], ...]:
+    return _each(name, *values, window_blocks=WINDOW, **shared)
 
 
 GRID = {
     "pbs": Family(
         "Pbs",
-        _each("threshold", 0.95, 0.9, 0.8) + _each("threshold", 0.9, 0.8, window_blocks=4),
-        _each("threshold", 0.98, 0.7, 0.5) + _each("threshold", 0.95, window_blocks=4),
+        _each("threshold", 0.95, 0.9, 0.8),
+        _each("threshold", 0.98, 0.7, 0.5),
+        _near("threshold", 0.9, 0.8, 0.6, 0.4),
     ),
     "mean_pooling": Family(
-        "MeanPooling", _each("threshold", 0.95, 0.9), _each("threshold", 0.8)
+        "MeanPooling",
+        _each("threshold", 0.95, 0.9),
+        _each("threshold", 0.8),
+        _near("threshold", 0.95, 0.9),
     ),
     "xattention": Family(
-        "XAttention", _each("threshold", 0.95, 0.9), _each("threshold", 0.8)
+        "XAttention",
+        _each("threshold", 0.95, 0.9),
+        _each("threshold", 0.8),
+        _near("threshold", 0.95, 0.9),
     ),
-    "flexprefill": Family("FlexPrefill", _each("gamma", 0.95, 0.9), _each("gamma", 0.98)),
-    "prism": Family("Prism", _each("threshold", 0.95, 0.9), _each("threshold", 0.98)),
-    "flashprefill": Family("FlashPrefill", _each("alpha", 0.05, 0.1), _each("alpha", 0.2)),
+    "flexprefill": Family(
+        "FlexPrefill",
+        _each("gamma", 0.95, 0.9),
+        _each("gamma", 0.98),
+        _near("gamma", 0.95),
+    ),
+    "prism": Family(
+        "Prism",
+        _each("threshold", 0.95, 0.9),
+        _each("threshold", 0.98),
+        _near("threshold", 0.95, 0.9),
+    ),
+    "flashprefill": Family(
+        "FlashPrefill",
+        _each("alpha", 0.05, 0.1),
+        _each("alpha", 0.2),
+        _near("alpha", 0.02, 0.05, 0.1, sink_blocks=2),
+    ),
     "minference": Family(
         "MInference",
         ({"vertical_tokens": 512, "slash_tokens": 1024},),
         ({"vertical_tokens": 256, "slash_tokens": 512},),
+        ({"vertical_tokens": 256, "slash_tokens": 512, "window_blocks": WINDOW},),
     ),
 }
 QUICK = ("dense", "pbs 0.9", "pbs 0.8", "mean_pooling 0.9")
@@ -125,6 +155,10 @@ def all_settings(more: bool = True) -> list[Setting]:
     settings = [Setting(DENSE, "Dense", {})]
     for method, family in GRID.items():
         tried = family.core + (family.more if more else ())
-        for options, tail, corrected in itertools.product(tried, TAILS, CORRECTIONS):
+        grid = itertools.chain(
+            itertools.product(tried, TAILS, CORRECTIONS),
+            itertools.product(family.near, TAILS[-1:], CORRECTIONS),
+        )
+        for options, tail, corrected in grid:
             settings.append(Setting(method, family.class_name, options, tail, corrected))
     return settings
