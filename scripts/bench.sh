@@ -30,7 +30,7 @@ write_report() { # ARGUMENT of gpu_report.py...
   fi
 }
 
-#: cpu          the CPU backend beside torch; memory of a prefill (40 min)
+#: cpu          the CPU backend beside torch; every method; memory of a prefill (50 min)
 #:              cpu --only attention --lengths 4096: a part of it
 bench_cpu() {
   local model=$build_dir/models/1b-4layer

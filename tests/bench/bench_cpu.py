@@ -63,6 +63,45 @@ def attention_group(
     return {**group, "length": length, "dtype": dtype, "isa": isa, "heads": HEADS[length]}
 
 
+# The methods with their defaults, and settings with which they select every block.
+METHODS = {
+    "pbs": {"method": "pbs"},
+    "pbs, tail of 2": {"method": "pbs", "dense_tail_blocks": 2},
+    "mean_pooling": {"method": "mean_pooling"},
+    "mean_pooling, corrected": {"method": "mean_pooling", "mean_correction": 1},
+    "xattention": {"method": "xattention"},
+    "flexprefill": {"method": "flexprefill"},
+    "flexprefill, query aware": {"method": "flexprefill", "tau": 1},
+    "prism": {"method": "prism"},
+    "flashprefill": {"method": "flashprefill"},
+    "minference": {"method": "minference"},
+}
+EVERY_BLOCK = {
+    "pbs": {"method": "pbs", "threshold": 1},
+    "mean_pooling": {"method": "mean_pooling", "threshold": 1},
+    "xattention": {"method": "xattention", "threshold": 1},
+    "flexprefill": {"method": "flexprefill", "gamma": 1},
+    "prism": {"method": "prism", "threshold": 1},
+    "flashprefill": {"method": "flashprefill", "alpha": 1e-30},
+    "minference": {"method": "minference", "slash_tokens": 1 << 20},
+}
+
+
+def methods_group(
+    title: str, settings: dict[str, dict], length: int, ours: Worker, rounds: int
+) -> dict:
+    """Methods beside dense attention, f32."""
+    shape = {"len": length, "heads": 4, "kv_heads": 1, "head_dim": 128}
+    cases = [Case("dense", ours, "attention", **shape, method="dense")] + [
+        Case(label, ours, "attention", **shape, **words) for label, words in settings.items()
+    ]
+    group = run_group(f"{title}, {length} tokens", cases, rounds)
+    dense = group["cases"]["dense"]["attend"]
+    for figures in group["cases"].values():
+        figures["select_share"] = figures["select"] / dense
+    return {**group, "title": title, "length": length}
+
+
 def linear_group(
     shape: tuple, dtype: str, threads: int, ours: Worker, torch: Worker, rounds: int
 ) -> dict:
@@ -148,6 +187,16 @@ class Sections:
         ours.close(), torch.close()
         return {"groups": groups}
 
+    def methods(self) -> dict:
+        """Every method beside dense attention, one thread."""
+        ours, length = self.ours(1), max(self.arguments.lengths)
+        groups = [
+            methods_group("defaults", METHODS, length, ours, 3),
+            methods_group("every block selected", EVERY_BLOCK, length // 4, ours, 5),
+        ]
+        ours.close()
+        return {"groups": groups}
+
     def linear(self) -> dict:
         """Linear layers, one thread and two."""
         groups = []
@@ -191,7 +240,7 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, help="for prefill and memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    names = ["attention", "linear", "prefill", "memory"]
+    names = ["attention", "methods", "linear", "prefill", "memory"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     arguments = parser.parse_args()
     if arguments.model is None and {"prefill", "memory"} & set(arguments.only):

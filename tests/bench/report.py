@@ -372,9 +372,25 @@ def save(figure: plt.Figure, name: str) -> None:
     plt.close(figure)
 
 
+def methods(results: dict) -> str:
+    """Every method beside dense attention."""
+    tables = []
+    for group in results["groups"]:
+        rows = [
+            [label, f"{case['density']:.3f}", f"{100 * case['select_share']:.1f} %",
+             f"{case['speedup_cpu']:.2f}x"]
+            for label, case in group["cases"].items() if label != "dense"
+        ]
+        head = [f"{group['length']} tokens, {group['title']}", "causal ratio",
+                "selection / dense attention", "speed over dense"]
+        tables.append(table(head, rows))
+    return "\n\n".join(tables)
+
+
 TABLES = {
     "density": (density, plot_density),
     "cpu_attention": (attention, plot_attention),
+    "cpu_methods": (methods, None),
     "cpu_linear": (linear, None),
     "cpu_prefill": (prefill, None),
     "cpu_memory": (memory, None),
