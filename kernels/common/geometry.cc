@@ -27,8 +27,9 @@ AttentionGeometry MakeGeometry(const AttentionProblem& problem) {
   g.num_heads = shape.num_heads;
   g.num_kv_heads = shape.num_kv_heads;
   g.group_size = shape.num_heads / shape.num_kv_heads;
-  g.num_order_heads = permutes && options.scope == Scope::kQueryHead ? shape.num_heads
-                                                                   : shape.num_kv_heads;
+  g.num_order_heads = permutes && options.scope == Scope::kQueryHead
+                          ? shape.num_heads
+                          : shape.num_kv_heads;
   g.head_dim = shape.head_dim;
   g.block_size = options.block_size;
   g.segment_size = permutes ? options.segment_size : options.block_size;

@@ -16,7 +16,8 @@ namespace pbs {
 struct RanRow {
   const uint16_t* entries = nullptr;  // ascending; null: all blocks below `count`
   int32_t count = 0;
-  // Blocks of gathered keys that were read too. Their keys lie on or below the diagonal.
+  // Blocks of gathered keys that were read too. Their keys lie on or below the
+  // diagonal.
   int32_t gathered = 0;
 };
 // Gives the row of (sequence, query head, query block of the sequence).

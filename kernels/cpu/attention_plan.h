@@ -120,8 +120,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   }
   // True when this plan scores the keys of `unit` and computes its order.
   bool ComputesOrder(const Unit& unit) const {
-    return unit.sparse && Permutes(problem.options) &&
-           !problem.options.use_given_order;
+    return unit.sparse && Permutes(problem.options) && !problem.options.use_given_order;
   }
   bool SelectsBlocks(const Unit& unit) const {
     return unit.sparse && !problem.options.use_given_lists;

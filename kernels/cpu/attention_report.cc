@@ -92,12 +92,12 @@ class ReportReader {
     if (RanDense(sequence, g_.OrderHead(head))) {
       return {.entries = nullptr, .count = s.first_query_block + query_block + 1};
     }
-    return {.entries = At<uint16_t>(plan_.entries_at) + s.entries_begin +
-                       head * s.entries_per_head +
-                       plan_.row_entries[s.query_block_begin + query_block],
-            .count =
-                At<uint16_t>(plan_.counts_at)[g_.ListRow(sequence, head, query_block)],
-            .gathered = plan_.gathers ? plan_.GatheredBlocks(s) : 0};
+    return {
+        .entries = At<uint16_t>(plan_.entries_at) + s.entries_begin +
+                   head * s.entries_per_head +
+                   plan_.row_entries[s.query_block_begin + query_block],
+        .count = At<uint16_t>(plan_.counts_at)[g_.ListRow(sequence, head, query_block)],
+        .gathered = plan_.gathers ? plan_.GatheredBlocks(s) : 0};
   }
 
   void WhatRan(AttentionStats& stats) const {

@@ -104,8 +104,7 @@ struct AttentionRun {
            plan.GatheredBlocks(Sequence(unit)) * BlockWords();
   }
   int32_t* Lines(const Unit& unit) const {
-    return reinterpret_cast<int32_t*>(Pooled(unit) +
-                                      plan.Pooled(Sequence(unit)).lines);
+    return reinterpret_cast<int32_t*>(Pooled(unit) + plan.Pooled(Sequence(unit)).lines);
   }
 
   // Means of the unit's key blocks and value blocks: rows, and packed like keys and

@@ -13,9 +13,9 @@
 
 namespace pbs {
 
-inline constexpr int32_t kRowGroup = 64;      // positions of a group; keys of a tile
-inline constexpr int32_t kLineQueries = 64;   // last queries that choose the lines
-inline constexpr int32_t kForcedColumns = 30;    // first columns, always chosen
+inline constexpr int32_t kRowGroup = 64;       // positions of a group; keys of a tile
+inline constexpr int32_t kLineQueries = 64;    // last queries that choose the lines
+inline constexpr int32_t kForcedColumns = 30;  // first columns, always chosen
 inline constexpr int32_t kForcedDistances = 100;  // smallest distances, chosen first
 inline constexpr int32_t kColumnsMin = 30;
 inline constexpr int32_t kDistancesMin = 50;
