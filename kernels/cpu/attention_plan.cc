@@ -149,6 +149,12 @@ void PlaceRegions(CpuAttentionPlan& plan, const WaveSizes& wave) {
   plan.counts_at =
       layout.Add<uint16_t>(sparse ? g.num_heads * g.total_query_blocks : 0);
   plan.entries_at = layout.Add<uint16_t>(sparse ? g.total_entries : 0);
+  int64_t lines = 0;
+  for (Unit& unit : plan.units) {
+    unit.lines_begin = lines;
+    lines += plan.LinesOf(unit);
+  }
+  plan.lines_at = layout.Add<int32_t>(lines);
   plan.memory.lists_bytes = layout.TakePart();
 
   plan.packed_at = layout.Add<float>(wave.packed_words);
@@ -189,10 +195,7 @@ PooledLayout CpuAttentionPlan::Pooled(const SequenceGeometry& s) const {
   layout.bands = layout.queries + (pools_queries ? query_means : 0);
   layout.folded = RoundUp(layout.bands + 2 * num_members, kLanePad);
   const int64_t folded = FoldedColumns(s) * problem.options.stride * geometry.head_dim;
-  layout.lines = layout.folded + (folds_keys ? folded : 0);
-  layout.columns =
-      RoundUp(layout.lines + (gathers ? num_members * (Columns(s) + Distances(s)) : 0),
-              kLanePad);
+  layout.columns = RoundUp(layout.folded + (folds_keys ? folded : 0), kLanePad);
   const int64_t gathered =
       int64_t{2} * num_members * GatheredBlocks(s) * geometry.block_size * depth;
   layout.size = layout.columns + (gathers ? gathered : 0);
