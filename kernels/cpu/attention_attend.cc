@@ -34,9 +34,9 @@ struct TileScratch {
     row_max = out + rows * dim;
     row_sum = row_max + padded;
     const int64_t tiles = std::min(plan.num_members, kSharedTiles);
-    shared = reinterpret_cast<int32_t*>(scores + rows * (block + block / 2) +
-                                        tiles * (rows * (plan.depth + dim) +
-                                                 2 * padded));
+    shared =
+        reinterpret_cast<int32_t*>(scores + rows * (block + block / 2) +
+                                   tiles * (rows * (plan.depth + dim) + 2 * padded));
   }
 
   float* scores = nullptr;
@@ -134,7 +134,7 @@ struct KeyBlock {
   const uint32_t* keys = nullptr;
   const uint32_t* values = nullptr;
   const int32_t* positions = nullptr;  // null: every row sees every key
-  float bias = 0;  // added to the dot products
+  float bias = 0;                      // added to the dot products
 };
 
 void AttendKeys(const AttentionRun& run, const QueryTile& tile, const KeyBlock& block,
@@ -155,18 +155,17 @@ void AttendKeys(const AttentionRun& run, const QueryTile& tile, const KeyBlock& 
     const int64_t scores = int64_t{tile.rows} * g.block_size;
     for (int64_t i = 0; i < scores; ++i) scratch.scores[i] += block.bias;
   }
-  run.kernels.softmax(
-      {.rows = tile.rows,
-       .cols = g.block_size,
-       .head_dim = g.head_dim,
-       .scale = kLog2E / std::sqrt(static_cast<float>(g.head_dim)),
-       .positions = block.positions,
-       .first_query = tile.first_position,
-       .scores = scratch.scores,
-       .pairs = plan.format.pairs ? scratch.pairs : nullptr,
-       .row_max = scratch.row_max,
-       .row_sum = scratch.row_sum,
-       .out = scratch.out});
+  run.kernels.softmax({.rows = tile.rows,
+                       .cols = g.block_size,
+                       .head_dim = g.head_dim,
+                       .scale = kLog2E / std::sqrt(static_cast<float>(g.head_dim)),
+                       .positions = block.positions,
+                       .first_query = tile.first_position,
+                       .scores = scratch.scores,
+                       .pairs = plan.format.pairs ? scratch.pairs : nullptr,
+                       .row_max = scratch.row_max,
+                       .row_sum = scratch.row_sum,
+                       .out = scratch.out});
   const int32_t depth = plan.format.pairs ? g.block_size / 2 : g.block_size;
   gemm({.rows = tile.rows,
         .cols = g.head_dim,
@@ -205,8 +204,8 @@ void AttendMeans(const AttentionRun& run, const Unit& unit, const QueryTile& til
   const AttentionGeometry& g = run.plan.geometry;
   const SequenceGeometry& s = run.Sequence(unit);
   const int32_t* range = run.BlockRange(unit);
-  const int32_t first_query = std::max(
-      (s.first_query_block + tile.query_block) * g.block_size, s.query_offset);
+  const int32_t first_query =
+      std::max((s.first_query_block + tile.query_block) * g.block_size, s.query_offset);
   const int32_t mean_blocks = run.plan.MeanBlocks(s);
   int32_t* visible = scratch.shared;
   std::fill_n(visible, int64_t{mean_blocks} * g.block_size, INT32_MAX);
@@ -287,10 +286,10 @@ struct TileWalk {
     if (!run.plan.gathers || list.list().empty()) return;
     const SequenceGeometry& s = run.Sequence(unit);
     const int64_t block_size = run.plan.geometry.block_size;
-    int32_t* mask = scratch.shared +
-                    (run.plan.corrects ? run.plan.MeanBlocks(s) * block_size : 0);
-    auto* spans = reinterpret_cast<uint32_t*>(mask + block_size) +
-                  slot * RowKeys::SlotWords(s);
+    int32_t* mask =
+        scratch.shared + (run.plan.corrects ? run.plan.MeanBlocks(s) * block_size : 0);
+    auto* spans =
+        reinterpret_cast<uint32_t*>(mask + block_size) + slot * RowKeys::SlotWords(s);
     row_keys.emplace(run, unit, tile.head, tile.first_position, spans, mask);
   }
 

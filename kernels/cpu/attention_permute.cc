@@ -168,8 +168,8 @@ void SortSegment(AttentionRun& run, const Unit& unit, int64_t segment, int worke
 void FillPositions(AttentionRun& run, const Unit& unit) {
   const SequenceGeometry& s = run.Sequence(unit);
   int32_t* positions = run.Positions(unit);
-  const bool identity = !unit.sparse || run.RanDense(unit) != 0 ||
-                        !Permutes(run.plan.problem.options);
+  const bool identity =
+      !unit.sparse || run.RanDense(unit) != 0 || !Permutes(run.plan.problem.options);
   if (identity) {
     std::iota(positions, positions + s.k_len, 0);
   } else if (run.plan.problem.options.use_given_order) {
@@ -219,7 +219,8 @@ void PoolKeys(const AttentionRun& run, const Unit& unit, int32_t block,
               block, g.head_dim, mean, run.Pooled(unit) + plan.Pooled(s).keys);
 }
 
-// The strided keys of a gathered block: column j has `stride` keys, one after the other.
+// The strided keys of a gathered block: column j has `stride` keys, one after the
+// other.
 void FoldKeys(const AttentionRun& run, const Unit& unit, int32_t block,
               const uint32_t* rows, float* wide) {
   const CpuAttentionPlan& plan = run.plan;
@@ -235,8 +236,7 @@ void FoldKeys(const AttentionRun& run, const Unit& unit, int32_t block,
     } else {
       std::copy_n(reinterpret_cast<const float*>(row), g.head_dim, wide);
     }
-    StoreColumnPart(run.kernels,
-                    {.cols = columns, .depth = stride * g.head_dim},
+    StoreColumnPart(run.kernels, {.cols = columns, .depth = stride * g.head_dim},
                     (block * g.block_size + i) / stride, i % stride * g.head_dim,
                     {wide, static_cast<size_t>(g.head_dim)}, folded);
   }

@@ -42,9 +42,9 @@ void ExtendPrefixes(const CpuAttentionPlan& plan, const Unit& unit, Wave& wave) 
   extend(wave.key_blocks, s.num_key_blocks);
   extend(wave.mean_blocks, plan.corrects && unit.sparse ? plan.MeanBlocks(s) : 0);
   extend(wave.query_blocks, selected ? blocks : 0);
-  extend(wave.select_items,
-         selected ? CeilDiv(s.num_query_blocks, plan.select_tile) * plan.num_members
-                  : 0);
+  extend(
+      wave.select_items,
+      selected ? CeilDiv(s.num_query_blocks, plan.select_tile) * plan.num_members : 0);
   extend(wave.query_tiles, static_cast<int64_t>(s.num_query_blocks) * plan.tile_groups *
                                plan.tiles_per_block);
   ++wave.num_units;
@@ -149,6 +149,12 @@ void PlaceRegions(CpuAttentionPlan& plan, const WaveSizes& wave) {
   plan.counts_at =
       layout.Add<uint16_t>(sparse ? g.num_heads * g.total_query_blocks : 0);
   plan.entries_at = layout.Add<uint16_t>(sparse ? g.total_entries : 0);
+  int64_t lines = 0;
+  for (Unit& unit : plan.units) {
+    unit.lines_begin = lines;
+    lines += plan.LinesOf(unit);
+  }
+  plan.lines_at = layout.Add<int32_t>(lines);
   plan.memory.lists_bytes = layout.TakePart();
 
   plan.packed_at = layout.Add<float>(wave.packed_words);
@@ -188,14 +194,10 @@ PooledLayout CpuAttentionPlan::Pooled(const SequenceGeometry& s) const {
       static_cast<int64_t>(num_members) * s.num_query_blocks * geometry.head_dim;
   layout.bands = layout.queries + (pools_queries ? query_means : 0);
   layout.folded = RoundUp(layout.bands + 2 * num_members, kLanePad);
-  const int64_t folded =
-      FoldedColumns(s) * problem.options.stride * geometry.head_dim;
-  layout.lines = layout.folded + (folds_keys ? folded : 0);
-  layout.columns = RoundUp(
-      layout.lines + (gathers ? num_members * (Columns(s) + Distances(s)) : 0),
-      kLanePad);
-  const int64_t gathered = int64_t{2} * num_members * GatheredBlocks(s) *
-                           geometry.block_size * depth;
+  const int64_t folded = FoldedColumns(s) * problem.options.stride * geometry.head_dim;
+  layout.columns = RoundUp(layout.folded + (folds_keys ? folded : 0), kLanePad);
+  const int64_t gathered =
+      int64_t{2} * num_members * GatheredBlocks(s) * geometry.block_size * depth;
   layout.size = layout.columns + (gathers ? gathered : 0);
   return layout;
 }

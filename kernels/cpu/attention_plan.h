@@ -38,6 +38,7 @@ struct Unit {
   int64_t score_begin = 0;   // floats into the wave's scoring region
   int64_t pooled_begin = 0;  // floats into the wave's pooled region
   int64_t means_begin = 0;   // words into the wave's region of means
+  int64_t lines_begin = 0;   // int32 into the region of chosen lines
 };
 
 // Offsets in a unit's part of the scoring region, in floats.
@@ -55,7 +56,6 @@ struct PooledLayout {
   int64_t queries = 0;  // block means [members, query blocks, head_dim]
   int64_t bands = 0;    // divisors of the bands' logits [members, 2]
   int64_t folded = 0;   // packed strided keys [stride x head_dim, FoldedColumns()]
-  int64_t lines = 0;    // int32: chosen columns, then distances, by member
   int64_t columns = 0;  // packed chosen keys, then values, by member, GatheredBlocks()
   int64_t size = 0;
 };
@@ -103,6 +103,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   int64_t unit_dense_at = 0;   // uint8 [units] 1: ran with lists of all blocks
   int64_t counts_at = 0;       // uint16 [num_heads, query blocks]
   int64_t entries_at = 0;      // uint16
+  int64_t lines_at = 0;        // int32, by unit: LinesOf() each
   int64_t coverage_at = 0;     // double [num_heads, sampled rows of all sequences]
   int64_t times_at = 0;        // double [3]
   int64_t packed_at = 0;
@@ -120,8 +121,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   }
   // True when this plan scores the keys of `unit` and computes its order.
   bool ComputesOrder(const Unit& unit) const {
-    return unit.sparse && Permutes(problem.options) &&
-           !problem.options.use_given_order;
+    return unit.sparse && Permutes(problem.options) && !problem.options.use_given_order;
   }
   bool SelectsBlocks(const Unit& unit) const {
     return unit.sparse && !problem.options.use_given_lists;
@@ -139,6 +139,22 @@ struct CpuAttentionPlan final : AttentionPlan {
   }
   int32_t Distances(const SequenceGeometry& s) const {
     return NumDistances(problem.options.slash_tokens, s.k_len);
+  }
+  // Numbers of a unit's lines: columns by member, then distances by member.
+  int64_t LinesOf(const Unit& unit) const {
+    const SequenceGeometry& s = geometry.sequences[unit.sequence];
+    const int64_t of_a_head = Columns(s) + Distances(s);
+    return gathers && unit.sparse ? num_members * of_a_head : 0;
+  }
+  // Where the lines of query head `member` of `unit` begin, in int32 from lines_at.
+  int64_t ColumnsAt(const Unit& unit, int32_t member) const {
+    const SequenceGeometry& s = geometry.sequences[unit.sequence];
+    return unit.lines_begin + int64_t{member} * Columns(s);
+  }
+  int64_t DistancesAt(const Unit& unit, int32_t member) const {
+    const SequenceGeometry& s = geometry.sequences[unit.sequence];
+    return unit.lines_begin + int64_t{num_members} * Columns(s) +
+           int64_t{member} * Distances(s);
   }
   int32_t GatheredBlocks(const SequenceGeometry& s) const {
     return (Columns(s) + geometry.block_size - 1) / geometry.block_size;

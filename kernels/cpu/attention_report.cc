@@ -92,12 +92,34 @@ class ReportReader {
     if (RanDense(sequence, g_.OrderHead(head))) {
       return {.entries = nullptr, .count = s.first_query_block + query_block + 1};
     }
-    return {.entries = At<uint16_t>(plan_.entries_at) + s.entries_begin +
-                       head * s.entries_per_head +
-                       plan_.row_entries[s.query_block_begin + query_block],
-            .count =
-                At<uint16_t>(plan_.counts_at)[g_.ListRow(sequence, head, query_block)],
-            .gathered = plan_.gathers ? plan_.GatheredBlocks(s) : 0};
+    return {
+        .entries = At<uint16_t>(plan_.entries_at) + s.entries_begin +
+                   head * s.entries_per_head +
+                   plan_.row_entries[s.query_block_begin + query_block],
+        .count = At<uint16_t>(plan_.counts_at)[g_.ListRow(sequence, head, query_block)],
+        .gathered = plan_.gathers ? plan_.GatheredBlocks(s) : 0};
+  }
+
+  // Of all sequences and query heads; none when no method chose lines.
+  std::vector<ChosenLines> Lines() const {
+    std::vector<ChosenLines> lines;
+    if (!plan_.gathers) return lines;
+    lines.resize(g_.sequences.size() * static_cast<size_t>(g_.num_heads));
+    for (const Unit& unit : plan_.units) {
+      if (RanDense(unit.sequence, unit.order_head)) continue;
+      const SequenceGeometry& s = g_.sequences[unit.sequence];
+      for (int32_t member = 0; member < plan_.num_members; ++member) {
+        const int32_t head = unit.order_head * plan_.num_members + member;
+        const auto* begin = At<int32_t>(plan_.lines_at);
+        const int32_t* columns = begin + plan_.ColumnsAt(unit, member);
+        const int32_t* distances = begin + plan_.DistancesAt(unit, member);
+        ChosenLines& chosen = lines[unit.sequence * g_.num_heads + head];
+        chosen.columns.assign(columns, columns + plan_.Columns(s));
+        chosen.distances.assign(distances, distances + plan_.Distances(s));
+        std::reverse(chosen.distances.begin(), chosen.distances.end());
+      }
+    }
+    return lines;
   }
 
   void WhatRan(AttentionStats& stats) const {
@@ -189,7 +211,10 @@ void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,
   report->stats.select_seconds = times[1];
   report->stats.attend_seconds = times[2];
   if (request.order) report->order = reader.Order();
-  if (request.lists) report->lists = RanLists(plan.geometry, row_of);
+  if (request.lists) {
+    report->lists = RanLists(plan.geometry, row_of);
+    report->lines = reader.Lines();
+  }
 }
 
 }  // namespace pbs::cpu

@@ -82,17 +82,14 @@ struct AttentionRun {
 
   // The lines of a query head, and the packed keys and values of its columns.
   std::span<int32_t> ChosenColumns(const Unit& unit, int32_t head) const {
-    const SequenceGeometry& s = Sequence(unit);
-    const int32_t count = plan.Columns(s);
-    return {Lines(unit) + (head - QueryHead(unit, 0)) * count,
-            static_cast<size_t>(count)};
+    return {
+        At<int32_t>(plan.lines_at) + plan.ColumnsAt(unit, head - QueryHead(unit, 0)),
+        static_cast<size_t>(plan.Columns(Sequence(unit)))};
   }
   std::span<int32_t> ChosenDistances(const Unit& unit, int32_t head) const {
-    const SequenceGeometry& s = Sequence(unit);
-    const int32_t count = plan.Distances(s);
-    return {Lines(unit) + plan.num_members * plan.Columns(s) +
-                (head - QueryHead(unit, 0)) * count,
-            static_cast<size_t>(count)};
+    return {
+        At<int32_t>(plan.lines_at) + plan.DistancesAt(unit, head - QueryHead(unit, 0)),
+        static_cast<size_t>(plan.Distances(Sequence(unit)))};
   }
   uint32_t* GatheredKeys(const Unit& unit, int32_t member) const {
     const SequenceGeometry& s = Sequence(unit);
@@ -102,10 +99,6 @@ struct AttentionRun {
   uint32_t* GatheredValues(const Unit& unit, int32_t member) const {
     return GatheredKeys(unit, member) +
            plan.GatheredBlocks(Sequence(unit)) * BlockWords();
-  }
-  int32_t* Lines(const Unit& unit) const {
-    return reinterpret_cast<int32_t*>(Pooled(unit) +
-                                      plan.Pooled(Sequence(unit)).lines);
   }
 
   // Means of the unit's key blocks and value blocks: rows, and packed like keys and

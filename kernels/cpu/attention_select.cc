@@ -208,7 +208,8 @@ void SelectBlocks(AttentionRun& run, const Wave& wave) {
   const SelectFunction select = ScorerOf(plan.problem.options).select;
   run.ForEach(wave, wave.select_items,
               [&](const Unit& unit, int64_t index, int worker) {
-                if (!run.non_finite) select(run, unit, ItemAt(run, unit, index), worker);
+                if (!run.non_finite)
+                  select(run, unit, ItemAt(run, unit, index), worker);
               });
 }
 

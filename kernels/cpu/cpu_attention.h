@@ -22,10 +22,10 @@ namespace pbs::cpu {
 const TileKernels& KernelsFor(Isa isa);
 
 // The methods that this backend runs.
-inline constexpr std::array kCpuMethods = {
-    Method::kDense,      Method::kPbs,         Method::kMeanPooling,
-    Method::kXAttention, Method::kMInference,  Method::kFlexPrefill,
-    Method::kPrism,      Method::kFlashPrefill};
+inline constexpr std::array kCpuMethods = {Method::kDense,       Method::kPbs,
+                                           Method::kMeanPooling, Method::kXAttention,
+                                           Method::kMInference,  Method::kFlexPrefill,
+                                           Method::kPrism,       Method::kFlashPrefill};
 
 class CpuAttention final : public AttentionBackend {
  public:

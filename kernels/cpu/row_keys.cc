@@ -63,9 +63,9 @@ const int32_t* RowKeys::BlockPositions(int32_t block) const {
   const int32_t begin = block * block_size_;
   if (ReadsWholeBlock(block)) return positions_ + begin;
   std::fill_n(mask_, block_size_, INT32_MAX);
-  auto span = std::upper_bound(
-      spans_.begin(), spans_.end(), begin,
-      [](int32_t at, const KeySpan& next) { return at < next.end; });
+  auto span =
+      std::upper_bound(spans_.begin(), spans_.end(), begin,
+                       [](int32_t at, const KeySpan& next) { return at < next.end; });
   for (; span != spans_.end() && span->begin < begin + block_size_; ++span) {
     const int32_t first = std::max(span->begin, begin);
     const int32_t last = std::min(span->end, begin + block_size_);

@@ -201,9 +201,9 @@ void SelectByBands(AttentionRun& run, const Unit& unit, const SelectItem& item,
     Multiply(run, unit, masked, item.num_blocks, logits + band * tile * padded);
   }
   const AttentionOptions& options = problem.options;
-  const float thresholds[kNumBands] = {
-      options.threshold,
-      options.fast_threshold > 0 ? options.fast_threshold : options.threshold};
+  const float thresholds[kNumBands] = {options.threshold, options.fast_threshold > 0
+                                                              ? options.fast_threshold
+                                                              : options.threshold};
   for (int32_t i = 0; i < item.num_blocks; ++i) {
     const int32_t query_block = item.first_block + i;
     std::fill(keep.begin(), keep.end(), uint8_t{0});

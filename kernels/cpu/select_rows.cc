@@ -113,8 +113,8 @@ void SelectByRows(AttentionRun& run, const Unit& unit, const SelectItem& item,
     }
     const bool own = candidates > block;  // the diagonal block competes
     const int32_t earlier = own ? block : candidates;
-    const float last = Measure(run, unit, rows, range.last - range.first, earlier,
-                               scores, energy);
+    const float last =
+        Measure(run, unit, rows, range.last - range.first, earlier, scores, energy);
     // No row of a short block sees the block's last token. The published code has rows
     // of zeros for the missing ones: they see every block, with logit 0.
     const int32_t missing = std::max((block + 1) * g.block_size - s.k_len, 0);
@@ -129,16 +129,16 @@ void SelectByRows(AttentionRun& run, const Unit& unit, const SelectItem& item,
     if (has_zero_rows) top = std::max(top, 0.0f);
     float* block_scores = energy.sum;
     for (int32_t j = 0; j < earlier; ++j) {
-      block_scores[j] = energy.sum[j] * std::exp2(energy.top[j] - top) +
-                        zero_rows * std::exp2(-top);
+      block_scores[j] =
+          energy.sum[j] * std::exp2(energy.top[j] - top) + zero_rows * std::exp2(-top);
     }
     if (own) {
       block_scores[block] = missing == 0    ? std::exp2(last - top)
                             : has_zero_rows ? std::exp2(-top)
                                             : 0.0f;
     }
-    KeepShareOfLargest(options.alpha,
-                       {block_scores, static_cast<size_t>(candidates)}, keep);
+    KeepShareOfLargest(options.alpha, {block_scores, static_cast<size_t>(candidates)},
+                       keep);
   }
   StoreList(run, unit, item.member, query_block, keep);
 }

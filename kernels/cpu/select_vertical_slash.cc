@@ -39,8 +39,7 @@ void GatherColumns(AttentionRun& run, const Unit& unit, int32_t member,
     PackTransposed(run.kernels, rows, block_size, plan.depth,
                    run.GatheredKeys(unit, member) + block * run.BlockWords());
     load(run.tensors.v);
-    PackValues(run, rows,
-               run.GatheredValues(unit, member) + block * run.BlockWords());
+    PackValues(run, rows, run.GatheredValues(unit, member) + block * run.BlockWords());
   }
 }
 
@@ -56,9 +55,10 @@ void KeepSpans(const AttentionRun& run, const Unit& unit, int32_t query_block,
   while (position < offset + rows.last) {
     const int32_t count = MakeSpans(distances, position, spans);
     for (int32_t i = 0; i < count; ++i) {
-      const auto end =
-          std::min<int64_t>(spans[i].end, static_cast<int64_t>(keep.size()) * block_size);
-      for (int64_t at = spans[i].begin; at < end; at = (at / block_size + 1) * block_size) {
+      const auto end = std::min<int64_t>(
+          spans[i].end, static_cast<int64_t>(keep.size()) * block_size);
+      for (int64_t at = spans[i].begin; at < end;
+           at = (at / block_size + 1) * block_size) {
         keep[static_cast<size_t>(at / block_size)] = 1;
       }
     }
@@ -69,8 +69,8 @@ void KeepSpans(const AttentionRun& run, const Unit& unit, int32_t query_block,
 }  // namespace
 
 int64_t VerticalSlashWords(const CpuAttentionPlan& plan, const SequenceGeometry& s) {
-  const int64_t lines = LineMasses::Words(plan, s, kLineQueries) +
-                        2 * RoundUp(s.k_len, kLanePad);
+  const int64_t lines =
+      LineMasses::Words(plan, s, kLineQueries) + 2 * RoundUp(s.k_len, kLanePad);
   const int64_t gathering = int64_t{plan.geometry.block_size} * plan.depth;
   return lines + gathering + RoundUp(2 * SpansMax(s.k_len), kLanePad) +
          RoundUp(s.num_key_blocks / 4 + 1, kLanePad);
@@ -86,8 +86,8 @@ void SelectByVerticalSlash(AttentionRun& run, const Unit& unit, const SelectItem
   uint32_t* rows = scratch.Words(int64_t{plan.geometry.block_size} * plan.depth);
   auto* spans = reinterpret_cast<KeySpan*>(scratch.Words(2 * SpansMax(s.k_len)));
   const std::span<uint8_t> keep = scratch.Keep(s.num_key_blocks);
-  const int32_t width = plan.problem.options.as_published ? kPublishedWidth
-                                                          : plan.geometry.head_dim;
+  const int32_t width =
+      plan.problem.options.as_published ? kPublishedWidth : plan.geometry.head_dim;
   if (!masses.Measure(item.member, width)) {
     run.non_finite = true;
     return;

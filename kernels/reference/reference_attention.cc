@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "reference/operands.h"
+#include "reference/reference_spans.h"
 
 namespace pbs::reference {
 namespace {
@@ -53,17 +54,43 @@ std::vector<double> CausalLogits(const Operands& in, const AttentionGeometry& g,
   return logits;
 }
 
-// Which original keys the row's list reads.
-std::vector<bool> SelectedKeys(const AttentionGeometry& g, const SequenceGeometry& s,
-                               const int32_t* order, std::span<const uint16_t> list) {
-  std::vector<bool> selected(static_cast<size_t>(s.k_len));
+// With chosen lines, only these blocks of a list are read whole.
+bool IsWhole(const AttentionOptions& options, const AttentionGeometry& g,
+             const SequenceGeometry& s, int32_t query_block, int32_t block) {
+  const int32_t own = query_block / g.blocks_per_segment * g.blocks_per_segment;
+  return IsForced(options, s, query_block - s.first_query_block, block) ||
+         (Permutes(options) && block >= own);
+}
+
+// Which slots one query row of a head reads: of the blocks of its list, and of the
+// head's columns.
+std::vector<bool> ReadSlots(const AttentionOptions& options, const AttentionGeometry& g,
+                            const SequenceGeometry& s, int32_t row,
+                            std::span<const uint16_t> list, const ChosenLines& lines) {
+  const bool whole_blocks = lines.distances.empty();
+  const int32_t position = s.query_offset + row;
+  LineSlots of_lines;
+  std::vector<bool> read(static_cast<size_t>(s.k_len));
+  if (!whole_blocks) {
+    of_lines = SlotsOfLines(lines, s.k_len, position);
+    read = of_lines.as_column;
+  }
   for (uint16_t block : list) {
+    const bool whole =
+        whole_blocks || IsWhole(options, g, s, position / g.block_size, block);
     const int32_t end = std::min((block + 1) * g.block_size, s.k_len);
     for (int32_t slot = block * g.block_size; slot < end; ++slot) {
-      selected[order[slot]] = true;
+      if (whole || of_lines.in_span[slot]) read[slot] = true;
     }
   }
-  return selected;
+  return read;
+}
+
+const ChosenLines& LinesOfHead(const AttentionGeometry& g, const Decision& decision,
+                               int32_t sequence, int32_t head) {
+  static const ChosenLines kNone;
+  if (decision.lines.empty()) return kNone;
+  return decision.lines[sequence * g.num_heads + head];
 }
 
 const int32_t* OrderOfHead(const AttentionGeometry& g, const Decision& decision,
@@ -78,12 +105,13 @@ struct MeanKey {
   std::vector<double> value;
 };
 
-// Mean keys and values of the blocks that the row's list leaves out and whose keys all
-// come before the first row of its query block. Their mass is that of as many equal
-// keys.
+// Mean keys and values of the blocks that the row's list leaves out, of which it reads
+// no column and whose keys all come before the first row of its query block. Their mass
+// is that of as many equal keys.
 std::vector<MeanKey> CorrectingKeys(const Operands& in, const AttentionGeometry& g,
                                     int32_t head, int32_t row, const int32_t* order,
-                                    std::span<const uint16_t> list) {
+                                    std::span<const uint16_t> list,
+                                    const std::vector<bool>& read) {
   const SequenceGeometry& s = in.shape();
   const int32_t query_block = (s.query_offset + row) / g.block_size;
   const int32_t first_row = std::max(query_block * g.block_size, s.query_offset);
@@ -91,7 +119,10 @@ std::vector<MeanKey> CorrectingKeys(const Operands& in, const AttentionGeometry&
   for (int32_t block = 0; block < s.num_key_blocks; ++block) {
     const int32_t* begin = order + block * g.block_size;
     const int32_t* end = order + std::min((block + 1) * g.block_size, s.k_len);
-    const bool selected = std::find(list.begin(), list.end(), block) != list.end();
+    const auto first = read.begin() + (begin - order);
+    const bool selected =
+        std::find(list.begin(), list.end(), block) != list.end() ||
+        std::find(first, first + (end - begin), true) != first + (end - begin);
     if (selected || *std::max_element(begin, end) >= first_row) continue;
     const auto length = static_cast<double>(end - begin);
     MeanKey& mean = keys.emplace_back();
@@ -152,13 +183,14 @@ Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
         const int32_t* order = OrderOfHead(g, decision, n, head);
         const std::span<const uint16_t> list = lists.Row(list_row);
         auto logits = CausalLogits(in, g, head, row, logit_sum);
-        const auto selected = SelectedKeys(g, s, order, list);
-        for (int32_t key = 0; key < s.k_len; ++key) {
-          if (!selected[key]) logits[key] = -INFINITY;
+        const auto read = ReadSlots(problem.options, g, s, row, list,
+                                    LinesOfHead(g, decision, n, head));
+        for (int32_t slot = 0; slot < s.k_len; ++slot) {
+          if (!read[slot]) logits[order[slot]] = -INFINITY;
         }
         std::vector<MeanKey> means;
         if (problem.options.mean_correction) {
-          means = CorrectingKeys(in, g, head, row, order, list);
+          means = CorrectingKeys(in, g, head, row, order, list, read);
         }
         const int64_t at = head * g.total_q + s.q_begin + row;
         out.lse[at] =
@@ -183,11 +215,13 @@ double Coverage(const AttentionProblem& problem, const AttentionTensors& tensors
         auto mass = CausalLogits(in, g, head, row);
         Softmax(mass);
         const int32_t block = (s.query_offset + row) / g.block_size;
-        const auto selected =
-            SelectedKeys(g, s, OrderOfHead(g, decision, n, head),
-                         lists.Row(g.ListRow(n, head, block - s.first_query_block)));
-        for (int32_t key = 0; key < s.k_len; ++key) {
-          if (selected[key]) total += mass[key];
+        const int32_t* order = OrderOfHead(g, decision, n, head);
+        const auto read =
+            ReadSlots(problem.options, g, s, row,
+                      lists.Row(g.ListRow(n, head, block - s.first_query_block)),
+                      LinesOfHead(g, decision, n, head));
+        for (int32_t slot = 0; slot < s.k_len; ++slot) {
+          if (read[slot]) total += mass[order[slot]];
         }
         ++num_rows;
       }

@@ -28,7 +28,14 @@ struct Decision {
   int32_t heads_fallen_back = 0;  // order heads whose dense fallback fired
   // [num_sequences, num_order_heads], 1: runs dense, short sequences included.
   std::vector<uint8_t> ran_dense = {};
+  // As AttentionReport::lines.
+  std::vector<ChosenLines> lines = {};
 };
+
+// The decision of a backend's run.
+inline Decision DecisionOf(const AttentionReport& report) {
+  return {.order = report.order, .lists = report.lists, .lines = report.lines};
+}
 
 struct Output {
   std::vector<double> o;
@@ -47,14 +54,21 @@ std::vector<double> KeyImportance(const AttentionProblem& problem,
                                   const AttentionTensors& tensors, int32_t sequence,
                                   int32_t order_head);
 
-// False for minference, which reads parts of blocks.
-bool HasMethod(Method method);
+// What the last queries of one query head of one sequence pay to each key slot and to
+// each distance, [k_len] each (minference). Infinity where the line is always chosen.
+struct LineMasses {
+  std::vector<double> columns;
+  std::vector<double> distances;
+};
+LineMasses MassesOfLines(const AttentionProblem& problem,
+                         const AttentionTensors& tensors, int32_t sequence,
+                         int32_t head);
 
-// Key order and block lists of `problem`, whose method the reference has. Given ones
-// are used unchecked.
+// Key order, block lists and lines of `problem`. Given ones are used unchecked.
 Decision Decide(const AttentionProblem& problem, const AttentionTensors& tensors);
 
-// Attention under `decision`. A row that sees nothing has o = 0 and lse = -inf.
+// Attention under `decision`, which may be a backend's. A row that sees nothing has o =
+// 0 and lse = -inf.
 Output Attend(const AttentionProblem& problem, const AttentionTensors& tensors,
               const Decision& decision, LogitSum logit_sum = LogitSum::kF64);
 

@@ -20,31 +20,9 @@ struct Lines {
   std::vector<double> diagonals;
 };
 
-Lines MeasureLines(const SelectingHead& head) {
-  const SequenceGeometry& s = head.s();
-  const int32_t first = head.FirstOfLastQueries();
-  Lines lines = {std::vector<double>(static_cast<size_t>(s.k_len)),
-                 std::vector<double>(static_cast<size_t>(s.k_len))};
-  for (int32_t position = first; position < s.k_len; ++position) {
-    std::vector<double> row(static_cast<size_t>(s.k_len), -INFINITY);
-    for (int32_t slot = 0; slot < s.k_len; ++slot) {
-      if (head.order[slot] > position) continue;
-      double dot = 0;
-      for (int32_t d = 0; d < head.g.head_dim; ++d) {
-        dot += head.Q(position, d) * head.K(slot, d);
-      }
-      row[slot] = dot / std::sqrt(head.g.head_dim);
-    }
-    Softmax(row);
-    for (int32_t slot = 0; slot < s.k_len; ++slot) {
-      const double mass = row[slot] / (s.k_len - first);
-      // A sorted key can lie behind its query.
-      const int32_t distance = std::max(position - slot, 0);
-      lines.columns[slot] += mass;
-      lines.diagonals[s.k_len - 1 - distance] += mass;
-    }
-  }
-  return lines;
+Lines LinesOf(const SelectingHead& head) {
+  const LineMasses masses = MeasureLines(head, head.g.block_size, head.g.head_dim);
+  return {masses.columns, {masses.distances.rbegin(), masses.distances.rend()}};
 }
 
 // How many blocks the largest lines fill that stay within gamma.
@@ -160,9 +138,36 @@ void KeepGrid(const SelectingHead& head, const Means& keys, Kept& kept) {
 
 }  // namespace
 
+LineMasses MeasureLines(const SelectingHead& head, int32_t num_queries, int32_t width) {
+  const SequenceGeometry& s = head.s();
+  const int32_t first = s.k_len - std::min(num_queries, s.q_len);
+  LineMasses lines = {std::vector<double>(static_cast<size_t>(s.k_len)),
+                      std::vector<double>(static_cast<size_t>(s.k_len))};
+  for (int32_t position = first; position < s.k_len; ++position) {
+    std::vector<double> row(static_cast<size_t>(s.k_len), -INFINITY);
+    for (int32_t slot = 0; slot < s.k_len; ++slot) {
+      if (head.order[slot] > position) continue;
+      double dot = 0;
+      for (int32_t d = 0; d < head.g.head_dim; ++d) {
+        dot += head.Q(position, d) * head.K(slot, d);
+      }
+      row[slot] = dot / std::sqrt(width);
+    }
+    Softmax(row);
+    for (int32_t slot = 0; slot < s.k_len; ++slot) {
+      const double mass = row[slot] / (s.k_len - first);
+      // A sorted key can lie behind its query.
+      const int32_t distance = std::max(position - slot, 0);
+      lines.columns[slot] += mass;
+      lines.distances[distance] += mass;
+    }
+  }
+  return lines;
+}
+
 Kept SelectByLines(const SelectingHead& head) {
   const AttentionOptions& options = head.options();
-  const Lines lines = MeasureLines(head);
+  const Lines lines = LinesOf(head);
   const Means keys = KeyMeans(head, ShortBlock::kLength);
   const double distance =
       Distance(head, EstimateColumns(head, keys), SumBlocks(head, lines.columns));

@@ -9,6 +9,7 @@
 #include "reference/reference_attention.h"
 #include "reference/reference_order.h"
 #include "reference/reference_select.h"
+#include "reference/reference_spans.h"
 
 namespace pbs::reference {
 namespace {
@@ -31,17 +32,16 @@ Kept KeepByScore(const SelectingHead& head) {
   PBS_CHECK(false && "the method selects no blocks");
 }
 
-// Earlier block j is read whatever its score is.
-bool IsForced(const SelectingHead& head, int32_t i, int32_t first_block, int32_t j) {
-  const AttentionOptions& options = head.options();
-  const bool dense_tail = i >= head.s().num_query_blocks - options.dense_tail_blocks;
-  return dense_tail || j < options.sink_blocks ||
-         head.Block(i) - j < options.window_blocks ||
-         (ForcesFirstBlock(options) && j == first_block);
+bool ChoosesLines(const AttentionProblem& problem) {
+  return TraitsOf(problem.options.method).rule == Rule::kLargestLines &&
+         !problem.options.use_given_lists;
 }
 
-void AppendSelected(const SelectingHead& head, std::vector<uint8_t>& mask) {
-  const Kept kept = KeepByScore(head);
+// `lines`: of the head, where it has them.
+void AppendSelected(const SelectingHead& head, std::vector<uint8_t>& mask,
+                    ChosenLines* lines) {
+  if (lines != nullptr) *lines = ChooseLines(head);
+  const Kept kept = lines != nullptr ? KeepSpans(head, *lines) : KeepByScore(head);
   const int32_t first_block = head.FirstBlock();
   for (int32_t i = 0; i < head.s().num_query_blocks; ++i) {
     const int32_t own_begin = head.OwnBegin(i);
@@ -49,8 +49,9 @@ void AppendSelected(const SelectingHead& head, std::vector<uint8_t>& mask) {
     for (int32_t j = 0; j < head.s().num_key_blocks; ++j) {
       const bool earlier = j < own_begin;
       const bool own = !earlier && j < own_end;
-      mask.push_back(own ||
-                     (earlier && (kept[i][j] || IsForced(head, i, first_block, j))));
+      const bool forced = IsForced(head.options(), head.s(), i, j) ||
+                          (ForcesFirstBlock(head.options()) && j == first_block);
+      mask.push_back(own || (earlier && (kept[i][j] || forced)));
     }
   }
 }
@@ -63,10 +64,10 @@ void AppendCausal(const SequenceGeometry& s, std::vector<uint8_t>& mask) {
   }
 }
 
-// Masks of the query heads that share one order; identity and causal where the dense
-// fallback fires.
+// Masks and lines of the query heads that share one order; identity and causal where
+// the dense fallback fires.
 void AppendOrderHead(const AttentionProblem& problem, const Operands& in,
-                     const AttentionGeometry& g, int32_t order_head,
+                     const AttentionGeometry& g, int32_t sequence, int32_t order_head,
                      std::vector<int32_t>& order, std::vector<uint8_t>& mask,
                      Decision& decision) {
   const SequenceGeometry& s = in.shape();
@@ -77,7 +78,10 @@ void AppendOrderHead(const AttentionProblem& problem, const Operands& in,
   for (int32_t member = 0; member < num_members; ++member) {
     if (selects) {
       const int32_t head = order_head * num_members + member;
-      AppendSelected({problem, g, in, head, order.data()}, mask);
+      AppendSelected({problem, g, in, head, order.data()}, mask,
+                     ChoosesLines(problem)
+                         ? &decision.lines[sequence * g.num_heads + head]
+                         : nullptr);
     } else {
       AppendCausal(s, mask);
     }
@@ -90,6 +94,11 @@ void AppendOrderHead(const AttentionProblem& problem, const Operands& in,
   if (executed < kDenseFallbackRatio * all) return;
   std::copy(causal.begin(), causal.end(), mask.begin() + begin);
   std::iota(order.begin(), order.end(), 0);
+  if (ChoosesLines(problem)) {
+    const auto first =
+        decision.lines.begin() + sequence * g.num_heads + order_head * num_members;
+    std::fill(first, first + num_members, ChosenLines());
+  }
   ++decision.heads_fallen_back;
   decision.ran_dense.back() = 1;
 }
@@ -108,20 +117,29 @@ BlockLists CopyLists(const BlockListsView& view) {
 
 }  // namespace
 
-bool HasMethod(Method method) { return TraitsOf(method).rule != Rule::kLargestLines; }
+LineMasses MassesOfLines(const AttentionProblem& problem,
+                         const AttentionTensors& tensors, int32_t sequence,
+                         int32_t head) {
+  const AttentionGeometry g = MakeGeometry(problem);
+  const Operands in(problem, tensors, g, sequence);
+  const std::vector<int32_t> order = OrderOf(problem, in, g, g.OrderHead(head));
+  return MeasureLastQueries({problem, g, in, head, order.data()});
+}
 
 Decision Decide(const AttentionProblem& problem, const AttentionTensors& tensors) {
-  PBS_CHECK(HasMethod(problem.options.method));
   const AttentionGeometry g = MakeGeometry(problem);
   Decision decision;
   decision.order.resize(static_cast<size_t>(g.num_order_heads * g.total_k));
+  if (ChoosesLines(problem)) {
+    decision.lines.resize(g.sequences.size() * static_cast<size_t>(g.num_heads));
+  }
   std::vector<uint8_t> mask;
   for (int32_t n = 0; n < static_cast<int32_t>(g.sequences.size()); ++n) {
     const SequenceGeometry& s = g.sequences[n];
     const Operands in(problem, tensors, g, n);
     for (int32_t head = 0; head < g.num_order_heads; ++head) {
       std::vector<int32_t> order = OrderOf(problem, in, g, head);
-      AppendOrderHead(problem, in, g, head, order, mask, decision);
+      AppendOrderHead(problem, in, g, n, head, order, mask, decision);
       std::copy(order.begin(), order.end(),
                 decision.order.begin() + head * g.total_k + s.k_begin);
     }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "reference/reference_attention.h"
+#include "reference/reference_spans.h"
 
 namespace pbs::reference {
 namespace {
@@ -21,10 +22,20 @@ void CountBlocks(const AttentionGeometry& g, const Decision& decision,
         stats.causal_blocks += block + 1;
         stats.dense_blocks +=
             permuted ? std::min(segment_end, s.num_key_blocks) : block + 1;
+        // Every row counts all blocks of gathered columns, and no more blocks in sum
+        // than it could read.
+        int64_t executed =
+            decision.lines.empty()
+                ? 0
+                : GatheredBlocks(decision.lines[n * g.num_heads + head], g.block_size);
+        int64_t lower = executed;
         for (uint16_t j : lists.Row(g.ListRow(n, head, i))) {
-          ++stats.executed_blocks;
-          stats.lower_blocks += j <= block;
+          ++executed;
+          lower += j <= block;
         }
+        stats.executed_blocks +=
+            std::min<int64_t>(executed, std::min(segment_end, s.num_key_blocks));
+        stats.lower_blocks += std::min<int64_t>(lower, block + 1);
       }
     }
   }

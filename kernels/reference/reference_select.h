@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "reference/operands.h"
+#include "reference/reference_attention.h"
 
 namespace pbs::reference {
 
@@ -63,6 +64,18 @@ Kept SelectByBands(const SelectingHead& head);
 Kept SelectByRows(const SelectingHead& head);
 Kept SelectByAntidiagonals(const SelectingHead& head);
 Kept SelectByLines(const SelectingHead& head);
+
+// Mass of the attention of the last queries, a mean over them, for logits divided by
+// sqrt(`width`).
+LineMasses MeasureLines(const SelectingHead& head, int32_t num_queries, int32_t width);
+
+// Query block i (of the sequence's) reads key block j <= its own whatever its scores
+// are. The first block is not counted.
+inline bool IsForced(const AttentionOptions& options, const SequenceGeometry& s,
+                     int32_t i, int32_t j) {
+  return i >= s.num_query_blocks - options.dense_tail_blocks ||
+         j < options.sink_blocks || s.first_query_block + i - j < options.window_blocks;
+}
 
 // [blocks][head_dim]
 using Means = std::vector<std::vector<double>>;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -36,8 +37,8 @@ double OutputTolerance(DType dtype) {
   }
   return 3e-2;
 }
-// Share of the blocks that may differ from the reference's own choice: scores that are
-// equal but for rounding.
+// Share of the blocks, and of the lines of minference, that may differ from the
+// reference's own choice: scores that are equal but for rounding.
 constexpr double kBlocksTolerance = 0.02;
 
 struct Case {
@@ -62,10 +63,12 @@ AttentionOptions SparseOptions(Method method, int32_t block_size) {
   if (HasOption(method, "threshold")) options.threshold = 0.7f;
   if (HasOption(method, "gamma")) options.gamma = 0.7f;
   if (HasOption(method, "alpha")) options.alpha = 0.5f;
+  if (HasOption(method, "vertical_tokens")) options.vertical_tokens = 40;
+  if (HasOption(method, "slash_tokens")) options.slash_tokens = 60;
   return options;
 }
 
-// All methods that backend and reference have: in small blocks, and in those that every
+// All methods that the backend has: in small blocks, and in those that every
 // backend has. What options add to any method is run with one.
 std::vector<NamedOptions> Methods(const std::vector<Method>& methods) {
   std::vector<NamedOptions> all;
@@ -73,7 +76,7 @@ std::vector<NamedOptions> Methods(const std::vector<Method>& methods) {
     const std::string name = MethodName(method);
     if (!TraitsOf(method).Selects()) {
       all.push_back({name, DefaultOptions(method)});
-    } else if (reference::HasMethod(method)) {
+    } else {
       for (const int32_t block : {32, 128}) {
         const AttentionOptions options = SparseOptions(method, block);
         all.push_back({absl::StrCat(name, " block ", block), options});
@@ -88,7 +91,7 @@ std::vector<NamedOptions> Methods(const std::vector<Method>& methods) {
     }
   }
   const auto sorts = std::find_if(methods.begin(), methods.end(), [](Method method) {
-    return HasOption(method, "permute") && reference::HasMethod(method);
+    return HasOption(method, "permute");
   });
   if (sorts == methods.end()) return all;
   AttentionOptions sorted = SparseOptions(*sorts, 32);
@@ -181,6 +184,35 @@ double WorstError(DType dtype, const HostBytes& o,
   return worst;
 }
 
+// Both choose the same columns and distances.
+absl::Status CheckLines(const std::string& name, const std::vector<ChosenLines>& lines,
+                        const std::vector<ChosenLines>& expected) {
+  if (lines.size() != expected.size()) {
+    return absl::InternalError(absl::StrCat(
+        "self-test \"", name, "\": lines of ", lines.size(),
+        " heads chosen; the reference chooses those of ", expected.size()));
+  }
+  size_t total = 0;
+  std::vector<int32_t> missing;
+  const auto compare = [&](const std::vector<int32_t>& theirs,
+                           const std::vector<int32_t>& ours) {
+    total += theirs.size();
+    std::set_difference(theirs.begin(), theirs.end(), ours.begin(), ours.end(),
+                        std::back_inserter(missing));
+  };
+  for (size_t i = 0; i < lines.size(); ++i) {
+    compare(expected[i].columns, lines[i].columns);
+    compare(expected[i].distances, lines[i].distances);
+  }
+  const auto differ = static_cast<double>(missing.size());
+  if (differ > kBlocksTolerance * static_cast<double>(total)) {
+    return absl::InternalError(
+        absl::StrCat("self-test \"", name, "\": ", missing.size(), " of ", total,
+                     " columns and distances of the reference are not chosen"));
+  }
+  return absl::OkStatus();
+}
+
 // Returns the case's largest error.
 absl::StatusOr<double> RunCase(AttentionBackend& attention, Backend& memory,
                                const Case& test) {
@@ -191,9 +223,8 @@ absl::StatusOr<double> RunCase(AttentionBackend& attention, Backend& memory,
   PBS_ABSL_ASSIGN_OR_RETURN(AttentionReport report,
                             RunBackend(attention, memory, *plan, operands));
 
-  const reference::Decision chosen = {report.order, report.lists, 0};
   const reference::Output expected =
-      reference::Attend(problem, operands.tensors, chosen);
+      reference::Attend(problem, operands.tensors, reference::DecisionOf(report));
   const double error = WorstError(problem.dtype, operands.o, expected.o);
   const double tolerance = OutputTolerance(problem.dtype);
   if (!(error <= tolerance)) {
@@ -201,6 +232,7 @@ absl::StatusOr<double> RunCase(AttentionBackend& attention, Backend& memory,
                                             error, " exceeds ", tolerance));
   }
   const reference::Decision own = reference::Decide(problem, operands.tensors);
+  PBS_ABSL_RETURN_IF_ERROR(CheckLines(test.name, report.lines, own.lines));
   const auto blocks = static_cast<double>(report.lists.indices.size());
   const auto expected_blocks = static_cast<double>(own.lists.indices.size());
   if (std::abs(blocks - expected_blocks) > kBlocksTolerance * expected_blocks) {

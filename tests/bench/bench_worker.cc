@@ -3,9 +3,9 @@
 //
 // stdin, one JSON object a line, such as {"do":"linear","name":"A","rows":512}: what to
 // do, and what else there may be:
-//   attention name, method (dense | pbs | mean_pooling), dtype (f32 | f16 | bf16), len,
-//             heads, kv_heads, head_dim, data (structured | noise), isa, segment,
-//             threshold, density (forces lists of that density)
+//   attention name, method, dtype (f32 | f16 | bf16), len, heads, kv_heads, head_dim,
+//             data (structured | noise), isa, segment, threshold, vertical_tokens,
+//             slash_tokens, density (forces lists of that density)
 //   linear    name, rows, in, out, dtype (f32 | bf16), repetitions in a run,
 //             backend (cpu | cuda), module and cublaslt (files, for cuda)
 //   model     path, compute (auto | f32 | bf16)

@@ -41,9 +41,7 @@ void CheckCoverage(const CoverageCase& c) {
   ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
   AttentionReport report;
   ASSERT_TRUE(run.Report({.order = true, .lists = true}, &report).ok());
-  reference::Decision decision;
-  decision.order = report.order;
-  decision.lists = report.lists;
+  const reference::Decision decision = reference::DecisionOf(report);
   const double expected = reference::Coverage(problem, tensors, decision);
   EXPECT_NEAR(report.stats.coverage, expected, kCoverageErrorMax);
   int64_t rows = 0;

@@ -65,9 +65,7 @@ void ExpectSorted(const AttentionProblem& problem, const AttentionTensors& tenso
 // Largest differences from the exact answer over the order and lists that ran.
 void ExpectOutputs(const AttentionProblem& problem, const AttentionTensors& tensors,
                    const AttentionReport& report, const PipelineInputs& inputs) {
-  reference::Decision decision;
-  decision.order = report.order;
-  decision.lists = report.lists;
+  const reference::Decision decision = reference::DecisionOf(report);
   const reference::Output exact = reference::Attend(problem, tensors, decision);
   double o_error = 0;
   double lse_error = 0;

@@ -139,9 +139,7 @@ std::jthread EndIfLate(const Device& device, const Case& c, int seconds) {
 
 Verdict Judge(const Case& c, const Inputs& inputs, const Outputs& outputs) {
   const AttentionTensors tensors = inputs.HostTensors();
-  reference::Decision decision;
-  decision.order = outputs.report.order;
-  decision.lists = outputs.report.lists;
+  const reference::Decision decision = reference::DecisionOf(outputs.report);
   const reference::Output exact = reference::Attend(c.problem, tensors, decision);
   const AttentionGeometry& g = inputs.geometry;
   Verdict verdict;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <string>
 #include <utility>
@@ -53,18 +54,22 @@ inline std::vector<MatrixMethod> SelectingMethods() {
   const auto with = [](AttentionOptions options, Method method) {
     options.method = method;
     const bool has_threshold =
-        method != Method::kFlexPrefill && method != Method::kFlashPrefill;
+        (TraitsOf(method).options & FindOption("threshold")->bit) != 0;
     if (!has_threshold) options.threshold = AttentionOptions{}.threshold;
     options.gamma = method == Method::kFlexPrefill ? 0.6f : options.gamma;
     options.alpha = method == Method::kFlashPrefill ? 0.6f : options.alpha;
     return options;
   };
+  AttentionOptions minference = with(plain, Method::kMInference);
+  minference.vertical_tokens = 36;
+  minference.slash_tokens = 60;
   return {{"pbs", pbs},
           {"mean_pooling", with(plain, Method::kMeanPooling)},
           {"xattention", with(plain, Method::kXAttention)},
           {"flexprefill", with(plain, Method::kFlexPrefill)},
           {"prism", with(plain, Method::kPrism)},
-          {"flashprefill", with(plain, Method::kFlashPrefill)}};
+          {"flashprefill", with(plain, Method::kFlashPrefill)},
+          {"minference", minference}};
 }
 
 // Adds variants of methods to a table.
@@ -101,6 +106,11 @@ inline void AddOwnOptions(MethodTable& table) {
   table.Add("flexprefill_lines_only", "flexprefill", [](auto& o) { o.tau = 0; });
   table.Add("flexprefill_published", "flexprefill",
             [](auto& o) { o.as_published = true; });
+  table.Add("minference_published", "minference",
+            [](auto& o) { o.as_published = true; });
+  table.Add("minference_far", "minference", [](auto& o) { o.slash_tokens = 112; });
+  table.Add("minference_fallback", "minference",
+            [](auto& o) { o.dense_fallback = true; });
   table.Add("prism_bands", "prism", [](auto& o) {
     o.slow_dims = 12;
     o.fast_dims = 6;
@@ -119,30 +129,34 @@ inline void AddSharedOptions(MethodTable& table) {
     table.Add(std::string(name) + "_no_first_block", name,
               [](auto& o) { o.force_first_block = false; });
   }
-  for (const char* name : {"pbs", "prism"}) {
+  for (const char* name : {"pbs", "prism", "minference"}) {
     table.Add(std::string(name) + "_tail_sink_window", name, [](auto& o) {
       o.dense_tail_blocks = 1;
       o.sink_blocks = 2;
       o.window_blocks = 3;
+      if (o.method == Method::kMInference) return;
       o.threshold = 0.2f;
       o.force_first_block = false;
     });
   }
   for (const char* name :
        {"mean_pooling", "xattention", "xattention_published", "flexprefill",
-        "flexprefill_query_aware", "prism", "flashprefill", "flashprefill_published"}) {
+        "flexprefill_query_aware", "prism", "flashprefill", "flashprefill_published",
+        "minference", "minference_tail_sink_window"}) {
     table.Add(std::string(name) + "_permuted", name, [](auto& o) {
       o.permute = true;
       o.segment_size = 32;
     });
   }
-  for (const char* name : {"pbs", "prism_permuted", "flashprefill_permuted"}) {
+  for (const char* name :
+       {"pbs", "prism_permuted", "flashprefill_permuted", "minference_permuted"}) {
     table.Add(std::string(name) + "_query_head", name,
               [](auto& o) { o.scope = Scope::kQueryHead; });
   }
   for (const char* name :
        {"pbs", "pbs_query_head", "mean_pooling", "flexprefill", "flashprefill",
-        "xattention_permuted", "prism_tail_sink_window"}) {
+        "xattention_permuted", "prism_tail_sink_window", "minference",
+        "minference_permuted", "minference_tail_sink_window"}) {
     table.Add(std::string(name) + "_corrected", name,
               [](auto& o) { o.mean_correction = true; });
   }
@@ -186,16 +200,14 @@ class ReferenceAnswers {
                                   const AttentionReport& report) {
     const reference::Result& result = Run(name, inputs);
     if (DecidesAlike(result.decision, report)) return result.output;
-    reference::Decision own;
-    own.order = report.order;
-    own.lists = report.lists;
-    return other_ = reference::Attend(inputs.problem(), inputs.Tensors(), own);
+    return other_ = reference::Attend(inputs.problem(), inputs.Tensors(),
+                                      reference::DecisionOf(report));
   }
   static bool DecidesAlike(const reference::Decision& decision,
                            const AttentionReport& report) {
     return decision.order == report.order &&
            decision.lists.indices == report.lists.indices &&
-           decision.lists.count == report.lists.count;
+           decision.lists.count == report.lists.count && decision.lines == report.lines;
   }
 
  private:
@@ -272,6 +284,59 @@ inline ListDifference CompareLists(const AttentionProblem& problem,
     if (mine[i] == theirs[i]) continue;
     ++difference.differ;
     difference.outside += near[0][i] == near[1][i];
+  }
+  return difference;
+}
+
+struct LineDifference {
+  int64_t lines = 0;   // chosen by the reference
+  int64_t differ = 0;  // chosen by one of both only
+  // How far the masses of these are at most from the smallest chosen one, relative.
+  // Masses that underflow in f32 are equal.
+  double apart = 0;
+};
+
+inline void CompareChosen(const std::vector<double>& masses,
+                          const std::vector<int32_t>& ours,
+                          const std::vector<int32_t>& expected,
+                          LineDifference& difference) {
+  double smallest = INFINITY;
+  for (const int32_t line : expected) smallest = std::min(smallest, masses[line]);
+  std::vector<int32_t> differ;
+  std::set_symmetric_difference(ours.begin(), ours.end(), expected.begin(),
+                                expected.end(), std::back_inserter(differ));
+  for (const int32_t line : differ) {
+    const double distance = std::abs(masses[line] - smallest);
+    const bool equal = masses[line] < kMassUnderflow && smallest < kMassUnderflow;
+    if (!equal) {
+      difference.apart = std::isfinite(smallest)
+                             ? std::max(difference.apart, distance / smallest)
+                             : INFINITY;
+    }
+  }
+  difference.differ += static_cast<int64_t>(differ.size());
+}
+
+inline LineDifference CompareLines(const AttentionProblem& problem,
+                                   const AttentionTensors& tensors,
+                                   const std::vector<ChosenLines>& ours,
+                                   const std::vector<ChosenLines>& expected) {
+  LineDifference difference;
+  EXPECT_EQ(ours.size(), expected.size());
+  for (size_t i = 0; i < std::min(ours.size(), expected.size()); ++i) {
+    EXPECT_EQ(ours[i].columns.size(), expected[i].columns.size());
+    EXPECT_EQ(ours[i].distances.size(), expected[i].distances.size());
+    const auto lines =
+        static_cast<int64_t>(expected[i].columns.size() + expected[i].distances.size());
+    difference.lines += lines;
+    if (ours[i] == expected[i] || lines == 0) continue;
+    const int32_t num_heads = problem.shape.num_heads;
+    const reference::LineMasses masses =
+        reference::MassesOfLines(problem, tensors, static_cast<int32_t>(i) / num_heads,
+                                 static_cast<int32_t>(i) % num_heads);
+    CompareChosen(masses.columns, ours[i].columns, expected[i].columns, difference);
+    CompareChosen(masses.distances, ours[i].distances, expected[i].distances,
+                  difference);
   }
   return difference;
 }

@@ -32,7 +32,7 @@ inline AttentionOptions BaselineOptions(const nlohmann::json& entry) {
   const std::string method = entry["method"];
   const nlohmann::json& params = entry["params"];
   AttentionOptions options;
-  options.block_size = params["block_size"];
+  options.block_size = params.value("block_size", options.block_size);
   // Made by the authors' code, or by a model that can also leave its deviations out.
   options.as_published = params.value("as_published", true);
   if (method == "meanpooling") {
@@ -44,6 +44,10 @@ inline AttentionOptions BaselineOptions(const nlohmann::json& entry) {
     options.method = Method::kXAttention;
     options.threshold = params["threshold"];
     options.stride = params["stride"];
+  } else if (method == "minference") {
+    options.method = Method::kMInference;
+    options.vertical_tokens = params["vertical_size"];
+    options.slash_tokens = params["slash_size"];
   } else if (method == "flexprefill") {
     options.method = Method::kFlexPrefill;
     options.gamma = params["gamma"];
@@ -119,6 +123,23 @@ class GoldenCase {
   // stated. `density` is a causal ratio.
   double density() const { return density_; }
   double lower_density() const { return lower_density_; }
+  // Columns and distances of the authors' code, by head. Requires one sequence.
+  std::vector<ChosenLines> Lines() const {
+    std::vector<ChosenLines> lines(static_cast<size_t>(problem.shape.num_heads));
+    for (const bool of_columns : {true, false}) {
+      const std::vector<int32_t> all =
+          file_.at(of_columns ? "vertical" : "slash").Integers();
+      const size_t per_head = all.size() / lines.size();
+      for (size_t head = 0; head < lines.size(); ++head) {
+        std::vector<int32_t>& chosen =
+            of_columns ? lines[head].columns : lines[head].distances;
+        chosen.assign(all.begin() + static_cast<int64_t>(head * per_head),
+                      all.begin() + static_cast<int64_t>((head + 1) * per_head));
+        std::sort(chosen.begin(), chosen.end());
+      }
+    }
+    return lines;
+  }
   // The order of the authors' code, [batch, heads, len].
   const std::vector<int32_t>& order() const { return order_; }
 
@@ -271,6 +292,13 @@ inline std::vector<GoldenCase> BaselineCases() {
   return CasesOf({"baselines", "numpy"}, [](const nlohmann::json& entry) {
     return entry["method"] == "xattention" || entry["method"] == "flexprefill" ||
            entry["method"] == "prism" || entry["method"] == "flashprefill";
+  });
+}
+
+// Columns and distances of the authors' code.
+inline std::vector<GoldenCase> LineCases() {
+  return CasesOf({"baselines"}, [](const nlohmann::json& entry) {
+    return entry["method"] == "minference";
   });
 }
 

@@ -36,6 +36,10 @@ inline constexpr double kCoverageTolerance = 1e-5;
 // about 10 are off by 1e-6, masses by as much of their value.
 inline constexpr float kThresholdSlack = 1e-4f;
 
+// Masses of lines below it are 0 in f32, or lose digits: the smallest normal number of
+// up to 64 queries.
+inline constexpr double kMassUnderflow = 1e-36;
+
 // Share of the selected blocks of a suite that may lie inside that slack.
 inline constexpr double kBlocksInSlackMax = 1e-3;
 

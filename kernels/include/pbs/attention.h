@@ -216,7 +216,7 @@ Status ValidateLists(const AttentionGeometry& geometry, ConstRows order,
 struct AttentionMemory {
   int64_t packed_bytes = 0;   // permuted keys and values: linear in the tokens
   int64_t order_bytes = 0;    // positions of the slots, int32
-  int64_t lists_bytes = 0;    // worst case of the uint16 lists
+  int64_t lists_bytes = 0;    // worst case of the uint16 lists; chosen lines
   int64_t pooled_bytes = 0;   // block means and block scores
   int64_t scratch_bytes = 0;  // per thread
 };
@@ -272,13 +272,24 @@ struct AttentionStats {
   double CausalRatio() const;
 };
 
+// The keys that a query head of a sequence reads one by one (minference): slots of
+// keys, and distances from the query's position back to a slot. Both ascend.
+struct ChosenLines {
+  std::vector<int32_t> columns;
+  std::vector<int32_t> distances;
+
+  bool operator==(const ChosenLines&) const = default;
+};
+
 struct AttentionReport {
   AttentionStats stats;
   std::vector<double> head_density;  // [num_heads], over all sequences
   // Only on request: `order`, int32 [num_order_heads, k_len] per sequence, packed like
-  // the keys (head_stride is total_k), and `lists`, the lists that ran.
+  // the keys (head_stride is total_k), and `lists`, the lists that ran, with `lines`,
+  // [num_sequences, num_heads] or none: a head without lines reads its blocks whole.
   std::vector<int32_t> order;
   BlockLists lists;
+  std::vector<ChosenLines> lines;
 };
 
 // The i-th of `num_rows` sampled query rows of a sequence: evenly spaced, mid-interval.

@@ -28,6 +28,7 @@ constexpr int32_t kLengthStep = 1;
 
 using testing_support::AttentionCase;
 using testing_support::BackendRun;
+using testing_support::LineDifference;
 using testing_support::ListDifference;
 using testing_support::MatrixMethod;
 using testing_support::MatrixMethods;
@@ -113,6 +114,12 @@ class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
                   problem.options.scope == Scope::kQueryHead);
       return;
     }
+    const LineDifference lines = testing_support::CompareLines(
+        problem, inputs.Tensors(), report.lines, expected.decision.lines);
+    EXPECT_LE(lines.apart, testing_support::kThresholdSlack);
+    total_.blocks += lines.lines;
+    total_.differ += lines.differ;
+    if (lines.differ > 0) return;
     const ListDifference difference = testing_support::CompareLists(
         problem, inputs.Tensors(), report.lists, expected.decision.lists);
     EXPECT_EQ(difference.outside, 0);
@@ -165,6 +172,34 @@ TEST_P(AttentionMatrixSpec, EveryMethodOnEveryBlockSizeIsTheReferences) {
               MatrixProblem(shape, GetParam().dtype, options), 11);
       }
     }
+  }
+}
+
+// Spans that leave most of a long sequence out: queries read the distances next to
+// them, a few others, and columns that lie in no listed block.
+TEST_P(AttentionMatrixSpec, LinesOfALongSequenceAreTheReferences) {
+  struct Lines {
+    const char* name;
+    int32_t columns, distances, block_size;
+    bool permute, correct;
+  };
+  for (const Lines& c : {Lines{"near", 60, 100, 16, false, false},
+                         Lines{"near_block_128", 200, 80, 128, false, false},
+                         Lines{"near_block_256", 64, 100, 256, false, true},
+                         Lines{"far", 40, 108, 32, false, true},
+                         Lines{"far_block_64", 100, 106, 64, false, false},
+                         Lines{"permuted", 60, 100, 64, true, true}}) {
+    AttentionOptions options;
+    options.method = Method::kMInference;
+    options.block_size = c.block_size;
+    options.vertical_tokens = c.columns;
+    options.slash_tokens = c.distances;
+    options.permute = c.permute;
+    options.mean_correction = c.correct;
+    if (c.permute) options.segment_size = 2 * c.block_size;
+    const MatrixShape shape = {"", 2, 1, 32, {{301, 1999}, {700, 900}}};
+    Check(std::string("long ") + c.name,
+          MatrixProblem(shape, GetParam().dtype, options), 37);
   }
 }
 
@@ -256,6 +291,10 @@ TEST_P(AttentionMatrixSpec, ListsOfExtremeScoresAreTheReferences) {
       const BackendRun run = testing_support::RunOn(attention_, problem, tensors);
       ASSERT_TRUE(run.status.ok()) << run.status.ToString();
       const auto expected = reference::Decide(problem, tensors);
+      const LineDifference lines = testing_support::CompareLines(
+          problem, tensors, run.report.lines, expected.lines);
+      EXPECT_LE(lines.apart, testing_support::kThresholdSlack);
+      if (lines.differ > 0) continue;
       EXPECT_EQ(testing_support::CompareLists(problem, tensors, run.report.lists,
                                               expected.lists)
                     .outside,
@@ -264,14 +303,18 @@ TEST_P(AttentionMatrixSpec, ListsOfExtremeScoresAreTheReferences) {
   }
 }
 
-// With `threshold` or `gamma` 1 every candidate is selected.
-TEST_P(AttentionMatrixSpec, ThresholdOneIsDense) {
+// With `threshold` or `gamma` 1, and with all distances, every candidate is selected.
+TEST_P(AttentionMatrixSpec, ThresholdOneAndAllDistancesAreDense) {
   for (const MatrixMethod& method : MatrixMethods()) {
     AttentionOptions options = method.options;
     if (options.method == Method::kDense || options.method == Method::kFlashPrefill) {
       continue;
     }
-    (options.method == Method::kFlexPrefill ? options.gamma : options.threshold) = 1;
+    if (options.method == Method::kMInference) {
+      options.slash_tokens = 300;  // of every shape
+    } else {
+      (options.method == Method::kFlexPrefill ? options.gamma : options.threshold) = 1;
+    }
     for (const MatrixShape& shape : MatrixShapes()) {
       SCOPED_TRACE(method.name + " " + shape.name);
       AttentionCase sparse(MatrixProblem(shape, GetParam().dtype, options), 19);

@@ -56,9 +56,9 @@ TEST(SelfTest, TheCpuBackendPassesEveryCase) {
   const auto backend = CpuBackend();
   const auto report = RunSelfTest(*backend, *backend);
   ASSERT_TRUE(report.ok()) << report.status();
-  // Of three dtypes: dense; pbs with its scopes and corrected, and five more methods,
+  // Of three dtypes: dense; pbs with its scopes and corrected, and six more methods,
   // in blocks of 32 and of 128; one with sorted keys.
-  EXPECT_EQ(report->num_cases, 3 * (1 + 2 * (3 + 5) + 1));
+  EXPECT_EQ(report->num_cases, 3 * (1 + 2 * (3 + 6) + 1));
   EXPECT_LE(report->worst_f32_error, 2e-5);
 }
 
@@ -111,6 +111,31 @@ TEST(SelfTest, OtherBlocksThanTheReferencesFail) {
   const absl::Status status = RunSelfTest(wrong, *backend).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
   EXPECT_THAT(std::string(status.message()), HasSubstr("blocks selected"));
+}
+
+TEST(SelfTest, OtherLinesThanTheReferencesFail) {
+  // Exact attention over fewer columns: the lists are the same.
+  class FewerLines final : public SpoiledBackend {
+   public:
+    explicit FewerLines(AttentionBackend& backend)
+        : SpoiledBackend(backend), backend_(backend) {}
+    StatusOr<std::unique_ptr<AttentionPlan>> Plan(
+        const AttentionProblem& problem) const override {
+      AttentionProblem fewer = problem;
+      if (problem.options.method == Method::kMInference) {
+        fewer.options.vertical_tokens = 1;
+      }
+      return backend_.Plan(fewer);
+    }
+
+   private:
+    AttentionBackend& backend_;
+  };
+  const auto backend = CpuBackend();
+  FewerLines wrong(*backend);
+  const absl::Status status = RunSelfTest(wrong, *backend).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("columns and distances"));
 }
 
 TEST(SelfTest, AFailureOfTheBackendIsPassedOn) {
