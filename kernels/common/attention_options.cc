@@ -40,6 +40,7 @@ enum OptionBit : OptionSet {
   kUseGivenOrder = 1u << 21,
   kUseGivenLists = 1u << 22,
   kCoverageRows = 1u << 23,
+  kCoverageMin = 1u << 24,
 };
 
 using O = AttentionOptions;
@@ -68,6 +69,7 @@ constexpr OptionTraits kOptions[] = {
     {kUseGivenOrder, "use_given_order", &O::use_given_order},
     {kUseGivenLists, "use_given_lists", &O::use_given_lists},
     {kCoverageRows, "coverage_rows", &O::coverage_rows, 0, kCoverageRowsMax},
+    {kCoverageMin, "coverage_min", &O::coverage_min, 0, 1},
 };
 
 // What a request decides beside the method: not part of what the method selects.
@@ -75,7 +77,7 @@ constexpr OptionSet kOfEveryMethod = kBlockSize | kDenseFallback | kCoverageRows
 constexpr OptionSet kOfSortedKeys = kSegmentSize | kScope | kUseGivenOrder;
 constexpr OptionSet kOfSelection = kOfEveryMethod | kPermute | kDenseTailBlocks |
                                    kSinkBlocks | kWindowBlocks | kMeanCorrection |
-                                   kAsPublished | kUseGivenLists;
+                                   kAsPublished | kUseGivenLists | kCoverageMin;
 constexpr OptionSet kOfMass = kOfSelection | kThreshold | kForceFirstBlock;
 
 constexpr MethodTraits kTraits[] = {
@@ -107,7 +109,7 @@ constexpr MethodTraits kTraits[] = {
      .summary = "columns and diagonals of the last queries' attention",
      .scorer = Scorer::kLines,
      .rule = Rule::kLargestLines,
-     .options = kOfSelection | kVerticalTokens | kSlashTokens},
+     .options = (kOfSelection & ~kCoverageMin) | kVerticalTokens | kSlashTokens},
     {.method = Method::kFlexPrefill,
      .name = "flexprefill",
      .summary = "columns and diagonals of blocks, or blocks by their means, by head",
@@ -238,6 +240,10 @@ Status CheckGiven(const AttentionOptions& options) {
     return InvalidArgument(excludes + name + " " + std::to_string(value) +
                            " exclude each other");
   }
+  if (options.coverage_min > 0) {
+    return InvalidArgument(excludes + "coverage_min " + Short(options.coverage_min) +
+                           " exclude each other");
+  }
   return OkStatus();
 }
 
@@ -312,9 +318,11 @@ std::string CanonicalText(const AttentionOptions& options) {
   // The table's first options are written always, the others where they change
   // something, so that an option that is added later changes no text of before.
   constexpr OptionSet kAlways = kPermute - 1;
-  constexpr OptionSet kNever = kUseGivenOrder | kUseGivenLists | kCoverageRows;
+  // The sampled rows change results only as the rows of the guard.
+  OptionSet never = kUseGivenOrder | kUseGivenLists;
+  if (options.coverage_min <= 0) never |= kCoverageRows;
   const AttentionOptions defaults = DefaultOptions(options.method);
-  const OptionSet has = OptionsOf(options) & ~kNever;
+  const OptionSet has = OptionsOf(options) & ~never;
   std::string text = MethodName(options.method);
   for (const OptionTraits& option : kOptions) {
     if ((has & option.bit) == 0) continue;
@@ -345,6 +353,10 @@ Status ValidateOptions(const AttentionOptions& options) {
     }
   }
   PBS_RETURN_IF_ERROR(CheckSizes(options, has));
+  if (options.coverage_min > 0 && options.coverage_rows == 0) {
+    return InvalidArgument("coverage_min " + Short(options.coverage_min) +
+                           " needs coverage_rows of at least 1");
+  }
   return CheckGiven(options);
 }
 

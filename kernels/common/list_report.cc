@@ -82,7 +82,7 @@ void TellBlocks(const AttentionGeometry& g, std::span<const BlockCounts> heads,
     AttentionStats of_head;
     of_head.executed_blocks = blocks.executed;
     of_head.dense_blocks = DenseBlocksOfHead(g, head, has_own_order);
-    report->head_density.push_back(of_head.Density());
+    report->heads.density.push_back(of_head.Density());
     stats.executed_blocks += of_head.executed_blocks;
     stats.dense_blocks += of_head.dense_blocks;
     stats.lower_blocks += blocks.lower;

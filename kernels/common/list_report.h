@@ -33,7 +33,7 @@ std::vector<BlockCounts> CausalBlocks(const AttentionGeometry& geometry);
 // tiles ended at the diagonal.
 using HasOwnOrder = std::function<bool(int32_t, int32_t)>;
 
-// Fills the counts and flops of report->stats, and report->head_density.
+// Fills the counts and flops of report->stats, and report->heads.density.
 void TellBlocks(const AttentionGeometry& geometry, std::span<const BlockCounts> heads,
                 const HasOwnOrder& has_own_order, AttentionReport* report);
 

@@ -101,6 +101,8 @@ struct CpuAttentionPlan final : AttentionPlan {
   int64_t block_range_at = 0;
   int64_t first_block_at = 0;  // int32 [units] block of key 0
   int64_t unit_dense_at = 0;   // uint8 [units] 1: ran with lists of all blocks
+  // uint8 [sequences, num_heads] 1: reads every block because of coverage_min
+  int64_t guarded_at = 0;
   int64_t counts_at = 0;       // uint16 [num_heads, query blocks]
   int64_t entries_at = 0;      // uint16
   int64_t lines_at = 0;        // int32, by unit: LinesOf() each

@@ -1,6 +1,5 @@
 // The report of a finished run: block counts, densities, coverage, order, lists.
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
@@ -8,63 +7,9 @@
 
 #include "common/list_report.h"
 #include "cpu/attention_run.h"
-#include "cpu/row_keys.h"
 
 namespace pbs::cpu {
 namespace {
-
-// Share of one row's exact softmax mass inside its selected blocks.
-double RowCoverage(const AttentionRun& run, const Unit& unit, int32_t head, int32_t row,
-                   int worker) {
-  const CpuAttentionPlan& plan = run.plan;
-  const AttentionGeometry& g = plan.geometry;
-  const SequenceGeometry& s = run.Sequence(unit);
-  auto* query = static_cast<uint32_t*>(run.Scratch(worker));
-  auto* logits = reinterpret_cast<float*>(query + plan.depth);
-  RowToWords(run.kernels, plan.format, run.QueryRow(unit, head, row), g.head_dim,
-             query);
-  const GemmFunction gemm =
-      plan.format.pairs ? run.kernels.gemm_pairs : run.kernels.gemm;
-  const int32_t position = s.query_offset + row;
-  const int32_t* positions = run.Positions(unit);
-  const float root = std::sqrt(static_cast<float>(g.head_dim));
-  const int64_t slots = static_cast<int64_t>(s.num_key_blocks) * g.block_size;
-  for (int32_t block = 0; block < s.num_key_blocks; ++block) {
-    gemm({.rows = 1,
-          .cols = g.block_size,
-          .depth = plan.depth,
-          .a = query,
-          .a_stride = plan.depth,
-          .b = run.PackedKeys(unit) + block * run.BlockWords(),
-          .c = logits + static_cast<int64_t>(block) * g.block_size,
-          .c_stride = g.block_size});
-  }
-  float top = -INFINITY;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    logits[slot] = positions[slot] <= position ? logits[slot] / root : -INFINITY;
-    top = std::max(top, logits[slot]);
-  }
-  const auto mass_of = [&](int32_t block) {
-    double mass = 0;
-    const float* at = logits + static_cast<int64_t>(block) * g.block_size;
-    for (int32_t i = 0; i < g.block_size; ++i) mass += std::exp(at[i] - top);
-    return mass;
-  };
-  double total = 0;
-  for (int32_t block = 0; block < s.num_key_blocks; ++block) total += mass_of(block);
-  double selected = 0;
-  if (plan.gathers) {
-    const RowKeys keys(run, unit, head, position,
-                       reinterpret_cast<uint32_t*>(logits + slots), nullptr);
-    for (int32_t slot = 0; slot < s.k_len; ++slot) {
-      if (keys.Reads(slot)) selected += std::exp(logits[slot] - top);
-    }
-    return selected / total;
-  }
-  const int32_t query_block = position / g.block_size - s.first_query_block;
-  for (uint16_t block : run.List(unit, head, query_block)) selected += mass_of(block);
-  return selected / total;
-}
 
 class ReportReader {
  public:
@@ -132,12 +77,32 @@ class ReportReader {
     stats.method_run = all_dense ? Method::kDense : plan_.problem.options.method;
   }
 
-  void Coverage(AttentionStats& stats) const {
-    stats.coverage_rows = g_.num_heads * plan_.sampled_before.back();
+  void Coverage(AttentionReport* report) const {
+    const int64_t per_head = plan_.sampled_before.back();
+    report->stats.coverage_rows = g_.num_heads * per_head;
+    if (per_head == 0) return;
     const double* rows = At<double>(plan_.coverage_at);
-    const double sum = std::accumulate(rows, rows + stats.coverage_rows, 0.0);
-    stats.coverage =
-        stats.coverage_rows == 0 ? 0.0 : sum / static_cast<double>(stats.coverage_rows);
+    double sum = 0;
+    for (int32_t head = 0; head < g_.num_heads; ++head, rows += per_head) {
+      const double of_head = std::accumulate(rows, rows + per_head, 0.0);
+      report->heads.coverage.push_back(of_head / static_cast<double>(per_head));
+      sum += of_head;
+    }
+    report->stats.coverage = sum / static_cast<double>(report->stats.coverage_rows);
+  }
+
+  std::vector<int32_t> GuardedHeads() const {
+    std::vector<int32_t> heads;
+    if (plan_.problem.options.coverage_min <= 0) return heads;
+    const auto* guarded = At<uint8_t>(plan_.guarded_at);
+    for (int32_t head = 0; head < g_.num_heads; ++head) {
+      for (size_t n = 0; n < g_.sequences.size(); ++n) {
+        if (guarded[n * static_cast<size_t>(g_.num_heads) + head] == 0) continue;
+        heads.push_back(head);
+        break;
+      }
+    }
+    return heads;
   }
 
   std::vector<int32_t> Order() const {
@@ -170,29 +135,6 @@ class ReportReader {
 
 }  // namespace
 
-void MeasureCoverage(AttentionRun& run, const Wave& wave) {
-  const CpuAttentionPlan& plan = run.plan;
-  if (plan.problem.options.coverage_rows == 0) return;
-  const int64_t per_head = plan.sampled_before.back();
-  for (int32_t i = 0; i < wave.num_units && !run.Stopped(); ++i) {
-    const Unit& unit = plan.units[wave.first_unit + i];
-    const SequenceGeometry& s = run.Sequence(unit);
-    const int32_t rows = std::min(plan.problem.options.coverage_rows, s.q_len);
-    const bool dense = !unit.sparse || run.RanDense(unit) != 0;
-    double* out = run.At<double>(plan.coverage_at) + plan.sampled_before[unit.sequence];
-    run.pool.ParallelFor(
-        static_cast<int64_t>(rows) * plan.num_members, [&](int64_t index, int worker) {
-          if (run.Stopped()) return;
-          const int32_t head = run.QueryHead(unit, static_cast<int32_t>(index / rows));
-          const auto sample = static_cast<int32_t>(index % rows);
-          out[head * per_head + sample] =
-              dense ? 1.0
-                    : RowCoverage(run, unit, head, CoverageRow(sample, rows, s.q_len),
-                                  worker);
-        });
-  }
-}
-
 void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,
                 const ReportRequest& request, AttentionReport* report) {
   *report = {};
@@ -205,7 +147,8 @@ void FillReport(const CpuAttentionPlan& plan, const std::byte* workspace,
   };
   TellBlocks(plan.geometry, CountBlocks(plan.geometry, row_of), ran_dense, report);
   reader.WhatRan(report->stats);
-  reader.Coverage(report->stats);
+  reader.Coverage(report);
+  report->heads.guarded = reader.GuardedHeads();
   const double* times = reader.At<double>(plan.times_at);
   report->stats.permute_seconds = times[0];
   report->stats.select_seconds = times[1];

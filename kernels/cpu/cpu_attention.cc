@@ -54,6 +54,7 @@ bool RunWave(AttentionRun& run, const Wave& wave, double* times) {
   watch.Lap(times[0]);
   SelectBlocks(run, wave);
   if (!healthy()) return false;
+  GuardCoverage(run, wave);
   FallBackToDense(run, wave);
   PackMeans(run, wave);
   watch.Lap(times[1]);
@@ -113,6 +114,12 @@ Status CpuAttention::Run(const AttentionPlan& plan, const AttentionTensors& tens
                    .pool = pool_,
                    .stop = control.stop};
   std::fill_n(run.At<uint8_t>(cpu_plan.unit_dense_at), cpu_plan.units.size(), 0);
+  if (plan.problem.options.coverage_min > 0) {
+    std::fill_n(run.At<uint8_t>(cpu_plan.guarded_at),
+                plan.geometry.sequences.size() *
+                    static_cast<size_t>(plan.geometry.num_heads),
+                0);
+  }
   auto* times = run.At<double>(cpu_plan.times_at);
   std::fill_n(times, 3, 0.0);
   if (plan.problem.options.use_given_lists) CopyGivenLists(run);

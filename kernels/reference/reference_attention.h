@@ -8,6 +8,7 @@
 // Threading: stateless. Memory: O(k_len) temporaries per query row, results as above.
 #pragma once
 
+#include <set>
 #include <vector>
 
 #include "pbs/attention.h"
@@ -28,6 +29,7 @@ struct Decision {
   int32_t heads_fallen_back = 0;  // order heads whose dense fallback fired
   // [num_sequences, num_order_heads], 1: runs dense, short sequences included.
   std::vector<uint8_t> ran_dense = {};
+  std::set<int32_t> guarded_heads = {};  // as AttentionReport::guarded_heads
   // As AttentionReport::lines.
   std::vector<ChosenLines> lines = {};
 };

@@ -78,10 +78,16 @@ void AppendOrderHead(const AttentionProblem& problem, const Operands& in,
   for (int32_t member = 0; member < num_members; ++member) {
     if (selects) {
       const int32_t head = order_head * num_members + member;
-      AppendSelected({problem, g, in, head, order.data()}, mask,
+      const SelectingHead selecting = {problem, g, in, head, order.data()};
+      const size_t head_begin = mask.size();
+      AppendSelected(selecting, mask,
                      ChoosesLines(problem)
                          ? &decision.lines[sequence * g.num_heads + head]
                          : nullptr);
+      if (problem.options.coverage_min > 0 &&
+          GuardHead(selecting, mask.data() + head_begin)) {
+        decision.guarded_heads.insert(head);
+      }
     } else {
       AppendCausal(s, mask);
     }

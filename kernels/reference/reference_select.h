@@ -65,6 +65,11 @@ Kept SelectByRows(const SelectingHead& head);
 Kept SelectByAntidiagonals(const SelectingHead& head);
 Kept SelectByLines(const SelectingHead& head);
 
+// Marks every block of the head when its marked blocks keep less than coverage_min of
+// the sampled rows' mass on average; true when it did.
+//   mask [query blocks, key blocks]
+bool GuardHead(const SelectingHead& head, uint8_t* mask);
+
 // Mass of the attention of the last queries, a mean over them, for logits divided by
 // sqrt(`width`).
 LineMasses MeasureLines(const SelectingHead& head, int32_t num_queries, int32_t width);

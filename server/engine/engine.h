@@ -113,6 +113,7 @@ struct PrefillResult {
   std::vector<std::vector<TokenScore>> positions;  // as logit_positions
   std::vector<float> last_token_logits;            // when asked for
   std::vector<AttentionStats> layers;
+  std::vector<AttentionHeads> layer_heads;  // with coverage_rows
   StageTimes stages;
   double time_to_first_layer_seconds = 0;
   double total_seconds = 0;  // admission to last layer

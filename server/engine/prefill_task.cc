@@ -150,6 +150,7 @@ void PrefillTask::OnLayerDone(const LayerReport& report, bool is_first) {
   stages.attend += attention.attend_seconds;
   stages.mlp += report.mlp_seconds;
   result_.layers.push_back(attention);
+  if (attention.coverage_rows > 0) result_.layer_heads.push_back(report.heads);
   if (is_first) {
     parts_.metrics.flops_computed.Increment(attention.executed_flops);
     parts_.metrics.flops_dense.Increment(attention.dense_flops);

@@ -224,6 +224,7 @@ Status PrefillRun::FinishLayer(PrefillObserver* observer) {
   --reports_under_way_;
   PBS_RETURN_IF_ERROR(backend_.FinishReport(*plan_.attention, &attention));
   report.attention = attention.stats;
+  report.heads = std::move(attention.heads);
   const auto seconds = [&](LayerMark from, LayerMark to) {
     return backend_.SecondsBetween(MarkOf(report.layer, from),
                                    MarkOf(report.layer, to));

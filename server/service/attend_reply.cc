@@ -103,7 +103,7 @@ void AttendReply::FillStats(const BackendFacts& backend) {
   wire.set_dense_fallback(stats.dense_fallback);
   wire.set_density(stats.Density());
   wire.set_lower_density(stats.LowerDensity());
-  for (double density : result.report.head_density) wire.add_head_density(density);
+  for (double density : result.report.heads.density) wire.add_head_density(density);
   wire.set_executed_blocks(stats.executed_blocks);
   wire.set_causal_blocks(stats.causal_blocks);
   wire.set_dense_blocks(stats.dense_blocks);
@@ -111,6 +111,9 @@ void AttendReply::FillStats(const BackendFacts& backend) {
   wire.set_dense_flops(stats.dense_flops);
   wire.set_coverage(stats.coverage);
   wire.set_coverage_rows(stats.coverage_rows);
+  const AttentionHeads& heads = result.report.heads;
+  wire.mutable_head_coverage()->Add(heads.coverage.begin(), heads.coverage.end());
+  wire.mutable_guarded_heads()->Add(heads.guarded.begin(), heads.guarded.end());
   *wire.mutable_stages() = EncodeStages(result.stages);
   for (const AttendIteration& iteration : result.iterations) {
     v1::IterationTimes& times = *wire.add_iterations();

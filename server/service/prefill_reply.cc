@@ -43,6 +43,12 @@ void EncodeLayers(const std::vector<AttentionStats>& layers, v1::PrefillStats& w
   wire.set_fallback_layers(fallback_layers);
 }
 
+void EncodeHeads(const AttentionHeads& heads, v1::HeadStats& wire) {
+  wire.mutable_density()->Add(heads.density.begin(), heads.density.end());
+  wire.mutable_coverage()->Add(heads.coverage.begin(), heads.coverage.end());
+  wire.mutable_guarded()->Add(heads.guarded.begin(), heads.guarded.end());
+}
+
 }  // namespace
 
 v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
@@ -65,6 +71,9 @@ v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
   *stats.mutable_stages() = EncodeStages(result.stages);
   stats.mutable_stages()->set_send(facts.send_seconds);
   EncodeLayers(result.layers, stats);
+  for (const AttentionHeads& heads : result.layer_heads) {
+    EncodeHeads(heads, *stats.add_layer_heads());
+  }
   stats.set_time_to_first_layer_seconds(result.time_to_first_layer_seconds);
   stats.set_total_seconds(result.total_seconds);
   stats.set_kv_copy_seconds(result.kv_copy_seconds);

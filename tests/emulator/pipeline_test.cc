@@ -100,12 +100,12 @@ void ExpectBlocksAreTheLists(const AttentionGeometry& g,
     }
   }
   EXPECT_EQ(report.stats.lower_blocks, lower);
-  ASSERT_EQ(report.head_density.size(), executed.size());
+  ASSERT_EQ(report.heads.density.size(), executed.size());
   int64_t dense = 0;
   for (size_t head = 0; head < executed.size(); ++head) {
-    EXPECT_LE(report.head_density[head], 1) << "head " << head;
+    EXPECT_LE(report.heads.density[head], 1) << "head " << head;
     dense +=
-        std::llround(static_cast<double>(executed[head]) / report.head_density[head]);
+        std::llround(static_cast<double>(executed[head]) / report.heads.density[head]);
   }
   EXPECT_EQ(report.stats.dense_blocks, dense);
   EXPECT_DOUBLE_EQ(report.stats.Density(),

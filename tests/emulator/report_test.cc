@@ -103,7 +103,8 @@ void ExpectEqual(const AttentionReport& actual, const AttentionReport& expected)
   EXPECT_EQ(actual.stats.executed_flops, expected.stats.executed_flops);
   EXPECT_EQ(actual.stats.dense_flops, expected.stats.dense_flops);
   EXPECT_EQ(actual.stats.method_run, expected.stats.method_run);
-  EXPECT_EQ(actual.head_density, expected.head_density);
+  EXPECT_EQ(actual.heads.density, expected.heads.density);
+  EXPECT_EQ(actual.heads.coverage.size(), expected.heads.coverage.size());
   EXPECT_EQ(actual.stats.coverage, expected.stats.coverage);
   EXPECT_EQ(actual.stats.coverage_rows, expected.stats.coverage_rows);
   EXPECT_GT(actual.stats.permute_seconds, 0);

@@ -125,6 +125,13 @@ inline void AddOwnOptions(MethodTable& table) {
 
 // Options of several methods.
 inline void AddSharedOptions(MethodTable& table) {
+  for (const char* name : {"pbs", "xattention", "flexprefill"}) {
+    // So that some heads are guarded and some are not.
+    table.Add(std::string(name) + "_guarded", name, [](auto& o) {
+      o.coverage_rows = 5;
+      o.coverage_min = 0.9f;
+    });
+  }
   for (const char* name : {"pbs", "mean_pooling", "xattention", "flexprefill"}) {
     table.Add(std::string(name) + "_no_first_block", name,
               [](auto& o) { o.force_first_block = false; });

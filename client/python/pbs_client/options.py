@@ -234,7 +234,7 @@ class Permute:
 class Attention:
     """A method and the options that methods share.
 
-    The fields from dense_tail_blocks on are options of every method except Dense.
+    The fields from coverage_min on are options of every method except Dense.
 
     Attributes:
         method: Dense(), Pbs(...), another method, or the name of one with its defaults,
@@ -244,6 +244,9 @@ class Attention:
             call's default (false in attend, true in prefill).
         coverage_rows: number of query rows per sequence and head whose exact attention
             coverage is measured, 0 .. 1024 [0].
+        coverage_min: a query head whose coverage_rows rows keep less than this share of
+            the attention mass reads every block instead; the stats name it; not an
+            option of MInference, 0 .. 1 [0: no head].
         dense_tail_blocks: number of last query blocks of a sequence that read every
             earlier block, 0 .. 65535 [0].
         sink_blocks: number of first key blocks that every query block reads, 0 .. 65535
@@ -265,6 +268,7 @@ class Attention:
     method: Method | str | None = None
     dense_fallback: bool | None = None
     coverage_rows: int | None = None
+    coverage_min: float | None = None
     dense_tail_blocks: int | None = None
     sink_blocks: int | None = None
     window_blocks: int | None = None

@@ -219,6 +219,8 @@ class AttendStats:
         causal_blocks: blocks on or below the diagonal.
         coverage: mean share of exact attention mass inside the executed blocks, over
             `coverage_rows` sampled rows.
+        head_coverage: [num_heads], `coverage` of each query head; empty without rows.
+        guarded_heads: query heads that coverage_min made read every block.
         iterations: times of each repetition.
         isa: instruction set that ran, such as "avx512".
     """
@@ -235,6 +237,8 @@ class AttendStats:
     dense_flops: float
     coverage: float
     coverage_rows: int
+    head_coverage: tuple[float, ...]
+    guarded_heads: tuple[int, ...]
     stages: StageSeconds
     iterations: tuple[IterationTimes, ...]
     backend: str
@@ -245,7 +249,8 @@ class AttendStats:
         """From an AttendStats message."""
         values = {f.name: getattr(message, f.name) for f in dataclasses.fields(cls)}
         values["method_run"] = method_name(message.method_run)
-        values["head_density"] = tuple(message.head_density)
+        for name in ("head_density", "head_coverage", "guarded_heads"):
+            values[name] = tuple(values[name])
         values["stages"] = StageSeconds.from_message(message.stages)
         values["iterations"] = tuple(
             IterationTimes(i.permute_seconds, i.select_seconds, i.attend_seconds)
@@ -298,6 +303,21 @@ def token_logits(messages: Any) -> tuple[TokenLogit, ...]:
 
 
 @dataclass(frozen=True)
+class HeadStats:
+    """Statistics of the query heads of a layer.
+
+    Attributes:
+        density: [num_heads], share of the blocks that was executed.
+        coverage: [num_heads], share of the attention mass that was kept.
+        guarded: query heads that coverage_min made read every block.
+    """
+
+    density: tuple[float, ...]
+    coverage: tuple[float, ...]
+    guarded: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PrefillStats:
     """Statistics of a prefill.
 
@@ -310,6 +330,8 @@ class PrefillStats:
         planned_bytes: bytes that the server charged: cache, workspace, result.
         kv_copy_seconds: copying keys and values from a device, mostly in parallel with
             other stages; `stages.copy` is the part that the prefill waited for.
+        layer_heads: [num_layers], the query heads of each layer; empty without
+            coverage_rows.
     """
 
     prompt_tokens: int
@@ -327,6 +349,7 @@ class PrefillStats:
     isa: str
     planned_bytes: int
     kv_copy_seconds: float
+    layer_heads: tuple[HeadStats, ...]
 
     @classmethod
     def from_message(cls, message: Any) -> PrefillStats:
@@ -335,4 +358,8 @@ class PrefillStats:
         values["stages"] = StageSeconds.from_message(message.stages)
         values["layer_density"] = tuple(message.layer_density)
         values["layer_method"] = tuple(method_name(n) for n in message.layer_method)
+        values["layer_heads"] = tuple(
+            HeadStats(tuple(h.density), tuple(h.coverage), tuple(h.guarded))
+            for h in message.layer_heads
+        )
         return cls(**values)

@@ -34,6 +34,10 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.block_size != kBlockTokens) {
     return Unsupported("block_size", std::to_string(problem.options.block_size), "128");
   }
+  if (problem.options.coverage_min > 0) {
+    return Unsupported("coverage_min", std::to_string(problem.options.coverage_min),
+                       "0");
+  }
   if (problem.options.mean_correction) {
     return Unsupported("mean_correction", "true", "false");
   }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
+#include <vector>
 
 #include "common/list_report.h"
 #include "common/score_rounding.h"
@@ -44,17 +46,25 @@ class Summary {
 
 // Rows of sequences that run dense see all of their mass.
 void TellCoverage(const CudaAttentionPlan& plan, const Summary& summary,
-                  AttentionStats& stats) {
-  double sum = 0;
-  for (size_t n = 0; n < plan.sequences.size(); ++n) {
-    const SequenceRecord& s = plan.sequences[n];
+                  AttentionReport* report) {
+  AttentionStats& stats = report->stats;
+  const int32_t num_heads = plan.geometry.num_heads;
+  std::vector<double> heads(static_cast<size_t>(num_heads));
+  int64_t rows_of_head = 0;
+  for (const SequenceRecord& s : plan.sequences) {
     const int32_t rows = SampledRows(plan.problem.options.coverage_rows, s.q_len);
-    stats.coverage_rows += int64_t{plan.geometry.num_heads} * rows;
-    for (int32_t head = 0; head < plan.geometry.num_heads; ++head) {
+    rows_of_head += rows;
+    for (int32_t head = 0; head < num_heads; ++head) {
       for (int32_t i = 0; i < rows; ++i) {
-        sum += s.sparse != 0 ? summary.Coverage(head, s, i) : 1.0;
+        heads[head] += s.sparse != 0 ? summary.Coverage(head, s, i) : 1.0;
       }
     }
+  }
+  stats.coverage_rows = num_heads * rows_of_head;
+  const double sum = std::accumulate(heads.begin(), heads.end(), 0.0);
+  if (rows_of_head > 0) {
+    for (double& coverage : heads) coverage /= static_cast<double>(rows_of_head);
+    report->heads.coverage = std::move(heads);
   }
   if (stats.coverage_rows > 0) {
     stats.coverage = sum / static_cast<double>(stats.coverage_rows);
@@ -150,7 +160,7 @@ Status TellSummary(const CudaAttentionPlan& plan, const std::byte* summary,
       [&](int32_t sequence, int32_t) { return plan.sequences[sequence].sparse == 0; },
       report);
   WhatRan(plan, ran, report->stats);
-  TellCoverage(plan, ran, report->stats);
+  TellCoverage(plan, ran, report);
   TellTimes(ran.head(), total_seconds, report->stats);
   return Status();
 }

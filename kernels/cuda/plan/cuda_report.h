@@ -11,7 +11,7 @@
 
 namespace pbs::cuda {
 
-// Fills the statistics and head_density from a copy of the plan's summary_bytes.
+// Fills the statistics, of heads too, from a copy of the plan's summary_bytes.
 // `total_seconds` is the time from before the first kernel to after attention.
 // Attention's time is what remains after the stages before it. InvalidArgument when
 // finite inputs overflowed (pbs, mean_pooling).

@@ -281,9 +281,18 @@ struct ChosenLines {
   bool operator==(const ChosenLines&) const = default;
 };
 
+// Statistics of query heads, over all sequences.
+struct AttentionHeads {
+  std::vector<double> density;   // [num_heads]
+  std::vector<double> coverage;  // [num_heads], over the sampled rows; empty without any
+  // Those that read every block in at least one sequence because of coverage_min,
+  // ascending.
+  std::vector<int32_t> guarded;
+};
+
 struct AttentionReport {
   AttentionStats stats;
-  std::vector<double> head_density;  // [num_heads], over all sequences
+  AttentionHeads heads;
   // Only on request: `order`, int32 [num_order_heads, k_len] per sequence, packed like
   // the keys (head_stride is total_k), and `lists`, the lists that ran, with `lines`,
   // [num_sequences, num_heads] or none: a head without lines reads its blocks whole.
@@ -338,7 +347,7 @@ class AttentionBackend {
   // the backend's last and returned OK. After an error no report was started.
   virtual Status StartReport(const AttentionPlan& plan, Workspace workspace) = 0;
   // Finishes the oldest started report, whose run had plan `plan`: waits for the run
-  // and fills `report->stats` and `report->head_density`. Errors as ReadReport(); after
+  // and fills `report->stats` and `report->heads`. Errors as ReadReport(); after
   // an error, too, the report is no longer under way.
   virtual Status FinishReport(const AttentionPlan& plan, AttentionReport* report) = 0;
 };

@@ -96,6 +96,12 @@ struct AttentionOptions {
   // from its paper (docs/KERNELS.md, "As published").
   bool as_published = false;
 
+  // Every method that selects whole blocks: a query head of a sequence whose sampled
+  // rows keep less than this share of the attention mass on average reads every block
+  // instead. AttentionReport names these heads. [0, 1]; 0: no head; above 0 it needs
+  // coverage_rows.
+  float coverage_min = 0;
+
   // xattention: tokens between sampled antidiagonals; a power of two in [2, 64], at
   // most block_size.
   int32_t stride = 8;

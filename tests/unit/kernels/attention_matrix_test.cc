@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -96,7 +97,7 @@ class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
         testing_support::RunOn(attention_, problem, inputs.Tensors());
     ASSERT_TRUE(run.status.ok()) << run.status.ToString();
     CompareDecisions(inputs, run.report, Answers().Run(key, inputs));
-    for (double density : run.report.head_density) EXPECT_LE(density, 1);
+    for (double density : run.report.heads.density) EXPECT_LE(density, 1);
     const auto errors = testing_support::LargestErrors(
         inputs, Answers().Attend(key, inputs, run.report));
     EXPECT_LE(errors.o, testing_support::OutputTolerance(
@@ -128,6 +129,9 @@ class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
     if (difference.differ > 0) return;
     EXPECT_EQ(report.lists.num_masked, expected.decision.lists.num_masked);
     testing_support::ExpectEqualStats(report.stats, expected.stats);
+    const std::set<int32_t> guarded(report.heads.guarded.begin(),
+                                    report.heads.guarded.end());
+    EXPECT_EQ(guarded, expected.decision.guarded_heads);
   }
 
   void TearDown() override {

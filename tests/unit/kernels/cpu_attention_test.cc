@@ -239,10 +239,35 @@ TEST_P(CpuAttentionSpec, ReportsUnderWayOutliveTheirWorkspaceAndFinishInOrder) {
     ASSERT_TRUE(attention_.FinishReport(*plans[i], &report).ok());
     EXPECT_EQ(report.stats.executed_blocks, expected[i].stats.executed_blocks);
     EXPECT_EQ(report.stats.method_run, expected[i].stats.method_run);
-    EXPECT_EQ(report.head_density, expected[i].head_density);
+    EXPECT_EQ(report.heads.density, expected[i].heads.density);
     EXPECT_GT(report.stats.attend_seconds, 0);
     EXPECT_TRUE(report.order.empty());
   }
+}
+
+TEST_P(CpuAttentionSpec, HeadsThatKeepTooLittleReadEveryBlockAndAreNamed) {
+  AttentionOptions options = {.block_size = 16, .segment_size = 32, .threshold = 0.3f};
+  options.coverage_rows = 8;
+  AttentionProblem problem = {
+      .shape = {8, 2, 64, {{400, 400}}}, .dtype = DType::kF32, .options = options};
+  AttentionCase inputs(problem, 3);
+  const AttentionReport free = RunOn(attention_, problem, inputs.Tensors()).report;
+  ASSERT_EQ(free.heads.coverage.size(), 8u);
+  EXPECT_TRUE(free.heads.guarded.empty());
+  std::vector<double> sorted = free.heads.coverage;
+  std::sort(sorted.begin(), sorted.end());
+  // Between the third and the fourth head.
+  problem.options.coverage_min = static_cast<float>((sorted[2] + sorted[3]) / 2);
+  const AttentionReport guarded = RunOn(attention_, problem, inputs.Tensors()).report;
+  std::vector<int32_t> expected;
+  for (int32_t head = 0; head < 8; ++head) {
+    const bool low = free.heads.coverage[head] < problem.options.coverage_min;
+    if (low) expected.push_back(head);
+    EXPECT_NEAR(guarded.heads.coverage[head], low ? 1 : free.heads.coverage[head], 1e-6);
+    EXPECT_NEAR(guarded.heads.density[head], low ? 1 : free.heads.density[head], 1e-12);
+  }
+  EXPECT_EQ(guarded.heads.guarded, expected);
+  EXPECT_EQ(guarded.heads.guarded.size(), 3u);
 }
 
 TEST_P(CpuAttentionSpec, StopsWhenToldAndRefusesASmallWorkspace) {

@@ -48,7 +48,7 @@ TEST_P(DensitySpec, IsTheShareOfWhatDenseAttentionComputesOnTheSameTiles) {
     EXPECT_DOUBLE_EQ(stats.Density(), ratio(c.executed, c.dense));
     EXPECT_DOUBLE_EQ(stats.CausalRatio(), ratio(c.executed, c.causal));
     EXPECT_DOUBLE_EQ(stats.executed_flops, stats.Density() * stats.dense_flops);
-    EXPECT_EQ(run.report.head_density,
+    EXPECT_EQ(run.report.heads.density,
               std::vector<double>(kHeads, ratio(c.executed, c.dense)));
     EXPECT_LE(stats.LowerDensity(), 1);
   }

@@ -144,6 +144,13 @@ _OF_SELECTION = (
         "and --scope",
         can_negate=False,
     ),
+    _Flag(
+        "coverage_min",
+        float,
+        "SHARE",
+        "not minference: a head whose --coverage-rows rows keep less than this share of "
+        "the attention mass reads every block, 0..1 [0]",
+    ),
     _Flag("dense_tail_blocks", int, "N", "the last N query blocks read all blocks [0]"),
     _Flag("sink_blocks", int, "N", "every query reads the first N blocks [0]"),
     _Flag(
