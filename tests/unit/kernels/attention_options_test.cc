@@ -59,8 +59,9 @@ TEST(OptionTableSpec, HasEveryFieldOfTheStruct) {
   }
   changed.method = Method::kDense;
   const auto [method, block_size, segment_size, threshold, scope, first, order, lists,
-              fallback, coverage, permute, tail, sink, window, means, published, stride,
-              vertical, slash, gamma, tau, fast, slow_dims, fast_dims, alpha] = changed;
+              fallback, coverage, permute, tail, sink, window, means, published, least,
+              stride, vertical, slash, gamma, tau, fast, slow_dims, fast_dims, alpha] =
+      changed;
   const AttentionOptions d;
   EXPECT_NE(method, d.method);
   EXPECT_NE(block_size, d.block_size);
@@ -78,6 +79,7 @@ TEST(OptionTableSpec, HasEveryFieldOfTheStruct) {
   EXPECT_NE(window, d.window_blocks);
   EXPECT_NE(means, d.mean_correction);
   EXPECT_NE(published, d.as_published);
+  EXPECT_NE(least, d.coverage_min);
   EXPECT_NE(stride, d.stride);
   EXPECT_NE(vertical, d.vertical_tokens);
   EXPECT_NE(slash, d.slash_tokens);
