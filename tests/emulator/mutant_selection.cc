@@ -77,7 +77,17 @@ int main() {
        {.method = pbs::Method::kMeanPooling,
         .threshold = 0.3f,
         .dense_fallback = true,
-        .coverage_rows = 3}}};
+        .coverage_rows = 3}},
+      // Few blocks are selected, and others are forced.
+      {{2, 1, 64, {{200, 900}}},
+       pbs::DType::kBF16,
+       {.method = pbs::Method::kMeanPooling,
+        .threshold = 0.05f,
+        .force_first_block = false,
+        .coverage_rows = 2,
+        .dense_tail_blocks = 1,
+        .sink_blocks = 1,
+        .window_blocks = 2}}};
   for (uint32_t seed : {1u, 2u}) {
     for (const AttentionProblem& problem : problems) {
       if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;

@@ -235,6 +235,10 @@ class Placer {
   std::byte* base_;
 };
 
+ScoreRounding RoundingTo(DType dtype) {
+  return dtype == DType::kF32 ? ScoreRounding::kNone : ScoreRounding::kInputDType;
+}
+
 void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
                   SelectionParams& s) {
   const AttentionGeometry& g = plan.geometry;
@@ -255,16 +259,15 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.total_groups = plan.total_groups;
   s.logit_stride = plan.logit_stride;
   s.threshold = options.threshold;
-  s.force_first_block = options.force_first_block ? 1 : 0;
+  s.force_first_block = ForcesFirstBlock(options) ? 1 : 0;
   s.dense_tail_blocks = options.dense_tail_blocks;
   s.sink_blocks = options.sink_blocks;
   s.window_blocks = options.window_blocks;
   s.own_has_mass = Permutes(options) ? 0 : 1;
   s.permutes = plan.permutes ? 1 : 0;
   s.pools = plan.selects ? 1 : 0;
-  s.rounding = ScoreRoundingOf(plan.problem) == DType::kF32
-                   ? ScoreRounding::kNone
-                   : ScoreRounding::kInputDType;
+  s.key_rounding = RoundingTo(ScoreRoundingOf(plan.problem));
+  s.block_rounding = RoundingTo(BlockScoreRoundingOf(plan.problem));
   if (options.use_given_order) {
     s.given_order = static_cast<const int32_t*>(tensors.order.data);
     s.given_order_strides = StridesOf(tensors.order.layout);

@@ -54,7 +54,7 @@ class SelectBlocks {
       const float mean = row < rows ? LoadGlobal(source + row * stride + column) : 0.0f;
       StoreShared(
           queries_ + column * kRows + row,
-          params_.rounding == ScoreRounding::kNone ? mean : Element::Round(mean));
+          params_.block_rounding == ScoreRounding::kNone ? mean : Element::Round(mean));
     }
     SyncThreads();
     Score(NumCandidates(rows - 1));
@@ -94,7 +94,7 @@ class SelectBlocks {
       }
       PBS_UNROLL
       for (int row = 0; row < kRows; ++row) {
-        const float logit = params_.rounding == ScoreRounding::kNone
+        const float logit = params_.block_rounding == ScoreRounding::kNone
                                 ? sums[row] / root
                                 : Element::Round(Element::Round(sums[row]) / root);
         StoreShared(logits_ + row * params_.logit_stride + block, logit);

@@ -70,9 +70,10 @@ struct SelectionParams {
   int32_t dense_tail_blocks;
   int32_t sink_blocks;
   int32_t window_blocks;
-  int32_t permutes;      // keys and values are gathered; else they are read in place
-  int32_t pools;         // block means of keys are computed
-  ScoreRounding rounding;
+  int32_t permutes;  // keys and values are gathered; else they are read in place
+  int32_t pools;     // block means of keys are computed
+  ScoreRounding key_rounding;    // of the scores of keys
+  ScoreRounding block_rounding;  // of block means and of their scores
 
   RowOperand q, k, v;
   const int32_t* given_order;  // null: none
