@@ -23,6 +23,7 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   if (!plan.ok()) return Says(plan.status().ToString());
   PipelineInputs inputs(problem, seed);
+  inputs.MakeBlocksDiffer(problem, seed);
   GlobalMemory::Clear();
   inputs.Allow();
   const AttentionTensors tensors = inputs.Tensors();
@@ -87,7 +88,13 @@ int main() {
         .coverage_rows = 2,
         .dense_tail_blocks = 1,
         .sink_blocks = 1,
-        .window_blocks = 2}}};
+        .window_blocks = 2}},
+      {{4, 2, 64, {{500, 900}, {400, 800}}},
+       pbs::DType::kBF16,
+       {.method = pbs::Method::kPrism,
+        .threshold = 0.5f,
+        .coverage_rows = 2,
+        .fast_threshold = 0.2f}}};
   for (uint32_t seed : {1u, 2u}) {
     for (const AttentionProblem& problem : problems) {
       if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;

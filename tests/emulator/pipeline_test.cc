@@ -128,6 +128,7 @@ void CheckRun(const AttentionProblem& problem, uint32_t seed) {
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   ASSERT_TRUE(plan.ok()) << plan.status().ToString();
   PipelineInputs inputs(problem, seed);
+  inputs.MakeBlocksDiffer(problem, seed);
   GlobalMemory::Clear();
   inputs.Allow();
   const AttentionTensors tensors = inputs.Tensors();
@@ -241,6 +242,38 @@ INSTANTIATE_TEST_SUITE_P(
                       .threshold = 0.5f,
                       .scope = Scope::kQueryHead,
                       .permute = true}},
+        PipelineCase{"prism",
+                     Shape(2, 1, 64, {{1000, 1000}}),
+                     {.method = Method::kPrism, .threshold = 0.5f}},
+        PipelineCase{"prism_of_a_batch_with_narrow_bands",
+                     Shape(2, 1, 96, {{130, 700}, {200, 200}, {1, 600}, {0, 300}}),
+                     {.method = Method::kPrism,
+                      .threshold = 0.6f,
+                      .fast_threshold = 0.2f,
+                      .slow_dims = 32,
+                      .fast_dims = 20}},
+        PipelineCase{"prism_of_wide_heads_and_one_pair",
+                     Shape(1, 1, 256, {{260, 600}}),
+                     {.method = Method::kPrism,
+                      .threshold = 0.3f,
+                      .force_first_block = false,
+                      .slow_dims = 256,
+                      .fast_dims = 2}},
+        PipelineCase{"prism_of_sorted_keys_with_a_tail",
+                     Shape(2, 1, 64, {{1100, 1100}}),
+                     {.method = Method::kPrism,
+                      .threshold = 0.4f,
+                      .permute = true,
+                      .dense_tail_blocks = 1}},
+        PipelineCase{"prism_of_sorted_keys_of_every_head",
+                     Shape(2, 1, 64, {{900, 900}}),
+                     {.method = Method::kPrism,
+                      .threshold = 0.4f,
+                      .scope = Scope::kQueryHead,
+                      .permute = true}},
+        PipelineCase{"prism_keeps_everything",
+                     Shape(1, 1, 64, {{700, 700}}),
+                     {.method = Method::kPrism, .threshold = 1}},
         PipelineCase{"fallback_where_lists_do_not_pay",
                      Shape(1, 1, 64, {{700, 700}}),
                      {.threshold = 1, .dense_fallback = true}},
@@ -426,6 +459,7 @@ TEST(PooledQueriesSpec, MadeOnTheWayTheyAreTheBitsThatSelectionWouldMake) {
   CheckPooled<96>({150, 600}, {.threshold = 0.3f, .scope = Scope::kQueryHead});
   CheckPooled<128>({400, 400}, {.method = Method::kMeanPooling, .threshold = 0.4f});
   CheckPooled<256>({70, 600}, {.threshold = 0.3f});
+  CheckPooled<64>({300, 500}, {.method = Method::kPrism, .threshold = 0.3f});
 }
 
 // Notes what kernels ask for instead of running them.

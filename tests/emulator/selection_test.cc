@@ -182,7 +182,8 @@ TEST(IsolationSpec, BadRowsOfANeighbourChangeNoBitOfWhatIsSelected) {
   query_heads.scope = Scope::kQueryHead;
   const AttentionOptions pooling = {.method = Method::kMeanPooling,
                                     .threshold = 0.4f};
-  for (const AttentionOptions& options : {pbs, query_heads, pooling}) {
+  const AttentionOptions prism = {.method = Method::kPrism, .threshold = 0.4f};
+  for (const AttentionOptions& options : {pbs, query_heads, pooling, prism}) {
     const AttentionProblem problem = {{2, 1, 64, sequences}, DType::kBF16, options};
     for (const Layout layout : {Layout::kPacked, Layout::kStrided}) {
       SCOPED_TRACE(testing::Message()

@@ -67,6 +67,7 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   plan.permutes = sparse && Permutes(options);
   plan.orders = plan.permutes && !options.use_given_order;
   plan.selects = sparse && !options.use_given_lists;
+  if (plan.selects) plan.scorer = TraitsOf(options.method).scorer;
   // A run of several sequences is pooled here: its blocks lie on as many grids.
   const bool given = plan.problem.offers_pooled_queries && g.sequences.size() == 1;
   plan.pools_queries = plan.selects && !given;
@@ -175,6 +176,8 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   const int64_t means = int64_t{plan.total_query_blocks} * g.num_heads * g.head_dim;
   plan.pooled_queries_at = layout.Add<float>(plan.pools_queries ? means : 0);
   plan.pooled_queries_bytes = plan.selects && !plan.pools_queries ? 4 * means : 0;
+  plan.band_divisors_at = layout.Add<float>(
+      plan.scorer == Scorer::kBands ? g.num_heads * num_sequences * kBands : 0);
   plan.memory.pooled_bytes = layout.TakePart();
   plan.workspace_bytes = layout.bytes();
 }
@@ -258,7 +261,13 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.total_segments = plan.total_segments;
   s.total_groups = plan.total_groups;
   s.logit_stride = plan.logit_stride;
-  s.threshold = options.threshold;
+  const BandWidths widths = BandWidthsOf(plan.problem);
+  const int32_t pairs = g.head_dim / 2;
+  s.bands[0] = {pairs - widths.slow / 2, pairs};
+  s.bands[1] = {0, widths.fast / 2};
+  s.thresholds[0] = options.threshold;
+  s.thresholds[1] =
+      options.fast_threshold > 0 ? options.fast_threshold : options.threshold;
   s.force_first_block = ForcesFirstBlock(options) ? 1 : 0;
   s.dense_tail_blocks = options.dense_tail_blocks;
   s.sink_blocks = options.sink_blocks;
@@ -288,6 +297,7 @@ void PlaceSelection(const CudaAttentionPlan& plan, const AttentionTensors& tenso
   at(s.first_block, plan.first_block_at);
   at(s.pooled_keys, plan.pooled_keys_at);
   at(s.pooled_queries, plan.pooled_queries_at);
+  at(s.band_divisors, plan.band_divisors_at);
   if (plan.pooled_queries_bytes > 0) {
     s.pooled_queries = const_cast<float*>(tensors.pooled_queries);  // only read
   }
@@ -395,8 +405,9 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
   plan->geometry = MakeGeometry(problem);
   ChooseStages(device, *plan);
   if (plan->selects) {
-    const int64_t bytes = SelectionSharedBytes(plan->group_blocks, plan->logit_stride,
-                                               plan->geometry.head_dim);
+    const int64_t bytes =
+        SelectionSharedBytes(plan->group_blocks, plan->logit_stride,
+                             plan->geometry.head_dim, plan->num_bands());
     if (bytes > device.shared_bytes_max) {
       return Unimplemented("block scores of the longest sequence take " +
                            std::to_string(bytes) + " bytes of shared memory; this " +

@@ -54,7 +54,15 @@ INSTANTIATE_TEST_SUITE_P(
                     "96, 128 and 256"},
         RefusedCase{
             "small_blocks", [](auto& p) { p.options.block_size = 64; },
-            "block_size 64 is not supported by the cuda backend, which has 128"}),
+            "block_size 64 is not supported by the cuda backend, which has 128"},
+        RefusedCase{"method",
+                    [](auto& p) { p.options = DefaultOptions(Method::kXAttention); },
+                    "method xattention is not supported by the cuda backend, which has "
+                    "dense, pbs, mean_pooling, prism"},
+        RefusedCase{"mean_correction",
+                    [](auto& p) { p.options.mean_correction = true; },
+                    "mean_correction true is not supported by the cuda backend, which "
+                    "has false"}),
     testing_support::CaseName());
 
 TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {
@@ -102,6 +110,8 @@ INSTANTIATE_TEST_SUITE_P(
                   false,
                   true,
                   false,
+                  true},
+        StageCase{"prism", 4096, DefaultOptions(Method::kPrism), false, false, true,
                   true},
         StageCase{"mean_pooling_of_sorted_keys",
                   4096,
