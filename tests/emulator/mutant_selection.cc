@@ -94,7 +94,13 @@ int main() {
        {.method = pbs::Method::kPrism,
         .threshold = 0.5f,
         .coverage_rows = 2,
-        .fast_threshold = 0.2f}}};
+        .fast_threshold = 0.2f}},
+      {{4, 2, 64, {{300, 1000}, {400, 512}}},
+       pbs::DType::kBF16,
+       {.method = pbs::Method::kFlashPrefill,
+        .coverage_rows = 2,
+        .as_published = true,
+        .alpha = 0.3f}}};
   for (uint32_t seed : {1u, 2u}) {
     for (const AttentionProblem& problem : problems) {
       if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
@@ -104,6 +110,13 @@ int main() {
                                         pbs::DType::kBF16,
                                         {.threshold = 0.6f, .coverage_rows = 2}},
                                        seed)) {
+      return 1;
+    }
+    if (!pbs::emulator::RunsRight<256>(
+            {{1, 1, 256, {{130, 600}}},
+             pbs::DType::kBF16,
+             {.method = pbs::Method::kFlashPrefill, .coverage_rows = 2, .alpha = 0.3f}},
+            seed)) {
       return 1;
     }
     if (!pbs::emulator::OrdersTilesRight(seed)) return 1;

@@ -237,6 +237,7 @@ GATHER = "cuda/selection/gather_keys.h"
 SELECT = "cuda/selection/select_blocks.h"
 WRITE = "cuda/selection/write_list.h"
 BANDS = "cuda/selection/measure_bands.h"
+ROW_SCORES = "cuda/selection/select_rows.h"
 STORE = "cuda/selection/store_sequences.h"
 TILES = "cuda/selection/order_tiles.h"
 PARAMS = "cuda/selection/selection_params.h"
@@ -302,6 +303,22 @@ SELECTION_MUTANTS = [
     ("squares_of_the_fast_pairs_for_both", BANDS, "const PairBand& pairs = params_.bands[band]", "const PairBand& pairs = params_.bands[1]"),
     ("temperature_of_the_keys_alone", BANDS, "        Share(queries, width, sequence_.num_query_blocks) *\n", ""),
     ("keys_of_the_query_head", BANDS, "head_ / Members(params_)", "head_ % params_.num_order_heads"),
+    ("rounded_means_twice", ROW_SCORES, "step % kMeanParts,", "0,"),
+    ("means_of_the_first_order_head", ROW_SCORES, "params_, head_ / Members(params_),", "params_, 0,"),
+    ("columns_of_means_exchanged", ROW_SCORES, "Element::Pack(a, b)", "Element::Pack(b, a)"),
+    ("rows_of_nobody_scored", ROW_SCORES, "row < begin || ", ""),
+    ("rows_behind_the_end_scored", ROW_SCORES, " || row >= end", ""),
+    ("diagonal_block_seen_by_every_row", ROW_SCORES, "block < block_ || row == kBlockTokens - 1", "true"),
+    ("diagonal_block_seen_by_no_row", ROW_SCORES, "row == kBlockTokens - 1", "row == kBlockTokens"),
+    ("energies_of_one_warp", ROW_SCORES, "LoadShared(&s_.sums[warp][at])", "LoadShared(&s_.sums[0][at])"),
+    ("energies_merged_as_they_are", ROW_SCORES, "LoadShared(&s_.tops[warp][at]) - shift)", "0.0f)"),
+    ("zero_rows_forgotten", ROW_SCORES, "params_.zero_rows != 0 ?", "false ?"),
+    ("largest_score_of_one_lane", ROW_SCORES, "    for (int mask = 1; mask < 32; mask *= 2) top = Max(top, ShuffleXor(top, mask));\n", ""),
+    ("only_the_largest_kept", ROW_SCORES, "top + params_.share_log2", "top"),
+    ("means_overwritten_while_scored", ROW_SCORES, "          SyncThreads();  // the next means may come\n", ""),
+    ("means_of_others_not_awaited", ROW_SCORES, "        SyncThreads();  // means are there, and nobody reads the last ones\n", ""),
+    ("sums_of_other_warps_not_awaited", ROW_SCORES, "      SumRows(scale_log2, scores);\n      SyncThreads();\n", "      SumRows(scale_log2, scores);\n"),
+    ("scores_not_awaited", ROW_SCORES, "    }\n    SyncThreads();\n  }", "    }\n  }"),
     ("mask_of_too_few", TILES, "- 1) >= block)", "- 1) > block)"),
     ("first_block_of_the_row_itself", TILES, "tile.last_block = OwnEndOf(at) - 1", "tile.last_block = at.block"),
     ("first_block_of_the_given_list_unread", TILES, "    tile.last_block = LoadGlobal(end - 1);\n", ""),

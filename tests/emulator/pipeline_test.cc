@@ -274,6 +274,40 @@ INSTANTIATE_TEST_SUITE_P(
         PipelineCase{"prism_keeps_everything",
                      Shape(1, 1, 64, {{700, 700}}),
                      {.method = Method::kPrism, .threshold = 1}},
+        PipelineCase{"flashprefill",
+                     Shape(2, 1, 64, {{1000, 1000}}),
+                     {.method = Method::kFlashPrefill, .alpha = 0.3f}},
+        PipelineCase{
+            "flashprefill_as_published",
+            Shape(2, 1, 64, {{1400, 1400}, {1, 700}}),
+            {.method = Method::kFlashPrefill, .as_published = true, .alpha = 0.5f}},
+        PipelineCase{"flashprefill_of_a_batch",
+                     Shape(4, 2, 96, {{130, 700}, {200, 200}, {1, 600}, {0, 300}}),
+                     {.method = Method::kFlashPrefill, .alpha = 0.5f}},
+        PipelineCase{"flashprefill_of_wide_heads",
+                     Shape(1, 1, 256, {{200, 640}}),
+                     {.method = Method::kFlashPrefill, .alpha = 0.5f}},
+        PipelineCase{"flashprefill_of_sorted_keys",
+                     Shape(4, 2, 64, {{900, 900}, {100, 1000}}),
+                     {.method = Method::kFlashPrefill,
+                      .permute = true,
+                      .as_published = true,
+                      .alpha = 0.7f}},
+        PipelineCase{"flashprefill_of_sorted_keys_of_every_head",
+                     Shape(2, 1, 64, {{600, 900}}),
+                     {.method = Method::kFlashPrefill,
+                      .scope = Scope::kQueryHead,
+                      .permute = true,
+                      .alpha = 0.99f}},
+        // More key blocks than are scored together.
+        PipelineCase{
+            "flashprefill_of_many_blocks",
+            Shape(1, 1, 64, {{200, 16700}}),
+            {.method = Method::kFlashPrefill, .dense_tail_blocks = 1, .alpha = 0.3f}},
+        PipelineCase{"flashprefill_of_f16",
+                     Shape(1, 1, 64, {{700, 700}}),
+                     {.method = Method::kFlashPrefill, .alpha = 0.5f},
+                     DType::kF16},
         PipelineCase{"fallback_where_lists_do_not_pay",
                      Shape(1, 1, 64, {{700, 700}}),
                      {.threshold = 1, .dense_fallback = true}},
@@ -507,19 +541,24 @@ TEST(SharedMemorySpec, NoKernelTakesMoreThanASmallDeviceHas) {
 }
 
 TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
-  const AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16, {}};
-  const auto plan = cuda::MakeCudaPlan(problem, {});
-  ASSERT_TRUE(plan.ok());
-  PipelineInputs inputs(problem, 3);
-  for (DeviceArray<uint16_t>* array : {&inputs.q, &inputs.k}) {
-    std::fill_n(array->data(), array->bytes() / 2, ToBf16(3e19f).bits);
+  for (const Method method : cuda::kCudaMethods) {
+    if (!TraitsOf(method).Selects()) continue;
+    SCOPED_TRACE(MethodName(method));
+    const AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16,
+                                   DefaultOptions(method)};
+    const auto plan = cuda::MakeCudaPlan(problem, {});
+    ASSERT_TRUE(plan.ok());
+    PipelineInputs inputs(problem, 3);
+    for (DeviceArray<uint16_t>* array : {&inputs.q, &inputs.k}) {
+      std::fill_n(array->data(), array->bytes() / 2, ToBf16(3e19f).bits);
+    }
+    GlobalMemory::Clear();
+    inputs.Allow();
+    const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
+    ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
+    AttentionReport report;
+    EXPECT_EQ(run.Report({}, &report).code(), StatusCode::kInvalidArgument);
   }
-  GlobalMemory::Clear();
-  inputs.Allow();
-  const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
-  ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
-  AttentionReport report;
-  EXPECT_EQ(run.Report({}, &report).code(), StatusCode::kInvalidArgument);
 }
 
 }  // namespace

@@ -70,7 +70,7 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   if (plan.selects) plan.scorer = TraitsOf(options.method).scorer;
   // A run of several sequences is pooled here: its blocks lie on as many grids.
   const bool given = plan.problem.offers_pooled_queries && g.sequences.size() == 1;
-  plan.pools_queries = plan.selects && !given;
+  plan.pools_queries = plan.needs_pooled_queries() && !given;
 
   const int64_t wanted = int64_t{kChunksPerMultiprocessor} * device.num_multiprocessors;
   plan.chunk_blocks = static_cast<int32_t>(std::clamp<int64_t>(
@@ -175,9 +175,13 @@ void PlaceRegions(CudaAttentionPlan& plan) {
       layout.Add<float>(selected * order_heads * g.head_dim * plan.total_key_blocks);
   const int64_t means = int64_t{plan.total_query_blocks} * g.num_heads * g.head_dim;
   plan.pooled_queries_at = layout.Add<float>(plan.pools_queries ? means : 0);
-  plan.pooled_queries_bytes = plan.selects && !plan.pools_queries ? 4 * means : 0;
+  plan.pooled_queries_bytes =
+      plan.needs_pooled_queries() && !plan.pools_queries ? 4 * means : 0;
   plan.band_divisors_at = layout.Add<float>(
       plan.scorer == Scorer::kBands ? g.num_heads * num_sequences * kBands : 0);
+  const int64_t split = plan.scorer == Scorer::kRows ? kMeanParts : 0;
+  plan.mean_rows_at =
+      layout.Add<uint16_t>(split * order_heads * g.head_dim * plan.total_key_blocks);
   plan.memory.pooled_bytes = layout.TakePart();
   plan.workspace_bytes = layout.bytes();
 }
@@ -269,6 +273,8 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.thresholds[1] =
       options.fast_threshold > 0 ? options.fast_threshold : options.threshold;
   s.force_first_block = ForcesFirstBlock(options) ? 1 : 0;
+  s.share_log2 = std::log2(options.alpha);
+  s.zero_rows = options.as_published ? 1 : 0;
   s.dense_tail_blocks = options.dense_tail_blocks;
   s.sink_blocks = options.sink_blocks;
   s.window_blocks = options.window_blocks;
@@ -298,6 +304,7 @@ void PlaceSelection(const CudaAttentionPlan& plan, const AttentionTensors& tenso
   at(s.pooled_keys, plan.pooled_keys_at);
   at(s.pooled_queries, plan.pooled_queries_at);
   at(s.band_divisors, plan.band_divisors_at);
+  at(s.mean_rows, plan.mean_rows_at);
   if (plan.pooled_queries_bytes > 0) {
     s.pooled_queries = const_cast<float*>(tensors.pooled_queries);  // only read
   }
@@ -405,9 +412,12 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
   plan->geometry = MakeGeometry(problem);
   ChooseStages(device, *plan);
   if (plan->selects) {
+    const int32_t head_dim = plan->geometry.head_dim;
     const int64_t bytes =
-        SelectionSharedBytes(plan->group_blocks, plan->logit_stride,
-                             plan->geometry.head_dim, plan->num_bands());
+        plan->scorer == Scorer::kRows
+            ? RowsSharedBytes(head_dim, plan->logit_stride)
+            : SelectionSharedBytes(plan->group_blocks, plan->logit_stride, head_dim,
+                                   plan->num_bands());
     if (bytes > device.shared_bytes_max) {
       return Unimplemented("block scores of the longest sequence take " +
                            std::to_string(bytes) + " bytes of shared memory; this " +

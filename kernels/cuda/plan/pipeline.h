@@ -11,6 +11,7 @@
 #include "cuda/selection/order_tiles.h"
 #include "cuda/selection/score_keys.h"
 #include "cuda/selection/select_blocks.h"
+#include "cuda/selection/select_rows.h"
 #include "cuda/selection/sort_segments.h"
 #include "cuda/selection/store_sequences.h"
 
@@ -119,7 +120,15 @@ void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
                                       MeasureBands::kSharedBytes, params);
     params.ordered = nullptr;
   }
-  if (plan.selects) EnqueueSelectBlocks<Element>(plan, params, launch);
+  if (plan.scorer == Scorer::kRows) {
+    launch.template Run<SplitMeans<Element>>(
+        int64_t{params.num_order_heads} * params.total_key_blocks, 0, params);
+    launch.template Run<SelectRows<Element, kHeadDim>>(
+        int64_t{params.num_heads} * params.total_query_blocks,
+        RowsSharedBytes(kHeadDim, params.logit_stride), params);
+  } else if (plan.selects) {
+    EnqueueSelectBlocks<Element>(plan, params, launch);
+  }
   EnqueueOrderTiles(run.tile_order, launch);
 }
 

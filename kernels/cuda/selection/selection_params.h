@@ -48,7 +48,8 @@ struct PairBand {
   int32_t begin;
   int32_t end;
 };
-constexpr int kBands = 2;  // slow, fast
+constexpr int kBands = 2;      // slow, fast
+constexpr int kMeanParts = 2;  // of the mean of a key block (select_rows.h)
 
 // Rounding of intermediate scores (pbs/attention.h, Scope::kQueryHead).
 enum class ScoreRounding : int32_t { kNone, kInputDType };
@@ -75,6 +76,8 @@ struct SelectionParams {
   PairBand bands[kBands];    // where blocks are scored by bands
   int32_t force_first_block;
   int32_t own_has_mass;  // identity order: blocks up to the diagonal share the mass
+  float share_log2;      // log2 of the share of the largest score that keeps a block
+  int32_t zero_rows;     // rows of zeros fill a short query block (select_rows.h)
   // Blocks that are read whatever their scores are (pbs/attention_options.h).
   int32_t dense_tail_blocks;
   int32_t sink_blocks;
@@ -106,6 +109,8 @@ struct SelectionParams {
   float* pooled_queries;  // [total_query_blocks, num_heads, head_dim], not rounded
   float* band_divisors;   // of logits: [num_heads, num_sequences, kBands]
 
+  uint16_t* mean_rows;  // [num_order_heads, kMeanParts, total_key_blocks, head_dim]
+
   // Lists: counts [rows], entries at EntryOffset().
   uint16_t* counts;
   uint16_t* entries;
@@ -132,6 +137,12 @@ PBS_HOST_DEVICE constexpr int64_t SelectionSharedBytes(int group_blocks,
                                                        int num_bands) {
   const int marks = num_bands > 1 ? logit_stride / 32 : 0;
   return int64_t{group_blocks} * (logit_stride + head_dim + marks) * 4;
+}
+// Bytes of shared memory of select_rows.h: queries, means, their sums by warp, and the
+// scores of a query block.
+PBS_HOST_DEVICE constexpr int64_t RowsSharedBytes(int head_dim, int logit_stride) {
+  return int64_t{kBlockTokens + KeyBuffers(head_dim) * kScoredKeys} * head_dim * 2 +
+         2 * 4 * kScoredKeys * 4 + int64_t{logit_stride} * 4;
 }
 // Query heads per KV head, and per order head.
 PBS_HOST_DEVICE constexpr int GroupSize(const SelectionParams& params) {

@@ -58,7 +58,7 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"method",
                     [](auto& p) { p.options = DefaultOptions(Method::kXAttention); },
                     "method xattention is not supported by the cuda backend, which has "
-                    "dense, pbs, mean_pooling, prism"},
+                    "dense, pbs, mean_pooling, prism, flashprefill"},
         RefusedCase{"mean_correction",
                     [](auto& p) { p.options.mean_correction = true; },
                     "mean_correction true is not supported by the cuda backend, which "
@@ -113,6 +113,8 @@ INSTANTIATE_TEST_SUITE_P(
                   true},
         StageCase{"prism", 4096, DefaultOptions(Method::kPrism), false, false, true,
                   true},
+        StageCase{"flashprefill", 4096, DefaultOptions(Method::kFlashPrefill), false,
+                  false, true, true},
         StageCase{"mean_pooling_of_sorted_keys",
                   4096,
                   {.method = Method::kMeanPooling, .permute = true},
@@ -216,6 +218,7 @@ TEST(CudaPlanSpec, TakesPooledQueriesOnlyOfOneSequenceWhoseBlocksItSelects) {
   EXPECT_EQ(taken(Problem(256)), 0);
   EXPECT_EQ(taken(Problem(4096, {.method = Method::kDense})), 0);
   EXPECT_EQ(taken(Problem(4096, {.use_given_lists = true})), 0);
+  EXPECT_EQ(taken(Problem(4096, DefaultOptions(Method::kFlashPrefill))), 0);
   AttentionProblem two = Problem(1000);
   two.shape.sequences = {{1000, 1000}, {700, 700}};
   EXPECT_EQ(taken(two), 0);
