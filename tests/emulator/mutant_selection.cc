@@ -23,6 +23,7 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   if (!plan.ok()) return Says(plan.status().ToString());
   PipelineInputs inputs(problem, seed);
+  inputs.MakeBlocksDiffer(problem, seed);
   GlobalMemory::Clear();
   inputs.Allow();
   const AttentionTensors tensors = inputs.Tensors();
@@ -77,7 +78,29 @@ int main() {
        {.method = pbs::Method::kMeanPooling,
         .threshold = 0.3f,
         .dense_fallback = true,
-        .coverage_rows = 3}}};
+        .coverage_rows = 3}},
+      // Few blocks are selected, and others are forced.
+      {{2, 1, 64, {{200, 900}}},
+       pbs::DType::kBF16,
+       {.method = pbs::Method::kMeanPooling,
+        .threshold = 0.05f,
+        .force_first_block = false,
+        .coverage_rows = 2,
+        .dense_tail_blocks = 1,
+        .sink_blocks = 1,
+        .window_blocks = 2}},
+      {{4, 2, 64, {{500, 900}, {400, 800}}},
+       pbs::DType::kBF16,
+       {.method = pbs::Method::kPrism,
+        .threshold = 0.5f,
+        .coverage_rows = 2,
+        .fast_threshold = 0.2f}},
+      {{4, 2, 64, {{300, 1000}, {400, 512}}},
+       pbs::DType::kBF16,
+       {.method = pbs::Method::kFlashPrefill,
+        .coverage_rows = 2,
+        .as_published = true,
+        .alpha = 0.3f}}};
   for (uint32_t seed : {1u, 2u}) {
     for (const AttentionProblem& problem : problems) {
       if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
@@ -87,6 +110,13 @@ int main() {
                                         pbs::DType::kBF16,
                                         {.threshold = 0.6f, .coverage_rows = 2}},
                                        seed)) {
+      return 1;
+    }
+    if (!pbs::emulator::RunsRight<256>(
+            {{1, 1, 256, {{130, 600}}},
+             pbs::DType::kBF16,
+             {.method = pbs::Method::kFlashPrefill, .coverage_rows = 2, .alpha = 0.3f}},
+            seed)) {
       return 1;
     }
     if (!pbs::emulator::OrdersTilesRight(seed)) return 1;

@@ -235,6 +235,9 @@ SORT = "cuda/selection/sort_segments.h"
 BLOCK_ROWS = "cuda/selection/block_rows.h"
 GATHER = "cuda/selection/gather_keys.h"
 SELECT = "cuda/selection/select_blocks.h"
+WRITE = "cuda/selection/write_list.h"
+BANDS = "cuda/selection/measure_bands.h"
+ROW_SCORES = "cuda/selection/select_rows.h"
 STORE = "cuda/selection/store_sequences.h"
 TILES = "cuda/selection/order_tiles.h"
 PARAMS = "cuda/selection/selection_params.h"
@@ -281,9 +284,41 @@ SELECTION_MUTANTS = [
     ("one_row_for_all_under_way", BLOCK_ROWS, "source(first + r * kRowsAtOnce)", "source(first)"),
     ("pieces_of_the_first_row_under_way", BLOCK_ROWS, "Piece(group), values[r][group]", "Piece(group), values[0][group]"),
     ("keys_of_the_first_kv_head", GATHER, "KvHeadOfOrder(params_, head_)", "0"),
-    ("first_block_not_forced", SELECT, "keep || (past && block == forced)", "keep"),
-    ("candidates_of_the_first_row", SELECT, "NumCandidates(rows - 1)", "NumCandidates(0)"),
+    ("first_block_not_forced", WRITE, "(is_earlier && (block == forced || ", "(is_earlier && ("),
+    ("last_sink_block_not_forced", WRITE, "block < params.sink_blocks", "block + 1 < params.sink_blocks"),
+    ("window_of_one_block_more", WRITE, "own + 1 - params.window_blocks", "own - params.window_blocks"),
+    ("dense_tail_one_block_short", WRITE, "query_block <= params.dense_tail_blocks", "query_block < params.dense_tail_blocks"),
+    ("dense_tail_counted_from_the_keys", WRITE, "sequence.num_query_blocks - query_block", "sequence.num_key_blocks - query_block"),
+    ("list_of_the_first_head", WRITE, "EntryOffset(sequence, place.head,", "EntryOffset(sequence, 0,"),
+    ("candidates_of_the_first_row", SELECT, "NumCandidatesOf(rows - 1)", "NumCandidatesOf(0)"),
     ("mass_of_too_many", SELECT, "FloatBits(weight) >= bits", "FloatBits(weight) > 0"),
+    ("one_half_of_the_pairs", SELECT, "half < params_.head_dim;", "half < params_.head_dim / 2;"),
+    ("slow_pairs_for_both_bands", SELECT, "const PairBand pairs = params_.bands[band]", "const PairBand pairs = params_.bands[0]"),
+    ("blocks_of_the_slow_band_forgotten", SELECT, "keeps || (marks >>", "keeps && (marks >>"),
+    ("threshold_of_the_slow_band", SELECT, "params_.thresholds[band]", "params_.thresholds[0]"),
+    ("divisors_of_the_first_sequence", SELECT, "(head_ * params_.num_sequences + sequence_index_) * kNumBands", "head_ * params_.num_sequences * kNumBands"),
+    ("marks_not_awaited", SELECT, "      SyncThreads();  // queries are there, and nobody reads the last band's weights\n", "      if (band == 0) SyncThreads();\n"),
+    ("squares_of_one_warp_of_bands", BANDS, "warp < kWarps; ++warp", "warp < 1; ++warp"),
+    ("squares_of_bands_not_awaited", BANDS, "    SyncThreads();\n", ""),
+    ("squares_of_the_fast_pairs_for_both", BANDS, "const PairBand& pairs = params_.bands[band]", "const PairBand& pairs = params_.bands[1]"),
+    ("temperature_of_the_keys_alone", BANDS, "        Share(queries, width, sequence_.num_query_blocks) *\n", ""),
+    ("keys_of_the_query_head", BANDS, "head_ / Members(params_)", "head_ % params_.num_order_heads"),
+    ("rounded_means_twice", ROW_SCORES, "step % kMeanParts,", "0,"),
+    ("means_of_the_first_order_head", ROW_SCORES, "params_, head_ / Members(params_),", "params_, 0,"),
+    ("columns_of_means_exchanged", ROW_SCORES, "Element::Pack(a, b)", "Element::Pack(b, a)"),
+    ("rows_of_nobody_scored", ROW_SCORES, "row < begin || ", ""),
+    ("rows_behind_the_end_scored", ROW_SCORES, " || row >= end", ""),
+    ("diagonal_block_seen_by_every_row", ROW_SCORES, "block < block_ || row == kBlockTokens - 1", "true"),
+    ("diagonal_block_seen_by_no_row", ROW_SCORES, "row == kBlockTokens - 1", "row == kBlockTokens"),
+    ("energies_of_one_warp", ROW_SCORES, "LoadShared(&s_.sums[warp][at])", "LoadShared(&s_.sums[0][at])"),
+    ("energies_merged_as_they_are", ROW_SCORES, "LoadShared(&s_.tops[warp][at]) - shift)", "0.0f)"),
+    ("zero_rows_forgotten", ROW_SCORES, "params_.zero_rows != 0 ?", "false ?"),
+    ("largest_score_of_one_lane", ROW_SCORES, "    for (int mask = 1; mask < 32; mask *= 2) top = Max(top, ShuffleXor(top, mask));\n", ""),
+    ("only_the_largest_kept", ROW_SCORES, "top + params_.share_log2", "top"),
+    ("means_overwritten_while_scored", ROW_SCORES, "          SyncThreads();  // the next means may come\n", ""),
+    ("means_of_others_not_awaited", ROW_SCORES, "        SyncThreads();  // means are there, and nobody reads the last ones\n", ""),
+    ("sums_of_other_warps_not_awaited", ROW_SCORES, "      SumRows(scale_log2, scores);\n      SyncThreads();\n", "      SumRows(scale_log2, scores);\n"),
+    ("scores_not_awaited", ROW_SCORES, "    }\n    SyncThreads();\n  }", "    }\n  }"),
     ("mask_of_too_few", TILES, "- 1) >= block)", "- 1) > block)"),
     ("first_block_of_the_row_itself", TILES, "tile.last_block = OwnEndOf(at) - 1", "tile.last_block = at.block"),
     ("first_block_of_the_given_list_unread", TILES, "    tile.last_block = LoadGlobal(end - 1);\n", ""),

@@ -63,6 +63,46 @@ struct PipelineInputs {
     tensors.lse = {lse.data(), PackedLayout(geometry.total_q, 1)};
     return tensors;
   }
+  // For methods whose scores must differ much: adds to the queries and keys of each
+  // block a random row, which is larger in the fastest eighth of the rotary pairs, by
+  // factors that differ between heads and sequences. Scores of blocks then differ, and
+  // the shares of bands in a head are not those of another one. It does nothing where
+  // scores of keys are rounded: the rounding of large scores would decide the order.
+  void MakeBlocksDiffer(const AttentionProblem& problem, uint32_t seed) {
+    const DType dtype = problem.dtype;
+    const Scorer scorer = TraitsOf(problem.options.method).scorer;
+    if (scorer == Scorer::kNone || scorer == Scorer::kMeans) return;
+    if (problem.options.scope == Scope::kQueryHead) return;
+    std::mt19937 random(seed + 1000);
+    std::normal_distribution<float> normal;
+    const auto add = [&](DeviceArray<uint16_t>& array, const RowLayout& rows,
+                         int32_t heads, bool of_queries) {
+      std::vector<float> added(static_cast<size_t>(geometry.head_dim));
+      for (int32_t head = 0; head < heads; ++head) {
+        for (size_t n = 0; n < geometry.sequences.size(); ++n) {
+          const SequenceGeometry& s = geometry.sequences[n];
+          const auto factor = static_cast<float>(
+              1 << (head + static_cast<int32_t>(n) + (of_queries ? 1 : 0)) % 3);
+          for (int32_t row = 0; row < (of_queries ? s.q_len : s.k_len); ++row) {
+            for (int32_t d = 0; d < geometry.head_dim && row % 128 == 0; ++d) {
+              const bool fast = d % (geometry.head_dim / 2) < geometry.head_dim / 16;
+              added[d] = (fast ? factor : 0.6f) * normal(random);
+            }
+            const int64_t at = rows.Offset(
+                static_cast<int64_t>(n), of_queries ? s.q_begin : s.k_begin, head, row);
+            for (int32_t d = 0; d < geometry.head_dim; ++d) {
+              uint16_t& bits = array.data()[at + d];
+              bits = dtype == DType::kBF16 ? ToBf16(ToFloat(bf16{bits}) + added[d]).bits
+                                           : ToF16(ToFloat(f16{bits}) + added[d]).bits;
+            }
+          }
+        }
+      }
+    };
+    add(q, q_layout, geometry.num_heads, true);
+    add(k, kv_layout, geometry.num_kv_heads, false);
+  }
+
   void Allow() const {
     for (const DeviceArray<uint16_t>* array : {&q, &k, &v, &o}) array->Allow();
     lse.Allow();

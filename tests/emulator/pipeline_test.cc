@@ -126,6 +126,7 @@ void CheckRun(const AttentionProblem& problem, uint32_t seed) {
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   ASSERT_TRUE(plan.ok()) << plan.status().ToString();
   PipelineInputs inputs(problem, seed);
+  inputs.MakeBlocksDiffer(problem, seed);
   GlobalMemory::Clear();
   inputs.Allow();
   const AttentionTensors tensors = inputs.Tensors();
@@ -204,6 +205,107 @@ INSTANTIATE_TEST_SUITE_P(
         PipelineCase{"mean_pooling",
                      Shape(2, 1, 64, {{900, 900}}),
                      {.method = Method::kMeanPooling, .threshold = 0.6f}},
+        PipelineCase{"first_and_last_blocks_forced",
+                     Shape(2, 1, 64, {{1100, 1100}, {300, 900}}),
+                     {.threshold = 0.05f,
+                      .force_first_block = false,
+                      .sink_blocks = 1,
+                      .window_blocks = 5}},
+        PipelineCase{"last_queries_dense",
+                     Shape(2, 1, 64, {{1100, 1100}, {130, 900}}),
+                     {.threshold = 0.05f, .dense_tail_blocks = 3}},
+        PipelineCase{"blocks_forced_without_an_order",
+                     Shape(2, 1, 64, {{1000, 1000}, {1, 700}}),
+                     {.method = Method::kMeanPooling,
+                      .threshold = 0.05f,
+                      .force_first_block = false,
+                      .dense_tail_blocks = 1,
+                      .sink_blocks = 2,
+                      .window_blocks = 3}},
+        PipelineCase{"more_blocks_forced_than_there_are",
+                     Shape(1, 1, 64, {{700, 700}}),
+                     {.method = Method::kMeanPooling,
+                      .threshold = 0.05f,
+                      .dense_tail_blocks = 9999,
+                      .sink_blocks = 9999,
+                      .window_blocks = 9999}},
+        PipelineCase{
+            "mean_pooling_of_sorted_keys",
+            Shape(4, 2, 64, {{900, 900}, {130, 700}, {200, 200}}),
+            {.method = Method::kMeanPooling, .threshold = 0.5f, .permute = true}},
+        PipelineCase{"mean_pooling_of_sorted_keys_of_every_head",
+                     Shape(2, 1, 64, {{800, 800}}),
+                     {.method = Method::kMeanPooling,
+                      .segment_size = 384,
+                      .threshold = 0.5f,
+                      .scope = Scope::kQueryHead,
+                      .permute = true}},
+        PipelineCase{"prism",
+                     Shape(2, 1, 64, {{1000, 1000}}),
+                     {.method = Method::kPrism, .threshold = 0.5f}},
+        PipelineCase{"prism_of_a_batch_with_narrow_bands",
+                     Shape(2, 1, 96, {{130, 700}, {200, 200}, {1, 600}, {0, 300}}),
+                     {.method = Method::kPrism,
+                      .threshold = 0.6f,
+                      .fast_threshold = 0.2f,
+                      .slow_dims = 32,
+                      .fast_dims = 20}},
+        PipelineCase{"prism_of_wide_heads_and_one_pair",
+                     Shape(1, 1, 256, {{260, 600}}),
+                     {.method = Method::kPrism,
+                      .threshold = 0.3f,
+                      .force_first_block = false,
+                      .slow_dims = 256,
+                      .fast_dims = 2}},
+        PipelineCase{"prism_of_sorted_keys_with_a_tail",
+                     Shape(2, 1, 64, {{1100, 1100}}),
+                     {.method = Method::kPrism,
+                      .threshold = 0.4f,
+                      .permute = true,
+                      .dense_tail_blocks = 1}},
+        PipelineCase{"prism_of_sorted_keys_of_every_head",
+                     Shape(2, 1, 64, {{900, 900}}),
+                     {.method = Method::kPrism,
+                      .threshold = 0.4f,
+                      .scope = Scope::kQueryHead,
+                      .permute = true}},
+        PipelineCase{"prism_keeps_everything",
+                     Shape(1, 1, 64, {{700, 700}}),
+                     {.method = Method::kPrism, .threshold = 1}},
+        PipelineCase{"flashprefill",
+                     Shape(2, 1, 64, {{1000, 1000}}),
+                     {.method = Method::kFlashPrefill, .alpha = 0.3f}},
+        PipelineCase{
+            "flashprefill_as_published",
+            Shape(2, 1, 64, {{1400, 1400}, {1, 700}}),
+            {.method = Method::kFlashPrefill, .as_published = true, .alpha = 0.5f}},
+        PipelineCase{"flashprefill_of_a_batch",
+                     Shape(4, 2, 96, {{130, 700}, {200, 200}, {1, 600}, {0, 300}}),
+                     {.method = Method::kFlashPrefill, .alpha = 0.5f}},
+        PipelineCase{"flashprefill_of_wide_heads",
+                     Shape(1, 1, 256, {{200, 640}}),
+                     {.method = Method::kFlashPrefill, .alpha = 0.5f}},
+        PipelineCase{"flashprefill_of_sorted_keys",
+                     Shape(4, 2, 64, {{900, 900}, {100, 1000}}),
+                     {.method = Method::kFlashPrefill,
+                      .permute = true,
+                      .as_published = true,
+                      .alpha = 0.7f}},
+        PipelineCase{"flashprefill_of_sorted_keys_of_every_head",
+                     Shape(2, 1, 64, {{600, 900}}),
+                     {.method = Method::kFlashPrefill,
+                      .scope = Scope::kQueryHead,
+                      .permute = true,
+                      .alpha = 0.99f}},
+        // More key blocks than are scored together.
+        PipelineCase{
+            "flashprefill_of_many_blocks",
+            Shape(1, 1, 64, {{200, 16700}}),
+            {.method = Method::kFlashPrefill, .dense_tail_blocks = 1, .alpha = 0.3f}},
+        PipelineCase{"flashprefill_of_f16",
+                     Shape(1, 1, 64, {{700, 700}}),
+                     {.method = Method::kFlashPrefill, .alpha = 0.5f},
+                     DType::kF16},
         PipelineCase{"fallback_where_lists_do_not_pay",
                      Shape(1, 1, 64, {{700, 700}}),
                      {.threshold = 1, .dense_fallback = true}},
@@ -389,6 +491,7 @@ TEST(PooledQueriesSpec, MadeOnTheWayTheyAreTheBitsThatSelectionWouldMake) {
   CheckPooled<96>({150, 600}, {.threshold = 0.3f, .scope = Scope::kQueryHead});
   CheckPooled<128>({400, 400}, {.method = Method::kMeanPooling, .threshold = 0.4f});
   CheckPooled<256>({70, 600}, {.threshold = 0.3f});
+  CheckPooled<64>({300, 500}, {.method = Method::kPrism, .threshold = 0.3f});
 }
 
 // Notes what kernels ask for instead of running them.
@@ -436,19 +539,24 @@ TEST(SharedMemorySpec, NoKernelTakesMoreThanASmallDeviceHas) {
 }
 
 TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
-  const AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16, {}};
-  const auto plan = cuda::MakeCudaPlan(problem, {});
-  ASSERT_TRUE(plan.ok());
-  PipelineInputs inputs(problem, 3);
-  for (DeviceArray<uint16_t>* array : {&inputs.q, &inputs.k}) {
-    std::fill_n(array->data(), array->bytes() / 2, ToBf16(3e19f).bits);
+  for (const Method method : cuda::kCudaMethods) {
+    if (!TraitsOf(method).Selects()) continue;
+    SCOPED_TRACE(MethodName(method));
+    const AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16,
+                                   DefaultOptions(method)};
+    const auto plan = cuda::MakeCudaPlan(problem, {});
+    ASSERT_TRUE(plan.ok());
+    PipelineInputs inputs(problem, 3);
+    for (DeviceArray<uint16_t>* array : {&inputs.q, &inputs.k}) {
+      std::fill_n(array->data(), array->bytes() / 2, ToBf16(3e19f).bits);
+    }
+    GlobalMemory::Clear();
+    inputs.Allow();
+    const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
+    ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
+    AttentionReport report;
+    EXPECT_EQ(run.Report({}, &report).code(), StatusCode::kInvalidArgument);
   }
-  GlobalMemory::Clear();
-  inputs.Allow();
-  const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
-  ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
-  AttentionReport report;
-  EXPECT_EQ(run.Report({}, &report).code(), StatusCode::kInvalidArgument);
 }
 
 }  // namespace

@@ -143,10 +143,12 @@ Selected WhatIsLeftOf(int32_t sequence, const cuda::CudaAttentionPlan& plan,
              s.num_key_blocks);
     }
   }
-  append(selected.query_means,
-         At<float>(workspace, plan.pooled_queries_at) +
-             s.query_block_begin * g.num_heads * g.head_dim,
-         int64_t{s.num_query_blocks} * g.num_heads * g.head_dim);
+  if (plan.pools_queries) {
+    append(selected.query_means,
+           At<float>(workspace, plan.pooled_queries_at) +
+               s.query_block_begin * g.num_heads * g.head_dim,
+           int64_t{s.num_query_blocks} * g.num_heads * g.head_dim);
+  }
   for (int32_t head = 0; head < g.num_heads; ++head) {
     for (int32_t i = 0; i < s.num_query_blocks; ++i) {
       const auto list = report.lists.View().Row(g.ListRow(sequence, head, i));
@@ -180,8 +182,11 @@ TEST(IsolationSpec, BadRowsOfANeighbourChangeNoBitOfWhatIsSelected) {
   AttentionOptions pbs = {.segment_size = 128, .threshold = 0.4f};
   AttentionOptions query_heads = pbs;
   query_heads.scope = Scope::kQueryHead;
-  const AttentionOptions pooling = {.method = Method::kMeanPooling, .threshold = 0.4f};
-  for (const AttentionOptions& options : {pbs, query_heads, pooling}) {
+  const AttentionOptions pooling = {.method = Method::kMeanPooling,
+                                    .threshold = 0.4f};
+  const AttentionOptions prism = {.method = Method::kPrism, .threshold = 0.4f};
+  const AttentionOptions rows = {.method = Method::kFlashPrefill, .alpha = 0.9f};
+  for (const AttentionOptions& options : {pbs, query_heads, pooling, prism, rows}) {
     const AttentionProblem problem = {{2, 1, 64, sequences}, DType::kBF16, options};
     for (const Layout layout : {Layout::kPacked, Layout::kStrided}) {
       SCOPED_TRACE(testing::Message()

@@ -89,7 +89,9 @@ OTHERS = {
     "StoreSequences": 36,
     "WeighProxies": 56,
     "SortSegments": 40,
-    "SelectBlocks": 100,
+    "MeasureBands": 64,
+    "SplitMeans": 32,
+    "SelectBlocks": 96,
     "OrderTiles": 56,
     "MeasureCoverage": 128,
     "MoveRows": 30,
@@ -105,6 +107,7 @@ GLOBAL_MEMORY = re.compile(r"\b(LD|LDG|ST|STG|ATOM|ATOMG|RED|REDG|LDGSTS|UTMALDG
 BEFORE_ATTENTION = {
     "GatherKeys": GATHERED,
     "PoolQueries": POOLED,
+    "SelectRows": SCORED,
     "ShareImportance": SCORED,
     "SumChunks": SCORED,
 }

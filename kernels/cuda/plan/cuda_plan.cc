@@ -71,9 +71,10 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   plan.permutes = sparse && Permutes(options);
   plan.orders = plan.permutes && !options.use_given_order;
   plan.selects = sparse && !options.use_given_lists;
+  if (plan.selects) plan.scorer = TraitsOf(options.method).scorer;
   // A run of several sequences is pooled here: its blocks lie on as many grids.
   const bool given = plan.problem.offers_pooled_queries && g.sequences.size() == 1;
-  plan.pools_queries = plan.selects && !given;
+  plan.pools_queries = plan.needs_pooled_queries() && !given;
 
   const int64_t wanted = int64_t{kChunksPerMultiprocessor} * device.num_multiprocessors;
   plan.chunk_blocks = static_cast<int32_t>(std::clamp<int64_t>(
@@ -178,7 +179,13 @@ void PlaceRegions(CudaAttentionPlan& plan) {
       layout.Add<float>(selected * order_heads * g.head_dim * plan.total_key_blocks);
   const int64_t means = int64_t{plan.total_query_blocks} * g.num_heads * g.head_dim;
   plan.pooled_queries_at = layout.Add<float>(plan.pools_queries ? means : 0);
-  plan.pooled_queries_bytes = plan.selects && !plan.pools_queries ? 4 * means : 0;
+  plan.pooled_queries_bytes =
+      plan.needs_pooled_queries() && !plan.pools_queries ? 4 * means : 0;
+  plan.band_divisors_at = layout.Add<float>(
+      plan.scorer == Scorer::kBands ? g.num_heads * num_sequences * kBands : 0);
+  const int64_t split = plan.scorer == Scorer::kRows ? kMeanParts : 0;
+  plan.mean_rows_at =
+      layout.Add<uint16_t>(split * order_heads * g.head_dim * plan.total_key_blocks);
   plan.memory.pooled_bytes = layout.TakePart();
   plan.workspace_bytes = layout.bytes();
 }
@@ -239,6 +246,10 @@ class Placer {
   std::byte* base_;
 };
 
+ScoreRounding RoundingTo(DType dtype) {
+  return dtype == DType::kF32 ? ScoreRounding::kNone : ScoreRounding::kInputDType;
+}
+
 void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
                   SelectionParams& s) {
   const AttentionGeometry& g = plan.geometry;
@@ -258,17 +269,24 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.total_segments = plan.total_segments;
   s.total_groups = plan.total_groups;
   s.logit_stride = plan.logit_stride;
-  s.threshold = options.threshold;
-  s.force_first_block = options.force_first_block ? 1 : 0;
+  const BandWidths widths = BandWidthsOf(plan.problem);
+  const int32_t pairs = g.head_dim / 2;
+  s.bands[0] = {pairs - widths.slow / 2, pairs};
+  s.bands[1] = {0, widths.fast / 2};
+  s.thresholds[0] = options.threshold;
+  s.thresholds[1] =
+      options.fast_threshold > 0 ? options.fast_threshold : options.threshold;
+  s.force_first_block = ForcesFirstBlock(options) ? 1 : 0;
+  s.share_log2 = std::log2(options.alpha);
+  s.zero_rows = options.as_published ? 1 : 0;
   s.dense_tail_blocks = options.dense_tail_blocks;
   s.sink_blocks = options.sink_blocks;
   s.window_blocks = options.window_blocks;
   s.own_has_mass = Permutes(options) ? 0 : 1;
   s.permutes = plan.permutes ? 1 : 0;
   s.pools = plan.selects ? 1 : 0;
-  s.rounding = ScoreRoundingOf(plan.problem) == DType::kF32
-                   ? ScoreRounding::kNone
-                   : ScoreRounding::kInputDType;
+  s.key_rounding = RoundingTo(ScoreRoundingOf(plan.problem));
+  s.block_rounding = RoundingTo(BlockScoreRoundingOf(plan.problem));
   if (options.use_given_order) {
     s.given_order = static_cast<const int32_t*>(tensors.order.data);
     s.given_order_strides = StridesOf(tensors.order.layout);
@@ -289,6 +307,8 @@ void PlaceSelection(const CudaAttentionPlan& plan, const AttentionTensors& tenso
   at(s.first_block, plan.first_block_at);
   at(s.pooled_keys, plan.pooled_keys_at);
   at(s.pooled_queries, plan.pooled_queries_at);
+  at(s.band_divisors, plan.band_divisors_at);
+  at(s.mean_rows, plan.mean_rows_at);
   if (plan.pooled_queries_bytes > 0) {
     s.pooled_queries = const_cast<float*>(tensors.pooled_queries);  // only read
   }
@@ -396,8 +416,12 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
   plan->geometry = MakeGeometry(problem);
   ChooseStages(device, *plan);
   if (plan->selects) {
-    const int64_t bytes = SelectionSharedBytes(plan->group_blocks, plan->logit_stride,
-                                               plan->geometry.head_dim);
+    const int32_t head_dim = plan->geometry.head_dim;
+    const int64_t bytes =
+        plan->scorer == Scorer::kRows
+            ? RowsSharedBytes(head_dim, plan->logit_stride)
+            : SelectionSharedBytes(plan->group_blocks, plan->logit_stride, head_dim,
+                                   plan->num_bands());
     if (bytes > device.shared_bytes_max) {
       return Unimplemented("block scores of the longest sequence take " +
                            std::to_string(bytes) + " bytes of shared memory; this " +

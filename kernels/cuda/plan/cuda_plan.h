@@ -19,7 +19,8 @@ namespace pbs::cuda {
 
 inline constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
 inline constexpr std::array kCudaMethods = {Method::kDense, Method::kPbs,
-                                            Method::kMeanPooling};
+                                            Method::kMeanPooling, Method::kPrism,
+                                            Method::kFlashPrefill};
 
 // Facts about the plan's device, and choices for it.
 struct DeviceTraits {
@@ -34,9 +35,10 @@ struct CudaAttentionPlan final : AttentionPlan {
   std::vector<SequenceRecord> sequences;
 
   // Stages that run besides attention itself.
-  bool orders = false;    // keys are scored and sorted
-  bool permutes = false;  // keys and values are gathered
-  bool selects = false;   // blocks are scored, lists are made
+  bool orders = false;            // keys are scored and sorted
+  bool permutes = false;          // keys and values are gathered
+  bool selects = false;           // blocks are scored, lists are made
+  Scorer scorer = Scorer::kNone;  // with selects
   // The run pools query blocks for it; else pooled queries are given.
   bool pools_queries = false;
   bool has_lists = false;
@@ -75,10 +77,15 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t first_block_at = 0;
   int64_t pooled_keys_at = 0;
   int64_t pooled_queries_at = 0;
+  int64_t band_divisors_at = 0;
+  int64_t mean_rows_at = 0;
   int64_t counts_at = 0;
   int64_t entries_at = 0;
   int64_t tiles_at = 0;
 
+  // Query blocks are scored by their means.
+  bool needs_pooled_queries() const { return selects && scorer != Scorer::kRows; }
+  int num_bands() const { return scorer == Scorer::kBands ? kBands : 1; }
   bool may_fall_back() const { return problem.options.dense_fallback && selects; }
   int64_t num_tiles() const { return int64_t{tiles_per_head} * geometry.num_heads; }
 };

@@ -6,10 +6,12 @@
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/gather_keys.h"
+#include "cuda/selection/measure_bands.h"
 #include "cuda/selection/measure_coverage.h"
 #include "cuda/selection/order_tiles.h"
 #include "cuda/selection/score_keys.h"
 #include "cuda/selection/select_blocks.h"
+#include "cuda/selection/select_rows.h"
 #include "cuda/selection/sort_segments.h"
 #include "cuda/selection/store_sequences.h"
 
@@ -18,16 +20,20 @@ namespace pbs::cuda {
 template <class Element, class Launcher>
 void EnqueueSelectBlocks(const CudaAttentionPlan& plan, const SelectionParams& params,
                          Launcher& launch) {
-  const auto enqueue = [&]<int kRows>() {
-    using Kernel = SelectBlocks<Element, kRows>;
+  const auto enqueue = [&]<int kRows, int kNumBands>() {
+    using Kernel = SelectBlocks<Element, kRows, kNumBands>;
     launch.template Run<Kernel>(
         int64_t{params.num_heads} * params.total_groups,
-        SelectionSharedBytes(kRows, params.logit_stride, params.head_dim), params);
+        SelectionSharedBytes(kRows, params.logit_stride, params.head_dim, kNumBands),
+        params);
   };
-  if (plan.group_blocks == kGroupBlocksMax) {
-    enqueue.template operator()<kGroupBlocksMax>();
+  const bool many = plan.group_blocks == kGroupBlocksMax;
+  if (plan.scorer == Scorer::kBands) {
+    many ? enqueue.template operator()<kGroupBlocksMax, kBands>()
+         : enqueue.template operator()<kGroupBlocksMin, kBands>();
   } else {
-    enqueue.template operator()<kGroupBlocksMin>();
+    many ? enqueue.template operator()<kGroupBlocksMax, 1>()
+         : enqueue.template operator()<kGroupBlocksMin, 1>();
   }
 }
 
@@ -109,7 +115,20 @@ void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
         params);
     params.ordered = nullptr;  // stamped
   }
-  if (plan.selects) EnqueueSelectBlocks<Element>(plan, params, launch);
+  if (plan.scorer == Scorer::kBands) {
+    launch.template Run<MeasureBands>(int64_t{params.num_heads} * params.num_sequences,
+                                      MeasureBands::kSharedBytes, params);
+    params.ordered = nullptr;
+  }
+  if (plan.scorer == Scorer::kRows) {
+    launch.template Run<SplitMeans<Element>>(
+        int64_t{params.num_order_heads} * params.total_key_blocks, 0, params);
+    launch.template Run<SelectRows<Element, kHeadDim>>(
+        int64_t{params.num_heads} * params.total_query_blocks,
+        RowsSharedBytes(kHeadDim, params.logit_stride), params);
+  } else if (plan.selects) {
+    EnqueueSelectBlocks<Element>(plan, params, launch);
+  }
   EnqueueOrderTiles(run.tile_order, launch);
 }
 

@@ -55,7 +55,7 @@ class GatherKeys {
           if (params_.permutes != 0) Store(params_.permuted_k, row, piece, values);
         });
     if (params_.pools == 0) return;
-    rows.Mean(params_.rounding, [&](int column, float mean) {
+    rows.Mean(params_.block_rounding, [&](int column, float mean) {
       StoreGlobal(params_.pooled_keys +
                       (int64_t{head_} * kHeadDim + column) * params_.total_key_blocks +
                       block_,

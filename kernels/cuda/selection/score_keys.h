@@ -48,7 +48,7 @@ class KeyChunk {
   }
   // Factor that converts logits to base two.
   PBS_DEVICE float ScaleLog2() const {
-    return params_.rounding == ScoreRounding::kNone ? kLog2E / Root() : kLog2E;
+    return params_.key_rounding == ScoreRounding::kNone ? kLog2E / Root() : kLog2E;
   }
 
   // Calls use(first key of the chunk, scores) for every kScoredKeys keys.
@@ -73,7 +73,7 @@ class KeyChunk {
         SyncThreads();  // the next keys may come
         LoadKeys(head, key + kScoredKeys);
       }
-      if (params_.rounding == ScoreRounding::kInputDType) Round(scores);
+      if (params_.key_rounding == ScoreRounding::kInputDType) Round(scores);
       use(key, scores);
     }
   }

@@ -1,26 +1,29 @@
 // Makes the lists of key blocks. The list of a query block has the fewest past blocks
-// whose share of the pooled attention mass reaches the threshold, the block of key 0,
-// the blocks of the own segment (arXiv 2510.21270, section 3.3), and those that the
-// options force.
+// whose share of the pooled attention mass reaches the threshold (arXiv 2510.21270,
+// section 3.3), and those of write_list.h. With two bands (prism, arXiv 2602.08426) the
+// mass is estimated from the columns of each band, and a block is kept by either.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/sequences.h"
 #include "cuda/selection/stamp_time.h"
+#include "cuda/selection/write_list.h"
 
 namespace pbs::cuda {
 
 // Grid [num_heads, total_groups], 128 threads; kRows = params.group_blocks (4 or 8)
-// query blocks of one head and sequence. Dynamic shared memory: SelectionSharedBytes().
+// query blocks of one head and sequence. kNumBands: 1, all columns; or kBands. Dynamic
+// shared memory: SelectionSharedBytes().
 //
 // It needs no sort, because the bits of non-negative floats are ordered like the
 // floats. Thirty bisections of the range of bits find the smallest probability that is
 // needed. Mass is summed in the same order each time, so that it never falls when more
 // blocks are summed.
-template <class Element, int kRows>
+template <class Element, int kRows, int kNumBands = 1>
 class SelectBlocks {
  public:
   static constexpr int kThreads = 128;
+  static constexpr int kResidentBlocks = 5;
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
     StampTime(params.ordered);
@@ -37,7 +40,8 @@ class SelectBlocks {
         sequence_(LoadGlobal(params.sequences + sequence_index_)),
         first_row_((place.item - sequence_.group_begin) * kRows),
         logits_(reinterpret_cast<float*>(SharedMemory())),
-        queries_(logits_ + kRows * params.logit_stride) {}
+        queries_(logits_ + kRows * params.logit_stride),
+        marks_(reinterpret_cast<uint32_t*>(queries_ + kRows * params.head_dim)) {}
 
   PBS_DEVICE void Run() {
     if (sequence_.sparse == 0) return;
@@ -54,32 +58,64 @@ class SelectBlocks {
       const float mean = row < rows ? LoadGlobal(source + row * stride + column) : 0.0f;
       StoreShared(
           queries_ + column * kRows + row,
-          params_.rounding == ScoreRounding::kNone ? mean : Element::Round(mean));
+          params_.block_rounding == ScoreRounding::kNone ? mean : Element::Round(mean));
     }
-    SyncThreads();
-    Score(NumCandidates(rows - 1));
-    SyncThreads();
-    for (int row = ThreadIndex() / 32; row < rows; row += kThreads / 32) Select(row);
+    PBS_UNROLL
+    for (int band = 0; band < kNumBands; ++band) {
+      SyncThreads();  // queries are there, and nobody reads the last band's weights
+      Score(band, NumCandidatesOf(rows - 1));
+      SyncThreads();
+      for (int row = ThreadIndex() / 32; row < rows; row += kThreads / 32) {
+        const Cut cut = Select(row, params_.thresholds[band]);
+        if (band + 1 < kNumBands) {
+          Mark(row, cut);
+        } else {
+          Write(row, cut);
+        }
+      }
+    }
   }
 
   PBS_DEVICE int Block(int row) const {
     return sequence_.first_query_block + first_row_ + row;
   }
-  PBS_DEVICE int NumCandidates(int row) const {
-    return params_.own_has_mass != 0 ? Block(row) + 1
-                                     : OwnBegin(Block(row), params_.blocks_per_segment);
+  PBS_DEVICE int NumCandidatesOf(int row) const {
+    return NumCandidates(params_, Block(row));
+  }
+
+  // Calls body(column) for the columns of a band.
+  template <class Body>
+  PBS_DEVICE void ForEachColumn(int band, Body&& body) const {
+    if constexpr (kNumBands == 1) {
+      for (int d = 0; d < params_.head_dim; ++d) body(d);
+    } else {
+      const PairBand pairs = params_.bands[band];
+      for (int half = 0; half < params_.head_dim; half += params_.head_dim / 2) {
+        for (int pair = pairs.begin; pair < pairs.end; ++pair) body(half + pair);
+      }
+    }
+  }
+
+  PBS_DEVICE float Divisor(int band) const {
+    if constexpr (kNumBands == 1) {
+      return Sqrt(static_cast<float>(params_.head_dim));
+    } else {
+      return LoadGlobal(params_.band_divisors +
+                        (head_ * params_.num_sequences + sequence_index_) * kNumBands +
+                        band);
+    }
   }
 
   // Computes scaled logits of all rows with the blocks [0, count).
-  PBS_DEVICE void Score(int count) {
+  PBS_DEVICE void Score(int band, int count) {
     const float* keys =
         params_.pooled_keys +
         int64_t{order_head_} * params_.head_dim * params_.total_key_blocks +
         sequence_.key_block_begin;
-    const float root = Sqrt(static_cast<float>(params_.head_dim));
+    const float divisor = Divisor(band);
     for (int block = ThreadIndex(); block < count; block += kThreads) {
       float sums[kRows] = {};
-      for (int d = 0; d < params_.head_dim; ++d) {
+      ForEachColumn(band, [&](int d) {
         const float key =
             LoadGlobal(keys + int64_t{d} * params_.total_key_blocks + block);
         PBS_UNROLL
@@ -91,28 +127,34 @@ class SelectBlocks {
             sums[row + i] += BitsToFloat(queries.words[i]) * key;
           }
         }
-      }
+      });
       PBS_UNROLL
       for (int row = 0; row < kRows; ++row) {
-        const float logit = params_.rounding == ScoreRounding::kNone
-                                ? sums[row] / root
-                                : Element::Round(Element::Round(sums[row]) / root);
+        const float logit = params_.block_rounding == ScoreRounding::kNone
+                                ? sums[row] / divisor
+                                : Element::Round(Element::Round(sums[row]) / divisor);
         StoreShared(logits_ + row * params_.logit_stride + block, logit);
       }
     }
   }
 
-  // One warp calls.
-  PBS_DEVICE void Select(int row) {
+  // What is selected by weights.
+  struct Cut {
+    uint32_t least;  // bits of the smallest selected weight
+    int ties;        // the number of selected blocks with exactly that weight
+  };
+
+  // Converts the logits of a row to weights. One warp calls.
+  PBS_DEVICE Cut Select(int row, float threshold) {
     float* weights = logits_ + row * params_.logit_stride;
-    const int candidates = NumCandidates(row);
-    uint32_t least = 0;    // bits of the smallest selected weight
-    int ties = INT32_MAX;  // the number of selected blocks with exactly that weight
+    const int candidates = NumCandidatesOf(row);
+    uint32_t least = 0;
+    int ties = INT32_MAX;
     if (candidates > 0 && !Exponentiate(weights, candidates)) {
       least = 0xFFFFFFFFu;  // selects none, but the list must still be valid
       ties = 0;
-    } else if (candidates > 0 && params_.threshold < 1) {
-      const float wanted = params_.threshold * MassFrom(weights, candidates, 0);
+    } else if (candidates > 0 && threshold < 1) {
+      const float wanted = threshold * MassFrom(weights, candidates, 0);
       // Blocks of at least this weight have too little mass.
       uint32_t above = kOneBits + 1;
       while (above - least > 1) {
@@ -129,7 +171,7 @@ class SelectBlocks {
         if (ties < 1) ties = 1;
       }
     }
-    Write(row, weights, least, ties);
+    return {least, ties};
   }
 
   // Converts logits to weights in (0, 1]. Sets the flag and returns false when one is
@@ -165,50 +207,45 @@ class SelectBlocks {
     return sum;
   }
 
-  // Writes the list of a row, ascending.
-  PBS_DEVICE void Write(int row, const float* weights, uint32_t least, int ties) {
+  // Whether a row's blocks are selected. All lanes call, for neighbouring blocks and in
+  // rising order: `cut` counts the ties that were met.
+  PBS_DEVICE bool IsSelected(int row, Cut& cut, int block, bool is_earlier) const {
+    const float* weights = logits_ + row * params_.logit_stride;
+    const uint32_t before = (1u << ThreadIndex() % 32) - 1;
+    const uint32_t bits = is_earlier ? FloatBits(LoadShared(weights + block)) : 0;
+    const uint32_t tied = Ballot(is_earlier && bits == cut.least);
+    const bool selected =
+        is_earlier && (bits > cut.least || (bits == cut.least &&
+                                            PopulationCount(tied & before) < cut.ties));
+    cut.ties -= PopulationCount(tied);
+    return selected;
+  }
+
+  PBS_DEVICE uint32_t* MarksOf(int row) const {
+    return marks_ + row * (params_.logit_stride / 32);
+  }
+
+  // Keeps what is selected for the list, one bit per block.
+  PBS_DEVICE void Mark(int row, Cut cut) const {
     const int lane = ThreadIndex() % 32;
-    const uint32_t before = (1u << lane) - 1;
-    const int own_begin = OwnBegin(Block(row), params_.blocks_per_segment);
-    const int own_end =
-        OwnEnd(Block(row), params_.blocks_per_segment, sequence_.num_key_blocks);
-    const int forced =
-        params_.force_first_block != 0
-            ? LoadGlobal(params_.first_block + order_head_ * params_.num_sequences +
-                         sequence_index_)
-            : -1;
-    const int query_block = first_row_ + row;
-    const bool dense_tail =
-        sequence_.num_query_blocks - query_block <= params_.dense_tail_blocks;
-    const int window_begin = dense_tail ? 0 : Block(row) + 1 - params_.window_blocks;
-    uint16_t* list = params_.entries + EntryOffset(sequence_, head_, first_row_ + row,
-                                                   params_.blocks_per_segment);
-    int count = 0;
-    for (int first = 0; first < own_begin; first += 32) {
-      const int block = first + lane;
-      const bool past = block < own_begin;
-      const uint32_t bits = past ? FloatBits(LoadShared(weights + block)) : 0;
-      const uint32_t tied = Ballot(past && bits == least);
-      bool keep = past && (bits > least ||
-                           (bits == least && PopulationCount(tied & before) < ties));
-      keep = keep || (past && (block == forced || block < params_.sink_blocks ||
-                               block >= window_begin));
-      ties -= PopulationCount(tied);
-      const uint32_t kept = Ballot(keep);
-      if (keep) {
-        StoreGlobal(list + count + PopulationCount(kept & before),
-                    static_cast<uint16_t>(block));
+    const int end = OwnBegin(Block(row), params_.blocks_per_segment);
+    for (int first = 0; first < end; first += 32) {
+      const uint32_t marks =
+          Ballot(IsSelected(row, cut, first + lane, first + lane < end));
+      if (lane == 0) StoreShared(MarksOf(row) + first / 32, marks);
+    }
+  }
+
+  PBS_DEVICE void Write(int row, Cut cut) const {
+    const ListPlace place = {head_, sequence_index_, first_row_ + row};
+    WriteList(params_, sequence_, place, [&](int block, bool is_earlier) {
+      bool keeps = IsSelected(row, cut, block, is_earlier);
+      if constexpr (kNumBands > 1) {
+        const uint32_t marks = LoadShared(MarksOf(row) + block / 32);
+        keeps = keeps || (marks >> block % 32 & 1) != 0;
       }
-      count += PopulationCount(kept);
-    }
-    for (int block = own_begin + lane; block < own_end; block += 32) {
-      StoreGlobal(list + count + block - own_begin, static_cast<uint16_t>(block));
-    }
-    if (lane == 0) {
-      StoreGlobal(params_.counts +
-                      ListRow(sequence_, params_.num_heads, head_, first_row_ + row),
-                  static_cast<uint16_t>(count + own_end - own_begin));
-    }
+      return keeps;
+    });
   }
 
   static constexpr uint32_t kOneBits = 0x3F800000u;  // bits of 1.0f
@@ -221,6 +258,8 @@ class SelectBlocks {
   const int first_row_;   // first query block, in the sequence
   float* const logits_;   // [kRows, logit_stride]
   float* const queries_;  // [head_dim, kRows]
+  // [kRows, logit_stride / 32], with more than one band
+  uint32_t* const marks_;
 };
 
 }  // namespace pbs::cuda

@@ -42,6 +42,15 @@ struct SequenceRecord {
   int32_t coverage_begin;  // groups of sampled rows (coverage_params.h)
 };
 
+// A band of rotary pairs: pairs [begin, end). Pair p has the columns p and p + head_dim
+// / 2.
+struct PairBand {
+  int32_t begin;
+  int32_t end;
+};
+constexpr int kBands = 2;      // slow, fast
+constexpr int kMeanParts = 2;  // of the mean of a key block (select_rows.h)
+
 // Rounding of intermediate scores (pbs/attention.h, Scope::kQueryHead).
 enum class ScoreRounding : int32_t { kNone, kInputDType };
 
@@ -63,16 +72,20 @@ struct SelectionParams {
   int32_t total_groups;
   int32_t logit_stride;  // key blocks of the longest sequence, a multiple of 32
 
-  float threshold;
+  float thresholds[kBands];  // the first, unless there are bands
+  PairBand bands[kBands];    // where blocks are scored by bands
   int32_t force_first_block;
   int32_t own_has_mass;  // identity order: blocks up to the diagonal share the mass
+  float share_log2;      // log2 of the share of the largest score that keeps a block
+  int32_t zero_rows;     // rows of zeros fill a short query block (select_rows.h)
   // Blocks that are read whatever their scores are (pbs/attention_options.h).
   int32_t dense_tail_blocks;
   int32_t sink_blocks;
   int32_t window_blocks;
-  int32_t permutes;      // keys and values are gathered; else they are read in place
-  int32_t pools;         // block means of keys are computed
-  ScoreRounding rounding;
+  int32_t permutes;  // keys and values are gathered; else they are read in place
+  int32_t pools;     // block means of keys are computed
+  ScoreRounding key_rounding;    // of the scores of keys
+  ScoreRounding block_rounding;  // of block means and of their scores
 
   RowOperand q, k, v;
   const int32_t* given_order;  // null: none
@@ -94,6 +107,9 @@ struct SelectionParams {
   int32_t* first_block;   // [num_order_heads, num_sequences] slot block of key 0
   float* pooled_keys;     // [num_order_heads, head_dim, total_key_blocks]
   float* pooled_queries;  // [total_query_blocks, num_heads, head_dim], not rounded
+  float* band_divisors;   // of logits: [num_heads, num_sequences, kBands]
+
+  uint16_t* mean_rows;  // [num_order_heads, kMeanParts, total_key_blocks, head_dim]
 
   // Lists: counts [rows], entries at EntryOffset().
   uint16_t* counts;
@@ -114,10 +130,19 @@ PBS_HOST_DEVICE constexpr int64_t ScoreSharedBytes(int head_dim, int chunk_block
   return int64_t{kProxies + KeyBuffers(head_dim) * kScoredKeys} * head_dim * 2 +
          4 * kScoredKeys * 4 + chunk_blocks * kBlockTokens * 4;
 }
-// Bytes of shared memory of selection for a group of query blocks.
+// Bytes of shared memory of selection for a group of query blocks: logits, queries, and
+// a bit per block with more than one band.
 PBS_HOST_DEVICE constexpr int64_t SelectionSharedBytes(int group_blocks,
-                                                       int logit_stride, int head_dim) {
-  return int64_t{group_blocks} * (logit_stride + head_dim) * 4;
+                                                       int logit_stride, int head_dim,
+                                                       int num_bands) {
+  const int marks = num_bands > 1 ? logit_stride / 32 : 0;
+  return int64_t{group_blocks} * (logit_stride + head_dim + marks) * 4;
+}
+// Bytes of shared memory of select_rows.h: queries, means, their sums by warp, and the
+// scores of a query block.
+PBS_HOST_DEVICE constexpr int64_t RowsSharedBytes(int head_dim, int logit_stride) {
+  return int64_t{kBlockTokens + KeyBuffers(head_dim) * kScoredKeys} * head_dim * 2 +
+         2 * 4 * kScoredKeys * 4 + int64_t{logit_stride} * 4;
 }
 // Query heads per KV head, and per order head.
 PBS_HOST_DEVICE constexpr int GroupSize(const SelectionParams& params) {

@@ -54,7 +54,15 @@ INSTANTIATE_TEST_SUITE_P(
                     "96, 128 and 256"},
         RefusedCase{
             "small_blocks", [](auto& p) { p.options.block_size = 64; },
-            "block_size 64 is not supported by the cuda backend, which has 128"}),
+            "block_size 64 is not supported by the cuda backend, which has 128"},
+        RefusedCase{"method",
+                    [](auto& p) { p.options = DefaultOptions(Method::kXAttention); },
+                    "method xattention is not supported by the cuda backend, which has "
+                    "dense, pbs, mean_pooling, prism, flashprefill"},
+        RefusedCase{"mean_correction",
+                    [](auto& p) { p.options.mean_correction = true; },
+                    "mean_correction true is not supported by the cuda backend, which "
+                    "has false"}),
     testing_support::CaseName());
 
 TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {
@@ -102,6 +110,17 @@ INSTANTIATE_TEST_SUITE_P(
                   false,
                   true,
                   false,
+                  true},
+        StageCase{"prism", 4096, DefaultOptions(Method::kPrism), false, false, true,
+                  true},
+        StageCase{"flashprefill", 4096, DefaultOptions(Method::kFlashPrefill), false,
+                  false, true, true},
+        StageCase{"mean_pooling_of_sorted_keys",
+                  4096,
+                  {.method = Method::kMeanPooling, .permute = true},
+                  true,
+                  true,
+                  true,
                   true},
         StageCase{"mean_pooling",
                   4096,
@@ -199,6 +218,7 @@ TEST(CudaPlanSpec, TakesPooledQueriesOnlyOfOneSequenceWhoseBlocksItSelects) {
   EXPECT_EQ(taken(Problem(256)), 0);
   EXPECT_EQ(taken(Problem(4096, {.method = Method::kDense})), 0);
   EXPECT_EQ(taken(Problem(4096, {.use_given_lists = true})), 0);
+  EXPECT_EQ(taken(Problem(4096, DefaultOptions(Method::kFlashPrefill))), 0);
   AttentionProblem two = Problem(1000);
   two.shape.sequences = {{1000, 1000}, {700, 700}};
   EXPECT_EQ(taken(two), 0);
