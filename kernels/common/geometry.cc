@@ -52,7 +52,11 @@ AttentionGeometry MakeGeometry(const AttentionProblem& problem) {
     const bool is_short =
         (permutes && s.k_len <= options.segment_size && !options.use_given_order) ||
         s.num_key_blocks <= traits.dense_blocks_max;
-    s.dense = !traits.Selects() || (is_short && !options.use_given_lists);
+    // With all distances every query reads every key.
+    const bool reads_all = traits.rule == Rule::kLargestLines &&
+                           options.slash_tokens >= s.k_len && !options.use_given_order;
+    s.dense =
+        !traits.Selects() || ((is_short || reads_all) && !options.use_given_lists);
     for (int32_t i = 0; i < s.num_query_blocks; ++i) {
       s.entries_per_head += g.RowCapacity(s, s.first_query_block + i);
     }

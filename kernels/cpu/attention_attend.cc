@@ -188,7 +188,9 @@ void AttendBlock(const AttentionRun& run, const Unit& unit, const QueryTile& til
   const bool masked = has_padding || range[1] > tile.first_position;
   const int32_t* positions =
       masked ? run.Positions(unit) + block * block_size : nullptr;
-  if (keys != nullptr) positions = keys->BlockPositions(block);
+  if (keys != nullptr && !keys->HoldsBlock(block)) {
+    positions = keys->BlockPositions(block);
+  }
   AttendKeys(run, tile,
              {.keys = run.PackedKeys(unit) + block * run.BlockWords(),
               .values = run.PackedValues(unit) + block * run.BlockWords(),

@@ -1,6 +1,7 @@
 #include "cpu/line_masses.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -8,6 +9,7 @@ namespace pbs::cpu {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
+constexpr uint32_t kExponentBits = 0x7F800000u;  // all of them: infinite or NaN
 
 int64_t PaddedKeys(const CpuAttentionPlan& plan, const SequenceGeometry& s) {
   return int64_t{s.num_key_blocks} * plan.geometry.block_size;
@@ -25,6 +27,7 @@ LineMasses::LineMasses(const AttentionRun& run, const Unit& unit, int32_t num_qu
       scores_(scratch.Floats(int64_t{num_queries} * run.plan.geometry.block_size)),
       row_max_(scratch.Floats(num_queries)),
       row_sum_(scratch.Floats(num_queries)),
+      weights_(scratch.Floats(num_queries)),
       columns_(scratch.Floats(PaddedKeys(run.plan, s_))),
       distances_(scratch.Floats(PaddedKeys(run.plan, s_))) {}
 
@@ -32,36 +35,63 @@ int64_t LineMasses::Words(const CpuAttentionPlan& plan, const SequenceGeometry& 
                           int32_t num_queries) {
   return RoundUp(int64_t{num_queries} * plan.depth, kLanePad) +
          int64_t{num_queries} * plan.geometry.block_size +
-         2 * RoundUp(num_queries, kLanePad) + 2 * PaddedKeys(plan, s);
+         3 * RoundUp(num_queries, kLanePad) + 2 * PaddedKeys(plan, s);
 }
 
-// Calls body(row, slot, logit in units of log2) for every key that a query sees.
-template <class Body>
-void LineMasses::ForEachLogit(int32_t width, Body&& body) const {
+// Scores of a block, in units of log2 relative to the largest so far, exponentiated:
+// [num_queries, block_size]. False when a logit that a query sees is not finite.
+bool LineMasses::ScoreBlock(int32_t block, float scale) const {
   const CpuAttentionPlan& plan = run_.plan;
   const int32_t block_size = plan.geometry.block_size;
-  const int32_t* positions = run_.Positions(unit_);
   const GemmFunction gemm =
       plan.format.pairs ? run_.kernels.gemm_pairs : run_.kernels.gemm;
-  const float scale = kLog2E / std::sqrt(static_cast<float>(width));
+  gemm({.rows = num_queries_,
+        .cols = block_size,
+        .depth = plan.depth,
+        .a = queries_,
+        .a_stride = plan.depth,
+        .b = run_.PackedKeys(unit_) + block * run_.BlockWords(),
+        .c = scores_,
+        .c_stride = block_size});
+  const int32_t* positions = run_.Positions(unit_) + int64_t{block} * block_size;
   const int32_t first_position = s_.k_len - num_queries_;
-  for (int32_t block = 0; block < s_.num_key_blocks; ++block) {
-    gemm({.rows = num_queries_,
-          .cols = block_size,
-          .depth = plan.depth,
-          .a = queries_,
-          .a_stride = plan.depth,
-          .b = run_.PackedKeys(unit_) + block * run_.BlockWords(),
-          .c = scores_,
-          .c_stride = block_size});
-    const int32_t begin = block * block_size;
-    for (int32_t r = 0; r < num_queries_; ++r) {
-      const float* row = scores_ + static_cast<int64_t>(r) * block_size;
-      for (int32_t i = 0; i < block_size; ++i) {
-        if (positions[begin + i] > first_position + r) continue;
-        body(r, begin + i, row[i] * scale);
-      }
+  uint32_t bad = 0;
+  for (int32_t r = 0; r < num_queries_; ++r) {
+    const float* row = scores_ + int64_t{r} * block_size;
+    for (int32_t i = 0; i < block_size; ++i) {
+      const uint32_t exponent = std::bit_cast<uint32_t>(row[i]) & kExponentBits;
+      const bool seen = positions[i] <= first_position + r;
+      bad |= static_cast<uint32_t>(exponent == kExponentBits) &
+             static_cast<uint32_t>(seen);
     }
+  }
+  run_.kernels.softmax({.rows = num_queries_,
+                        .cols = block_size,
+                        .head_dim = 0,  // probabilities only
+                        .scale = scale,
+                        .positions = positions,
+                        .first_query = first_position,
+                        .scores = scores_,
+                        .pairs = nullptr,
+                        .row_max = row_max_,
+                        .row_sum = row_sum_,
+                        .out = nullptr});
+  return bad == 0;
+}
+
+// Adds the probabilities of a block's rows, each times its weight.
+void LineMasses::AddBlock(int32_t block) {
+  const int32_t block_size = run_.plan.geometry.block_size;
+  const int32_t begin = block * block_size;
+  for (int32_t r = 0; r < num_queries_; ++r) {
+    float* row = scores_ + int64_t{r} * block_size;
+    const int32_t position = s_.k_len - num_queries_ + r;
+    for (int32_t i = 0; i < block_size; ++i) row[i] *= weights_[r];
+    for (int32_t i = 0; i < block_size; ++i) columns_[begin + i] += row[i];
+    // Slots after the query: only where keys are sorted, and unseen otherwise.
+    const int32_t before = std::clamp(position - begin + 1, 0, block_size);
+    for (int32_t i = 0; i < before; ++i) distances_[position - begin - i] += row[i];
+    for (int32_t i = before; i < block_size; ++i) distances_[0] += row[i];
   }
 }
 
@@ -73,28 +103,22 @@ bool LineMasses::Measure(int32_t member, int32_t width) {
                              s_.q_len - num_queries_ + r),
                plan.geometry.head_dim, queries_ + static_cast<int64_t>(r) * plan.depth);
   }
+  const float scale = kLog2E / std::sqrt(static_cast<float>(width));
   std::fill_n(row_max_, num_queries_, -INFINITY);
   std::fill_n(row_sum_, num_queries_, 0.0f);
-  bool finite = true;
-  ForEachLogit(width, [&](int32_t r, int32_t, float logit) {
-    finite &= std::isfinite(logit);
-    if (logit > row_max_[r]) {
-      row_sum_[r] *= std::exp2(row_max_[r] - logit);
-      row_max_[r] = logit;
-    }
-    row_sum_[r] += std::exp2(logit - row_max_[r]);
-  });
-  if (!finite) return false;
+  for (int32_t block = 0; block < s_.num_key_blocks; ++block) {
+    if (!ScoreBlock(block, scale)) return false;
+  }
   std::fill_n(columns_, PaddedKeys(plan, s_), 0.0f);
   std::fill_n(distances_, PaddedKeys(plan, s_), 0.0f);
-  const int32_t first_position = s_.k_len - num_queries_;
-  const float share = 1.0f / static_cast<float>(num_queries_);
-  ForEachLogit(width, [&](int32_t r, int32_t slot, float logit) {
-    const float p = std::exp2(logit - row_max_[r]) / row_sum_[r] * share;
-    columns_[slot] += p;
-    // With sorted keys a slot can lie behind its query.
-    distances_[std::max(first_position + r - slot, 0)] += p;
-  });
+  // The maxima stay. The sums that the second pass adds to are not read.
+  for (int32_t r = 0; r < num_queries_; ++r) {
+    weights_[r] = 1.0f / (row_sum_[r] * static_cast<float>(num_queries_));
+  }
+  for (int32_t block = 0; block < s_.num_key_blocks; ++block) {
+    ScoreBlock(block, scale);
+    AddBlock(block);
+  }
   return true;
 }
 

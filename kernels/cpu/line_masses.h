@@ -27,8 +27,8 @@ class LineMasses {
   float* distances() { return distances_; }  // [key blocks x block_size]
 
  private:
-  template <class Body>
-  void ForEachLogit(int32_t width, Body&& body) const;
+  bool ScoreBlock(int32_t block, float scale) const;
+  void AddBlock(int32_t block);
 
   const AttentionRun& run_;
   const Unit& unit_;
@@ -38,6 +38,7 @@ class LineMasses {
   float* scores_;   // [num_queries, block_size]
   float* row_max_;  // in units of log2
   float* row_sum_;
+  float* weights_;  // of a row's probabilities in their mean
   float* columns_;
   float* distances_;
 };

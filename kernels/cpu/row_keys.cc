@@ -41,11 +41,15 @@ bool RowKeys::ReadsWholeBlock(int32_t block) const {
   return block < sink_end_ || block >= window_begin_;
 }
 
+std::span<const KeySpan>::iterator RowKeys::SpanAt(int32_t slot) const {
+  return std::upper_bound(
+      spans_.begin(), spans_.end(), slot,
+      [](int32_t at, const KeySpan& span) { return at < span.end; });
+}
+
 bool RowKeys::ReadsInSpan(int32_t slot) const {
-  const auto next =
-      std::upper_bound(spans_.begin(), spans_.end(), slot,
-                       [](int32_t at, const KeySpan& span) { return at < span.end; });
-  return next != spans_.end() && next->begin <= slot;
+  const auto span = SpanAt(slot);
+  return span != spans_.end() && span->begin <= slot;
 }
 
 bool RowKeys::ReadsColumn(int32_t slot) const {
@@ -59,13 +63,18 @@ bool RowKeys::Reads(int32_t slot) const {
           ReadsColumn(slot));
 }
 
+bool RowKeys::HoldsBlock(int32_t block) const {
+  if (ReadsWholeBlock(block)) return true;
+  const int32_t begin = block * block_size_;
+  const auto span = SpanAt(begin);
+  return span != spans_.end() && span->begin <= begin &&
+         span->end >= begin + block_size_;
+}
+
 const int32_t* RowKeys::BlockPositions(int32_t block) const {
   const int32_t begin = block * block_size_;
-  if (ReadsWholeBlock(block)) return positions_ + begin;
   std::fill_n(mask_, block_size_, INT32_MAX);
-  auto span =
-      std::upper_bound(spans_.begin(), spans_.end(), begin,
-                       [](int32_t at, const KeySpan& next) { return at < next.end; });
+  auto span = SpanAt(begin);
   for (; span != spans_.end() && span->begin < begin + block_size_; ++span) {
     const int32_t first = std::max(span->begin, begin);
     const int32_t last = std::min(span->end, begin + block_size_);
@@ -78,6 +87,7 @@ const int32_t* RowKeys::ColumnPositions(int32_t gathered_block) const {
   const auto first = static_cast<size_t>(gathered_block) * block_size_;
   const auto count =
       std::min(columns_.size() - first, static_cast<size_t>(block_size_));
+  if (columns_[first] >= spans_.back().begin) return nullptr;  // nor any behind it
   std::fill_n(mask_, block_size_, INT32_MAX);
   bool any = false;
   for (size_t i = 0; i < count; ++i) {

@@ -21,6 +21,8 @@ class RowKeys {
   static int64_t Words(const CpuAttentionPlan& plan, const SequenceGeometry& s);
   static int64_t SlotWords(const SequenceGeometry& s);
 
+  // True when every key of a listed block is read.
+  bool HoldsBlock(int32_t block) const;
   // Positions of the keys of a listed block, INT32_MAX for those that are not read.
   // Valid until the next call for any tile.
   const int32_t* BlockPositions(int32_t block) const;
@@ -30,10 +32,13 @@ class RowKeys {
   bool Reads(int32_t slot) const;  // in any way
   std::span<const int32_t> columns() const { return columns_; }
   bool ReadsColumn(int32_t slot) const;  // as a column
-  bool ReadsInSpan(int32_t slot) const;
-  bool ReadsWholeBlock(int32_t block) const;
 
  private:
+  bool ReadsInSpan(int32_t slot) const;
+  bool ReadsWholeBlock(int32_t block) const;
+  // The first span that ends behind `slot`.
+  std::span<const KeySpan>::iterator SpanAt(int32_t slot) const;
+
   const int32_t* positions_ = nullptr;
   std::span<const int32_t> columns_;
   std::span<const KeySpan> spans_;

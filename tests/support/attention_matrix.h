@@ -108,6 +108,11 @@ inline void AddOwnOptions(MethodTable& table) {
             [](auto& o) { o.as_published = true; });
   table.Add("minference_published", "minference",
             [](auto& o) { o.as_published = true; });
+  // The fewest lines: all distances of up to 50 keys.
+  table.Add("minference_few_lines", "minference", [](auto& o) {
+    o.vertical_tokens = 1;
+    o.slash_tokens = 1;
+  });
   table.Add("minference_far", "minference", [](auto& o) { o.slash_tokens = 112; });
   table.Add("minference_fallback", "minference",
             [](auto& o) { o.dense_fallback = true; });

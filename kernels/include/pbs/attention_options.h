@@ -100,7 +100,8 @@ struct AttentionOptions {
   // most block_size.
   int32_t stride = 8;
   // minference: key columns and diagonals that the last queries choose, in tokens; 1 to
-  // kSeqLenMax.
+  // kSeqLenMax. A sequence with k_len <= slash_tokens runs dense, unless order or lists
+  // are given.
   int32_t vertical_tokens = 1000;
   int32_t slash_tokens = 6096;
   // flexprefill: attention mass to keep, (0, 1], and the distance of estimate and
