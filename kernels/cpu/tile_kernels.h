@@ -21,7 +21,7 @@ namespace pbs::cpu {
 struct SoftmaxTile {
   int32_t rows;
   int32_t cols;      // a multiple of 16
-  int32_t head_dim;  // a multiple of 32
+  int32_t head_dim;  // a multiple of 32; 0: probabilities only, `out` is not used
   float scale;       // log2(e) / sqrt(head_dim)
   // Original positions of the columns, or null when every row sees every column. Row r
   // sees a column whose position is at most first_query + r.

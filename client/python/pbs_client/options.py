@@ -132,7 +132,8 @@ class MInference(Method):
     Attributes:
         block_size: tokens; a power of two in [16, 256] [128].
         vertical_tokens: key columns to keep, in tokens, 1 .. 1048576 [1000].
-        slash_tokens: diagonals to keep, in tokens, 1 .. 1048576 [6096].
+        slash_tokens: diagonals to keep, in tokens, 1 .. 1048576 [6096]; a sequence of
+            at most this many tokens runs dense.
     """
 
     block_size: int | None = None

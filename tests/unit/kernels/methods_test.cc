@@ -10,6 +10,7 @@
 
 #include "methods/block_selection.h"
 #include "methods/key_order.h"
+#include "methods/vertical_slash.h"
 #include "tests/support/case_name.h"
 
 namespace pbs {
@@ -225,6 +226,60 @@ INSTANTIATE_TEST_SUITE_P(
                     ForcedCase{"first_block_inside_own", {2, 4, 3, 0, 2}, {2, 3}},
                     ForcedCase{"all_of_them", {6, 7, 3, 1, 5}, {0, 3, 5, 6}}),
     testing_support::CaseName());
+
+struct SpansCase {
+  const char* name;
+  int32_t position;
+  std::vector<int32_t> distances;  // descending
+  std::vector<int32_t> bounds;     // begin and end of each span
+};
+
+class MakeSpansSpec : public testing::TestWithParam<SpansCase> {};
+
+TEST_P(MakeSpansSpec, CoversTheDistancesOfTheGroupsOf64Positions) {
+  const SpansCase& c = GetParam();
+  std::vector<KeySpan> spans(static_cast<size_t>(SpansMax(c.position + 1)));
+  const int32_t count = MakeSpans(c.distances, c.position, spans.data());
+  std::vector<int32_t> bounds;
+  for (int32_t i = 0; i < count; ++i) {
+    bounds.push_back(spans[i].begin);
+    bounds.push_back(spans[i].end);
+  }
+  EXPECT_EQ(bounds, c.bounds);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, MakeSpansSpec,
+    testing::Values(SpansCase{"own_group", 130, {0}, {128, 192}},
+                    SpansCase{"last_of_the_group", 191, {0}, {128, 192}},
+                    SpansCase{"apart", 130, {70, 0}, {58, 122, 128, 192}},
+                    SpansCase{"a_gap_of_64_is_filled", 130, {64, 0}, {64, 192}},
+                    SpansCase{"ends_behind_the_group", 130, {60, 0}, {68, 196}},
+                    SpansCase{"equal_ends", 5, {30, 2, 0}, {0, 64}},
+                    SpansCase{"too_far_for_the_group", 5, {500, 64, 0}, {0, 64}},
+                    SpansCase{"as_far_as_the_group", 5, {500, 63, 0}, {0, 64}}),
+    testing_support::CaseName());
+
+TEST(ChooseLinesSpec, TakesTheFirstColumnsAndTheNearDistancesFirst) {
+  std::vector<float> columns(200, 0.0f);
+  std::vector<float> distances(200, 0.0f);
+  columns[150] = columns[170] = columns[190] = 0.25f;
+  distances[120] = 0.5f;
+  distances[110] = 0.125f;
+  std::vector<uint64_t> scratch(200);
+  std::vector<int32_t> chosen_columns(32);
+  std::vector<int32_t> chosen_distances(101);
+  ChooseLines(columns, distances, scratch, chosen_columns, chosen_distances);
+  std::vector<int32_t> expected_columns(30);
+  std::iota(expected_columns.begin(), expected_columns.end(), 0);
+  expected_columns.insert(expected_columns.end(), {150, 170});  // of equal ones
+  EXPECT_EQ(chosen_columns, expected_columns);
+  std::vector<int32_t> expected_distances = {120};
+  for (int32_t distance = 99; distance >= 0; --distance) {
+    expected_distances.push_back(distance);
+  }
+  EXPECT_EQ(chosen_distances, expected_distances);
+}
 
 }  // namespace
 }  // namespace pbs
