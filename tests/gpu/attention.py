@@ -60,6 +60,7 @@ class Part:
 
 DENSE = (*DENSE_PEERS, "pbs_dense", "pbs_all", "pbs")
 SPARSE = ("triton_replay", "pbs_replay", "pbs_replay_in_order")
+METHODS = ("cudnn", "pbs_dense", "pbs", "pbs_mean_pooling", "pbs_prism", "pbs_flashprefill")
 ALL_DENSE, ALL_REPLAY = ("pbs_dense:*",), ("pbs_replay:*",)
 PARTS = {
     "gate": [Part(128, 8192, (*DENSE_PEERS, *REPLAY_PEERS, *REQUIRED))],
@@ -70,6 +71,7 @@ PARTS = {
     ],
     "lengths": [Part(128, tokens, (*DENSE, *SPARSE)) for tokens in (8192, 16384, 65536)],
     "noise": [Part(128, 32768, DENSE, "white_noise")],
+    "methods": [Part(128, tokens, METHODS) for tokens in (32768, 131072)],
     "kernels": [Part(128, 32768, ("pbs",))],  # for a profiler
     "d64_32k": [
         Part(64, 32768, (*DENSE, *SPARSE)), Part(64, 32768, ALL_DENSE), Part(64, 32768, ALL_REPLAY),
@@ -157,7 +159,10 @@ def maker(library: Library, tensors: tuple, lists: Callable[[], Lists], name: st
         slots = torch.arange(tensors[1].shape[1], device=DEVICE, dtype=torch.int32)
         return lambda: ours(lists=lists(), order=slots.repeat(KV_HEADS, 1))
     options = {"pbs_dense": {"method": "dense"}, "pbs": {"dense_fallback": True},
-               "pbs_all": {"threshold": 1.0}, "pbs_s512": {"segment_size": 512}}  # fmt: skip
+               "pbs_all": {"threshold": 1.0}, "pbs_s512": {"segment_size": 512},
+               "pbs_mean_pooling": {"method": "mean_pooling"},
+               "pbs_prism": {"method": "prism", "threshold": 0.95},
+               "pbs_flashprefill": {"method": "flashprefill"}}  # fmt: skip
     return functools.partial(ours, **options[name])
 
 

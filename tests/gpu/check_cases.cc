@@ -1,6 +1,8 @@
 #include <random>
+#include <string_view>
 #include <utility>
 
+#include "cuda/plan/cuda_plan.h"
 #include "pbs/dtype.h"
 #include "tests/gpu/check.h"
 
@@ -9,6 +11,8 @@ namespace {
 
 std::string NameOf(const AttentionProblem& problem) {
   std::string name = MethodName(problem.options.method);
+  name += problem.options.permute ? "_permuted" : "";
+  name += problem.options.as_published ? "_published" : "";
   name += problem.options.scope == Scope::kQueryHead ? "_query_head" : "";
   name += problem.dtype == DType::kBF16 ? "_bf16_d" : "_f16_d";
   name += std::to_string(problem.shape.head_dim);
@@ -21,6 +25,38 @@ std::string NameOf(const AttentionProblem& problem) {
   return name;
 }
 
+bool HasOption(Method method, std::string_view name) {
+  return (TraitsOf(method).options & FindOption(name)->bit) != 0;
+}
+
+// Options that leave blocks out.
+AttentionOptions SparseOptions(Method method, float share) {
+  AttentionOptions options = DefaultOptions(method);
+  if (HasOption(method, "threshold")) options.threshold = share;
+  // Scores of normal values lie close together.
+  if (HasOption(method, "alpha")) options.alpha = 1 - 0.03f * share;
+  return options;
+}
+
+// What every method has besides, and what it repeats of its published code.
+std::vector<AttentionOptions> VariantsOf(Method method) {
+  std::vector<AttentionOptions> variants = {SparseOptions(method, 0.6f)};
+  if (Permutes(variants[0])) {
+    variants.push_back(variants[0]);
+    variants.back().scope = Scope::kQueryHead;
+  }
+  if (HasOption(method, "permute")) {
+    variants.push_back(variants[0]);
+    variants.back().permute = true;
+    variants.back().dense_tail_blocks = 1;
+  }
+  if (TraitsOf(method).scorer == Scorer::kRows) {
+    variants.push_back(variants[0]);
+    variants.back().as_published = true;
+  }
+  return variants;
+}
+
 }  // namespace
 
 std::vector<Case> TableCases(uint32_t seed) {
@@ -30,12 +66,9 @@ std::vector<Case> TableCases(uint32_t seed) {
   };
   for (const int32_t head_dim : {64, 96, 128, 256}) {
     for (const DType dtype : {DType::kBF16, DType::kF16}) {
-      for (const Method method : {Method::kDense, Method::kPbs, Method::kMeanPooling}) {
-        for (const Scope scope : {Scope::kKvHead, Scope::kQueryHead}) {
-          if (scope == Scope::kQueryHead && method != Method::kPbs) continue;
-          add({{4, 2, head_dim, {{900, 900}, {130, 700}, {1, 1}}},
-               dtype,
-               {.method = method, .threshold = 0.6f, .scope = scope}});
+      for (const Method method : cuda::kCudaMethods) {
+        for (const AttentionOptions& options : VariantsOf(method)) {
+          add({{4, 2, head_dim, {{900, 900}, {130, 700}, {1, 1}}}, dtype, options});
         }
       }
       const AttentionProblem neighbours = {
@@ -70,12 +103,24 @@ Case RandomCase(uint32_t seed) {
   problem.shape.num_kv_heads = pick(1, 2, 3);
   problem.shape.num_heads = problem.shape.num_kv_heads * pick(1, 2, 4);
   problem.shape.head_dim = pick(64, 96, 128, 256);
-  problem.options.method =
-      pick(Method::kDense, Method::kPbs, Method::kPbs, Method::kMeanPooling);
-  problem.options.scope = pick(Scope::kKvHead, Scope::kQueryHead);
-  problem.options.segment_size = pick(128, 256, 384, 1024);
-  problem.options.threshold = pick(0.2f, 0.7f, 0.95f, 1.0f);
-  problem.options.force_first_block = pick(true, false);
+  const Method method =
+      pick(Method::kDense, Method::kPbs, Method::kPbs, Method::kMeanPooling,
+           Method::kPrism, Method::kFlashPrefill);
+  AttentionOptions& options = problem.options;
+  options = SparseOptions(method, pick(0.2f, 0.7f, 0.95f, 1.0f));
+  if (HasOption(method, "permute")) options.permute = pick(true, false);
+  if (Permutes(options)) {
+    options.scope = pick(Scope::kKvHead, Scope::kQueryHead);
+    options.segment_size = pick(128, 256, 384, 1024);
+  }
+  if (HasOption(method, "force_first_block")) {
+    options.force_first_block = pick(true, false);
+  }
+  if (HasOption(method, "sink_blocks")) {
+    options.sink_blocks = pick(0, 0, 1);
+    options.window_blocks = pick(0, 0, 3);
+    options.dense_tail_blocks = pick(0, 0, 2);
+  }
   const int sequences = pick(1, 2, 5);
   for (int i = 0; i < sequences; ++i) {
     const auto k_len = static_cast<int32_t>(1 + random() % 800);
