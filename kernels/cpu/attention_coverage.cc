@@ -97,8 +97,7 @@ void MeasureUnit(AttentionRun& run, const Unit& unit) {
 void ListEveryBlock(AttentionRun& run, const Unit& unit, int32_t head) {
   const SequenceGeometry& s = run.Sequence(unit);
   for (int32_t i = 0; i < s.num_query_blocks; ++i) {
-    const int32_t count =
-        run.plan.geometry.RowCapacity(s, s.first_query_block + i);
+    const int32_t count = run.plan.geometry.RowCapacity(s, s.first_query_block + i);
     uint16_t* list = run.ListEntries(unit, head, i);
     std::iota(list, list + count, uint16_t{0});
     run.ListCount(unit, head, i) = static_cast<uint16_t>(count);

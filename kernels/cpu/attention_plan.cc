@@ -144,10 +144,10 @@ void PlaceRegions(CpuAttentionPlan& plan, const WaveSizes& wave) {
   plan.block_range_at = layout.Add<int32_t>(2 * g.num_order_heads * key_blocks);
   plan.first_block_at = layout.Add<int32_t>(num_units);
   plan.unit_dense_at = layout.Add<uint8_t>(num_units);
-  plan.guarded_at = layout.Add<uint8_t>(
-      plan.problem.options.coverage_min > 0
-          ? g.num_heads * static_cast<int64_t>(g.sequences.size())
-          : 0);
+  plan.guarded_at =
+      layout.Add<uint8_t>(plan.problem.options.coverage_min > 0
+                              ? g.num_heads * static_cast<int64_t>(g.sequences.size())
+                              : 0);
   plan.memory.order_bytes = layout.TakePart();
 
   plan.counts_at =

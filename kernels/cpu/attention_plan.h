@@ -103,11 +103,11 @@ struct CpuAttentionPlan final : AttentionPlan {
   int64_t unit_dense_at = 0;   // uint8 [units] 1: ran with lists of all blocks
   // uint8 [sequences, num_heads] 1: reads every block because of coverage_min
   int64_t guarded_at = 0;
-  int64_t counts_at = 0;       // uint16 [num_heads, query blocks]
-  int64_t entries_at = 0;      // uint16
-  int64_t lines_at = 0;        // int32, by unit: LinesOf() each
-  int64_t coverage_at = 0;     // double [num_heads, sampled rows of all sequences]
-  int64_t times_at = 0;        // double [3]
+  int64_t counts_at = 0;    // uint16 [num_heads, query blocks]
+  int64_t entries_at = 0;   // uint16
+  int64_t lines_at = 0;     // int32, by unit: LinesOf() each
+  int64_t coverage_at = 0;  // double [num_heads, sampled rows of all sequences]
+  int64_t times_at = 0;     // double [3]
   int64_t packed_at = 0;
   int64_t scoring_at = 0;
   int64_t pooled_at = 0;

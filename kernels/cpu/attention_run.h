@@ -66,9 +66,8 @@ struct AttentionRun {
 
   // 1: the query head reads every block because of coverage_min.
   uint8_t& Guarded(const Unit& unit, int32_t head) const {
-    return At<uint8_t>(plan.guarded_at)[int64_t{unit.sequence} *
-                                            plan.geometry.num_heads +
-                                        head];
+    return At<uint8_t>(
+        plan.guarded_at)[int64_t{unit.sequence} * plan.geometry.num_heads + head];
   }
 
   uint32_t* PackedKeys(const Unit& unit) const {
@@ -168,10 +167,10 @@ struct AttentionRun {
 void ScoreAndSortKeys(AttentionRun& run, const Wave& wave);  // positions of the slots
 void PackOperands(AttentionRun& run, const Wave& wave);      // packed K and V, pooled K
 void SelectBlocks(AttentionRun& run, const Wave& wave);      // lists
-void GuardCoverage(AttentionRun& run, const Wave& wave);     // where lists keep too little
-void FallBackToDense(AttentionRun& run, const Wave& wave);   // where lists do not pay
-void PackMeans(AttentionRun& run, const Wave& wave);         // packed means of blocks
-void Attend(AttentionRun& run, const Wave& wave);            // o, lse
+void GuardCoverage(AttentionRun& run, const Wave& wave);  // where lists keep too little
+void FallBackToDense(AttentionRun& run, const Wave& wave);  // where lists do not pay
+void PackMeans(AttentionRun& run, const Wave& wave);        // packed means of blocks
+void Attend(AttentionRun& run, const Wave& wave);           // o, lse
 void MeasureCoverage(AttentionRun& run, const Wave& wave);
 
 // Ratio of executed to causal blocks of the unit's selected lists.

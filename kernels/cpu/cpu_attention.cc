@@ -115,10 +115,10 @@ Status CpuAttention::Run(const AttentionPlan& plan, const AttentionTensors& tens
                    .stop = control.stop};
   std::fill_n(run.At<uint8_t>(cpu_plan.unit_dense_at), cpu_plan.units.size(), 0);
   if (plan.problem.options.coverage_min > 0) {
-    std::fill_n(run.At<uint8_t>(cpu_plan.guarded_at),
-                plan.geometry.sequences.size() *
-                    static_cast<size_t>(plan.geometry.num_heads),
-                0);
+    std::fill_n(
+        run.At<uint8_t>(cpu_plan.guarded_at),
+        plan.geometry.sequences.size() * static_cast<size_t>(plan.geometry.num_heads),
+        0);
   }
   auto* times = run.At<double>(cpu_plan.times_at);
   std::fill_n(times, 3, 0.0);

@@ -50,9 +50,9 @@ struct LayerReport {
   int32_t layer = 0;
   AttentionStats attention;  // with permute, select and attend seconds
   AttentionHeads heads;
-  double qkv_seconds = 0;    // norm, projection, rotation, cache
-  double mlp_seconds = 0;    // output projection, norm, MLP
-  double seconds = 0;        // the whole layer
+  double qkv_seconds = 0;  // norm, projection, rotation, cache
+  double mlp_seconds = 0;  // output projection, norm, MLP
+  double seconds = 0;      // the whole layer
 };
 
 // RunLayer() and CatchUp() call the observer on their thread. Each of its methods is

@@ -182,8 +182,7 @@ TEST(IsolationSpec, BadRowsOfANeighbourChangeNoBitOfWhatIsSelected) {
   AttentionOptions pbs = {.segment_size = 128, .threshold = 0.4f};
   AttentionOptions query_heads = pbs;
   query_heads.scope = Scope::kQueryHead;
-  const AttentionOptions pooling = {.method = Method::kMeanPooling,
-                                    .threshold = 0.4f};
+  const AttentionOptions pooling = {.method = Method::kMeanPooling, .threshold = 0.4f};
   const AttentionOptions prism = {.method = Method::kPrism, .threshold = 0.4f};
   const AttentionOptions rows = {.method = Method::kFlashPrefill, .alpha = 0.9f};
   for (const AttentionOptions& options : {pbs, query_heads, pooling, prism, rows}) {

@@ -283,8 +283,9 @@ struct ChosenLines {
 
 // Statistics of query heads, over all sequences.
 struct AttentionHeads {
-  std::vector<double> density;   // [num_heads]
-  std::vector<double> coverage;  // [num_heads], over the sampled rows; empty without any
+  std::vector<double> density;  // [num_heads]
+  std::vector<double>
+      coverage;  // [num_heads], over the sampled rows; empty without any
   // Those that read every block in at least one sequence because of coverage_min,
   // ascending.
   std::vector<int32_t> guarded;

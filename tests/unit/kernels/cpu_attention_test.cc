@@ -263,7 +263,8 @@ TEST_P(CpuAttentionSpec, HeadsThatKeepTooLittleReadEveryBlockAndAreNamed) {
   for (int32_t head = 0; head < 8; ++head) {
     const bool low = free.heads.coverage[head] < problem.options.coverage_min;
     if (low) expected.push_back(head);
-    EXPECT_NEAR(guarded.heads.coverage[head], low ? 1 : free.heads.coverage[head], 1e-6);
+    EXPECT_NEAR(guarded.heads.coverage[head], low ? 1 : free.heads.coverage[head],
+                1e-6);
     EXPECT_NEAR(guarded.heads.density[head], low ? 1 : free.heads.density[head], 1e-12);
   }
   EXPECT_EQ(guarded.heads.guarded, expected);
