@@ -91,7 +91,7 @@ def methods_group(
     title: str, settings: dict[str, dict], length: int, ours: Worker, rounds: int
 ) -> dict:
     """Methods beside dense attention, f32."""
-    shape = {"len": length, "heads": 4, "kv_heads": 1, "head_dim": 128}
+    shape = {"len": length, "heads": 2, "kv_heads": 1, "head_dim": 128}
     cases = [Case("dense", ours, "attention", **shape, method="dense")] + [
         Case(label, ours, "attention", **shape, **words) for label, words in settings.items()
     ]
