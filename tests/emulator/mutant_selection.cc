@@ -100,7 +100,11 @@ int main() {
        {.method = pbs::Method::kFlashPrefill,
         .coverage_rows = 2,
         .as_published = true,
-        .alpha = 0.3f}}};
+        .alpha = 0.3f}},
+      // Scores of more than a warp's threads.
+      {{4, 1, 64, {{130, 4400}}},
+       pbs::DType::kBF16,
+       {.method = pbs::Method::kFlashPrefill, .coverage_rows = 1, .alpha = 0.9f}}};
   for (uint32_t seed : {1u, 2u}) {
     for (const AttentionProblem& problem : problems) {
       if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
