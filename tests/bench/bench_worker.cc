@@ -4,12 +4,12 @@
 // stdin, one JSON object a line, such as {"do":"linear","name":"A","rows":512}: what to
 // do, and what else there may be:
 //   attention name, method, dtype (f32 | f16 | bf16), len, heads, kv_heads, head_dim,
-//             data (structured | noise), isa, segment, threshold, vertical_tokens,
-//             slash_tokens, density (forces lists of that density)
+//             data (structured | noise), isa, density (forces lists of that density),
+//             options of the method by their names, such as threshold
 //   linear    name, rows, in, out, dtype (f32 | bf16), repetitions in a run,
 //             backend (cpu | cuda), module and cublaslt (files, for cuda)
 //   model     path, compute (auto | f32 | bf16)
-//   prefill   name, len, method, segment, threshold, density, warmup (0 | 1)
+//   prefill   name, len, method, options of it, density, warmup (0 | 1)
 //   recall    name, prompts (a file), method, threshold, order (identity), density
 //   run       name -> wall and CPU seconds, and what the case measured
 //   memory    -> peak of resident memory since the last call, and what is resident now
