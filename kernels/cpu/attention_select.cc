@@ -77,6 +77,16 @@ void ClearPooledPadding(const AttentionRun& run, const Unit& unit) {
   }
 }
 
+void StoreFullLists(AttentionRun& run, const Unit& unit, const SelectItem& item,
+                    int worker) {
+  const std::span<uint8_t> keep =
+      ItemScratch(run, worker).Keep(run.Sequence(unit).num_key_blocks);
+  for (int32_t i = 0; i < item.num_blocks; ++i) {
+    std::fill(keep.begin(), keep.end(), uint8_t{0});
+    StoreList(run, unit, item.member, item.first_block + i, keep);
+  }
+}
+
 SelectItem ItemAt(const AttentionRun& run, const Unit& unit, int64_t index) {
   const int32_t blocks = run.Sequence(unit).num_query_blocks;
   const int32_t tile = run.plan.select_tile;
@@ -127,9 +137,25 @@ int32_t NumCandidates(const AttentionRun& run, const Unit& unit, int32_t query_b
              : block + 1;
 }
 
+void MultiplyMeans(const AttentionRun& run, const Unit& unit, const float* queries,
+                   int32_t num_rows, float* products) {
+  const CpuAttentionPlan& plan = run.plan;
+  const SequenceGeometry& s = run.Sequence(unit);
+  const float* keys = run.Pooled(unit) + plan.Pooled(s).keys;
+  run.kernels.gemm({.rows = num_rows,
+                    .cols = PaddedBlocks(s),
+                    .depth = plan.geometry.head_dim,
+                    .a = reinterpret_cast<const uint32_t*>(queries),
+                    .a_stride = plan.geometry.head_dim,
+                    .b = reinterpret_cast<const uint32_t*>(keys),
+                    .c = products,
+                    .c_stride = PaddedBlocks(s)});
+}
+
 bool IsDenseTail(const AttentionRun& run, const Unit& unit, int32_t query_block) {
-  return run.Sequence(unit).num_query_blocks - query_block <=
-         run.plan.problem.options.dense_tail_blocks;
+  const AttentionOptions& options = run.plan.problem.options;
+  return SelectsEveryBlock(options) ||
+         run.Sequence(unit).num_query_blocks - query_block <= options.dense_tail_blocks;
 }
 
 float* PooledQueries(const AttentionRun& run, const Unit& unit, int32_t member) {
@@ -208,8 +234,14 @@ void SelectBlocks(AttentionRun& run, const Wave& wave) {
   const SelectFunction select = ScorerOf(plan.problem.options).select;
   run.ForEach(wave, wave.select_items,
               [&](const Unit& unit, int64_t index, int worker) {
-                if (!run.non_finite)
-                  select(run, unit, ItemAt(run, unit, index), worker);
+                if (run.non_finite) return;
+                const SelectItem item = ItemAt(run, unit, index);
+                // Scores change nothing where every block is read.
+                if (IsDenseTail(run, unit, item.first_block) && !plan.gathers) {
+                  StoreFullLists(run, unit, item, worker);
+                } else {
+                  select(run, unit, item, worker);
+                }
               });
 }
 

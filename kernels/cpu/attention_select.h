@@ -85,6 +85,15 @@ RowRange RowsOfBlock(const AttentionRun& run, const Unit& unit, int32_t query_bl
 int32_t NumCandidates(const AttentionRun& run, const Unit& unit, int32_t query_block);
 // True when the query block reads every earlier block whatever the scores are.
 bool IsDenseTail(const AttentionRun& run, const Unit& unit, int32_t query_block);
+// Key blocks, padded to whole vectors.
+inline int32_t PaddedBlocks(const SequenceGeometry& s) {
+  return static_cast<int32_t>(RoundUp(s.num_key_blocks, kLanePad));
+}
+// Raw products of rows of queries with the pooled keys.
+//   queries [num_rows, head_dim]
+//   products [num_rows, PaddedBlocks()]  out
+void MultiplyMeans(const AttentionRun& run, const Unit& unit, const float* queries,
+                   int32_t num_rows, float* products);
 // Block means of the queries of one member, [query blocks, head_dim].
 float* PooledQueries(const AttentionRun& run, const Unit& unit, int32_t member);
 // The blocks that the query block reads whatever their scores are.

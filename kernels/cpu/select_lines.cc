@@ -22,10 +22,6 @@ constexpr int kDigitBits = 8;       // of the search for the smallest kept proba
 constexpr int kDigits = 32 / kDigitBits;
 constexpr int32_t kDigitValues = 1 << kDigitBits;
 
-int32_t PaddedBlocks(const SequenceGeometry& s) {
-  return static_cast<int32_t>(RoundUp(s.num_key_blocks, kLanePad));
-}
-
 // The item's memory.
 struct Lines {
   Lines(const AttentionRun& run, const Unit& unit, ItemScratch scratch)
@@ -110,20 +106,10 @@ void KeepLargest(const Lines& lines, const float* values, int32_t count,
 // logits [rows, padded blocks] of queries [rows, head_dim], scaled.
 void ScoreMeans(const AttentionRun& run, const Unit& unit, const float* queries,
                 int32_t rows, float* logits) {
-  const CpuAttentionPlan& plan = run.plan;
-  const SequenceGeometry& s = run.Sequence(unit);
-  const int32_t head_dim = plan.geometry.head_dim;
-  run.kernels.gemm(
-      {.rows = rows,
-       .cols = PaddedBlocks(s),
-       .depth = head_dim,
-       .a = reinterpret_cast<const uint32_t*>(queries),
-       .a_stride = head_dim,
-       .b = reinterpret_cast<const uint32_t*>(run.Pooled(unit) + plan.Pooled(s).keys),
-       .c = logits,
-       .c_stride = PaddedBlocks(s)});
+  const int32_t head_dim = run.plan.geometry.head_dim;
+  MultiplyMeans(run, unit, queries, rows, logits);
   run.kernels.divide(std::sqrt(static_cast<float>(head_dim)), logits,
-                     int64_t{rows} * PaddedBlocks(s));
+                     int64_t{rows} * PaddedBlocks(run.Sequence(unit)));
 }
 
 // Softmax of [0, count) in place. False when a logit is not finite.

@@ -16,27 +16,6 @@ namespace {
 
 constexpr int kNumBands = 2;  // slow, fast
 
-int32_t PaddedBlocks(const SequenceGeometry& s) {
-  return static_cast<int32_t>(RoundUp(s.num_key_blocks, kLanePad));
-}
-
-// logits [rows, padded blocks] = queries [rows, head_dim] x pooled keys
-void Multiply(const AttentionRun& run, const Unit& unit, const float* queries,
-              int32_t rows, float* logits) {
-  const CpuAttentionPlan& plan = run.plan;
-  const SequenceGeometry& s = run.Sequence(unit);
-  const int32_t head_dim = plan.geometry.head_dim;
-  run.kernels.gemm(
-      {.rows = rows,
-       .cols = PaddedBlocks(s),
-       .depth = head_dim,
-       .a = reinterpret_cast<const uint32_t*>(queries),
-       .a_stride = head_dim,
-       .b = reinterpret_cast<const uint32_t*>(run.Pooled(unit) + plan.Pooled(s).keys),
-       .c = logits,
-       .c_stride = PaddedBlocks(s)});
-}
-
 // Raw dot products of block means -> scaled logits.
 void ScaleLogits(const AttentionRun& run, float divisor, std::span<float> logits) {
   const DType rounding = BlockScoreRoundingOf(run.plan.problem);
@@ -136,7 +115,7 @@ void SelectByMeans(AttentionRun& run, const Unit& unit, const SelectItem& item,
   const std::span<uint8_t> keep = scratch.Keep(s.num_key_blocks);
   const float* queries = PooledQueries(run, unit, item.member) +
                          static_cast<int64_t>(item.first_block) * g.head_dim;
-  Multiply(run, unit, queries, item.num_blocks, logits);
+  MultiplyMeans(run, unit, queries, item.num_blocks, logits);
   const float root = std::sqrt(static_cast<float>(g.head_dim));
   for (int32_t i = 0; i < item.num_blocks; ++i) {
     const int32_t query_block = item.first_block + i;
@@ -198,7 +177,7 @@ void SelectByBands(AttentionRun& run, const Unit& unit, const SelectItem& item,
         masked[i * head_dim + d] = queries[i * head_dim + d];
       });
     }
-    Multiply(run, unit, masked, item.num_blocks, logits + band * tile * padded);
+    MultiplyMeans(run, unit, masked, item.num_blocks, logits + band * tile * padded);
   }
   const AttentionOptions& options = problem.options;
   const float thresholds[kNumBands] = {options.threshold, options.fast_threshold > 0

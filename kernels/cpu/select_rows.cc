@@ -19,10 +19,6 @@ namespace {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int32_t kChunkPanels = 8;  // panels of block means scored together
 
-int32_t PaddedBlocks(const SequenceGeometry& s) {
-  return static_cast<int32_t>(RoundUp(s.num_key_blocks, kLanePad));
-}
-
 // Logits of a block's visible rows, in units of log2: the largest, and the sum of
 // 2^(logit - largest).
 struct BlockEnergy {
