@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <span>
 
 #include "cpu/attention_select.h"
@@ -20,6 +21,7 @@ namespace pbs::cpu {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
+constexpr int32_t kOutputs = 32;     // the fewest that the softmax takes
 constexpr int32_t kChunkCols = 256;  // a multiple of every table's panel width
 
 struct Sizes {
@@ -44,6 +46,11 @@ struct Item {
   float* tops;     // [rows, chunks] largest logit of a chunk, in units of log2
   float* partial;  // [rows, blocks] sums of 2^(logit - top of its chunk)
   float* masses;   // [blocks]
+  // State of the vector softmax of one chunk: [rows] largest and sum, and the outputs
+  // that it rescales, which nobody reads.
+  float* row_max;
+  float* row_sum;
+  float* outputs;  // [rows, kOutputs]
 };
 
 // Strided rows of the item's query blocks; zeros where there is no query.
@@ -84,6 +91,37 @@ bool SumRow(float scale, float* scores, int32_t visible, int32_t per_block,
   return true;
 }
 
+// The same for all rows of a chunk that every row sees whole.
+bool SumWholeChunk(const AttentionRun& run, const Sizes& sizes, const Item& at,
+                   float scale, int32_t num_rows, int32_t cols, int32_t chunk,
+                   int32_t num_key_blocks) {
+  std::fill_n(at.row_max, num_rows, -INFINITY);
+  std::fill_n(at.row_sum, num_rows, 0.0f);
+  std::fill_n(at.outputs, int64_t{num_rows} * kOutputs, 0.0f);
+  run.kernels.softmax({.rows = num_rows,
+                       .cols = cols,
+                       .head_dim = kOutputs,
+                       .scale = scale,
+                       .positions = nullptr,
+                       .first_query = 0,
+                       .scores = at.scores,
+                       .pairs = nullptr,
+                       .row_max = at.row_max,
+                       .row_sum = at.row_sum,
+                       .out = at.outputs});
+  const int32_t first_block = chunk * kChunkCols / sizes.per_block;
+  for (int32_t i = 0; i < num_rows; ++i) {
+    if (!std::isfinite(at.row_max[i]) || !std::isfinite(at.row_sum[i])) return false;
+    at.tops[int64_t{i} * sizes.chunks + chunk] = at.row_max[i];
+    const float* scores = at.scores + int64_t{i} * cols;
+    float* partial = at.partial + int64_t{i} * num_key_blocks + first_block;
+    for (int32_t j = 0; j < cols; j += sizes.per_block) {
+      *partial++ = std::accumulate(scores + j, scores + j + sizes.per_block, 0.0f);
+    }
+  }
+  return true;
+}
+
 // Columns that a strided row sees: those up to its own, and with sorted keys only
 // candidates, because the own segment has no diagonal.
 int32_t VisibleColumns(const AttentionRun& run, const Unit& unit, const Sizes& sizes,
@@ -118,6 +156,13 @@ bool MeasureChunks(const AttentionRun& run, const Unit& unit, const SelectItem& 
          .b = reinterpret_cast<const uint32_t*>(keys + first * sizes.depth),
          .c = at.scores,
          .c_stride = cols});
+    if (VisibleColumns(run, unit, sizes, first_row) >= first + cols) {
+      if (!SumWholeChunk(run, sizes, at, scale, num_rows, cols, chunk,
+                         s.num_key_blocks)) {
+        return false;
+      }
+      continue;
+    }
     for (int32_t i = 0; i < num_rows; ++i) {
       const int32_t visible =
           std::clamp(VisibleColumns(run, unit, sizes, first_row + i) - first, 0, cols);
@@ -165,8 +210,8 @@ int64_t AntidiagonalsWords(const CpuAttentionPlan& plan, const SequenceGeometry&
   const int64_t rows = sizes.rows;
   return RoundUp(rows * sizes.depth, kLanePad) + rows * kChunkCols +
          RoundUp(rows * sizes.chunks, kLanePad) +
-         RoundUp(rows * s.num_key_blocks, kLanePad) +
-         3 * RoundUp(s.num_key_blocks, kLanePad) +
+         RoundUp(rows * s.num_key_blocks, kLanePad) + 2 * RoundUp(rows, kLanePad) +
+         rows * kOutputs + 3 * RoundUp(s.num_key_blocks, kLanePad) +
          RoundUp(s.num_key_blocks / 4 + 1, kLanePad);
 }
 
@@ -181,7 +226,10 @@ void SelectByAntidiagonals(AttentionRun& run, const Unit& unit, const SelectItem
                    .scores = scratch.Floats(int64_t{sizes.rows} * kChunkCols),
                    .tops = scratch.Floats(int64_t{sizes.rows} * sizes.chunks),
                    .partial = scratch.Floats(int64_t{sizes.rows} * s.num_key_blocks),
-                   .masses = scratch.Floats(s.num_key_blocks)};
+                   .masses = scratch.Floats(s.num_key_blocks),
+                   .row_max = scratch.Floats(sizes.rows),
+                   .row_sum = scratch.Floats(sizes.rows),
+                   .outputs = scratch.Floats(int64_t{sizes.rows} * kOutputs)};
   const std::span<uint64_t> sort_keys = scratch.SortKeys(s.num_key_blocks);
   const std::span<uint8_t> keep = scratch.Keep(s.num_key_blocks);
   LoadRows(run, unit, item, sizes, at.queries);
