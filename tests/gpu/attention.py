@@ -71,7 +71,7 @@ PARTS = {
     ],
     "lengths": [Part(128, tokens, (*DENSE, *SPARSE)) for tokens in (8192, 16384, 65536)],
     "noise": [Part(128, 32768, DENSE, "white_noise")],
-    "methods": [Part(128, tokens, METHODS) for tokens in (32768, 131072)],
+    "methods": [Part(128, 32768, METHODS)],
     "kernels": [Part(128, 32768, ("pbs",))],  # for a profiler
     "d64_32k": [
         Part(64, 32768, (*DENSE, *SPARSE)), Part(64, 32768, ALL_DENSE), Part(64, 32768, ALL_REPLAY),

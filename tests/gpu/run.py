@@ -95,7 +95,7 @@ STEPS = [
     # The second.
     attention("lengths", 40),
     attention("noise", 15),
-    attention("methods", 30),
+    attention("methods", 15),
     attention("d64_32k", 35),
     Step("unpack", 10, "machine.py unpack", ("machine",)),
     Step("tests", 50, TESTS + "golden_parity.py {root}/tests/python/test_served_models.py", SERVE),

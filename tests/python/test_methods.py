@@ -380,6 +380,7 @@ def test_the_script_prints_the_whole_default_profile(server, client, capsys):
         "force_first_block": True,
         "dense_fallback": None,
         "coverage_rows": 0,
+        "coverage_min": 0.0,
         "dense_tail_blocks": 0,
         "sink_blocks": 0,
         "window_blocks": 0,

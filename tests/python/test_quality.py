@@ -140,8 +140,11 @@ def test_settings_are_methods_x_options_x_tails_x_corrections():
     names = [setting.name for setting in settings.all_settings()]
     assert len(set(names)) == len(names)
     assert names[0] == settings.DENSE
-    options = sum(len(family.core + family.more) for family in settings.GRID.values())
-    assert len(names) == 1 + options * len(settings.TAILS) * len(settings.CORRECTIONS)
+    families = settings.GRID.values()
+    options = sum(len(family.core + family.more) for family in families)
+    near = sum(len(family.near) for family in families)  # with the longest tail only
+    grid = options * len(settings.TAILS) + near
+    assert len(names) == 1 + grid * len(settings.CORRECTIONS)
     core = [setting.name for setting in settings.all_settings(more=False)]
     assert set(settings.QUICK) <= set(core) < set(names)
 
