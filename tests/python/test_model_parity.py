@@ -124,8 +124,16 @@ def test_the_decode_tier_continues_a_served_prefill_as_transformers_does(
     assert json.loads(done.stdout)["tokens"] == expected["greedy"]
 
 
-@pytest.mark.parametrize("method", ["pbs", "mean_pooling"])
-def test_a_threshold_of_one_equals_dense_attention(method, tiny_models):
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("pbs", ["--segment-size", "32"]),
+        ("mean_pooling", []),
+        ("xattention", []),
+        ("prism", []),
+    ],
+)
+def test_a_threshold_of_one_equals_dense_attention(method, options, tiny_models):
     folder = tiny_models("llama3")
     expected = load_file(folder / "expected.safetensors")
     line, actual = dump(
@@ -138,8 +146,7 @@ def test_a_threshold_of_one_equals_dense_attention(method, tiny_models):
         "1",
         "--block-size",
         "16",
-        "--segment-size",
-        "32",
+        *options,
     )
     assert min(line["density"]) >= 1.0
     assert difference(actual["logits"], expected["logits"]) <= LOGITS_F32_MAX

@@ -34,7 +34,7 @@ namespace {
 constexpr const char* kUsage =
     "usage: model_dump MODEL_DIR TOKENS.json OUT.safetensors|none\n"
     "  [--threads N] [--compute auto|f32|bf16] [--isa NAME] [--kv-dtype f32|f16|bf16]\n"
-    "  [--method dense|pbs|mean_pooling] [--block-size N] [--segment-size N]\n"
+    "  [--method NAME] [--block-size N] [--segment-size N]\n"
     "  [--threshold T] [--last-logits N (0: all)] [--new-tokens N]\n";
 
 struct Arguments {
