@@ -82,6 +82,12 @@ std::vector<int32_t> ReversedSegments(const AttentionGeometry& g) {
   return order;
 }
 
+std::vector<Engine> F32Engines() {
+  std::vector<Engine> engines = Engines();
+  std::erase_if(engines, [](const Engine& e) { return e.dtype != DType::kF32; });
+  return engines;
+}
+
 class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
  protected:
   // Runs one case and compares; sums up how lists differ.
@@ -223,8 +229,10 @@ TEST_P(AttentionMatrixSpec, EveryMethodOnBlocksOf128IsTheReferences) {
   }
 }
 
-TEST_P(AttentionMatrixSpec, EveryMethodOnEverySmallLengthIsTheReferences) {
-  if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "lengths are the same to dtypes";
+// What does not depend on the dtype: lengths, and scores, which are f32 for all.
+class AttentionF32Spec : public AttentionMatrixSpec {};
+
+TEST_P(AttentionF32Spec, EveryMethodOnEverySmallLengthIsTheReferences) {
   for (const MatrixMethod& method : MatrixMethods()) {
     for (int32_t length = 1; length <= 70; length += kLengthStep) {
       const MatrixShape shape = {"", 2, 1, 32, {{length, length}}};
@@ -234,8 +242,7 @@ TEST_P(AttentionMatrixSpec, EveryMethodOnEverySmallLengthIsTheReferences) {
   }
 }
 
-TEST_P(AttentionMatrixSpec, EveryMethodOnEveryNumberOfLastQueriesIsTheReferences) {
-  if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "lengths are the same to dtypes";
+TEST_P(AttentionF32Spec, EveryMethodOnEveryNumberOfLastQueriesIsTheReferences) {
   for (const MatrixMethod& method : MatrixMethods()) {
     for (int32_t queries = 0; queries <= 69; queries += kLengthStep) {
       const MatrixShape shape = {"", 2, 1, 32, {{queries, 69}}};
@@ -274,8 +281,7 @@ struct InputCase {
 };
 
 // Scores that all tie, and scores so far apart that many probabilities are 0 in f32.
-TEST_P(AttentionMatrixSpec, ListsOfExtremeScoresAreTheReferences) {
-  if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "scores are f32 for all dtypes";
+TEST_P(AttentionF32Spec, ListsOfExtremeScoresAreTheReferences) {
   for (const InputCase& c :
        {InputCase{"zero_queries", 0, 1}, InputCase{"zero_keys", 1, 0},
         InputCase{"all_zero", 0, 0}, InputCase{"far_apart", 6, 6}}) {
@@ -341,6 +347,8 @@ TEST_P(AttentionMatrixSpec, ThresholdOneAndAllDistancesAreDense) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, AttentionMatrixSpec, testing::ValuesIn(Engines()),
+                         testing_support::CaseName());
+INSTANTIATE_TEST_SUITE_P(Engines, AttentionF32Spec, testing::ValuesIn(F32Engines()),
                          testing_support::CaseName());
 
 }  // namespace
