@@ -146,16 +146,17 @@ std::string Text(double value) {
 
 // " name=value"
 std::string Assignment(const AttentionOptions& options, const OptionTraits& option) {
-  const std::string value = std::visit(
-      [&](auto field) -> std::string {
+  std::string text = " " + std::string(option.name) + "=";
+  std::visit(
+      [&](auto field) {
         const auto x = options.*field;
         if constexpr (std::is_same_v<decltype(x), const Scope>)
-          return ScopeName(x);
+          text += ScopeName(x);
         else
-          return Text(static_cast<double>(x));
+          text += Text(static_cast<double>(x));
       },
       option.field);
-  return " " + std::string(option.name) + "=" + value;
+  return text;
 }
 
 bool Differs(const AttentionOptions& a, const AttentionOptions& b,
