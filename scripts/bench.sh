@@ -58,7 +58,7 @@ bench_density() {
 #:              quality --quick: four settings at 2K (5 min); --only recall: no trained model
 bench_quality() {
   local missed=0
-  install_packages "${build_packages[@]}" bible-kjv bible-kjv-text
+  install_packages "${build_packages[@]}" bible-kjv bible-kjv-text debian-handbook
   build_targets bench_worker pbs-prefilld
   python_environment "$repo/.venv" numpy gguf tokenizers "${peer_packages[@]}"
   case " $* " in

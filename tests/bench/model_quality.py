@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 import sys
 import time
@@ -23,7 +24,7 @@ sys.path[:0] = [str(ROOT / f"tests/{name}") for name in ("quality", "python")]
 import rule  # noqa: E402
 import summary  # noqa: E402
 from decode_tier import DecodeTier, TextOutcome  # noqa: E402
-from haystacks import HAYSTACKS, Text, kjv_verses  # noqa: E402
+from haystacks import HAYSTACKS, TEXTS, Text, read_texts  # noqa: E402
 from measure import EXPOSED, MODEL, Measurer, ProcessClock, TextPrompt  # noqa: E402
 from pbs_client import Client, InvalidArgumentError, UnimplementedError  # noqa: E402
 from real_server import running_server  # noqa: E402
@@ -49,7 +50,8 @@ class Plan:
         prompts: of each kind and length.
         seed: of all prompts.
         deadline: time.monotonic() at which no measurement begins any more.
-        screen: leave out settings whose loss is far out after rule.PROMPTS_MIN prompts.
+        screen: go no further with settings whose loss is far out at a length, after
+            rule.PROMPTS_MIN prompts of it.
     """
 
     settings: tuple[Setting, ...]
@@ -71,15 +73,17 @@ class Prompts:
     def __init__(self, folder: pathlib.Path, seed: int):
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._seed, self._encode = seed, lambda text: tokenizer.encode(text).ids
-        verses = kjv_verses()
-        self.digest = hashlib.sha256("\n".join(verses).encode()).hexdigest()[:16]
-        self._text = Text(verses, self._encode)
+        sentences = read_texts()
+        whole = "\n".join("\n".join(sentences[name]) for name in TEXTS)
+        self.digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+        self._texts = {name: Text(sentences[name], self._encode) for name in TEXTS}
 
     def text(self, length: int, index: int) -> TextPrompt:
-        """Consecutive verses, and the verses behind them."""
+        """Consecutive sentences of the texts in turn, and what follows them."""
         rng = np.random.default_rng([self._seed, 0, length, index])
-        tokens = self._text.stretch(rng, length + CONTINUATION_TOKENS)
-        return TextPrompt(tuple(tokens[:length]), tuple(tokens[length:]))
+        name = TEXTS[index % len(TEXTS)]
+        tokens = self._texts[name].stretch(rng, length + CONTINUATION_TOKENS)
+        return TextPrompt(name, tuple(tokens[:length]), tuple(tokens[length:]))
 
     def retrieval(self, length: int, index: int) -> Any:
         """Haystacks in turn, and in turn the task that the prompt itself asks."""
@@ -87,7 +91,7 @@ class Prompts:
         haystack = HAYSTACKS[index % len(HAYSTACKS)]
         others = TASKS[: TASKS.index("words")]
         first = "words" if haystack == "words" else others[index % len(others)]
-        return make_prompt(rng, haystack, first, length, self._text, self._encode)
+        return make_prompt(rng, haystack, first, length, self._texts["kjv"], self._encode)
 
 
 class Run:
@@ -132,17 +136,18 @@ class Run:
         return True
 
     def _keys(self) -> Iterator[Key]:
-        for index in range(self._plan.prompts):
-            for length in self._plan.lengths:
-                for kind in KINDS:
-                    for setting in self._plan.settings:
-                        yield setting.name, length, kind, index
+        """The prompts that screening needs first: short ones tell what long ones need not."""
+        first = min(rule.PROMPTS_MIN, self._plan.prompts)
+        rounds = [range(first), *([i] for i in range(first, self._plan.prompts))]
+        for indices, length in itertools.product(rounds, self._plan.lengths):
+            for index, kind, setting in itertools.product(
+                indices, KINDS, self._plan.settings
+            ):
+                yield setting.name, length, kind, index
 
     def _is_out(self, key: Key) -> bool:
-        """Whether this is not to be measured: skipped, or screened and not the first."""
-        name, _, _, index = key
-        screened = name in self.screened and index >= rule.PROMPTS_MIN
-        return name in self.skipped or screened
+        """Whether this is not to be measured: skipped or screened."""
+        return key[0] in self.skipped or key[0] in self.screened
 
     def _screen(self, name: str) -> None:
         """Remembers a setting whose loss is far out."""
@@ -168,7 +173,9 @@ class Run:
 
     def _measure_text(self, setting: Setting, length: int, index: int) -> dict[str, Any]:
         prompt = self._prompts.text(length, index)
-        dense = None if setting.name == DENSE else self._dense_outcome(prompt, length, index)
+        dense = (
+            None if setting.name == DENSE else self._dense_outcome(prompt, length, index)
+        )
         figures, outcome = self._measurer.text(prompt, setting.attention(), dense)
         if dense is None:
             self._dense_folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +270,11 @@ def run_model(
         run = Run(plan, prompts, measurer, log, dense_folder)
         run.probe(client)
         complete = run.measure()
-        say("everything is measured" if complete else "the time is over; call again to go on")
+        say(
+            "everything is measured"
+            if complete
+            else "the time is over; call again to go on"
+        )
     results = run.results()
     if not results["lengths"]:
         say("no length has both kinds of prompts yet; nothing is written")

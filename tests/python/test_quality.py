@@ -76,7 +76,9 @@ def test_every_part_of_an_answer_is_in_the_context(tokenizer, haystack):
                 assert re.search(rf"\b{part}\b", context), (seed, question.task, part)
 
 
-def test_the_tasks_are_those_of_the_list_and_words_are_asked_of_word_lists_only(tokenizer):
+def test_the_tasks_are_those_of_the_list_and_words_are_asked_of_word_lists_only(
+    tokenizer,
+):
     asked = {h: {q.task for q in make(tokenizer, h).questions} for h in haystacks.HAYSTACKS}
     assert asked["words"] == set(retrieval_tasks.TASKS)
     assert asked["kjv"] == asked["noise"] == set(retrieval_tasks.TASKS) - {"words"}
@@ -142,7 +144,7 @@ def test_settings_are_methods_x_options_x_tails_x_corrections():
     assert names[0] == settings.DENSE
     families = settings.GRID.values()
     options = sum(len(family.core + family.more) for family in families)
-    near = sum(len(family.near) for family in families)  # with the longest tail only
+    near = sum(len(family.near + family.half) for family in families)  # one tail each
     grid = options * len(settings.TAILS) + near
     assert len(names) == 1 + grid * len(settings.CORRECTIONS)
     core = [setting.name for setting in settings.all_settings(more=False)]
@@ -162,6 +164,22 @@ def test_a_setting_becomes_options_of_the_client():
     made = settings.Setting("pbs", "Pbs", {"threshold": 0.7}).attention()
     assert made.method.threshold == 0.7
     assert settings.Setting("dense", "Dense", {}).attention().method is not None
+    permuted = settings.Setting(
+        "xattention", "XAttention", {"threshold": 1, "permute": True}
+    )
+    assert permuted.attention().permute is not None
+    assert permuted.name == "xattention 1, permuted"
+
+
+def test_texts_are_verses_and_the_paragraphs_of_a_handbook(tmp_path):
+    page = '<p>no</p><div class="para">\n  Short.</div><div class="para">{}</div>'
+    long = "A &amp; <b>bold</b>\n word " * 3
+    (tmp_path / "a.html").write_text(page.format(long))
+    assert haystacks.handbook_paragraphs(tmp_path) == [
+        " " + "A & bold word " * 2 + "A & bold word"
+    ]
+    with pytest.raises(FileNotFoundError, match="install debian-handbook"):
+        haystacks.handbook_paragraphs(tmp_path / "none")
 
 
 # ---- the rule
@@ -258,7 +276,8 @@ def test_a_loss_far_out_needs_no_more_prompts_and_a_near_one_does():
 def text_record(setting: str, index: int, nll: float, flops: float) -> dict:
     return {
         "setting": setting, "length": 2048, "kind": "text", "index": index, "nll": nll,
-        "nll_by_position": [nll] * 2, "continuation_nll": 2.0, "top1_agreement": 0.9,
+        "text": "kjv", "nll_by_position": [nll] * 2, "continuation_nll": 2.0,
+        "top1_agreement": 0.9,
         "kl_last_64": 0.1, "coverage": 0.9, "executed_flops": flops, "cpu_seconds": flops,
         "attention_seconds": 1.0,
     }  # fmt: skip
@@ -313,7 +332,10 @@ def test_a_log_goes_on_where_it_was(tmp_path):
     assert again.has(KEYS[0])
     assert not again.has(KEYS[1])
     again.add(KEYS[1], {"nll": 2.5})
-    assert [r["nll"] for r in RunLog(path, {"server": "a"}).records.values()] == [1.5, 2.5]
+    assert [r["nll"] for r in RunLog(path, {"server": "a"}).records.values()] == [
+        1.5,
+        2.5,
+    ]
 
 
 def test_a_line_that_was_cut_short_is_measured_again(tmp_path):

@@ -16,7 +16,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
-sys.path[:0] = [str(REPOSITORY / f"tests/{name}") for name in ("quality", "models", "bench")]
+sys.path[:0] = [
+    str(REPOSITORY / f"tests/{name}") for name in ("quality", "models", "bench")
+]
 import exposing_layers  # noqa: E402
 import settings  # noqa: E402
 from decode_tier import (  # noqa: E402
@@ -90,7 +92,9 @@ def test_packed_segments_are_computed_as_if_each_were_alone(served):
 def test_a_texts_figures_are_those_of_the_model_itself(served):
     _, tier, measurer = served
     tokens, following = tokens_of(5), tokens_of(6, 8)
-    figures, outcome = measurer.text(TextPrompt(tokens, following), Attention(Dense()), None)
+    figures, outcome = measurer.text(
+        TextPrompt("kjv", tokens, following), Attention(Dense()), None
+    )
     logits = whole_logits(tier, tokens + following)
     wanted = torch.tensor(tokens[1:] + following)
     losses = torch.nn.functional.cross_entropy(logits[:-1], wanted, reduction="none")
@@ -104,7 +108,8 @@ def test_a_texts_figures_are_those_of_the_model_itself(served):
 
 def test_the_work_of_exposing_layers_is_not_counted(served):
     client, _, measurer = served
-    figures, _ = measurer.text(TextPrompt(tokens_of(7), tokens_of(8, 4)), Attention(Dense()), None)
+    prompt = TextPrompt("kjv", tokens_of(7), tokens_of(8, 4))
+    figures, _ = measurer.text(prompt, Attention(Dense()), None)
     plain = client.prefill(MODEL, tokens_of(7), Dense())
     assert figures["executed_flops"] == pytest.approx(plain.stats.executed_flops)
 
@@ -118,7 +123,8 @@ def test_an_answer_in_the_prompt_and_one_over_the_cache_are_scored_alike(served)
         logits = whole_logits(tier, context + asked + answer)
         answer += (int(logits[-1].argmax()),)
     losses = torch.nn.functional.cross_entropy(
-        whole_logits(tier, context + asked + answer)[begin - 1 : -1], torch.tensor(answer)
+        whole_logits(tier, context + asked + answer)[begin - 1 : -1],
+        torch.tensor(answer),
     )
     accepted = tuple(frozenset([token]) for token in answer)
     question = Question("keys", asked, answer, ((0, 4),), accepted, 0.5)
@@ -151,7 +157,7 @@ class FakePrompts:
     """Prompts that only say where they stand."""
 
     def text(self, length: int, index: int) -> TextPrompt:
-        return TextPrompt((length, index), ())
+        return TextPrompt("kjv", (length, index), ())
 
     def retrieval(self, length: int, index: int) -> tuple[int, int]:
         return length, index
@@ -167,8 +173,9 @@ class FakeMeasurer:
         self._called("text", prompt.tokens, attention)
         threshold = getattr(attention.method, "threshold", 1)
         nll = 2.0 if threshold == 1 else 2.0 + (1 - threshold)
-        figures = {"nll": nll, "nll_by_position": [nll], "continuation_nll": 2.0,
-                   "top1_agreement": 1.0, "kl_last_64": 0.0, **self._work()}  # fmt: skip
+        figures = {"text": "kjv", "nll": nll, "nll_by_position": [nll],
+                   "continuation_nll": 2.0, "top1_agreement": 1.0, "kl_last_64": 0.0,
+                   **self._work()}  # fmt: skip
         return figures, TextOutcome(np.zeros(1), np.zeros(2), np.zeros((1, 2)))
 
     def retrieval(self, prompt, attention):
@@ -240,12 +247,11 @@ def test_a_run_ends_when_its_time_is_over(tmp_path):
     assert run.results()["lengths"] == []
 
 
-def test_a_setting_that_is_far_out_is_measured_on_the_first_prompts_only(tmp_path):
+def test_a_setting_that_is_far_out_on_short_prompts_is_measured_no_further(tmp_path):
     run, measurer = run_of(tmp_path, NEAR, FAR)
     assert run.measure()
     far = [call for call in measurer.calls if call[-1] == 0.5]
-    assert {call[2] for call in far} == {0, 1}
-    assert len(far) == 2 * 2 * 2  # kinds, lengths, prompts
+    assert {call[1:3] for call in far} == {(2048, 0), (2048, 1)}
     assert run.results()["screened"] == [FAR.name]
     whole, measurer = run_of(tmp_path / "whole", FAR, screen=False)
     assert whole.measure()

@@ -1,6 +1,6 @@
 """Text that a question's answer is hidden in, and real text whose loss is measured.
 
-Three kinds, by the names in HAYSTACKS:
+Haystacks, by the names in HAYSTACKS:
 
 * "kjv": the King James Bible, in the public domain, as Debian packages it (bible-kjv,
   bible-kjv-text). A prompt begins at a random verse.
@@ -8,11 +8,18 @@ Three kinds, by the names in HAYSTACKS:
 * "words": a list of nouns, in which three are ten times as frequent as any other. It is
   also what the question for common words is about.
 
+Texts, by the names in TEXTS: "kjv", which repeats itself much and which models know by
+heart, and "handbook", modern prose: the Debian Administrator's Handbook (package
+debian-handbook).
+
 Units are sentences as token ids. Threading: none. Determinism: a numpy Generator decides.
 """
 
 from __future__ import annotations
 
+import html
+import pathlib
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 
@@ -37,6 +44,9 @@ NOUNS = (
 COMMON_WORDS = 3
 COMMON_SHARE = 0.2  # of the list, each; each other noun has .007
 HAYSTACKS = ("kjv", "noise", "words")
+TEXTS = ("kjv", "handbook")
+HANDBOOK = pathlib.Path("/usr/share/doc/debian-handbook/html/en-US")
+PARAGRAPH_MIN = 40  # characters; shorter ones are labels
 
 Encode = Callable[[str], list[int]]  # text -> token ids
 
@@ -54,14 +64,42 @@ def kjv_verses() -> list[str]:
     return [" " + line.split(" ", 1)[1] for line in printed.splitlines() if " " in line]
 
 
+def handbook_paragraphs(folder: pathlib.Path = HANDBOOK) -> list[str]:
+    """The handbook's paragraphs in the order of its files, each behind a space.
+
+    Raises:
+        FileNotFoundError: the handbook is not installed.
+    """
+    files = sorted(folder.glob("*.html"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no pages; install debian-handbook")
+    found = []
+    for file in files:
+        for body in re.findall(
+            r'<div class="para">(.*?)</div>', file.read_text(), re.DOTALL
+        ):
+            words = html.unescape(re.sub("<[^>]+>", "", body)).split()
+            found.append(" " + " ".join(words))
+    return [paragraph for paragraph in found if len(paragraph) > PARAGRAPH_MIN]
+
+
+def read_texts() -> dict[str, list[str]]:
+    """The sentences of each of TEXTS.
+
+    Raises:
+        FileNotFoundError: one is not installed.
+    """
+    return {"kjv": kjv_verses(), "handbook": handbook_paragraphs()}
+
+
 class Text:
     """Real text as token ids, of which every prompt takes a stretch of its own."""
 
-    def __init__(self, verses: list[str], encode: Encode):
-        self._verses, self._encode = verses, encode
+    def __init__(self, sentences: list[str], encode: Encode):
+        self._sentences, self._encode = sentences, encode
 
     def stretch(self, rng: np.random.Generator, num_tokens: int) -> list[int]:
-        """`num_tokens` ids of consecutive verses from a random one on."""
+        """`num_tokens` ids of consecutive sentences from a random one on."""
         tokens: list[int] = []
         for sentence in self.sentences(rng):
             tokens += sentence
@@ -70,11 +108,11 @@ class Text:
         return tokens[:num_tokens]
 
     def sentences(self, rng: np.random.Generator) -> Iterator[list[int]]:
-        """Verse by verse, without an end: after the last comes the first."""
-        at = int(rng.integers(len(self._verses)))
+        """Sentence by sentence, without an end: after the last comes the first."""
+        at = int(rng.integers(len(self._sentences)))
         while True:
-            yield self._encode(self._verses[at])
-            at = (at + 1) % len(self._verses)
+            yield self._encode(self._sentences[at])
+            at = (at + 1) % len(self._sentences)
 
 
 def noise_sentences(encode: Encode) -> Iterator[list[int]]:

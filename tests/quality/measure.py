@@ -36,8 +36,9 @@ POSITION_BINS = 8  # equal parts of a text whose losses are reported apart
 
 @dataclasses.dataclass(frozen=True)
 class TextPrompt:
-    """Real text: what is prefilled, and what follows it."""
+    """Real text, by its name: what is prefilled, and what follows it."""
 
+    name: str
     tokens: tuple[int, ...]
     continuation: tuple[int, ...]
 
@@ -81,6 +82,7 @@ class Measurer:
         bins = np.array_split(outcome.nll, POSITION_BINS)
         return {
             **prefill_figures(result, cpu, real),
+            "text": prompt.name,
             "nll": float(outcome.nll.mean()),
             "nll_by_position": [round(float(part.mean()), 5) for part in bins],
             "continuation_nll": follow,

@@ -16,7 +16,7 @@ import itertools
 from typing import Any
 
 import pbs_client
-from pbs_client import Attention
+from pbs_client import Attention, Permute
 
 DENSE = "dense"
 # Query blocks at the end that read every earlier block. The last block of a prompt may
@@ -24,7 +24,8 @@ DENSE = "dense"
 TAILS = (0, 2)
 CORRECTIONS = (False, True)
 WINDOW = 4  # key blocks up to the diagonal that every query block reads
-
+HALF_BLOCKS = {"block_size": 64, "window_blocks": 2 * WINDOW}  # the same tokens
+HALF_BLOCKS_TAIL = 3
 
 _SHARED = frozenset(field.name for field in dataclasses.fields(Attention))
 
@@ -38,18 +39,23 @@ class Family:
     """A method's class in the client, and the options that are tried.
 
     `core` is what a run takes by default, `more` what it takes in addition on request.
-    `near` is tried with a window, and with a dense tail only. Options that all methods
-    share may be among them.
+    `near` is tried with a window and with a dense tail of the longest of TAILS, `half`
+    with blocks of half the size. Options that all methods share may be among them.
     """
 
     class_name: str
     core: tuple[dict[str, Any], ...]
     more: tuple[dict[str, Any], ...] = ()
     near: tuple[dict[str, Any], ...] = ()
+    half: tuple[dict[str, Any], ...] = ()
 
 
 def _near(name: str, *values: float, **shared: Any) -> tuple[dict[str, Any], ...]:
-    return _each(name, *values, window_blocks=WINDOW, **shared)
+    return _each(name, *values, **{"window_blocks": WINDOW, **shared})
+
+
+def _half(name: str, *values: float) -> tuple[dict[str, Any], ...]:
+    return _each(name, *values, **HALF_BLOCKS)
 
 
 GRID = {
@@ -58,18 +64,25 @@ GRID = {
         _each("threshold", 0.95, 0.9, 0.8),
         _each("threshold", 0.98, 0.7, 0.5),
         _near("threshold", 0.9, 0.8, 0.6, 0.4),
+        _half("threshold", 0.8),
     ),
     "mean_pooling": Family(
         "MeanPooling",
         _each("threshold", 0.95, 0.9),
         _each("threshold", 0.8),
         _near("threshold", 0.95, 0.9),
+        _half("threshold", 0.95),
     ),
     "xattention": Family(
         "XAttention",
         _each("threshold", 0.95, 0.9),
         _each("threshold", 0.8),
-        _near("threshold", 0.95, 0.9),
+        (
+            *_near("threshold", 0.9, 0.85, 0.8),
+            *_near("threshold", 0.9, window_blocks=2),
+            *_near("threshold", 0.9, permute=True),
+        ),
+        _half("threshold", 0.95, 0.9, 0.85, 0.8),
     ),
     "flexprefill": Family(
         "FlexPrefill",
@@ -82,6 +95,7 @@ GRID = {
         _each("threshold", 0.95, 0.9),
         _each("threshold", 0.98),
         _near("threshold", 0.95, 0.9),
+        _half("threshold", 0.95),
     ),
     "flashprefill": Family(
         "FlashPrefill",
@@ -103,6 +117,12 @@ class UnknownSettingError(ValueError):
     """This client does not have the method or an option of a setting."""
 
 
+def _part(option: str, value: float) -> str:
+    if option == "permute":
+        return "permuted"
+    return f"{option.removesuffix('_blocks').removesuffix('_size')} {value:g}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """A method with its options, and the options that all methods share."""
@@ -115,15 +135,11 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Such as "pbs 0.9, tail 1, corrected"."""
-        own = {name: v for name, v in self.options.items() if name not in _SHARED}
-        values = "/".join(f"{value:g}" for value in own.values())
-        parts = [f"{self.method} {values}".rstrip()]
-        parts += [
-            f"{name.removesuffix('_blocks')} {value:g}"
-            for name, value in self.options.items()
-            if name in _SHARED
-        ]
+        """Such as "pbs 0.9, window 4, tail 2, corrected"."""
+        named = {name for name in self.options if name in _SHARED or name == "block_size"}
+        own = [value for name, value in self.options.items() if name not in named]
+        parts = [f"{self.method} {'/'.join(f'{value:g}' for value in own)}".rstrip()]
+        parts += [_part(n, value) for n, value in self.options.items() if n in named]
         parts += [f"tail {self.tail_blocks}"] if self.tail_blocks else []
         parts += ["corrected"] if self.corrected else []
         return ", ".join(parts)
@@ -139,6 +155,8 @@ class Setting:
             raise UnknownSettingError(f"the client has no {self.class_name}")
         own = {name: v for name, v in self.options.items() if name not in _SHARED}
         shared = {name: v for name, v in self.options.items() if name in _SHARED}
+        if shared.get("permute"):
+            shared["permute"] = Permute()
         if self.method != DENSE:
             shared |= {
                 "dense_tail_blocks": self.tail_blocks,
@@ -158,6 +176,7 @@ def all_settings(more: bool = True) -> list[Setting]:
         grid = itertools.chain(
             itertools.product(tried, TAILS, CORRECTIONS),
             itertools.product(family.near, TAILS[-1:], CORRECTIONS),
+            itertools.product(family.half, (HALF_BLOCKS_TAIL,), CORRECTIONS),
         )
         for options, tail, corrected in grid:
             settings.append(Setting(method, family.class_name, options, tail, corrected))

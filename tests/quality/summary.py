@@ -67,6 +67,10 @@ def text_figures(pairs: Pairs) -> dict[str, Any]:
     return {
         "nll": mean(pairs, "nll"),
         "nll_excess": excess(pairs, "nll"),
+        "nll_excess_by_text": {
+            name: excess([p for p in pairs if p[0]["text"] == name], "nll")
+            for name in sorted({own["text"] for own, _ in pairs})
+        },
         "nll_by_position": [round(statistics.fmean(values), 5) for values in bins],
         "continuation_nll": mean(pairs, "continuation_nll"),
         "continuation_excess": excess(pairs, "continuation_nll"),
@@ -106,7 +110,10 @@ def retrieval_figures(pairs: Pairs) -> dict[str, Any]:
         "answer_nll": mean(pairs, "answer_nll"),
         **{
             f"by_{name}": {
-                label: {"score": round(statistics.fmean(scores), 4), "questions": len(scores)}
+                label: {
+                    "score": round(statistics.fmean(scores), 4),
+                    "questions": len(scores),
+                }
                 for label, scores in sorted(group.items())
             }
             for name, group in groups.items()
@@ -122,7 +129,9 @@ def time_figures(pairs: Pairs) -> dict[str, Any]:
         "cpu_ratio": median_ratio(pairs, "cpu_seconds"),
         "attention_ratio": median_ratio(pairs, "attention_seconds"),
         "cpu_seconds": statistics.median(own["cpu_seconds"] for own, _ in pairs),
-        "attention_seconds": statistics.median(own["attention_seconds"] for own, _ in pairs),
+        "attention_seconds": statistics.median(
+            own["attention_seconds"] for own, _ in pairs
+        ),
         "prompts": len(pairs),
     }
 
