@@ -315,6 +315,18 @@ bool SelectsEveryBlock(const AttentionOptions& options) {
          ((traits.options & kGamma) != 0 && options.gamma >= 1.0f);
 }
 
+bool RunsDense(const AttentionOptions& options, int32_t k_len) {
+  const MethodTraits& traits = TraitsOf(options.method);
+  if (!traits.Selects()) return true;
+  if (options.use_given_lists) return false;
+  if (k_len <= int64_t{traits.dense_blocks_max} * options.block_size) return true;
+  if (options.use_given_order) return false;
+  // With all distances every query reads every key.
+  const bool reads_all =
+      traits.rule == Rule::kLargestLines && k_len <= options.slash_tokens;
+  return reads_all || (Permutes(options) && k_len <= options.segment_size);
+}
+
 std::string CanonicalText(const AttentionOptions& options) {
   // The table's first options are written always, the others where they change
   // something, so that an option that is added later changes no text of before.

@@ -21,7 +21,6 @@ AttentionGeometry MakeGeometry(const AttentionProblem& problem) {
   const AttentionShape& shape = problem.shape;
   const AttentionOptions& options = problem.options;
   const bool permutes = Permutes(options);
-  const MethodTraits& traits = TraitsOf(options.method);
 
   AttentionGeometry g;
   g.num_heads = shape.num_heads;
@@ -49,14 +48,7 @@ AttentionGeometry MakeGeometry(const AttentionProblem& problem) {
     s.slot_begin = g.total_slots;
     s.query_block_begin = g.total_query_blocks;
     s.entries_begin = g.total_entries;
-    const bool is_short =
-        (permutes && s.k_len <= options.segment_size && !options.use_given_order) ||
-        s.num_key_blocks <= traits.dense_blocks_max;
-    // With all distances every query reads every key.
-    const bool reads_all = traits.rule == Rule::kLargestLines &&
-                           options.slash_tokens >= s.k_len && !options.use_given_order;
-    s.dense =
-        !traits.Selects() || ((is_short || reads_all) && !options.use_given_lists);
+    s.dense = RunsDense(options, s.k_len);
     for (int32_t i = 0; i < s.num_query_blocks; ++i) {
       s.entries_per_head += g.RowCapacity(s, s.first_query_block + i);
     }

@@ -15,10 +15,7 @@ constexpr size_t kDigestHexDigits = 32;
 // When every candidate is selected, forced blocks and the order of the keys change
 // nothing: that is dense attention.
 bool IsExact(const AttentionOptions& options, int32_t num_tokens) {
-  if (SelectsEveryBlock(options)) return true;
-  const int64_t dense_blocks_max = TraitsOf(options.method).dense_blocks_max;
-  return (Permutes(options) && num_tokens <= options.segment_size) ||
-         num_tokens <= dense_blocks_max * options.block_size;
+  return SelectsEveryBlock(options) || RunsDense(options, num_tokens);
 }
 
 std::string Named(const char* name, std::string_view canonical,

@@ -206,6 +206,11 @@ bool ForcesFirstBlock(const AttentionOptions& options);
 // True when the method selects every candidate whatever the inputs are.
 bool SelectsEveryBlock(const AttentionOptions& options);
 
+// True when a sequence of `k_len` keys runs dense whatever the inputs are: the method
+// is dense, or the sequence is short for it. Given lists are used all the same, and so
+// is a given order.
+bool RunsDense(const AttentionOptions& options, int32_t k_len);
+
 // Every option that the method has and that decides its results, in a fixed order:
 // "pbs block_size=128 threshold=0.899999976 ...". Equal results have equal texts.
 std::string CanonicalText(const AttentionOptions& options);
