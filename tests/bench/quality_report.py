@@ -3,7 +3,7 @@
 
     scripts/bench.sh report
 
-Without the file the table of docs/BENCHMARKS.md stays as it is.
+The README gets a row per method. Without the file the pages stay as they are.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib.pyplot as plt
-from report import PAGE, RESULTS, fill, save, source, table
+from matplotlib.lines import Line2D
+from report import PAGE, README, RESULTS, ROOT, fill, save, source, table
+
+sys.path.insert(0, str(ROOT / "tests/quality"))
+from summary import PAPER, best_of_methods  # noqa: E402
 
 NAME = "quality_model"
-SIGNS = {"tail 1": "s", "corrected": "^", "tail 1, corrected": "D"}
+# Of a setting's name: what it adds to its method, and the marker of that.
+ADDED = (("block 64", "^"), ("window", "D"), ("tail", "s"))
+PLAIN = ("as the method is", "o")
 Figures = dict[str, Any]  # of one setting at one length
 
 
@@ -109,7 +115,7 @@ def plot(results: dict[str, Any]) -> None:
     }
     lengths = [str(length) for length in results["lengths"]]
     figure, axes = plt.subplots(
-        len(costs), len(lengths), figsize=(max(7, 1 + 3 * len(lengths)), 6), squeeze=False
+        len(costs), len(lengths), figsize=(max(7, 1 + 3 * len(lengths)), 6.5), squeeze=False
     )
     methods = list(dict.fromkeys(s["method"] for s in results["settings"].values()))
     for row, (cost_name, cost) in zip(axes, costs.items()):
@@ -117,12 +123,28 @@ def plot(results: dict[str, Any]) -> None:
             _draw_panel(axis, results["settings"], length, cost, methods)
             axis.set(title=f"L = {length}", xlabel=cost_name)
         row[0].set_ylabel("NLL of text above dense, %")
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles.update(zip(*reversed(axis.get_legend_handles_labels())))
-    figure.legend(handles.values(), handles.keys(), frameon=False,
-                  loc="outside lower center", ncols=4)  # fmt: skip
+    figure.legend(handles=_keys(methods), frameon=False, loc="outside lower center", ncols=4)
     save(figure, NAME)
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """What a setting adds to its method, and its marker."""
+    return next((added for added in ADDED if added[0] in name), PLAIN)
+
+
+def _keys(methods: list[str]) -> list[Line2D]:
+    keys = [Line2D([], [], color=f"C{i}", marker="o", linestyle="", label=method)
+            for i, method in enumerate(methods)]  # fmt: skip
+    keys += [
+        Line2D([], [], color="gray", marker=marker, linestyle="", label=label)
+        for label, marker in (PLAIN, *reversed(ADDED))
+    ]
+    return keys + [
+        Line2D([], [], color="gray", marker="o", fillstyle="none", linestyle="",
+               label="hollow: not corrected"),
+        Line2D([], [], color="gray", linestyle="--", label="no setting is better"),
+        Line2D([], [], color="black", linestyle=":", label="limit of the rule"),
+    ]  # fmt: skip
 
 
 def _draw_panel(
@@ -137,22 +159,48 @@ def _draw_panel(
         excess = figures["text"]["nll_excess"]
         x, y = cost(figures), 100 * excess["mean"]
         points.append((x, y))
-        extras = name.partition(", ")[2]
-        label = setting["method"] + (f", {extras}" if extras else "")
+        filled = setting["corrected"] or setting["method"] == "dense"
         axis.errorbar(
-            x, y, yerr=100 * (excess["standard_error"] or 0), label=label, markersize=4,
-            fmt=SIGNS.get(extras, "o"), color=f"C{methods.index(setting['method'])}",
-            linewidth=0.8,
+            x, y, yerr=100 * (excess["standard_error"] or 0), markersize=5,
+            fmt=_kind(name)[1], fillstyle="full" if filled else "none",
+            color=f"C{methods.index(setting['method'])}", linewidth=0.8,
         )  # fmt: skip
     if points:
-        axis.step(*zip(*pareto(points)), where="post", color="gray", linewidth=0.8,
-                  linestyle="--", label="no setting is better")  # fmt: skip
-    axis.axhline(0.5, color="black", linewidth=0.6, linestyle=":", label="limit of the rule")
+        front = pareto(points)
+        axis.step(*zip(*front), where="post", color="gray", linewidth=0.8, linestyle="--")
+    axis.axhline(0.5, color="black", linewidth=0.6, linestyle=":")
     axis.set_yscale("symlog", linthresh=1)
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
+def readme_table(results: dict[str, Any]) -> str:
+    """A row per method: losses, density and time at the two longest lengths."""
+    lengths = [str(length) for length in results["lengths"][-2:]]
+    choice = results["choice"]
+    rows = []
+    for name in best_of_methods(results):
+        label = name
+        if name == choice["setting"]:
+            label = f"**{name}** (the default)"
+        elif name == PAPER:
+            label = f"{name} (the paper's)"
+        row = [label]
+        for length in lengths:
+            figures = results["settings"][name]["lengths"].get(length)
+            row += _short(figures) if figures else ["", "", ""]
+        rows.append([*row, "no" if name in choice["failed"] else "yes"])
+    columns = [f"{what}, {n}" for n in lengths for what in ("NLL", "density", "CPU time")]
+    return table(["setting", *columns, "holds"], rows)
+
+
+def _short(figures: Figures) -> list[str]:
+    return [f"{100 * figures['text']['nll_excess']['mean']:+.2f} %",
+            f"{figures['text']['density']['mean']:.2f}",
+            f"{figures['time']['cpu_ratio']:.2f}x"]  # fmt: skip
 
 
 def main() -> int:
-    """Rewrites the table and the plot."""
+    """Rewrites the tables and the plot."""
     path = RESULTS / f"{NAME}.json"
     if not path.exists():
         print(f"docs/results/{NAME}.json does not exist; its table stays", file=sys.stderr)
@@ -162,6 +210,7 @@ def main() -> int:
     image = f"![Loss over density and over time](results/{NAME}.svg)"
     parts = [quality_table(results), verdict(results), image, task_table(results)]
     fill(PAGE, NAME, "\n\n".join([*parts, source(NAME, results)]))
+    fill(README, NAME, readme_table(results))
     return 0
 
 

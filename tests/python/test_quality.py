@@ -363,3 +363,31 @@ def test_settings_are_plain_data():
     for setting, other in itertools.pairwise(settings.all_settings()):
         assert dataclasses.asdict(setting) != dataclasses.asdict(other)
         json.dumps(dataclasses.asdict(setting))
+
+
+def result(method: str, excess: float, cpu: float, longest: bool = True) -> dict:
+    figures = {"text": {"nll_excess": {"mean": excess}}, "time": {"cpu_ratio": cpu}}
+    return {
+        "method": method,
+        "lengths": {"4096": figures, **({"8192": figures} if longest else {})},
+    }
+
+
+def test_the_readme_shows_the_default_the_papers_setting_and_one_of_each_method():
+    settings_of = {
+        "dense": result("dense", 0, 1),
+        "pbs 0.9": result("pbs", 0.02, 0.6),
+        "pbs 0.95": result("pbs", 0.01, 0.7),
+        "prism 1": result("prism", 0.004, 0.8),
+        "prism 2": result("prism", 0.003, 0.7),
+        "prism 3": result("prism", 0.03, 0.1),
+        "xattention 1": result("xattention", 0.02, 0.5),
+        "xattention 2": result("xattention", 0.01, 0.6),
+        "flashprefill 1": result("flashprefill", 0.2, 0.5, longest=False),
+    }
+    failed = {n: [] for n, s in settings_of.items()
+              if s["lengths"]["4096"]["text"]["nll_excess"]["mean"] > 0.005}  # fmt: skip
+    results = {"lengths": [4096, 8192], "settings": settings_of,
+               "choice": {"setting": "prism 2", "failed": failed}}  # fmt: skip
+    shown = summary.best_of_methods(results)
+    assert shown == ["dense", "prism 2", "pbs 0.9", "pbs 0.95", "xattention 2"]

@@ -16,6 +16,7 @@ from typing import Any
 from rule import DENSE, Cell, Mean
 
 TEXT, RETRIEVAL = "text", "retrieval"
+PAPER = "pbs 0.9"  # the setting of the PBS-Attn paper
 DEPTHS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.01))
 Record = Mapping[str, Any]
 Pairs = list[tuple[Record, Record]]  # the setting's and dense's, of the same prompt
@@ -157,6 +158,31 @@ def cell(of: Mapping[str, Any]) -> Cell:
         time_ratio=of["time"]["cpu_ratio"],
         density=of["text"]["density"].mean,
     )
+
+
+def best_of_methods(results: dict[str, Any]) -> list[str]:
+    """The settings of the README, of results(): dense, the default, the paper's, one per other method.
+
+    Of a method the fastest setting that holds at the longest length, or else the one that
+    loses least there.
+    """
+    settings, failed = results["settings"], results["choice"]["failed"]
+    longest = str(results["lengths"][-1])
+
+    def rank(name: str) -> tuple[bool, float]:
+        figures = settings[name]["lengths"][longest]
+        if name in failed:
+            return True, figures["text"]["nll_excess"]["mean"]
+        return False, figures["time"]["cpu_ratio"]
+
+    shown = list(dict.fromkeys(["dense", results["choice"]["setting"], PAPER]))
+    seen = {settings[name]["method"] for name in shown[:2]}
+    for method in dict.fromkeys(s["method"] for s in settings.values()):
+        own = [n for n, s in settings.items() if s["method"] == method]
+        whole = [n for n in own if longest in settings[n]["lengths"]]
+        if method not in seen and whole:
+            shown.append(min(whole, key=rank))
+    return [name for name in dict.fromkeys(shown) if name in settings]
 
 
 def to_json(value: Any) -> Any:
