@@ -3,12 +3,19 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <iterator>
 #include <map>
 #include <numeric>
 #include <random>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "pbs/v1/attention.grpc.pb.h"
+#include "server/base/attention_options.h"
 #include "tests/integration/test_node.h"
+#include "tests/support/attention_matrix.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::server {
@@ -116,39 +123,30 @@ void WantEverything(v1::AttendHeader& header) {
 }
 
 struct MethodCase {
-  const char* name;
-  v1::AttentionOptions wire;
+  std::string name;
   AttentionOptions options;
   DType dtype;
   v1::DType wire_dtype;
 };
 
-v1::AttentionOptions WirePbs(v1::Scope scope) {
-  v1::AttentionOptions options;
-  options.mutable_pbs()->set_block_size(32);
-  options.mutable_pbs()->set_segment_size(64);
-  options.mutable_pbs()->set_threshold(0.6f);
-  options.mutable_pbs()->set_scope(scope);
-  options.set_coverage_rows(16);
-  return options;
+// Every row of the attention matrix, the dtypes in turn.
+std::vector<MethodCase> ServedMethods() {
+  const std::pair<DType, v1::DType> dtypes[] = {
+      {DType::kF32, v1::F32}, {DType::kBF16, v1::BF16}, {DType::kF16, v1::F16}};
+  std::vector<MethodCase> cases;
+  for (auto& [name, options] : testing_support::MatrixMethods()) {
+    const auto& [dtype, wire] = dtypes[cases.size() % std::size(dtypes)];
+    options.coverage_rows = std::max(options.coverage_rows, 16);
+    cases.push_back({name + "_" + DTypeName(dtype), options, dtype, wire});
+  }
+  return cases;
 }
-AttentionOptions Pbs(Scope scope) {
+
+AttentionOptions PbsOfSmallBlocks() {
   AttentionOptions options;
   options.block_size = 32;
   options.segment_size = 64;
   options.threshold = 0.6f;
-  options.scope = scope;
-  options.coverage_rows = 16;
-  return options;
-}
-v1::AttentionOptions WireMeanPooling() {
-  v1::AttentionOptions options;
-  options.mutable_mean_pooling()->set_threshold(0.5f);
-  return options;
-}
-v1::AttentionOptions WireDense() {
-  v1::AttentionOptions options;
-  options.mutable_dense();
   return options;
 }
 
@@ -157,7 +155,7 @@ class AttendMethodSpec : public testing::TestWithParam<MethodCase> {};
 TEST_P(AttendMethodSpec, TheReplyIsTheBackendsBitForBit) {
   const MethodCase& p = GetParam();
   Case c = DenseBatch(p.dtype, p.wire_dtype);
-  *c.header.mutable_options() = p.wire;
+  *c.header.mutable_options() = EncodeAttentionOptions(p.options);
   c.problem.options = p.options;
   WantEverything(c.header);
   TestNode node;
@@ -176,6 +174,10 @@ TEST_P(AttendMethodSpec, TheReplyIsTheBackendsBitForBit) {
   EXPECT_EQ(stats->density(), direct.report.stats.Density());
   EXPECT_EQ(stats->lower_density(), direct.report.stats.LowerDensity());
   EXPECT_EQ(stats->coverage_rows(), direct.report.stats.coverage_rows);
+  EXPECT_EQ(stats->coverage(), direct.report.stats.coverage);
+  const std::vector<int32_t> guarded(stats->guarded_heads().begin(),
+                                     stats->guarded_heads().end());
+  EXPECT_EQ(guarded, direct.report.heads.guarded);
   EXPECT_EQ(stats->head_density_size(), 4);
   EXPECT_EQ(stats->iterations_size(), 1);
   EXPECT_EQ(reply.shapes.at(v1::O), (std::vector<int64_t>{2, 4, 500, 64}));
@@ -194,21 +196,8 @@ TEST_P(AttendMethodSpec, TheReplyIsTheBackendsBitForBit) {
   EXPECT_TRUE(node.NothingHeld());
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Cases, AttendMethodSpec,
-    testing::Values(
-        MethodCase{
-            "dense_f32", WireDense(), {.method = Method::kDense}, DType::kF32, v1::F32},
-        MethodCase{"pbs_kv_head_bf16", WirePbs(v1::KV_HEAD), Pbs(Scope::kKvHead),
-                   DType::kBF16, v1::BF16},
-        MethodCase{"pbs_query_head_f16", WirePbs(v1::QUERY_HEAD),
-                   Pbs(Scope::kQueryHead), DType::kF16, v1::F16},
-        MethodCase{"mean_pooling_f32",
-                   WireMeanPooling(),
-                   {.method = Method::kMeanPooling, .threshold = 0.5f},
-                   DType::kF32,
-                   v1::F32}),
-    testing_support::CaseName());
+INSTANTIATE_TEST_SUITE_P(Matrix, AttendMethodSpec, testing::ValuesIn(ServedMethods()),
+                         testing_support::CaseName());
 
 TEST(AttendSpec, PackedSequencesOfDifferentLengths) {
   Case c;
@@ -218,9 +207,9 @@ TEST(AttendSpec, PackedSequencesOfDifferentLengths) {
   c.Add(SpecOf(v1::V, v1::F32, {1, 471, 32}), RandomTensor(471 * 32, DType::kF32, 3));
   for (int32_t end : {0, 1, 1, 300}) c.header.add_cu_seqlens(end);
   for (int32_t end : {0, 1, 1, 471}) c.header.add_cu_seqlens_k(end);
-  *c.header.mutable_options() = WirePbs(v1::KV_HEAD);
+  *c.header.mutable_options() = EncodeAttentionOptions(PbsOfSmallBlocks());
   c.problem.shape = {2, 1, 32, {{1, 1}, {0, 0}, {299, 470}}};
-  c.problem.options = Pbs(Scope::kKvHead);
+  c.problem.options = PbsOfSmallBlocks();
   c.q_layout = PackedLayout(300, 32);
   c.kv_layout = PackedLayout(471, 32);
   c.lse_layout = PackedLayout(300, 1);
@@ -240,7 +229,7 @@ TEST(AttendSpec, OrderAndListsOfOneCallServeTheNext) {
   TestNode node;
   auto client = node.NewClient();
   Case c = DenseBatch(DType::kF32, v1::F32);
-  *c.header.mutable_options() = WirePbs(v1::KV_HEAD);
+  *c.header.mutable_options() = EncodeAttentionOptions(PbsOfSmallBlocks());
   WantEverything(c.header);
   Reply first, second;
   ASSERT_TRUE(client->Attend(c.header, c.inputs, first).ok());
@@ -271,7 +260,7 @@ TEST(AttendSpec, SendsOnlyWhatIsWanted) {
 TEST(AttendSpec, NonFiniteValuesPassWhenAllowed) {
   TestNode node;
   Case c = DenseBatch(DType::kF32, v1::F32);
-  *c.header.mutable_options() = WireDense();
+  c.header.mutable_options()->mutable_dense();
   const float infinity = std::numeric_limits<float>::infinity();
   std::memcpy(c.data[v1::V].data(), &infinity, sizeof(infinity));
   Reply reply;
