@@ -43,6 +43,25 @@ bench_cpu() {
   write_report
 }
 
+#: revision REV the attention kernels of this tree beside those of the commit REV (15 min)
+bench_revision() {
+  local commit old=$build_dir/revision
+  commit=$(git -C "$repo" rev-parse --verify "${1:?"name a commit"}^{commit}")
+  install_packages "${build_packages[@]}"
+  build_targets bench_worker
+  say "building the kernels of $commit"
+  rm -rf "$old/tree"
+  git -C "$repo" worktree prune
+  git -C "$repo" worktree add --detach "$old/tree" "$commit"
+  (cd "$old/tree" && cmake --preset release -B "$old/build")
+  cmake --build "$old/build" --target bench_worker
+  git -C "$repo" worktree remove --force "$old/tree"
+  python_environment "$repo/.venv"
+  "$python" "$repo/tests/bench/bench_revision.py" --build "$build_dir" \
+    --before "$old/build/bin/bench_worker" --before-commit "$commit"
+  write_report
+}
+
 #: density      the blocks that mean pooling and PBS-Attn compute at one threshold (1 min)
 bench_density() {
   install_packages "${build_packages[@]}"

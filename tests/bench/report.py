@@ -387,10 +387,23 @@ def methods(results: dict) -> str:
     return "\n\n".join(tables)
 
 
+def revision(results: dict) -> str:
+    """The kernels of two commits."""
+    rows = [
+        [method, *(f"{group['speed_over_before'][method]['cpu']:.2f}x"
+                   for group in results["groups"])]
+        for method in results["groups"][0]["speed_over_before"]
+    ]
+    head = [f"speed over commit `{results['before'][:12]}`",
+            *(f"{group['length']} tokens" for group in results["groups"])]
+    return table(head, rows)
+
+
 TABLES = {
     "density": (density, plot_density),
     "cpu_attention": (attention, plot_attention),
     "cpu_methods": (methods, None),
+    "cpu_revision": (revision, None),
     "cpu_linear": (linear, None),
     "cpu_prefill": (prefill, None),
     "cpu_memory": (memory, None),
