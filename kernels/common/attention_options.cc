@@ -319,7 +319,10 @@ bool RunsDense(const AttentionOptions& options, int32_t k_len) {
   const MethodTraits& traits = TraitsOf(options.method);
   if (!traits.Selects()) return true;
   if (options.use_given_lists) return false;
-  if (k_len <= int64_t{traits.dense_blocks_max} * options.block_size) return true;
+  // The window and the dense tail reach from the last block to the first.
+  const int64_t dense_blocks = std::max(
+      {traits.dense_blocks_max, options.window_blocks, options.dense_tail_blocks});
+  if (k_len <= dense_blocks * options.block_size) return true;
   if (options.use_given_order) return false;
   // With all distances every query reads every key.
   const bool reads_all =
