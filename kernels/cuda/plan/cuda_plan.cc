@@ -52,6 +52,36 @@ int32_t TilesOf(const CudaAttentionPlan& plan, const SequenceGeometry& s) {
                                      : CeilDiv(s.q_len, plan.tile_rows);
 }
 
+// Query blocks whose lists one thread block makes.
+int32_t GroupBlocks(const DeviceTraits& device, const CudaAttentionPlan& plan) {
+  if (plan.scorer != Scorer::kAntidiagonal) {
+    const bool many = kGroupBlocksMax * plan.logit_stride * 4 <= kLogitBytesMax;
+    return many ? kGroupBlocksMax : kGroupBlocksMin;
+  }
+  // A query block has kBlockTokens / stride strided rows.
+  int32_t blocks = std::min(plan.problem.options.stride, kAntidiagonalBlocksMax);
+  while (blocks > 1 &&
+         AntidiagonalSharedBytes(plan.geometry.head_dim, blocks, plan.logit_stride) >
+             device.shared_bytes_max) {
+    blocks /= 2;
+  }
+  return blocks;
+}
+
+// Shared memory of the kernel that scores blocks.
+int64_t ScorerSharedBytes(const CudaAttentionPlan& plan) {
+  const int32_t head_dim = plan.geometry.head_dim;
+  switch (plan.scorer) {
+    case Scorer::kRows:
+      return RowsSharedBytes(head_dim, plan.logit_stride);
+    case Scorer::kAntidiagonal:
+      return AntidiagonalSharedBytes(head_dim, plan.group_blocks, plan.logit_stride);
+    default:
+      return SelectionSharedBytes(plan.group_blocks, plan.logit_stride, head_dim,
+                                  plan.num_bands());
+  }
+}
+
 // Stages, and key blocks and query blocks that are worked on together.
 void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   const AttentionGeometry& g = plan.geometry;
@@ -83,9 +113,7 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
     --plan.chunk_blocks;
   }
   plan.logit_stride = CeilDiv(std::max(longest, 1), 32) * 32;
-  plan.group_blocks = kGroupBlocksMax * plan.logit_stride * 4 <= kLogitBytesMax
-                          ? kGroupBlocksMax
-                          : kGroupBlocksMin;
+  plan.group_blocks = GroupBlocks(device, plan);
   plan.longest_list = longest;
   if (device.wide_tiles && g.head_dim == 64 && !sparse) plan.tile_rows = kWideTileRows;
   for (const SequenceGeometry& s : g.sequences) plan.tiles_per_head += TilesOf(plan, s);
@@ -199,12 +227,7 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
   plan->geometry = MakeGeometry(problem);
   ChooseStages(device, *plan);
   if (plan->selects) {
-    const int32_t head_dim = plan->geometry.head_dim;
-    const int64_t bytes =
-        plan->scorer == Scorer::kRows
-            ? RowsSharedBytes(head_dim, plan->logit_stride)
-            : SelectionSharedBytes(plan->group_blocks, plan->logit_stride, head_dim,
-                                   plan->num_bands());
+    const int64_t bytes = ScorerSharedBytes(*plan);
     if (bytes > device.shared_bytes_max) {
       return Unimplemented("block scores of the longest sequence take " +
                            std::to_string(bytes) + " bytes of shared memory; this " +

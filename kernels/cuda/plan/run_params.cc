@@ -101,6 +101,8 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.force_first_block = ForcesFirstBlock(options) ? 1 : 0;
   s.share_log2 = std::log2(options.alpha);
   s.zero_rows = options.as_published ? 1 : 0;
+  s.stride = options.stride;
+  s.lags = options.as_published ? 1 : 0;
   s.dense_tail_blocks = options.dense_tail_blocks;
   s.sink_blocks = options.sink_blocks;
   s.window_blocks = options.window_blocks;
