@@ -50,13 +50,14 @@ tidy() { # SOURCE...
   build_targets pbs_proto
   say "clang-tidy over $(printf '%s\n' "$@" | grep -c '\.cc$') files"
   printf '%s\n' "$@" | grep -E '^(kernels|server|client|proto/wire)/.*\.cc$' |
-    grep -v tile_kernels_ | xargs -P "$jobs" -n 4 clang-tidy-16 -p "$build_dir" --quiet
+    grep -vE '^kernels/emulator/|tile_kernels_' |
+    xargs -P "$jobs" -n 4 clang-tidy-16 -p "$build_dir" --quiet
   # clang-tidy 16 has no include cleaner. Device code and kernels of one instruction set
   # choose their headers by other rules (their own first lines).
   say "include cleaner"
   "$build_dir/lint-venv/bin/pip" install -q "clang-tidy>=20"
   printf '%s\n' "$@" | grep -E '\.(h|cc)$' |
-    grep -vE '^(kernels/cuda|tests/(emulator|fuzz|gpu))/|tile_kernels' |
+    grep -vE '^(kernels/(cuda|emulator)|tests/(emulator|fuzz|gpu))/|tile_kernels' |
     xargs -P "$jobs" -n 8 "$build_dir/lint-venv/bin/clang-tidy" -p "$build_dir" --quiet \
       --config-file=tests/structure/include_cleaner.yaml
 }

@@ -13,8 +13,8 @@
 
 #include "cuda/attention/attention_sm80.h"
 #include "cuda/attention/attention_sm90.h"
+#include "emulator/async.h"
 #include "pbs/dtype.h"
-#include "tests/emulator/async.h"
 #include "tests/support/largest_error.h"
 
 namespace pbs::emulator {

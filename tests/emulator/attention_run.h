@@ -1,8 +1,8 @@
 // Attention kernels on the emulator, one function per architecture.
 #pragma once
 
+#include "emulator/machine.h"
 #include "tests/emulator/attention_case.h"
-#include "tests/emulator/machine.h"
 
 namespace pbs::emulator {
 

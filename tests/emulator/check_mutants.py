@@ -24,7 +24,7 @@ from mutants import PROGRAMS
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RUN_SECONDS_MAX = 120
 LIBRARIES = [  # of a build, in the order of linking
-    "tests/emulator/libpbs_emulator.a",
+    "kernels/emulator/libpbs_emulator.a",
     "kernels/libpbs_reference.a",
     "kernels/libpbs_cuda_plan.a",
     "kernels/libpbs_kernels.a",
@@ -35,8 +35,8 @@ PRELUDE = [  # none of kernels/cuda that a defect is planted in
     "<random>",
     "<vector>",
     '"pbs/backend.h"',
-    '"tests/emulator/device_array.h"',
-    '"tests/emulator/primitives.h"',
+    '"emulator/device_array.h"',
+    '"emulator/primitives.h"',
 ]
 FLAGS = ["-std=c++20", "-O1", "-DPBS_EMULATOR"]
 INCLUDES = [str(folder) for folder in (ROOT, ROOT / "kernels", ROOT / "kernels/include")]

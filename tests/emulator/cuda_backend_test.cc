@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "emulator/emulated_driver.h"
 #include "reference/reference_attention.h"
-#include "tests/emulator/emulated_driver.h"
 #include "tests/support/case_name.h"
 #include "tests/support/linear_layer_case.h"
 #include "tests/unit/model/tiny_prefill.h"

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "cuda/backend/staged_copies.h"
-#include "tests/emulator/emulated_driver.h"
+#include "emulator/emulated_driver.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::emulator {

@@ -1,11 +1,11 @@
 // Spec: machine.h, synchronization.h, async.h. What a kernel may do works; what it must
 // not do is named, with the thread and the line.
-#include "tests/emulator/machine.h"
+#include "emulator/machine.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "tests/emulator/primitives.h"
+#include "emulator/primitives.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::emulator {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "cuda/model/model_launches.h"
+#include "emulator/device_array.h"
 #include "pbs/dtype.h"
-#include "tests/emulator/device_array.h"
 
 namespace pbs::emulator {
 namespace {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cuda/model/model_launches.h"
-#include "tests/emulator/device_array.h"
+#include "emulator/device_array.h"
 
 namespace pbs::emulator {
 namespace {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "pbs/block_mask.h"
 #include "reference/reference_attention.h"
@@ -63,50 +64,62 @@ bool OrdersTilesRight(uint32_t seed) {
   return true;
 }
 
+std::vector<AttentionProblem> Problems() {
+  return {{{2, 1, 64, {{200, 800}, {130, 130}}},
+           DType::kBF16,
+           {.threshold = 0.6f, .coverage_rows = 10}},
+          // Never falls back, but has a section of tiles for each head.
+          {{2, 2, 64, {{600, 600}}},
+           DType::kBF16,
+           {.method = Method::kMeanPooling,
+            .threshold = 0.3f,
+            .dense_fallback = true,
+            .coverage_rows = 3}},
+          // Few blocks are selected, and others are forced.
+          {{2, 1, 64, {{200, 900}}},
+           DType::kBF16,
+           {.method = Method::kMeanPooling,
+            .threshold = 0.05f,
+            .force_first_block = false,
+            .coverage_rows = 2,
+            .dense_tail_blocks = 1,
+            .sink_blocks = 1,
+            .window_blocks = 2}},
+          {{4, 2, 64, {{500, 900}, {400, 800}}},
+           DType::kBF16,
+           {.method = Method::kPrism,
+            .threshold = 0.5f,
+            .coverage_rows = 2,
+            .fast_threshold = 0.2f}},
+          {{4, 2, 64, {{300, 1000}, {400, 512}}},
+           DType::kBF16,
+           {.method = Method::kFlashPrefill,
+            .coverage_rows = 2,
+            .as_published = true,
+            .alpha = 0.3f}},
+          {{4, 2, 64, {{300, 1000}, {400, 450}}},
+           DType::kBF16,
+           {.method = Method::kXAttention, .threshold = 0.6f, .coverage_rows = 2}},
+          {{2, 1, 64, {{900, 1000}}},
+           DType::kBF16,
+           {.method = Method::kXAttention,
+            .threshold = 0.4f,
+            .coverage_rows = 2,
+            .permute = true,
+            .as_published = true,
+            .stride = 16}},
+          // Scores of more than a warp's threads.
+          {{4, 1, 64, {{130, 4400}}},
+           DType::kBF16,
+           {.method = Method::kFlashPrefill, .coverage_rows = 1, .alpha = 0.9f}}};
+}
+
 }  // namespace
 }  // namespace pbs::emulator
 
 int main() {
-  using pbs::AttentionProblem;
-  const AttentionProblem problems[] = {
-      {{2, 1, 64, {{200, 800}, {130, 130}}},
-       pbs::DType::kBF16,
-       {.threshold = 0.6f, .coverage_rows = 10}},
-      // Never falls back, but has a section of tiles for each head.
-      {{2, 2, 64, {{600, 600}}},
-       pbs::DType::kBF16,
-       {.method = pbs::Method::kMeanPooling,
-        .threshold = 0.3f,
-        .dense_fallback = true,
-        .coverage_rows = 3}},
-      // Few blocks are selected, and others are forced.
-      {{2, 1, 64, {{200, 900}}},
-       pbs::DType::kBF16,
-       {.method = pbs::Method::kMeanPooling,
-        .threshold = 0.05f,
-        .force_first_block = false,
-        .coverage_rows = 2,
-        .dense_tail_blocks = 1,
-        .sink_blocks = 1,
-        .window_blocks = 2}},
-      {{4, 2, 64, {{500, 900}, {400, 800}}},
-       pbs::DType::kBF16,
-       {.method = pbs::Method::kPrism,
-        .threshold = 0.5f,
-        .coverage_rows = 2,
-        .fast_threshold = 0.2f}},
-      {{4, 2, 64, {{300, 1000}, {400, 512}}},
-       pbs::DType::kBF16,
-       {.method = pbs::Method::kFlashPrefill,
-        .coverage_rows = 2,
-        .as_published = true,
-        .alpha = 0.3f}},
-      // Scores of more than a warp's threads.
-      {{4, 1, 64, {{130, 4400}}},
-       pbs::DType::kBF16,
-       {.method = pbs::Method::kFlashPrefill, .coverage_rows = 1, .alpha = 0.9f}}};
   for (uint32_t seed : {1u, 2u}) {
-    for (const AttentionProblem& problem : problems) {
+    for (const pbs::AttentionProblem& problem : pbs::emulator::Problems()) {
       if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
     }
     // Keys of wide heads have one buffer.

@@ -236,6 +236,8 @@ BLOCK_ROWS = "cuda/selection/block_rows.h"
 GATHER = "cuda/selection/gather_keys.h"
 SELECT = "cuda/selection/select_blocks.h"
 WRITE = "cuda/selection/write_list.h"
+MASS_CUT = "cuda/selection/mass_cut.h"
+ANTIDIAGONALS = "cuda/selection/select_antidiagonals.h"
 BANDS = "cuda/selection/measure_bands.h"
 ROW_SCORES = "cuda/selection/select_rows.h"
 STORE = "cuda/selection/store_sequences.h"
@@ -291,13 +293,30 @@ SELECTION_MUTANTS = [
     ("dense_tail_counted_from_the_keys", WRITE, "sequence.num_query_blocks - query_block", "sequence.num_key_blocks - query_block"),
     ("list_of_the_first_head", WRITE, "EntryOffset(sequence, place.head,", "EntryOffset(sequence, 0,"),
     ("candidates_of_the_first_row", SELECT, "NumCandidatesOf(rows - 1)", "NumCandidatesOf(0)"),
-    ("mass_of_too_many", SELECT, "FloatBits(weight) >= bits", "FloatBits(weight) > 0"),
+    ("mass_of_too_many", MASS_CUT, "FloatBits(weight) >= bits", "FloatBits(weight) > 0"),
     ("one_half_of_the_pairs", SELECT, "half < params_.head_dim;", "half < params_.head_dim / 2;"),
     ("slow_pairs_for_both_bands", SELECT, "const PairBand pairs = params_.bands[band]", "const PairBand pairs = params_.bands[0]"),
     ("blocks_of_the_slow_band_forgotten", SELECT, "keeps || (marks >>", "keeps && (marks >>"),
     ("threshold_of_the_slow_band", SELECT, "params_.thresholds[band]", "params_.thresholds[0]"),
     ("divisors_of_the_first_sequence", SELECT, "(head_ * params_.num_sequences + sequence_index_) * kNumBands", "head_ * params_.num_sequences * kNumBands"),
     ("marks_not_awaited", SELECT, "      SyncThreads();  // queries are there, and nobody reads the last band's weights\n", "      if (band == 0) SyncThreads();\n"),
+    ("strided_queries_in_rising_order", ANTIDIAGONALS, "(first_row_ + 1) * stride - 1 - token - sequence_.query_offset", "first_row_ * stride + token - sequence_.query_offset"),
+    ("strided_keys_of_the_first_token", ANTIDIAGONALS, "const int key = column * stride + token;", "const int key = column * stride;"),
+    ("columns_behind_the_row_seen", ANTIDIAGONALS, "row + 1 < candidates ? row + 1 : candidates", "candidates"),
+    ("strided_rows_before_the_first_query", ANTIDIAGONALS, "(row + 1) * params_.stride > sequence_.query_offset &&", "true &&"),
+    ("strided_rows_without_a_key", ANTIDIAGONALS, "row * params_.stride < sequence_.k_len", "true"),
+    ("keys_in_place_though_sorted", ANTIDIAGONALS, "if (params_.permutes == 0) {", "if (true) {"),
+    ("tiles_overwritten_while_multiplied", ANTIDIAGONALS, "      SyncThreads();  // nobody reads the last tiles, or the pairs in their place\n", ""),
+    ("tokens_of_others_not_awaited", ANTIDIAGONALS, "      CopyAsyncWait<0>();\n      SyncThreads();\n", "      CopyAsyncWait<0>();\n"),
+    ("pairs_of_others_not_awaited", ANTIDIAGONALS, "    SyncThreads();\n    SumPairs(", "    SumPairs("),
+    ("masses_of_others_not_awaited", ANTIDIAGONALS, "    SyncThreads();\n    for (int i = ThreadIndex() / 32; i < blocks;", "    for (int i = ThreadIndex() / 32; i < blocks;"),
+    ("pairs_of_another_row", ANTIDIAGONALS, "at / key_blocks * per_block_;", "at / key_blocks;"),
+    ("masses_of_one_thread", ANTIDIAGONALS, "mask < threads; mask *= 2", "mask < 1; mask *= 2"),
+    ("rows_of_equal_weight", ANTIDIAGONALS, "pair * weight_[t][r]", "pair"),
+    ("mass_of_the_own_block_not_counted", ANTIDIAGONALS, "wanted -= TakeOut(masses, block);", "TakeOut(masses, block);"),
+    ("mass_of_the_first_block_not_counted", ANTIDIAGONALS, "wanted -= TakeOut(masses, first);", "TakeOut(masses, first);"),
+    ("first_block_counts_first_as_published", ANTIDIAGONALS, " && first != block && !lags", " && first != block"),
+    ("one_block_more_forgotten", ANTIDIAGONALS, "return lags ? WithNext(", "return false ? WithNext("),
     ("squares_of_one_warp_of_bands", BANDS, "warp < kWarps; ++warp", "warp < 1; ++warp"),
     ("squares_of_bands_not_awaited", BANDS, "    SyncThreads();\n", ""),
     ("squares_of_the_fast_pairs_for_both", BANDS, "const PairBand& pairs = params_.bands[band]", "const PairBand& pairs = params_.bands[1]"),

@@ -10,8 +10,8 @@
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/plan/cuda_report.h"
 #include "cuda/plan/pipeline.h"
-#include "tests/emulator/device_array.h"
-#include "tests/emulator/machine.h"
+#include "emulator/device_array.h"
+#include "emulator/machine.h"
 
 namespace pbs::emulator {
 

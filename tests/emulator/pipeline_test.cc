@@ -304,6 +304,22 @@ INSTANTIATE_TEST_SUITE_P(
                      Shape(1, 1, 64, {{700, 700}}),
                      {.method = Method::kFlashPrefill, .alpha = 0.5f},
                      DType::kF16},
+        PipelineCase{"xattention",
+                     Shape(2, 1, 64, {{1000, 1000}}),
+                     {.method = Method::kXAttention, .threshold = 0.5f}},
+        PipelineCase{"xattention_of_the_fewest_rows_per_block",
+                     Shape(2, 1, 64, {{1300, 1300}, {70, 700}}),
+                     {.method = Method::kXAttention, .threshold = 0.4f, .stride = 64}},
+        PipelineCase{"xattention_of_wide_heads_and_the_most_rows_per_block",
+                     Shape(1, 1, 256, {{200, 640}}),
+                     {.method = Method::kXAttention, .threshold = 0.5f, .stride = 2}},
+        // More key blocks than are scored together, and a last row of one token.
+        PipelineCase{"xattention_of_many_blocks",
+                     Shape(1, 1, 64, {{130, 8193}}),
+                     {.method = Method::kXAttention,
+                      .threshold = 0.3f,
+                      .dense_tail_blocks = 1,
+                      .stride = 32}},
         PipelineCase{"fallback_where_lists_do_not_pay",
                      Shape(1, 1, 64, {{700, 700}}),
                      {.threshold = 1, .dense_fallback = true}},
@@ -400,6 +416,24 @@ TEST(SharedMemorySpec, NoKernelTakesMoreThanASmallDeviceHas) {
     EXPECT_LE(LargestSharedBytes<128>(options, device), device.shared_bytes_max);
     EXPECT_LE(LargestSharedBytes<256>(options, device), device.shared_bytes_max);
   }
+}
+
+TEST(SharedMemorySpec, AntidiagonalsOfASmallDeviceGroupFewerBlocks) {
+  const cuda::DeviceTraits device{.shared_bytes_max = 99 << 10};
+  AttentionOptions options = DefaultOptions(Method::kXAttention);
+  for (const int32_t stride : {2, 8, 64}) {
+    options.stride = stride;
+    EXPECT_LE(LargestSharedBytes<64>(options, device), device.shared_bytes_max);
+    EXPECT_LE(LargestSharedBytes<128>(options, device), device.shared_bytes_max);
+  }
+  const auto plan_of = [&](int32_t tokens) {
+    return cuda::MakeCudaPlan(
+        {Shape(2, 1, 256, {{tokens, tokens}}), DType::kBF16, options}, device);
+  };
+  EXPECT_TRUE(plan_of(96 << 10).ok());
+  EXPECT_EQ(plan_of((96 << 10) + 1).status().message(),
+            "block scores of the longest sequence take 101504 bytes of shared memory; "
+            "this device has 101376");
 }
 
 TEST(SharedMemorySpec, RowsOfWideHeadsTakeTheMostOfASmallDevice) {

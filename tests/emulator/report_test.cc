@@ -11,7 +11,7 @@
 
 #include "cuda/backend/cuda_backend.h"
 #include "cuda/backend/report_slots.h"
-#include "tests/emulator/emulated_driver.h"
+#include "emulator/emulated_driver.h"
 
 namespace pbs::emulator {
 namespace {

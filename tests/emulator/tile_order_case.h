@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "cuda/plan/pipeline.h"
+#include "emulator/device_array.h"
 #include "pbs/block_lists.h"
-#include "tests/emulator/device_array.h"
 
 namespace pbs::emulator {
 

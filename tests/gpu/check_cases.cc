@@ -50,7 +50,8 @@ std::vector<AttentionOptions> VariantsOf(Method method) {
     variants.back().permute = true;
     variants.back().dense_tail_blocks = 1;
   }
-  if (TraitsOf(method).scorer == Scorer::kRows) {
+  if (TraitsOf(method).scorer == Scorer::kRows ||
+      TraitsOf(method).scorer == Scorer::kAntidiagonal) {
     variants.push_back(variants[0]);
     variants.back().as_published = true;
   }
@@ -105,10 +106,11 @@ Case RandomCase(uint32_t seed) {
   problem.shape.head_dim = pick(64, 96, 128, 256);
   const Method method =
       pick(Method::kDense, Method::kPbs, Method::kPbs, Method::kMeanPooling,
-           Method::kPrism, Method::kFlashPrefill);
+           Method::kXAttention, Method::kPrism, Method::kFlashPrefill);
   AttentionOptions& options = problem.options;
   options = SparseOptions(method, pick(0.2f, 0.7f, 0.95f, 1.0f));
   if (HasOption(method, "permute")) options.permute = pick(true, false);
+  if (HasOption(method, "stride")) options.stride = pick(2, 8, 16, 64);
   if (Permutes(options)) {
     options.scope = pick(Scope::kKvHead, Scope::kQueryHead);
     options.segment_size = pick(128, 256, 384, 1024);

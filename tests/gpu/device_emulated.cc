@@ -1,6 +1,6 @@
 #include <cstdlib>
 
-#include "tests/emulator/emulated_driver.h"
+#include "emulator/emulated_driver.h"
 #include "tests/gpu/session.h"
 
 namespace pbs::gpu {

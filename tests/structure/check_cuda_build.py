@@ -84,6 +84,8 @@ SCORED = {
     128: Expected({"HMMA": 128}, registers=168),
     256: Expected({"HMMA": 256}, registers=176),
 }
+# The same products; two thread blocks to a multiprocessor.
+STRIDED = {head_dim: dataclasses.replace(scored, registers=234) for head_dim, scored in SCORED.items()}
 # Registers of the kernels that are not counted, at most, on either architecture.
 OTHERS = {
     "StoreSequences": 36,
@@ -107,6 +109,7 @@ GLOBAL_MEMORY = re.compile(r"\b(LD|LDG|ST|STG|ATOM|ATOMG|RED|REDG|LDGSTS|UTMALDG
 BEFORE_ATTENTION = {
     "GatherKeys": GATHERED,
     "PoolQueries": POOLED,
+    "SelectAntidiagonals": STRIDED,
     "SelectRows": SCORED,
     "ShareImportance": SCORED,
     "SumChunks": SCORED,

@@ -37,7 +37,8 @@ MODULES = [
     Module("kernels/synthetic", 1),
     Module("kernels/reference", 1),
     # Its primitives are the emulator's when the host compiles it.
-    Module("kernels/cuda", 1, ("cuda",), ("kernels/common", "tests/emulator")),
+    Module("kernels/cuda", 1, ("cuda",), ("kernels/common", "kernels/emulator")),
+    Module("kernels/emulator", 1, (), ("kernels/cuda",)),
     Module("kernels/cpu", 1, ("tbb", "dnnl"), ("kernels/common", "kernels/methods")),
     Module("kernels/loader", 1),
     Module("server/model", 2, ("nlohmann", "xxhash")),
@@ -82,7 +83,7 @@ LIBRARIES = {
 SPELLINGS = [
     (re.compile(r"^pbs/v1/|^google/rpc/"), "proto"),
     (re.compile(r"^pbs/"), "kernels/include/pbs"),
-    (re.compile(r"^(common|methods|reference|cpu|cuda|loader|synthetic)/"), "kernels/{0}"),
+    (re.compile(r"^(common|methods|reference|cpu|cuda|emulator|loader|synthetic)/"), "kernels/{0}"),
 ]
 
 

@@ -84,6 +84,15 @@ class AttentionCase {
   float Lse(int32_t head, int64_t query) const {
     return lse_[head * geometry_.total_q + query];
   }
+  // Calls body(data, bytes, whether it holds values) for each array of Tensors().
+  template <class Body>
+  void ForEachArray(Body&& body) const {
+    for (const auto* array : {&q_, &k_, &v_}) {
+      body(array->data(), static_cast<int64_t>(array->size()), true);
+    }
+    body(o_.data(), static_cast<int64_t>(o_.size()), false);
+    body(lse_.data(), static_cast<int64_t>(lse_.size() * sizeof(float)), false);
+  }
   const std::vector<uint8_t>& o_bytes() const { return o_; }
   std::vector<uint8_t>& q_bytes() { return q_; }
   std::vector<uint8_t>& k_bytes() { return k_; }

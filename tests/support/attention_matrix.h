@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <iterator>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -198,6 +200,18 @@ inline std::vector<MatrixShape> MatrixShapes() {
           {"packed", 4, 2, 64, {{75, 75}, {0, 0}, {1, 1}, {0, 40}, {33, 110}, {9, 9}}}};
 }
 
+// The same options for blocks of 128 keys, and shapes for them.
+inline AttentionOptions WithBlocksOf128(AttentionOptions options) {
+  const int32_t factor = 128 / options.block_size;
+  options.block_size = 128;
+  if (Permutes(options)) options.segment_size *= factor;
+  return options;
+}
+inline std::vector<MatrixShape> ShapesOfBlocksOf128() {
+  return {{"odd_length", 4, 2, 96, {{701, 701}}},
+          {"batch", 4, 2, 64, {{513, 513}, {1, 1}, {90, 650}}}};
+}
+
 // The reference's answers by case. It is slow, and the engines nearly always decide
 // alike, so the answers are kept and recomputed when a decision differs.
 class ReferenceAnswers {
@@ -352,5 +366,63 @@ inline LineDifference CompareLines(const AttentionProblem& problem,
   }
   return difference;
 }
+
+// Compares the runs of one backend with the reference, and sums up how lists differ.
+class MatrixComparison {
+ public:
+  // `key` names the case; `pairs` is of OutputTolerance().
+  void Compare(const std::string& key, AttentionCase& inputs,
+               const AttentionReport& report, bool pairs) {
+    const AttentionProblem& problem = inputs.problem();
+    CompareDecisions(inputs, report, Answers().Run(key, inputs));
+    for (double density : report.heads.density) EXPECT_LE(density, 1);
+    const OutputErrors errors =
+        LargestErrors(inputs, Answers().Attend(key, inputs, report));
+    EXPECT_LE(errors.o, OutputTolerance(problem.dtype, pairs, problem.shape.head_dim));
+    EXPECT_LE(errors.lse, LseTolerance(problem.dtype, problem.options.mean_correction));
+  }
+  void ExpectFewDiffer(const char* name) const {
+    if (total_.blocks == 0) return;
+    std::printf("%-20s %ld of %ld blocks differ, all next to a threshold\n", name,
+                static_cast<long>(total_.differ), static_cast<long>(total_.blocks));
+    EXPECT_LE(static_cast<double>(total_.differ),
+              kBlocksInSlackMax * static_cast<double>(total_.blocks));
+  }
+  static ReferenceAnswers& Answers() {
+    static auto& answers = *new ReferenceAnswers;
+    return answers;
+  }
+
+ private:
+  void CompareDecisions(AttentionCase& inputs, const AttentionReport& report,
+                        const reference::Result& expected) {
+    const AttentionProblem& problem = inputs.problem();
+    if (report.order != expected.decision.order) {
+      // Half-precision scores tie; see golden_test.cc for how far moved keys are apart.
+      EXPECT_TRUE(problem.dtype != DType::kF32 &&
+                  problem.options.scope == Scope::kQueryHead);
+      return;
+    }
+    const LineDifference lines =
+        CompareLines(problem, inputs.Tensors(), report.lines, expected.decision.lines);
+    EXPECT_LE(lines.apart, kThresholdSlack);
+    total_.blocks += lines.lines;
+    total_.differ += lines.differ;
+    if (lines.differ > 0) return;
+    const ListDifference difference =
+        CompareLists(problem, inputs.Tensors(), report.lists, expected.decision.lists);
+    EXPECT_EQ(difference.outside, 0);
+    total_.blocks += difference.blocks;
+    total_.differ += difference.differ;
+    if (difference.differ > 0) return;
+    EXPECT_EQ(report.lists.num_masked, expected.decision.lists.num_masked);
+    ExpectEqualStats(report.stats, expected.stats);
+    const std::set<int32_t> guarded(report.heads.guarded.begin(),
+                                    report.heads.guarded.end());
+    EXPECT_EQ(guarded, expected.decision.guarded_heads);
+  }
+
+  ListDifference total_;
+};
 
 }  // namespace pbs::testing_support

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -293,6 +295,21 @@ inline std::vector<GoldenCase> BaselineCases() {
     return entry["method"] == "xattention" || entry["method"] == "flexprefill" ||
            entry["method"] == "prism" || entry["method"] == "flashprefill";
   });
+}
+
+// The published code of prism rounds block means and temperatures to the input dtype,
+// we do not. In the case in bf16 that swaps two blocks of head 0, row 8, whose
+// estimated masses are 0.0867 and 0.0858, next to the threshold.
+inline int64_t BlocksThatMayDiffer(const GoldenCase& golden) {
+  return golden.name == "prism_struct_1100_d64_bf16_t75" ? 1 : 0;
+}
+
+inline int64_t BlocksThatDiffer(const std::vector<uint8_t>& a,
+                                const std::vector<uint8_t>& b) {
+  EXPECT_EQ(a.size(), b.size());
+  int64_t count = 0;
+  for (size_t i = 0; i < a.size(); ++i) count += a[i] != b[i];
+  return count;
 }
 
 // Columns and distances of the authors' code.

@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <string>
-
-#include "common/score_rounding.h"
 
 namespace pbs::cuda {
 namespace {
@@ -54,6 +52,36 @@ int32_t TilesOf(const CudaAttentionPlan& plan, const SequenceGeometry& s) {
                                      : CeilDiv(s.q_len, plan.tile_rows);
 }
 
+// Query blocks whose lists one thread block makes.
+int32_t GroupBlocks(const DeviceTraits& device, const CudaAttentionPlan& plan) {
+  if (plan.scorer != Scorer::kAntidiagonal) {
+    const bool many = kGroupBlocksMax * plan.logit_stride * 4 <= kLogitBytesMax;
+    return many ? kGroupBlocksMax : kGroupBlocksMin;
+  }
+  // A query block has kBlockTokens / stride strided rows.
+  int32_t blocks = std::min(plan.problem.options.stride, kAntidiagonalBlocksMax);
+  while (blocks > 1 &&
+         AntidiagonalSharedBytes(plan.geometry.head_dim, blocks, plan.logit_stride) >
+             device.shared_bytes_max) {
+    blocks /= 2;
+  }
+  return blocks;
+}
+
+// Shared memory of the kernel that scores blocks.
+int64_t ScorerSharedBytes(const CudaAttentionPlan& plan) {
+  const int32_t head_dim = plan.geometry.head_dim;
+  switch (plan.scorer) {
+    case Scorer::kRows:
+      return RowsSharedBytes(head_dim, plan.logit_stride);
+    case Scorer::kAntidiagonal:
+      return AntidiagonalSharedBytes(head_dim, plan.group_blocks, plan.logit_stride);
+    default:
+      return SelectionSharedBytes(plan.group_blocks, plan.logit_stride, head_dim,
+                                  plan.num_bands());
+  }
+}
+
 // Stages, and key blocks and query blocks that are worked on together.
 void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   const AttentionGeometry& g = plan.geometry;
@@ -85,9 +113,7 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
     --plan.chunk_blocks;
   }
   plan.logit_stride = CeilDiv(std::max(longest, 1), 32) * 32;
-  plan.group_blocks = kGroupBlocksMax * plan.logit_stride * 4 <= kLogitBytesMax
-                          ? kGroupBlocksMax
-                          : kGroupBlocksMin;
+  plan.group_blocks = GroupBlocks(device, plan);
   plan.longest_list = longest;
   if (device.wide_tiles && g.head_dim == 64 && !sparse) plan.tile_rows = kWideTileRows;
   for (const SequenceGeometry& s : g.sequences) plan.tiles_per_head += TilesOf(plan, s);
@@ -190,221 +216,6 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   plan.workspace_bytes = layout.bytes();
 }
 
-RowStrides StridesOf(const RowLayout& layout) {
-  const bool packed = layout.sequence_stride == RowLayout::kPacked;
-  return {packed ? 0 : layout.sequence_stride, layout.head_stride, layout.row_stride,
-          packed ? 1 : 0};
-}
-
-// How many of what an operand has.
-struct OperandSizes {
-  int64_t sequences = 0;
-  int64_t heads = 0;
-  int64_t rows = 0;  // of the longest sequence
-};
-
-StatusOr<RowOperand> OperandOf(const char* name, const ConstRows& rows,
-                               const OperandSizes& sizes) {
-  const RowStrides strides = StridesOf(rows.layout);
-  if (reinterpret_cast<uintptr_t>(rows.data) % 16 != 0) {
-    return InvalidArgument(std::string(name) + " is not 16-byte aligned");
-  }
-  struct Dimension {
-    const char* field;
-    int64_t stride;
-    int64_t size;
-  };
-  for (const Dimension& d : {Dimension{"sequence_stride", strides.sequence,
-                                       strides.packed != 0 ? 1 : sizes.sequences},
-                             Dimension{"head_stride", strides.head, sizes.heads},
-                             Dimension{"row_stride", strides.row, sizes.rows}}) {
-    if (d.stride % 8 != 0) {
-      return InvalidArgument(std::string(name) + " has a stride of " +
-                             std::to_string(d.stride) +
-                             " elements, not a multiple of 8");
-    }
-    if (d.size > 1 && d.stride <= 0) {
-      return InvalidArgument(std::string(name) + "." + d.field + " " +
-                             std::to_string(d.stride) + " is not positive");
-    }
-  }
-  return RowOperand{static_cast<const uint16_t*>(rows.data), strides};
-}
-
-// Hands out pointers into the workspace.
-class Placer {
- public:
-  explicit Placer(Workspace workspace)
-      : base_(static_cast<std::byte*>(workspace.data)) {}
-
-  template <class T>
-  void operator()(T*& pointer, int64_t offset) const {
-    pointer = reinterpret_cast<T*>(base_ + offset);
-  }
-
- private:
-  std::byte* base_;
-};
-
-ScoreRounding RoundingTo(DType dtype) {
-  return dtype == DType::kF32 ? ScoreRounding::kNone : ScoreRounding::kInputDType;
-}
-
-void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
-                  SelectionParams& s) {
-  const AttentionGeometry& g = plan.geometry;
-  const AttentionOptions& options = plan.problem.options;
-  s.num_sequences = static_cast<int32_t>(plan.sequences.size());
-  s.num_heads = g.num_heads;
-  s.num_kv_heads = g.num_kv_heads;
-  s.num_order_heads = g.num_order_heads;
-  s.head_dim = g.head_dim;
-  s.segment_size = g.segment_size;
-  s.blocks_per_segment = g.blocks_per_segment;
-  s.chunk_blocks = plan.chunk_blocks;
-  s.group_blocks = plan.group_blocks;
-  s.total_key_blocks = plan.total_key_blocks;
-  s.total_query_blocks = plan.total_query_blocks;
-  s.total_chunks = plan.total_chunks;
-  s.total_segments = plan.total_segments;
-  s.total_groups = plan.total_groups;
-  s.logit_stride = plan.logit_stride;
-  const BandWidths widths = BandWidthsOf(plan.problem);
-  const int32_t pairs = g.head_dim / 2;
-  s.bands[0] = {pairs - widths.slow / 2, pairs};
-  s.bands[1] = {0, widths.fast / 2};
-  s.thresholds[0] = options.threshold;
-  s.thresholds[1] =
-      options.fast_threshold > 0 ? options.fast_threshold : options.threshold;
-  s.force_first_block = ForcesFirstBlock(options) ? 1 : 0;
-  s.share_log2 = std::log2(options.alpha);
-  s.zero_rows = options.as_published ? 1 : 0;
-  s.dense_tail_blocks = options.dense_tail_blocks;
-  s.sink_blocks = options.sink_blocks;
-  s.window_blocks = options.window_blocks;
-  s.own_has_mass = Permutes(options) ? 0 : 1;
-  s.permutes = plan.permutes ? 1 : 0;
-  s.pools = plan.selects ? 1 : 0;
-  s.key_rounding = RoundingTo(ScoreRoundingOf(plan.problem));
-  s.block_rounding = RoundingTo(BlockScoreRoundingOf(plan.problem));
-  if (options.use_given_order) {
-    s.given_order = static_cast<const int32_t*>(tensors.order.data);
-    s.given_order_strides = StridesOf(tensors.order.layout);
-  }
-}
-
-void PlaceSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
-                    const Placer& at, SelectionParams& s) {
-  at(s.sequences, plan.sequences_at);
-  at(s.chunk_max, plan.chunk_max_at);
-  at(s.chunk_sum, plan.chunk_sum_at);
-  at(s.proxy_shift, plan.proxy_shift_at);
-  at(s.proxy_weight, plan.proxy_weight_at);
-  at(s.importance, plan.importance_at);
-  at(s.positions, plan.positions_at);
-  at(s.permuted_k, plan.permuted_k_at);
-  at(s.permuted_v, plan.permuted_v_at);
-  at(s.first_block, plan.first_block_at);
-  at(s.pooled_keys, plan.pooled_keys_at);
-  at(s.pooled_queries, plan.pooled_queries_at);
-  at(s.band_divisors, plan.band_divisors_at);
-  at(s.mean_rows, plan.mean_rows_at);
-  if (plan.pooled_queries_bytes > 0) {
-    s.pooled_queries = const_cast<float*>(tensors.pooled_queries);  // only read
-  }
-  at(s.counts, plan.counts_at);
-  at(s.entries, plan.entries_at);
-  at(s.ordered, plan.summary_at + offsetof(RunSummary, ordered));
-  at(s.non_finite, plan.summary_at + offsetof(RunSummary, non_finite));
-}
-
-void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
-                  const Placer& at, RunParams& run) {
-  const AttentionGeometry& g = plan.geometry;
-  const AttentionOptions& options = plan.problem.options;
-  const SelectionParams& s = run.selection;
-  TileOrderParams& t = run.tile_order;
-  t.sequences = s.sequences;
-  t.num_sequences = s.num_sequences;
-  t.num_heads = g.num_heads;
-  t.num_order_heads = g.num_order_heads;
-  t.num_read_heads = plan.permutes ? g.num_order_heads : g.num_kv_heads;
-  t.blocks_per_segment = g.blocks_per_segment;
-  t.total_tiles = static_cast<int32_t>(plan.num_tiles());
-  t.tile_rows = plan.tile_rows;
-  t.one_section = plan.one_section ? 1 : 0;
-  t.longest = plan.longest_list;
-  t.dense_fallback = plan.may_fall_back() ? 1 : 0;
-  t.fallback_ratio = static_cast<float>(kDenseFallbackRatio);
-  t.permuted = s.permutes;
-  if (options.use_given_lists && plan.has_lists) {
-    t.counts = tensors.lists.count;
-    t.given_begin = tensors.lists.begin;
-    t.given_entries = tensors.lists.indices;
-  } else if (plan.selects) {
-    t.counts = s.counts;
-  }
-  t.entries = run.selection.entries;
-  at(t.tiles, plan.tiles_at);
-  at(t.next_tile, plan.next_tile_at);
-  at(t.fell_back, plan.fell_back_at);
-  if (plan.has_lists) at(t.heads, plan.head_blocks_at);
-  if (!plan.selects) t.ordered = s.ordered;
-  at(t.listed, plan.summary_at + offsetof(RunSummary, listed));
-}
-
-// After the others.
-void SetAttention(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
-                  RunParams& run) {
-  const AttentionGeometry& g = plan.geometry;
-  const SelectionParams& s = run.selection;
-  const TileOrderParams& t = run.tile_order;
-  AttentionParams& a = run.attention;
-  a.tiles = t.tiles;
-  a.num_tiles = t.total_tiles;
-  a.next_tile = t.next_tile;
-  a.lists = t.entries;
-  a.scale_log2 = 1.44269504088896341f / std::sqrt(static_cast<float>(g.head_dim));
-  a.o = tensors.o.data;
-  a.o_strides = StridesOf(tensors.o.layout);
-  a.lse = static_cast<float*>(tensors.lse.data);
-  a.lse_strides = StridesOf(tensors.lse.layout);
-  run.q = s.q;
-  run.k = s.k;
-  run.v = s.v;
-  if (plan.permutes) {
-    const int64_t slots = int64_t{plan.total_key_blocks} * kBlockTokens;
-    const RowStrides strides = {0, slots * g.head_dim, g.head_dim, 1};
-    a.positions = s.positions;
-    a.position_stride = slots;
-    run.k = {s.permuted_k, strides};
-    run.v = {s.permuted_v, strides};
-  }
-}
-
-// After attention's.
-void SetCoverage(const CudaAttentionPlan& plan, const Placer& at, RunParams& run) {
-  CoverageParams& c = run.coverage;
-  const TileOrderParams& t = run.tile_order;
-  c.sequences = t.sequences;
-  c.num_sequences = t.num_sequences;
-  c.num_heads = t.num_heads;
-  c.num_order_heads = t.num_order_heads;
-  c.num_read_heads = t.num_read_heads;
-  c.blocks_per_segment = t.blocks_per_segment;
-  c.rows = plan.problem.options.coverage_rows;
-  c.total_groups = plan.coverage_groups;
-  c.q = run.q;
-  c.k = run.k;
-  c.positions = run.attention.positions;
-  c.position_stride = run.attention.position_stride;
-  c.scale_log2 = run.attention.scale_log2;
-  c.counts = t.counts;
-  c.entries = t.entries;
-  if (plan.may_fall_back()) c.fell_back = t.fell_back;
-  at(c.coverage, plan.coverage_at);
-}
-
 }  // namespace
 
 StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
@@ -416,12 +227,7 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
   plan->geometry = MakeGeometry(problem);
   ChooseStages(device, *plan);
   if (plan->selects) {
-    const int32_t head_dim = plan->geometry.head_dim;
-    const int64_t bytes =
-        plan->scorer == Scorer::kRows
-            ? RowsSharedBytes(head_dim, plan->logit_stride)
-            : SelectionSharedBytes(plan->group_blocks, plan->logit_stride, head_dim,
-                                   plan->num_bands());
+    const int64_t bytes = ScorerSharedBytes(*plan);
     if (bytes > device.shared_bytes_max) {
       return Unimplemented("block scores of the longest sequence take " +
                            std::to_string(bytes) + " bytes of shared memory; this " +
@@ -431,47 +237,6 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
   MakeRecords(*plan);
   PlaceRegions(*plan);
   return plan;
-}
-
-StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
-                                  const AttentionTensors& tensors,
-                                  Workspace workspace) {
-  if (workspace.bytes < plan.workspace_bytes) {
-    return ResourceExhausted("the workspace has " + std::to_string(workspace.bytes) +
-                             " bytes, the plan needs " +
-                             std::to_string(plan.workspace_bytes));
-  }
-  if (plan.pooled_queries_bytes > 0 && tensors.pooled_queries == nullptr) {
-    return InvalidArgument("pooled_queries is null, the plan needs " +
-                           std::to_string(plan.pooled_queries_bytes) + " bytes");
-  }
-  const AttentionGeometry& g = plan.geometry;
-  OperandSizes queries{static_cast<int64_t>(g.sequences.size()), g.num_heads, 0};
-  OperandSizes keys{queries.sequences, g.num_kv_heads, 0};
-  for (const SequenceGeometry& s : g.sequences) {
-    queries.rows = std::max<int64_t>(queries.rows, s.q_len);
-    keys.rows = std::max<int64_t>(keys.rows, s.k_len);
-  }
-  auto q = OperandOf("q", tensors.q, queries);
-  if (!q.ok()) return q.status();
-  auto k = OperandOf("k", tensors.k, keys);
-  if (!k.ok()) return k.status();
-  auto v = OperandOf("v", tensors.v, keys);
-  if (!v.ok()) return v.status();
-  const auto o = OperandOf("o", {tensors.o.data, tensors.o.layout}, queries);
-  if (!o.ok()) return o.status();
-  RunParams run{};
-  run.selection.q = *q;
-  run.selection.k = *k;
-  run.selection.v = *v;
-  const Placer at(workspace);
-  at(run.summary, plan.summary_at);
-  SetSelection(plan, tensors, run.selection);
-  PlaceSelection(plan, tensors, at, run.selection);
-  SetTileOrder(plan, tensors, at, run);
-  SetAttention(plan, tensors, run);
-  SetCoverage(plan, at, run);
-  return run;
 }
 
 }  // namespace pbs::cuda

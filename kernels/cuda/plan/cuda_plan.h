@@ -18,9 +18,9 @@
 namespace pbs::cuda {
 
 inline constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
-inline constexpr std::array kCudaMethods = {Method::kDense, Method::kPbs,
-                                            Method::kMeanPooling, Method::kPrism,
-                                            Method::kFlashPrefill};
+inline constexpr std::array kCudaMethods = {
+    Method::kDense,      Method::kPbs,   Method::kMeanPooling,
+    Method::kXAttention, Method::kPrism, Method::kFlashPrefill};
 
 // Facts about the plan's device, and choices for it.
 struct DeviceTraits {
@@ -84,7 +84,9 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t tiles_at = 0;
 
   // Query blocks are scored by their means.
-  bool needs_pooled_queries() const { return selects && scorer != Scorer::kRows; }
+  bool needs_pooled_queries() const {
+    return selects && (scorer == Scorer::kMeans || scorer == Scorer::kBands);
+  }
   int num_bands() const { return scorer == Scorer::kBands ? kBands : 1; }
   bool may_fall_back() const { return problem.options.dense_fallback && selects; }
   int64_t num_tiles() const { return int64_t{tiles_per_head} * geometry.num_heads; }

@@ -10,6 +10,7 @@
 #include "cuda/selection/measure_coverage.h"
 #include "cuda/selection/order_tiles.h"
 #include "cuda/selection/score_keys.h"
+#include "cuda/selection/select_antidiagonals.h"
 #include "cuda/selection/select_blocks.h"
 #include "cuda/selection/select_rows.h"
 #include "cuda/selection/sort_segments.h"
@@ -103,6 +104,27 @@ void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
   }
 }
 
+// Enqueues the kernels that score blocks and make lists.
+template <class Element, int kHeadDim, class Launcher>
+void EnqueueSelection(const CudaAttentionPlan& plan, const SelectionParams& params,
+                      Launcher& launch) {
+  const int64_t heads = params.num_heads;
+  if (plan.scorer == Scorer::kRows) {
+    launch.template Run<SplitMeans<Element>>(
+        int64_t{params.num_order_heads} * params.total_key_blocks, 0, params);
+    launch.template Run<SelectRows<Element, kHeadDim>>(
+        heads * params.total_query_blocks,
+        RowsSharedBytes(kHeadDim, params.logit_stride), params);
+  } else if (plan.scorer == Scorer::kAntidiagonal) {
+    launch.template Run<SelectAntidiagonals<Element, kHeadDim>>(
+        heads * params.total_groups,
+        AntidiagonalSharedBytes(kHeadDim, params.group_blocks, params.logit_stride),
+        params);
+  } else {
+    EnqueueSelectBlocks<Element>(plan, params, launch);
+  }
+}
+
 // Enqueues the kernels that make lists and tiles. Call it after EnqueueOrder().
 template <class Element, int kHeadDim, class Launcher>
 void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
@@ -120,15 +142,7 @@ void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
                                       MeasureBands::kSharedBytes, params);
     params.ordered = nullptr;
   }
-  if (plan.scorer == Scorer::kRows) {
-    launch.template Run<SplitMeans<Element>>(
-        int64_t{params.num_order_heads} * params.total_key_blocks, 0, params);
-    launch.template Run<SelectRows<Element, kHeadDim>>(
-        int64_t{params.num_heads} * params.total_query_blocks,
-        RowsSharedBytes(kHeadDim, params.logit_stride), params);
-  } else if (plan.selects) {
-    EnqueueSelectBlocks<Element>(plan, params, launch);
-  }
+  if (plan.selects) EnqueueSelection<Element, kHeadDim>(plan, params, launch);
   EnqueueOrderTiles(run.tile_order, launch);
 }
 

@@ -1,5 +1,5 @@
 // Machine operations for kernels. The same kernel source has two compilers: nvcc uses
-// the PTX of ptx.h, the host compiler uses the emulation in tests/emulator
+// the PTX of ptx.h, the host compiler uses the emulation in kernels/emulator
 // (PBS_EMULATOR).
 //
 // Kernels use only these wrappers: no inline PTX, and no raw access to memory for which
@@ -8,7 +8,7 @@
 #pragma once
 
 #if defined(PBS_EMULATOR)
-#include "tests/emulator/primitives.h"
+#include "emulator/primitives.h"
 #else
 #include "cuda/primitives/ptx.h"
 #endif

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/primitives/primitives.h"
+#include "cuda/selection/mass_cut.h"
 #include "cuda/selection/sequences.h"
 #include "cuda/selection/stamp_time.h"
 #include "cuda/selection/write_list.h"
@@ -15,10 +16,7 @@ namespace pbs::cuda {
 // query blocks of one head and sequence. kNumBands: 1, all columns; or kBands. Dynamic
 // shared memory: SelectionSharedBytes().
 //
-// It needs no sort, because the bits of non-negative floats are ordered like the
-// floats. Thirty bisections of the range of bits find the smallest probability that is
-// needed. Mass is summed in the same order each time, so that it never falls when more
-// blocks are summed.
+// Thirty bisections (mass_cut.h) find the smallest probability that is needed.
 template <class Element, int kRows, int kNumBands = 1>
 class SelectBlocks {
  public:
@@ -66,7 +64,7 @@ class SelectBlocks {
       Score(band, NumCandidatesOf(rows - 1));
       SyncThreads();
       for (int row = ThreadIndex() / 32; row < rows; row += kThreads / 32) {
-        const Cut cut = Select(row, params_.thresholds[band]);
+        const MassCut cut = Select(row, params_.thresholds[band]);
         if (band + 1 < kNumBands) {
           Mark(row, cut);
         } else {
@@ -138,40 +136,16 @@ class SelectBlocks {
     }
   }
 
-  // What is selected by weights.
-  struct Cut {
-    uint32_t least;  // bits of the smallest selected weight
-    int ties;        // the number of selected blocks with exactly that weight
-  };
-
   // Converts the logits of a row to weights. One warp calls.
-  PBS_DEVICE Cut Select(int row, float threshold) {
+  PBS_DEVICE MassCut Select(int row, float threshold) {
     float* weights = logits_ + row * params_.logit_stride;
     const int candidates = NumCandidatesOf(row);
-    uint32_t least = 0;
-    int ties = INT32_MAX;
-    if (candidates > 0 && !Exponentiate(weights, candidates)) {
-      least = 0xFFFFFFFFu;  // selects none, but the list must still be valid
-      ties = 0;
-    } else if (candidates > 0 && threshold < 1) {
-      const float wanted = threshold * MassFrom(weights, candidates, 0);
-      // Blocks of at least this weight have too little mass.
-      uint32_t above = kOneBits + 1;
-      while (above - least > 1) {
-        const uint32_t middle = least + (above - least) / 2;
-        if (MassFrom(weights, candidates, middle) >= wanted) {
-          least = middle;
-        } else {
-          above = middle;
-        }
-      }
-      if (least > 0) {
-        const float missing = wanted - MassFrom(weights, candidates, least + 1);
-        ties = static_cast<int>(Ceil(missing / BitsToFloat(least)));
-        if (ties < 1) ties = 1;
-      }
-    }
-    return {least, ties};
+    if (candidates == 0) return SelectsAll();
+    // Selects none, but the list must still be valid.
+    if (!Exponentiate(weights, candidates)) return SelectsNone();
+    if (threshold >= 1) return SelectsAll();
+    return CutByMass(weights, candidates, threshold * MassFrom(weights, candidates, 0),
+                     kOneBits);
   }
 
   // Converts logits to weights in (0, 1]. Sets the flag and returns false when one is
@@ -196,29 +170,9 @@ class SelectBlocks {
     return true;
   }
 
-  // Sum of the weights whose bits are at least `bits`.
-  PBS_DEVICE static float MassFrom(const float* weights, int count, uint32_t bits) {
-    float sum = 0;
-    for (int i = ThreadIndex() % 32; i < count; i += 32) {
-      const float weight = LoadShared(weights + i);
-      if (FloatBits(weight) >= bits) sum += weight;
-    }
-    for (int mask = 1; mask < 32; mask *= 2) sum += ShuffleXor(sum, mask);
-    return sum;
-  }
-
-  // Whether a row's blocks are selected. All lanes call, for neighbouring blocks and in
-  // rising order: `cut` counts the ties that were met.
-  PBS_DEVICE bool IsSelected(int row, Cut& cut, int block, bool is_earlier) const {
-    const float* weights = logits_ + row * params_.logit_stride;
-    const uint32_t before = (1u << ThreadIndex() % 32) - 1;
-    const uint32_t bits = is_earlier ? FloatBits(LoadShared(weights + block)) : 0;
-    const uint32_t tied = Ballot(is_earlier && bits == cut.least);
-    const bool selected =
-        is_earlier && (bits > cut.least || (bits == cut.least &&
-                                            PopulationCount(tied & before) < cut.ties));
-    cut.ties -= PopulationCount(tied);
-    return selected;
+  // Whether a row's block is selected; called as IsSelected() of mass_cut.h.
+  PBS_DEVICE bool Selects(int row, MassCut& cut, int block, bool is_earlier) const {
+    return IsSelected(logits_ + row * params_.logit_stride, cut, block, is_earlier);
   }
 
   PBS_DEVICE uint32_t* MarksOf(int row) const {
@@ -226,20 +180,20 @@ class SelectBlocks {
   }
 
   // Keeps what is selected for the list, one bit per block.
-  PBS_DEVICE void Mark(int row, Cut cut) const {
+  PBS_DEVICE void Mark(int row, MassCut cut) const {
     const int lane = ThreadIndex() % 32;
     const int end = OwnBegin(Block(row), params_.blocks_per_segment);
     for (int first = 0; first < end; first += 32) {
       const uint32_t marks =
-          Ballot(IsSelected(row, cut, first + lane, first + lane < end));
+          Ballot(Selects(row, cut, first + lane, first + lane < end));
       if (lane == 0) StoreShared(MarksOf(row) + first / 32, marks);
     }
   }
 
-  PBS_DEVICE void Write(int row, Cut cut) const {
+  PBS_DEVICE void Write(int row, MassCut cut) const {
     const ListPlace place = {head_, sequence_index_, first_row_ + row};
     WriteList(params_, sequence_, place, [&](int block, bool is_earlier) {
-      bool keeps = IsSelected(row, cut, block, is_earlier);
+      bool keeps = Selects(row, cut, block, is_earlier);
       if constexpr (kNumBands > 1) {
         const uint32_t marks = LoadShared(MarksOf(row) + block / 32);
         keeps = keeps || (marks >> block % 32 & 1) != 0;
@@ -247,8 +201,6 @@ class SelectBlocks {
       return keeps;
     });
   }
-
-  static constexpr uint32_t kOneBits = 0x3F800000u;  // bits of 1.0f
 
   const SelectionParams& params_;
   const int head_;

@@ -17,6 +17,8 @@ constexpr int kChunkBlocksMax = 8;  // key blocks that one thread block scores
 // Query blocks whose lists one thread block makes, for short and for long prompts.
 constexpr int kGroupBlocksMax = 8;
 constexpr int kGroupBlocksMin = 4;
+constexpr int kStridedRows = 128;  // of one thread block (select_antidiagonals.h)
+constexpr int kAntidiagonalBlocksMax = 16;  // query blocks that these may hold
 
 // One sequence of the batch. `..._begin` is the number of items in earlier sequences.
 struct SequenceRecord {
@@ -78,6 +80,8 @@ struct SelectionParams {
   int32_t own_has_mass;  // identity order: blocks up to the diagonal share the mass
   float share_log2;      // log2 of the share of the largest score that keeps a block
   int32_t zero_rows;     // rows of zeros fill a short query block (select_rows.h)
+  int32_t stride;        // tokens of a strided row (select_antidiagonals.h)
+  int32_t lags;          // rows of the first chunk keep one block more, as published
   // Blocks that are read whatever their scores are (pbs/attention_options.h).
   int32_t dense_tail_blocks;
   int32_t sink_blocks;
@@ -143,6 +147,14 @@ PBS_HOST_DEVICE constexpr int64_t SelectionSharedBytes(int group_blocks,
 PBS_HOST_DEVICE constexpr int64_t RowsSharedBytes(int head_dim, int logit_stride) {
   return int64_t{kBlockTokens + KeyBuffers(head_dim) * kScoredKeys} * head_dim * 2 +
          2 * 4 * kScoredKeys * 4 + int64_t{logit_stride} * 4;
+}
+// Bytes of shared memory of select_antidiagonals.h for a group of query blocks: a token
+// of each row and of each column, and masses.
+PBS_HOST_DEVICE constexpr int64_t AntidiagonalSharedBytes(int head_dim,
+                                                          int group_blocks,
+                                                          int logit_stride) {
+  return int64_t{kStridedRows + kScoredKeys} * head_dim * 2 +
+         int64_t{group_blocks} * logit_stride * 4;
 }
 // Query heads per KV head, and per order head.
 PBS_HOST_DEVICE constexpr int GroupSize(const SelectionParams& params) {

@@ -9,8 +9,6 @@
 #include "tests/support/attention_matrix.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -36,7 +34,6 @@ using testing_support::MatrixMethods;
 using testing_support::MatrixProblem;
 using testing_support::MatrixShape;
 using testing_support::MatrixShapes;
-using testing_support::ReferenceAnswers;
 using testing_support::SelectingMethods;
 
 struct Engine {
@@ -102,61 +99,14 @@ class AttentionMatrixSpec : public testing::TestWithParam<Engine> {
     const BackendRun run =
         testing_support::RunOn(attention_, problem, inputs.Tensors());
     ASSERT_TRUE(run.status.ok()) << run.status.ToString();
-    CompareDecisions(inputs, run.report, Answers().Run(key, inputs));
-    for (double density : run.report.heads.density) EXPECT_LE(density, 1);
-    const auto errors = testing_support::LargestErrors(
-        inputs, Answers().Attend(key, inputs, run.report));
-    EXPECT_LE(errors.o, testing_support::OutputTolerance(
-                            problem.dtype, GetParam().pairs, problem.shape.head_dim));
-    EXPECT_LE(errors.lse, testing_support::LseTolerance(
-                              problem.dtype, problem.options.mean_correction));
+    comparison_.Compare(key, inputs, run.report, GetParam().pairs);
   }
 
-  void CompareDecisions(AttentionCase& inputs, const AttentionReport& report,
-                        const reference::Result& expected) {
-    const AttentionProblem& problem = inputs.problem();
-    if (report.order != expected.decision.order) {
-      // Half-precision scores tie; see golden_test.cc for how far moved keys are apart.
-      EXPECT_TRUE(problem.dtype != DType::kF32 &&
-                  problem.options.scope == Scope::kQueryHead);
-      return;
-    }
-    const LineDifference lines = testing_support::CompareLines(
-        problem, inputs.Tensors(), report.lines, expected.decision.lines);
-    EXPECT_LE(lines.apart, testing_support::kThresholdSlack);
-    total_.blocks += lines.lines;
-    total_.differ += lines.differ;
-    if (lines.differ > 0) return;
-    const ListDifference difference = testing_support::CompareLists(
-        problem, inputs.Tensors(), report.lists, expected.decision.lists);
-    EXPECT_EQ(difference.outside, 0);
-    total_.blocks += difference.blocks;
-    total_.differ += difference.differ;
-    if (difference.differ > 0) return;
-    EXPECT_EQ(report.lists.num_masked, expected.decision.lists.num_masked);
-    testing_support::ExpectEqualStats(report.stats, expected.stats);
-    const std::set<int32_t> guarded(report.heads.guarded.begin(),
-                                    report.heads.guarded.end());
-    EXPECT_EQ(guarded, expected.decision.guarded_heads);
-  }
-
-  void TearDown() override {
-    if (total_.blocks == 0) return;
-    std::printf("%-20s %ld of %ld blocks differ, all next to a threshold\n",
-                GetParam().name, static_cast<long>(total_.differ),
-                static_cast<long>(total_.blocks));
-    EXPECT_LE(static_cast<double>(total_.differ),
-              testing_support::kBlocksInSlackMax * static_cast<double>(total_.blocks));
-  }
-
-  static ReferenceAnswers& Answers() {
-    static auto& answers = *new ReferenceAnswers;
-    return answers;
-  }
+  void TearDown() override { comparison_.ExpectFewDiffer(GetParam().name); }
 
   ThreadPool pool_{2};
   CpuAttention attention_{pool_, GetParam().isa, GetParam().pairs};
-  ListDifference total_;
+  testing_support::MatrixComparison comparison_;
 };
 
 TEST_P(AttentionMatrixSpec, EveryMethodOnEveryShapeIsTheReferences) {
@@ -217,12 +167,8 @@ TEST_P(AttentionMatrixSpec, LinesOfALongSequenceAreTheReferences) {
 // Heads, tiles and segments of the default sizes.
 TEST_P(AttentionMatrixSpec, EveryMethodOnBlocksOf128IsTheReferences) {
   for (const MatrixMethod& method : SelectingMethods()) {
-    AttentionOptions options = method.options;
-    options.block_size = 128;
-    if (Permutes(options)) options.segment_size = 256;
-    for (const MatrixShape& shape :
-         {MatrixShape{"odd_length", 4, 2, 96, {{701, 701}}},
-          MatrixShape{"batch", 4, 2, 64, {{513, 513}, {1, 1}, {90, 650}}}}) {
+    const AttentionOptions options = testing_support::WithBlocksOf128(method.options);
+    for (const MatrixShape& shape : testing_support::ShapesOfBlocksOf128()) {
       Check(method.name + " block 128 " + shape.name,
             MatrixProblem(shape, GetParam().dtype, options), 31);
     }
@@ -338,8 +284,8 @@ TEST_P(AttentionMatrixSpec, ThresholdOneAndAllDistancesAreDense) {
       AttentionCase dense(MatrixProblem(shape, GetParam().dtype, all), 19);
       const std::string key = std::string("dense seed 19 ") + shape.name + " " +
                               DTypeName(GetParam().dtype);
-      const auto errors =
-          testing_support::LargestErrors(sparse, Answers().Run(key, dense).output);
+      const auto errors = testing_support::LargestErrors(
+          sparse, testing_support::MatrixComparison::Answers().Run(key, dense).output);
       EXPECT_LE(errors.o, testing_support::OutputTolerance(
                               GetParam().dtype, GetParam().pairs, shape.head_dim));
     }

@@ -56,9 +56,9 @@ INSTANTIATE_TEST_SUITE_P(
             "small_blocks", [](auto& p) { p.options.block_size = 64; },
             "block_size 64 is not supported by the cuda backend, which has 128"},
         RefusedCase{"method",
-                    [](auto& p) { p.options = DefaultOptions(Method::kXAttention); },
-                    "method xattention is not supported by the cuda backend, which has "
-                    "dense, pbs, mean_pooling, prism, flashprefill"},
+                    [](auto& p) { p.options = DefaultOptions(Method::kFlexPrefill); },
+                    "method flexprefill is not supported by the cuda backend, which "
+                    "has dense, pbs, mean_pooling, xattention, prism, flashprefill"},
         RefusedCase{"mean_correction",
                     [](auto& p) { p.options.mean_correction = true; },
                     "mean_correction true is not supported by the cuda backend, which "

@@ -28,25 +28,13 @@ namespace {
 
 using testing_support::BackendRun;
 using testing_support::BaselineCases;
+using testing_support::BlocksThatDiffer;
+using testing_support::BlocksThatMayDiffer;
 using testing_support::GoldenCase;
 using testing_support::LineCases;
 using testing_support::LineDifference;
 using testing_support::MeanCorrectionCases;
 using testing_support::RunOn;
-
-// The published code of prism rounds block means and temperatures to the input dtype,
-// we do not. In the case in bf16 that swaps two blocks of head 0, row 8, whose
-// estimated masses are 0.0867 and 0.0858, next to the threshold.
-int64_t BlocksThatMayDiffer(const GoldenCase& golden) {
-  return golden.name == "prism_struct_1100_d64_bf16_t75" ? 1 : 0;
-}
-
-int64_t BlocksThatDiffer(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b) {
-  EXPECT_EQ(a.size(), b.size());
-  int64_t count = 0;
-  for (size_t i = 0; i < a.size(); ++i) count += a[i] != b[i];
-  return count;
-}
 
 // The published code of minference rounds logits and probabilities to the input dtype,
 // we do not. In the case in bf16 that exchanges 3 of the 1,040 lines: a logit between 4

@@ -1,8 +1,8 @@
-#include "tests/emulator/synchronization.h"
+#include "emulator/synchronization.h"
 
 #include <string>
 
-#include "tests/emulator/block.h"
+#include "emulator/block.h"
 
 namespace pbs::emulator {
 namespace {

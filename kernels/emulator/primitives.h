@@ -11,11 +11,11 @@
 #include <type_traits>
 
 #include "cuda/primitives/host_device.h"
+#include "emulator/async.h"
+#include "emulator/machine.h"
+#include "emulator/synchronization.h"
+#include "emulator/warp.h"
 #include "pbs/dtype.h"
-#include "tests/emulator/async.h"
-#include "tests/emulator/machine.h"
-#include "tests/emulator/synchronization.h"
-#include "tests/emulator/warp.h"
 
 #define PBS_DEVICE inline
 #define PBS_UNROLL

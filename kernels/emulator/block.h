@@ -8,7 +8,7 @@
 #include <map>
 #include <vector>
 
-#include "tests/emulator/machine.h"
+#include "emulator/machine.h"
 
 namespace pbs::emulator {
 

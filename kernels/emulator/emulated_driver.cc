@@ -1,4 +1,4 @@
-#include "tests/emulator/emulated_driver.h"
+#include "emulator/emulated_driver.h"
 
 #include <algorithm>
 #include <cstdlib>

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <memory>
 
-#include "tests/emulator/machine.h"
+#include "emulator/machine.h"
 
 namespace pbs::emulator {
 

@@ -21,7 +21,7 @@
 
 #include "cuda/attention/attention_variant.h"
 #include "cuda/backend/launched_driver.h"
-#include "tests/emulator/machine.h"
+#include "emulator/machine.h"
 
 namespace pbs::emulator {
 

@@ -4,7 +4,7 @@
 #include <array>
 #include <cstdint>
 
-#include "tests/emulator/machine.h"
+#include "emulator/machine.h"
 
 namespace pbs::emulator {
 

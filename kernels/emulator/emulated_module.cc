@@ -9,8 +9,8 @@
 #include <utility>
 
 #include "cuda/backend/cuda_backend.h"
+#include "emulator/emulated_driver.h"
 #include "pbs/cuda_backend.h"
-#include "tests/emulator/emulated_driver.h"
 
 namespace {
 

@@ -5,7 +5,7 @@
 #include <array>
 #include <cstdint>
 
-#include "tests/emulator/machine.h"
+#include "emulator/machine.h"
 
 namespace pbs::emulator {
 

@@ -1,4 +1,4 @@
-#include "tests/emulator/async.h"
+#include "emulator/async.h"
 
 #include <cmath>
 #include <cstring>
@@ -6,9 +6,9 @@
 #include <memory>
 #include <string>
 
+#include "emulator/block.h"
+#include "emulator/synchronization.h"
 #include "pbs/dtype.h"
-#include "tests/emulator/block.h"
-#include "tests/emulator/synchronization.h"
 
 namespace pbs::emulator {
 namespace {

@@ -1,11 +1,11 @@
-#include "tests/emulator/warp.h"
+#include "emulator/warp.h"
 
 #include <cstring>
 #include <deque>
 
+#include "emulator/block.h"
+#include "emulator/synchronization.h"
 #include "pbs/dtype.h"
-#include "tests/emulator/block.h"
-#include "tests/emulator/synchronization.h"
 
 namespace pbs::emulator {
 namespace {

@@ -1,6 +1,6 @@
 // Fibers jump between stacks, which the C library's checks of jumps forbid.
 #undef _FORTIFY_SOURCE
-#include "tests/emulator/machine.h"
+#include "emulator/machine.h"
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -14,7 +14,7 @@
 #include <memory>
 #include <random>
 
-#include "tests/emulator/block.h"
+#include "emulator/block.h"
 
 namespace pbs::emulator {
 

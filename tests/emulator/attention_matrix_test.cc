@@ -1,0 +1,125 @@
+// Spec: docs/KERNELS.md. The methods and options of the CUDA backend, over an emulated
+// device, against the f64 reference: the table and the comparison that the CPU backend
+// has (tests/support/attention_matrix.h), with blocks of 128 keys.
+#include "tests/support/attention_matrix.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <memory>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "cuda/backend/cuda_backend.h"
+#include "emulator/emulated_driver.h"
+
+namespace pbs::emulator {
+
+using testing_support::AttentionCase;
+using testing_support::MatrixComparison;
+using testing_support::MatrixMethod;
+using testing_support::MatrixProblem;
+using testing_support::MatrixShape;
+
+// Rows of the table that the backend runs. After a dense fallback it reports another
+// order and other counts than the CPU (ADR 12), which pipeline_test.cc looks at.
+std::vector<MatrixMethod> MethodsOfTheBackend() {
+  std::vector<MatrixMethod> methods = testing_support::MatrixMethods();
+  std::erase_if(methods, [](const MatrixMethod& method) {
+    const AttentionOptions& options = method.options;
+    const bool runs = std::ranges::find(cuda::kCudaMethods, options.method) !=
+                      cuda::kCudaMethods.end();
+    return !runs || options.dense_fallback || options.mean_correction ||
+           options.coverage_min > 0;
+  });
+  return methods;
+}
+
+struct MatrixCase {
+  MatrixMethod method;
+  DType dtype;
+};
+void PrintTo(const MatrixCase& c, std::ostream* out) { *out << c.method.name; }
+
+class CudaMatrixSpec : public testing::TestWithParam<MatrixCase> {
+ protected:
+  void Check(const MatrixShape& shape, uint32_t seed) {
+    AttentionProblem problem =
+        MatrixProblem(shape, GetParam().dtype,
+                      testing_support::WithBlocksOf128(GetParam().method.options));
+    problem.options.coverage_rows = 2;
+    const std::string key =
+        GetParam().method.name + " " + shape.name + " seed " + std::to_string(seed);
+    SCOPED_TRACE(key);
+    AttentionCase inputs(problem, seed);
+    AttentionReport report;
+    const Status status = Run(inputs, seed, &report);
+    ASSERT_TRUE(status.ok()) << status.ToString();
+    comparison_.Compare(key, inputs, report, /*pairs=*/true);
+  }
+
+  void TearDown() override {
+    comparison_.ExpectFewDiffer(GetParam().method.name.c_str());
+  }
+
+ private:
+  // Runs the case on a device of its own; its outputs are in the case's arrays.
+  static Status Run(AttentionCase& inputs, uint32_t seed, AttentionReport* report) {
+    PBS_ASSIGN_OR_RETURN(const auto backend,
+                         cuda::CudaBackend::Create(std::make_unique<EmulatedDriver>(
+                             EmulatedOptions{.seed = seed})));
+    PBS_ASSIGN_OR_RETURN(const auto plan, backend->Plan(inputs.problem()));
+    AttentionTensors tensors = inputs.Tensors();
+    std::vector<Buffer> buffers;
+    Status status;
+    const auto on_device = [&](auto* data, int64_t bytes) {
+      auto buffer = backend->Allocate(bytes);
+      if (buffer.ok() && status.ok()) {
+        status = backend->Upload(data, buffer->data(), bytes);
+      }
+      buffers.push_back(*std::move(buffer));
+      return buffers.back().data();
+    };
+    const AttentionGeometry& g = inputs.geometry();
+    const int64_t q_bytes = 2 * g.num_heads * g.total_q * g.head_dim;
+    const int64_t kv_bytes = 2 * g.num_kv_heads * g.total_k * g.head_dim;
+    const int64_t lse_bytes = 4 * g.num_heads * g.total_q;
+    void* const o = tensors.o.data;
+    void* const lse = tensors.lse.data;
+    tensors.q.data = on_device(tensors.q.data, q_bytes);
+    tensors.k.data = on_device(tensors.k.data, kv_bytes);
+    tensors.v.data = on_device(tensors.v.data, kv_bytes);
+    tensors.o.data = on_device(o, q_bytes);
+    tensors.lse.data = on_device(lse, lse_bytes);
+    PBS_RETURN_IF_ERROR(status);
+    PBS_ASSIGN_OR_RETURN(const Buffer memory, backend->Allocate(plan->workspace_bytes));
+    PBS_RETURN_IF_ERROR(backend->Run(*plan, tensors, memory.workspace(), {}));
+    PBS_RETURN_IF_ERROR(backend->ReadReport(*plan, memory.workspace(),
+                                            {.order = true, .lists = true}, report));
+    PBS_RETURN_IF_ERROR(backend->Download(tensors.o.data, o, q_bytes));
+    return backend->Download(tensors.lse.data, lse, lse_bytes);
+  }
+
+  MatrixComparison comparison_;
+};
+
+TEST_P(CudaMatrixSpec, EqualsTheReferenceOnEveryShape) {
+  for (const MatrixShape& shape : testing_support::ShapesOfBlocksOf128()) {
+    Check(shape, 31);
+  }
+}
+
+// In turn f16 and bf16: each row of the table once is what there is time for.
+std::vector<MatrixCase> Cases() {
+  std::vector<MatrixCase> cases;
+  for (const MatrixMethod& method : MethodsOfTheBackend()) {
+    cases.push_back({method, cases.size() % 2 == 0 ? DType::kBF16 : DType::kF16});
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Table, CudaMatrixSpec, testing::ValuesIn(Cases()),
+                         [](const auto& c) { return c.param.method.name; });
+
+}  // namespace pbs::emulator
