@@ -126,6 +126,32 @@ absl::StatusOr<AttentionOptions> DecodeMethod(const v1::AttentionOptions& wire,
 
 }  // namespace
 
+std::vector<AttentionProfile> DefaultProfiles() {
+  AttentionOptions best = DefaultOptions(Method::kXAttention);
+  best.threshold = 0.93f;
+  best.block_size = 64;
+  best.window_blocks = 8;
+  best.dense_tail_blocks = kPrefillTailBlocks;
+  best.mean_correction = true;
+  AttentionOptions large_blocks = best;
+  large_blocks.block_size = 128;
+  large_blocks.window_blocks = 4;
+  AttentionOptions not_corrected = large_blocks;
+  not_corrected.mean_correction = false;
+  return {{best}, {large_blocks}, {not_corrected}};
+}
+
+AttentionProfile DefaultProfile() { return DefaultProfiles().front(); }
+
+v1::AttentionOptions WithPrefillTail(v1::AttentionOptions wire) {
+  const FieldDescriptor* field = MethodField(wire);
+  const bool selects = field != nullptr && FindMethod(field->name())->Selects();
+  if (selects && !wire.as_published() && !wire.has_dense_tail_blocks()) {
+    wire.set_dense_tail_blocks(kPrefillTailBlocks);
+  }
+  return wire;
+}
+
 absl::StatusOr<AttentionOptions> DecodeAttentionOptions(
     const v1::AttentionOptions& wire, const AttentionProfile& profile,
     bool dense_fallback) {

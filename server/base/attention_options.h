@@ -6,7 +6,9 @@
 // because the other files of server/base do not need protobuf.
 #pragma once
 
+#include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "pbs/attention.h"
@@ -14,13 +16,26 @@
 
 namespace pbs::server {
 
-// Options of a request that names no method (ServerConfig.default_attention).
+// Options of a Prefill that names no method (ServerConfig.default_attention).
 struct AttentionProfile {
   AttentionOptions options;                 // without dense_fallback
   std::optional<bool> dense_fallback = {};  // unset: the RPC's own default
 
   bool operator==(const AttentionProfile&) const = default;
 };
+
+// Built-in options of a Prefill that names no method, the best first: a server takes the
+// first that its backend runs. docs/BENCHMARKS.md, "Quality of a trained model", chose
+// the first by its rule. The others are as near to it as a backend without blocks of 64
+// tokens or without mean_correction can be.
+std::vector<AttentionProfile> DefaultProfiles();
+AttentionProfile DefaultProfile();  // the first
+
+// The dense_tail_blocks of a Prefill that names a method and leaves them out: a short
+// question at the end of a prompt is lost in the mean of its block.
+inline constexpr int32_t kPrefillTailBlocks = 2;
+// `wire` with kPrefillTailBlocks where they apply: not to dense, not as published.
+v1::AttentionOptions WithPrefillTail(v1::AttentionOptions wire);
 
 // A message without a method takes `profile`. A message with one takes the documented
 // defaults of that method for unset fields. `dense_fallback` is the RPC's default: it

@@ -1,5 +1,7 @@
 #include <cstdint>
+#include <vector>
 
+#include "server/base/attention_options.h"
 #include "server/config/server_settings.h"
 
 namespace pbs::server {
@@ -102,6 +104,18 @@ void ApplyBackendDefaults(v1::ServerConfig& config) {
 
 }  // namespace
 
+std::vector<v1::AttentionOptions> DefaultAttentions(const v1::AttentionOptions& asked) {
+  if (asked.method_case() != v1::AttentionOptions::METHOD_NOT_SET) {
+    return {WithPrefillTail(asked)};
+  }
+  std::vector<v1::AttentionOptions> choices;
+  for (const AttentionProfile& profile : DefaultProfiles()) {
+    choices.push_back(EncodeAttentionProfile(profile));
+    choices.back().MergeFrom(asked);
+  }
+  return choices;
+}
+
 void ApplyDefaults(v1::ServerConfig& config) {
   const ServerSettings settings;
   if (!config.has_listen()) config.set_listen(settings.service.listen);
@@ -120,10 +134,8 @@ void ApplyDefaults(v1::ServerConfig& config) {
   ApplyLeaseDefaults(*config.mutable_lease());
   ApplyTransportDefaults(*config.mutable_transport());
   if (!config.log().has_level()) config.mutable_log()->set_level("info");
-  v1::AttentionOptions& attention = *config.mutable_default_attention();
-  if (attention.method_case() == v1::AttentionOptions::METHOD_NOT_SET) {
-    attention.mutable_pbs();
-  }
+  *config.mutable_default_attention() =
+      DefaultAttentions(config.default_attention()).front();
 }
 
 }  // namespace pbs::server

@@ -83,6 +83,7 @@ AttentionProfile ToProfile(const v1::AttentionOptions& wire) {
 }  // namespace
 
 absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
+  const v1::AttentionOptions asked = config.default_attention();
   ApplyDefaults(config);
   const std::vector<std::string> violations = Validate(config);
   if (!violations.empty()) {
@@ -95,7 +96,10 @@ absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
   settings.service.reflection = config.reflection();
   settings.service.transport = ToTransport(config.transport());
   settings.service.limits = ToLimits(config.admission());
-  settings.service.default_attention = ToProfile(config.default_attention());
+  for (const v1::AttentionOptions& wire : DefaultAttentions(asked)) {
+    settings.default_attentions.push_back(ToProfile(wire));
+  }
+  settings.service.default_attention = settings.default_attentions.front();
   settings.metrics_listen = config.metrics_listen();
   settings.backend = ToBackend(config.backend());
   settings.vllm_metrics = config.vllm_metrics();

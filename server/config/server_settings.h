@@ -55,6 +55,9 @@ struct SchedulingSettings {
 struct ServerSettings {
   // main() fills in version, commit and backend facts.
   ServiceOptions service;
+  // What service.default_attention may be, the best first: what the configuration says,
+  // or, when it names no method, DefaultProfiles() with what it sets.
+  std::vector<AttentionProfile> default_attentions;
   std::string metrics_listen = "127.0.0.1:9464";  // "": off
   BackendChoice backend = BackendChoice::kAuto;
   bool vllm_metrics = false;
@@ -67,6 +70,9 @@ struct ServerSettings {
   LogLevel log_level = LogLevel::kInfo;
   absl::Duration drain_max = absl::Seconds(60);
 };
+
+// ServerSettings::default_attentions, given what the configuration sets.
+std::vector<v1::AttentionOptions> DefaultAttentions(const v1::AttentionOptions& asked);
 
 // Sets every unset field to its documented default.
 void ApplyDefaults(v1::ServerConfig& config);

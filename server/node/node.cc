@@ -18,6 +18,7 @@
 #include "server/base/process.h"
 #include "server/base/random_id.h"
 #include "server/base/status.h"
+#include "server/node/default_attention.h"
 
 namespace pbs::server {
 namespace {
@@ -65,8 +66,9 @@ absl::StatusOr<std::unique_ptr<Node>> Node::Create(const ServerSettings& setting
                                                    const BuildLabels& build,
                                                    SignalWatcher& signals, Log& log) {
   PBS_ABSL_ASSIGN_OR_RETURN(auto backends, MakeBackends(settings, log));
+  const ServerSettings chosen = WithDefaultAttention(settings, *backends.front());
   auto node = std::unique_ptr<Node>(
-      new Node(settings, build, std::move(backends), signals, log));
+      new Node(chosen, build, std::move(backends), signals, log));
   PBS_ABSL_RETURN_IF_ERROR(node->Listen());
   PBS_ABSL_RETURN_IF_ERROR(node->ExportMetrics());
   return node;

@@ -76,7 +76,6 @@ absl::Status AttendCall::TakeHeader(const v1::AttendHeader& header) {
   PBS_ABSL_RETURN_IF_ERROR(slot_.Admit());
   AttendLimits limits;
   limits.tokens_max = service_.options.limits.attend_tokens_max;
-  limits.default_attention = service_.options.default_attention;
   PBS_ABSL_ASSIGN_OR_RETURN(spec_, DecodeAttendHeader(header, limits));
   PBS_ABSL_ASSIGN_OR_RETURN(
       JobReservation reservation,

@@ -368,7 +368,7 @@ absl::StatusOr<AttendSpec> DecodeAttendHeader(const v1::AttendHeader& header,
   AttendSpec spec;
   PBS_ABSL_ASSIGN_OR_RETURN(
       spec.problem.options,
-      DecodeAttentionOptions(header.options(), limits.default_attention,
+      DecodeAttentionOptions(header.options(), AttentionProfile(),
                              /*dense_fallback=*/false));
   PBS_ABSL_RETURN_IF_ERROR(DecodeScalars(header, spec));
   PBS_ABSL_RETURN_IF_ERROR(DecodeWant(header, spec));

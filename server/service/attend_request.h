@@ -19,7 +19,6 @@ namespace pbs::server {
 
 struct AttendLimits {
   int32_t tokens_max = 0;  // keys of one sequence
-  AttentionProfile default_attention;
 };
 
 // A tensor that the upload must bring.

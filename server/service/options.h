@@ -71,7 +71,7 @@ struct ServiceOptions {
   bool reflection = false;
   TransportOptions transport;
   ServiceLimits limits;
-  AttentionProfile default_attention;
+  AttentionProfile default_attention = DefaultProfile();  // of Prefill
   std::string version;  // of the build
   std::string commit;
   BackendFacts backend;

@@ -48,7 +48,8 @@ absl::StatusOr<AttentionOptions> DecodeAttention(const v1::AttentionOptions& wir
                                                  const PrefillLimits& limits) {
   PBS_ABSL_ASSIGN_OR_RETURN(
       AttentionOptions options,
-      DecodeAttentionOptions(wire, limits.default_attention, /*dense_fallback=*/true));
+      DecodeAttentionOptions(WithPrefillTail(wire), limits.default_attention,
+                             /*dense_fallback=*/true));
   if (options.use_given_order || options.use_given_lists) {
     return absl::InvalidArgumentError(
         absl::StrCat(options.use_given_order ? "use_given_order" : "use_given_lists",

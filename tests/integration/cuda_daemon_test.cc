@@ -144,6 +144,16 @@ class CudaBesideCpuSpec : public testing::Test {
   Server& cpu = shared_->cpu;
 };
 
+TEST_F(CudaBesideCpuSpec, TheDefaultAttentionIsTheBestThatTheBackendRuns) {
+  const auto of_device = device.client->GetServerInfo();
+  const auto of_cpu = cpu.client->GetServerInfo();
+  ASSERT_TRUE(of_device.ok() && of_cpu.ok());
+  EXPECT_EQ(of_cpu->default_attention().xattention().block_size(), 64);
+  EXPECT_EQ(of_device->default_attention().xattention().block_size(), 128);
+  EXPECT_EQ(of_device->default_attention().window_blocks(), 4);
+  EXPECT_EQ(of_device->default_attention().dense_tail_blocks(), 2);
+}
+
 TEST_F(CudaBesideCpuSpec, HandsOverWhatTheCpuServerDoes) {
   EXPECT_EQ(device.backend, "cuda");
   for (const char* method : {"dense", "pbs"}) {

@@ -60,6 +60,7 @@ KvArrays DirectCache(const v1::PrefillRequest& request) {
   const Model& model = SharedModel::Get().served.model();
   PrefillProblem problem;
   problem.num_tokens = request.token_ids_size();
+  problem.attention = DefaultProfile().options;
   problem.attention.dense_fallback = true;
   problem.logit_rows = {request.token_ids_size() - 1};
   const auto plan = *PlanPrefill(model, problem);

@@ -128,7 +128,7 @@ TEST(InfoSpec, SaysWhatTheServerIs) {
   EXPECT_THAT(info->methods(), testing::ElementsAre(v1::DENSE, v1::PRISM));
   EXPECT_EQ(info->limits().receive_message_bytes_max(), (5 << 20) + (64 << 10));
   EXPECT_EQ(info->limits().memory_bytes_max(), 256 << 20);
-  EXPECT_EQ(info->default_attention().pbs().segment_size(), 256);
+  EXPECT_EQ(info->default_attention().xattention().block_size(), 64);
   // Prefill and Attend differ, and no profile says otherwise.
   EXPECT_FALSE(info->default_attention().has_dense_fallback());
 }

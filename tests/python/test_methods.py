@@ -372,19 +372,18 @@ def test_the_script_prints_the_whole_default_profile(server, client, capsys):
     profile = client.info().default_profile
     assert Attention(client.info().default_attention) == Attention(profile.method)
     assert printed == {
-        "method": "pbs",
-        "block_size": 128,
-        "segment_size": 256,
-        "threshold": 0.9,
-        "scope": "kv_head",
+        "method": "xattention",
+        "block_size": 64,
+        "stride": 8,
+        "threshold": 0.93,
         "force_first_block": True,
         "dense_fallback": None,
         "coverage_rows": 0,
         "coverage_min": 0.0,
-        "dense_tail_blocks": 0,
+        "dense_tail_blocks": 2,
         "sink_blocks": 0,
-        "window_blocks": 0,
-        "mean_correction": False,
+        "window_blocks": 8,
+        "mean_correction": True,
         "as_published": False,
         "permute": None,
     }

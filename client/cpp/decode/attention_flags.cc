@@ -97,8 +97,10 @@ std::string Help(const OptionTraits& option) {
     absl::StrAppendFormat(&text, "%s%.9g to %.9g ", option.low_excluded ? "above " : "",
                           option.low, option.high);
   }
-  // This one's default is that of the call.
-  return text + (Is(option, "dense_fallback") ? "[yes]" : Defaults(option));
+  // Two defaults are those of a prefill.
+  if (Is(option, "dense_fallback")) return text + "[yes]";
+  if (Is(option, "dense_tail_blocks")) return text + "[with --method 2]";
+  return text + Defaults(option);
 }
 
 void Set(Message& message, const FieldDescriptor& field, int32_t value) {

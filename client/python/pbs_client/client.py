@@ -402,11 +402,10 @@ class Client:
         want: Sequence[str],
         has_mask: bool,
     ) -> BlockGrid | None:
-        """The block grid of the lists; its block size may be the server's default."""
+        """The block grid of the lists. An Attend without a method runs pbs."""
         if not has_mask and not {"lists", "block_mask"} & set(want):
             return None
-        resolved = self.info().default_attention if method is None else method
-        block_size = _attend.block_size_of(resolved)
+        block_size = _attend.block_size_of(method)
         return BlockGrid.of(shape.num_heads, shape.lengths, block_size)
 
     def _run_attend(

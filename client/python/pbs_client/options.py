@@ -239,8 +239,8 @@ class Attention:
 
     Attributes:
         method: Dense(), Pbs(...), another method, or the name of one with its defaults,
-            such as "dense"; None is the server's default profile, which the other
-            fields change.
+            such as "dense"; None is in prefill the server's default profile, which
+            the other fields change, and in attend Pbs().
         dense_fallback: run dense where nearly all blocks are selected; None is the
             call's default (false in attend, true in prefill).
         coverage_rows: number of query rows per sequence and head whose exact attention
@@ -249,7 +249,7 @@ class Attention:
             the attention mass reads every block instead; the stats name it; not an
             option of MInference, 0 .. 1 [0: no head].
         dense_tail_blocks: number of last query blocks of a sequence that read every
-            earlier block, 0 .. 65535 [0].
+            earlier block, 0 .. 65535 [0; in a prefill that names a method 2].
         sink_blocks: number of first key blocks that every query block reads, 0 .. 65535
             [0].
         window_blocks: number of key blocks, up to and including its own, that every

@@ -81,12 +81,12 @@ TEST(DecodeAttendSpec, ReadsADenseBatch) {
   EXPECT_FALSE(spec->problem.options.dense_fallback);
 }
 
-TEST(DecodeAttendSpec, TheServersProfileMayTurnTheDenseFallbackOn) {
-  AttendLimits limits = Limits();
-  limits.default_attention.dense_fallback = true;
-  const auto spec = DecodeAttendHeader(DenseBatch(), limits);
+TEST(DecodeAttendSpec, WithoutAMethodItRunsPbsWithItsDefaults) {
+  v1::AttendHeader header = DenseBatch();
+  header.clear_options();
+  const auto spec = DecodeAttendHeader(header, Limits());
   ASSERT_TRUE(spec.ok()) << spec.status();
-  EXPECT_TRUE(spec->problem.options.dense_fallback);
+  EXPECT_EQ(spec->problem.options, DefaultOptions(Method::kPbs));
 }
 
 TEST(DecodeAttendSpec, ReadsPackedSequences) {

@@ -73,6 +73,34 @@ TEST(DecodePrefillSpec, TheServersProfileServesRequestsThatNameNoMethod) {
   EXPECT_EQ(DecodePrefill(GoodRequest(), limits)->attention.method, Method::kDense);
 }
 
+TEST(DecodePrefillSpec, ANamedMethodGetsADenseTailUnlessTheRequestDecides) {
+  struct Case {
+    const char* name;
+    std::function<void(v1::AttentionOptions&)> change;
+    int32_t tail;
+  };
+  const Case cases[] = {
+      {"pbs", [](auto& o) { o.mutable_pbs(); }, kPrefillTailBlocks},
+      {"prism", [](auto& o) { o.mutable_prism(); }, kPrefillTailBlocks},
+      {"dense", [](auto& o) { o.mutable_dense(); }, 0},
+      {"none", [](auto& o) { o.mutable_pbs(), o.set_dense_tail_blocks(0); }, 0},
+      {"five", [](auto& o) { o.mutable_pbs(), o.set_dense_tail_blocks(5); }, 5},
+      {"published", [](auto& o) { o.mutable_pbs(), o.set_as_published(true); }, 0},
+      {"profile", [](auto& o) { o.set_coverage_rows(1); }, 7},
+  };
+  PrefillLimits limits = Limits();
+  limits.default_attention.options.dense_tail_blocks = 7;
+  for (const Case& c : cases) {
+    SCOPED_TRACE(c.name);
+    v1::PrefillRequest request = GoodRequest();
+    request.clear_attention();
+    c.change(*request.mutable_attention());
+    const auto spec = DecodePrefill(request, limits);
+    ASSERT_TRUE(spec.ok()) << spec.status();
+    EXPECT_EQ(spec->attention.dense_tail_blocks, c.tail);
+  }
+}
+
 TEST(DecodePrefillSpec, TheServersProfileMayTurnTheDenseFallbackOff) {
   PrefillLimits limits = Limits();
   limits.default_attention.dense_fallback = false;
@@ -306,6 +334,7 @@ TEST(PrefillFingerprint, DependsOnTheModel) {
 TEST(PrefillFingerprint, FollowsTheServersProfile) {
   PrefillLimits limits = Limits();
   limits.default_attention.options.threshold = 0.5f;
+  limits.default_attention.options.dense_tail_blocks = kPrefillTailBlocks;
   const auto profile = DecodePrefill(GoodRequest(), limits);
   v1::PrefillRequest named = GoodRequest();
   named.mutable_attention()->mutable_pbs()->set_threshold(0.5f);

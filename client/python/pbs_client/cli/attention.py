@@ -151,7 +151,12 @@ _OF_SELECTION = (
         "not minference: a head whose --coverage-rows rows keep less than this share of "
         "the attention mass reads every block, 0..1 [0]",
     ),
-    _Flag("dense_tail_blocks", int, "N", "the last N query blocks read all blocks [0]"),
+    _Flag(
+        "dense_tail_blocks",
+        int,
+        "N",
+        "the last N query blocks read all blocks [attend: 0; prefill with --method: 2]",
+    ),
     _Flag("sink_blocks", int, "N", "every query reads the first N blocks [0]"),
     _Flag(
         "window_blocks",
@@ -186,7 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=tuple(METHODS),
         metavar="NAME",
-        help="one of these [the server's default profile: `pbs-client info`]",
+        help="one of these [attend: pbs; prefill: the server's default profile, which "
+        "`pbs-client info` prints]",
     )
     group = parser.add_argument_group(
         "options of methods",
@@ -198,7 +204,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag.add(group, f"{owners}: {flag.text}")
     group = parser.add_argument_group(
         "options of every method except dense",
-        "Without --method they change the server's default profile.",
+        "In a prefill without --method they change the server's default profile.",
     )
     for flag in _OF_SELECTION:
         flag.add(group, flag.text)

@@ -65,6 +65,32 @@ TEST(ConfigDefaults, LeaveWhatIsSet) {
   EXPECT_TRUE(config.default_attention().has_dense());
 }
 
+TEST(ConfigDefaults, OptionsWithoutAMethodChangeTheDefaultAttention) {
+  v1::ServerConfig config;
+  config.mutable_default_attention()->set_window_blocks(5);
+  const auto settings = MakeSettings(config);
+  ASSERT_TRUE(settings.ok()) << settings.status();
+  const std::vector<AttentionProfile> built_in = DefaultProfiles();
+  ASSERT_EQ(settings->default_attentions.size(), built_in.size());
+  for (size_t i = 0; i < built_in.size(); ++i) {
+    AttentionOptions expected = built_in[i].options;
+    expected.window_blocks = 5;
+    EXPECT_EQ(settings->default_attentions[i].options, expected);
+  }
+  EXPECT_EQ(settings->service.default_attention, settings->default_attentions.front());
+}
+
+TEST(ConfigDefaults, ANamedMethodGetsTheDenseTailOfPrefill) {
+  v1::ServerConfig config;
+  config.mutable_default_attention()->mutable_prism();
+  const auto settings = MakeSettings(config);
+  ASSERT_TRUE(settings.ok()) << settings.status();
+  const AttentionOptions& options = settings->service.default_attention.options;
+  EXPECT_EQ(options.method, Method::kPrism);
+  EXPECT_EQ(options.dense_tail_blocks, kPrefillTailBlocks);
+  EXPECT_EQ(settings->default_attentions.size(), 1u);
+}
+
 // The table of docs/OPERATIONS.md, "Configuration".
 TEST(ConfigDefaults, AreThoseOfTheDocumentation) {
   v1::ServerConfig documented;
@@ -104,7 +130,22 @@ TEST(ConfigDefaults, AreThoseOfTheDocumentation) {
           write_stall_seconds_max: 60
         }
         log { level: "info" }
-        default_attention { pbs {} })pb",
+        default_attention {
+          xattention {
+            block_size: 64
+            stride: 8
+            threshold: 0.93
+            force_first_block: true
+            use_given_lists: false
+          }
+          coverage_rows: 0
+          dense_tail_blocks: 2
+          sink_blocks: 0
+          window_blocks: 8
+          mean_correction: true
+          as_published: false
+          coverage_min: 0
+        })pb",
       &documented));
   EXPECT_EQ(Defaults().DebugString(), documented.DebugString());
 }
@@ -113,7 +154,7 @@ TEST(ServerSettingsSpec, DefaultsArrive) {
   const auto settings = MakeSettings({});
   ASSERT_TRUE(settings.ok()) << settings.status();
   EXPECT_EQ(settings->service.listen, "127.0.0.1:50051");
-  EXPECT_EQ(settings->service.default_attention, AttentionProfile());
+  EXPECT_EQ(settings->service.default_attention, DefaultProfile());
   EXPECT_EQ(settings->metrics_listen, "127.0.0.1:9464");
   EXPECT_EQ(settings->backend, BackendChoice::kAuto);
   EXPECT_EQ(settings->cuda.devices, std::vector<int32_t>{0});
