@@ -39,7 +39,8 @@ constexpr int32_t kThreadsBesideWorkers = 24;
 struct Flags {
   std::string config;
   std::vector<std::string> sets;
-  std::vector<std::string> models;  // NAME=PATH
+  std::vector<std::string> models;    // NAME=PATH
+  std::vector<std::string> profiles;  // MODEL=FILE
   std::string listen;
   std::string metrics_listen;
   std::string backend;
@@ -57,6 +58,9 @@ void AddFlags(CLI::App& app, Flags& flags) {
                  "PATH=VALUE: sets a field after the file; repeatable")
       ->allow_extra_args(false);
   app.add_option("--model", flags.models, "NAME=PATH of a model folder; repeatable")
+      ->allow_extra_args(false);
+  app.add_option("--profile", flags.profiles,
+                 "MODEL=FILE of a profile of a model; repeatable")
       ->allow_extra_args(false);
   app.option_defaults()->take_last();  // of the flags below
   app.add_option("--listen", flags.listen, "host:port [127.0.0.1:50051]");
@@ -87,6 +91,23 @@ absl::Status AddModel(const std::string& flag, v1::ServerConfig& config) {
   model.set_name(flag.substr(0, equals));
   model.set_path(flag.substr(equals + 1));
   return absl::OkStatus();
+}
+
+absl::Status AddProfile(const std::string& flag, v1::ServerConfig& config) {
+  const size_t equals = flag.find('=');
+  if (equals == std::string::npos) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--profile ", flag,
+                     " is not MODEL=FILE; give both, as in --profile tiny=mine.json"));
+  }
+  const std::string name = flag.substr(0, equals);
+  for (v1::ModelSource& model : *config.mutable_models()) {
+    if (model.name() != name) continue;
+    model.add_profiles(flag.substr(equals + 1));
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("--profile ", flag, ": no model is named \"", name, "\""));
 }
 
 // --model comes before --set, so that --set can change fields of its models, but not
@@ -122,6 +143,7 @@ absl::StatusOr<ServerSettings> ReadSettings(const Flags& flags) {
   const v1::ServerConfig before = config;
   for (const std::string& set : flags.sets) note(ApplySet(set, config));
   if (!flags.models.empty()) note(CheckModelsKept(before, config));
+  for (const std::string& profile : flags.profiles) note(AddProfile(profile, config));
   if (!flags.listen.empty()) config.set_listen(flags.listen);
   if (!flags.metrics_listen.empty()) {
     config.set_metrics_listen(flags.metrics_listen == "off" ? ""

@@ -256,6 +256,10 @@ const MethodTraits& TraitsOf(Method method) {
 
 const char* MethodName(Method method) { return TraitsOf(method).name; }
 
+bool HasThreshold(Method method) {
+  return (TraitsOf(method).options & kThreshold) != 0;
+}
+
 const MethodTraits* FindMethod(std::string_view name) {
   const auto* found =
       std::find_if(std::begin(kTraits), std::end(kTraits),
@@ -311,7 +315,7 @@ bool ForcesFirstBlock(const AttentionOptions& options) {
 bool SelectsEveryBlock(const AttentionOptions& options) {
   const MethodTraits& traits = TraitsOf(options.method);
   if (!traits.Selects()) return true;
-  return ((traits.options & kThreshold) != 0 && options.threshold >= 1.0f) ||
+  return (HasThreshold(options.method) && options.threshold >= 1.0f) ||
          ((traits.options & kGamma) != 0 && options.gamma >= 1.0f);
 }
 

@@ -97,6 +97,17 @@ Status ValidateWidths(const AttentionProblem& problem) {
   return OkStatus();
 }
 
+Status ValidateHasThreshold(const AttentionProblem& problem) {
+  if (!problem.has_head_thresholds) return OkStatus();
+  if (!HasThreshold(problem.options.method)) {
+    return InvalidArgument("method " + std::string(MethodName(problem.options.method)) +
+                           " has no head_thresholds; " +
+                           MethodsWith(FindOption("threshold")->bit) + " have them");
+  }
+  if (!problem.options.use_given_lists) return OkStatus();
+  return InvalidArgument("use_given_lists and head_thresholds exclude each other");
+}
+
 const int32_t* OrderRow(const AttentionGeometry& g, const ConstRows& order,
                         int64_t sequence, int32_t head) {
   return static_cast<const int32_t*>(order.data) +
@@ -109,7 +120,24 @@ Status ValidateProblem(const AttentionProblem& problem) {
   PBS_RETURN_IF_ERROR(ValidateHeads(problem.shape));
   PBS_RETURN_IF_ERROR(ValidateOptions(problem.options));
   PBS_RETURN_IF_ERROR(ValidateWidths(problem));
+  PBS_RETURN_IF_ERROR(ValidateHasThreshold(problem));
   return ValidateSequences(problem);
+}
+
+Status ValidateHeadThresholds(const AttentionProblem& problem,
+                              std::span<const float> thresholds) {
+  const int64_t wanted = problem.has_head_thresholds ? problem.shape.num_heads : 0;
+  if (static_cast<int64_t>(thresholds.size()) != wanted) {
+    return InvalidArgument("head_thresholds has " +
+                           Str(static_cast<int64_t>(thresholds.size())) +
+                           " values; the problem has " + Str(wanted));
+  }
+  for (size_t head = 0; head < thresholds.size(); ++head) {
+    if (thresholds[head] > 0 && thresholds[head] <= 1) continue;
+    return InvalidArgument("head_thresholds[" + Str(static_cast<int64_t>(head)) + "] " +
+                           std::to_string(thresholds[head]) + " is outside (0, 1]");
+  }
+  return OkStatus();
 }
 
 Status ValidateOrder(const AttentionGeometry& geometry, ConstRows order) {

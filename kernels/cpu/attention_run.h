@@ -148,6 +148,17 @@ struct AttentionRun {
            rows.layout.Offset(unit.sequence, before, head, row) *
                DTypeBytes(plan.problem.dtype);
   }
+  // Attention mass to keep, of methods with a threshold.
+  float Threshold(const Unit& unit, int32_t member) const {
+    return tensors.head_thresholds.empty()
+               ? plan.problem.options.threshold
+               : tensors.head_thresholds[QueryHead(unit, member)];
+  }
+  // Whatever the inputs are.
+  bool ReadsEveryBlock(const Unit& unit, int32_t member) const {
+    return tensors.head_thresholds.empty() ? SelectsEveryBlock(plan.problem.options)
+                                           : Threshold(unit, member) >= 1;
+  }
   const std::byte* QueryRow(const Unit& unit, int32_t head, int32_t row) const {
     return Row(tensors.q, unit, Sequence(unit).q_begin, head, row);
   }

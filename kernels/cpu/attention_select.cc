@@ -152,9 +152,10 @@ void MultiplyMeans(const AttentionRun& run, const Unit& unit, const float* queri
                     .c_stride = PaddedBlocks(s)});
 }
 
-bool IsDenseTail(const AttentionRun& run, const Unit& unit, int32_t query_block) {
+bool IsDenseTail(const AttentionRun& run, const Unit& unit, int32_t member,
+                 int32_t query_block) {
   const AttentionOptions& options = run.plan.problem.options;
-  return SelectsEveryBlock(options) ||
+  return run.ReadsEveryBlock(unit, member) ||
          run.Sequence(unit).num_query_blocks - query_block <= options.dense_tail_blocks;
 }
 
@@ -164,7 +165,7 @@ float* PooledQueries(const AttentionRun& run, const Unit& unit, int32_t member) 
          static_cast<int64_t>(member) * s.num_query_blocks * run.plan.geometry.head_dim;
 }
 
-ForcedBlocks ForcedBlocksOf(const AttentionRun& run, const Unit& unit,
+ForcedBlocks ForcedBlocksOf(const AttentionRun& run, const Unit& unit, int32_t member,
                             int32_t query_block) {
   const AttentionGeometry& g = run.plan.geometry;
   const AttentionOptions& options = run.plan.problem.options;
@@ -176,14 +177,15 @@ ForcedBlocks ForcedBlocksOf(const AttentionRun& run, const Unit& unit,
       .own_end = g.RowCapacity(s, block),
       .first_block = ForcesFirstBlock(options) ? run.FirstBlock(unit) : -1,
       .sink_end = options.sink_blocks,
-      .window_begin =
-          IsDenseTail(run, unit, query_block) ? 0 : block + 1 - options.window_blocks,
+      .window_begin = IsDenseTail(run, unit, member, query_block)
+                          ? 0
+                          : block + 1 - options.window_blocks,
   };
 }
 
 void StoreList(AttentionRun& run, const Unit& unit, int32_t member, int32_t query_block,
                std::span<uint8_t> keep) {
-  const ForcedBlocks forced = ForcedBlocksOf(run, unit, query_block);
+  const ForcedBlocks forced = ForcedBlocksOf(run, unit, member, query_block);
   KeepForced(forced, keep);
   const int32_t head = run.QueryHead(unit, member);
   run.ListCount(unit, head, query_block) = static_cast<uint16_t>(
@@ -232,17 +234,17 @@ void SelectBlocks(AttentionRun& run, const Wave& wave) {
     });
   }
   const SelectFunction select = ScorerOf(plan.problem.options).select;
-  run.ForEach(wave, wave.select_items,
-              [&](const Unit& unit, int64_t index, int worker) {
-                if (run.non_finite) return;
-                const SelectItem item = ItemAt(run, unit, index);
-                // Scores change nothing where every block is read.
-                if (IsDenseTail(run, unit, item.first_block) && !plan.gathers) {
-                  StoreFullLists(run, unit, item, worker);
-                } else {
-                  select(run, unit, item, worker);
-                }
-              });
+  run.ForEach(
+      wave, wave.select_items, [&](const Unit& unit, int64_t index, int worker) {
+        if (run.non_finite) return;
+        const SelectItem item = ItemAt(run, unit, index);
+        // Scores change nothing where every block is read.
+        if (IsDenseTail(run, unit, item.member, item.first_block) && !plan.gathers) {
+          StoreFullLists(run, unit, item, worker);
+        } else {
+          select(run, unit, item, worker);
+        }
+      });
 }
 
 }  // namespace pbs::cpu

@@ -84,7 +84,8 @@ RowRange RowsOfBlock(const AttentionRun& run, const Unit& unit, int32_t query_bl
 // Key blocks that may be kept by their scores: [0, count).
 int32_t NumCandidates(const AttentionRun& run, const Unit& unit, int32_t query_block);
 // True when the query block reads every earlier block whatever the scores are.
-bool IsDenseTail(const AttentionRun& run, const Unit& unit, int32_t query_block);
+bool IsDenseTail(const AttentionRun& run, const Unit& unit, int32_t member,
+                 int32_t query_block);
 // Key blocks, padded to whole vectors.
 inline int32_t PaddedBlocks(const SequenceGeometry& s) {
   return static_cast<int32_t>(RoundUp(s.num_key_blocks, kLanePad));
@@ -97,7 +98,7 @@ void MultiplyMeans(const AttentionRun& run, const Unit& unit, const float* queri
 // Block means of the queries of one member, [query blocks, head_dim].
 float* PooledQueries(const AttentionRun& run, const Unit& unit, int32_t member);
 // The blocks that the query block reads whatever their scores are.
-ForcedBlocks ForcedBlocksOf(const AttentionRun& run, const Unit& unit,
+ForcedBlocks ForcedBlocksOf(const AttentionRun& run, const Unit& unit, int32_t member,
                             int32_t query_block);
 // Adds the forced blocks, and stores the list.
 void StoreList(AttentionRun& run, const Unit& unit, int32_t member, int32_t query_block,

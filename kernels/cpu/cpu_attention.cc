@@ -107,6 +107,7 @@ Status CpuAttention::Run(const AttentionPlan& plan, const AttentionTensors& tens
                              " bytes is smaller than the planned " +
                              std::to_string(plan.workspace_bytes));
   }
+  PBS_RETURN_IF_ERROR(ValidateHeadThresholds(plan.problem, tensors.head_thresholds));
   AttentionRun run{.plan = cpu_plan,
                    .tensors = tensors,
                    .workspace = static_cast<std::byte*>(workspace.data),

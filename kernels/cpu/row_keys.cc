@@ -21,7 +21,8 @@ RowKeys::RowKeys(const AttentionRun& run, const Unit& unit, int32_t head,
   spans_ = {spans, static_cast<size_t>(count)};
   const SequenceGeometry& s = run.Sequence(unit);
   const ForcedBlocks forced =
-      ForcedBlocksOf(run, unit, position / block_size_ - s.first_query_block);
+      ForcedBlocksOf(run, unit, head - run.QueryHead(unit, 0),
+                     position / block_size_ - s.first_query_block);
   sink_end_ = forced.sink_end;
   window_begin_ = Permutes(run.plan.problem.options)
                       ? std::min(forced.window_begin, forced.own_begin)

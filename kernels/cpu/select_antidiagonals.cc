@@ -255,7 +255,7 @@ void SelectByAntidiagonals(AttentionRun& run, const Unit& unit, const SelectItem
         .first = ForcesFirstBlock(options) ? run.FirstBlock(unit) : -1,
         .lags =
             options.as_published && block < FirstChunkBlocks(s.k_len, g.block_size)};
-    KeepCoverWithForced(options.threshold, forced,
+    KeepCoverWithForced(run.Threshold(unit, item.member), forced,
                         {at.masses, static_cast<size_t>(candidates)}, sort_keys, keep);
     StoreList(run, unit, item.member, query_block, keep);
   }

@@ -117,6 +117,7 @@ void SelectByMeans(AttentionRun& run, const Unit& unit, const SelectItem& item,
                          static_cast<int64_t>(item.first_block) * g.head_dim;
   MultiplyMeans(run, unit, queries, item.num_blocks, logits);
   const float root = std::sqrt(static_cast<float>(g.head_dim));
+  const float threshold = run.Threshold(unit, item.member);
   for (int32_t i = 0; i < item.num_blocks; ++i) {
     const int32_t query_block = item.first_block + i;
     const std::span<float> row(
@@ -124,7 +125,7 @@ void SelectByMeans(AttentionRun& run, const Unit& unit, const SelectItem& item,
         static_cast<size_t>(NumCandidates(run, unit, query_block)));
     ScaleLogits(run, root, row);
     std::fill(keep.begin(), keep.end(), uint8_t{0});
-    if (!KeepCover(run.plan.problem.options.threshold, row, sort_keys, keep)) {
+    if (!KeepCover(threshold, row, sort_keys, keep)) {
       run.non_finite = true;
       return;
     }
@@ -179,10 +180,9 @@ void SelectByBands(AttentionRun& run, const Unit& unit, const SelectItem& item,
     }
     MultiplyMeans(run, unit, masked, item.num_blocks, logits + band * tile * padded);
   }
-  const AttentionOptions& options = problem.options;
-  const float thresholds[kNumBands] = {options.threshold, options.fast_threshold > 0
-                                                              ? options.fast_threshold
-                                                              : options.threshold};
+  const float threshold = run.Threshold(unit, item.member);
+  const float of_fast = problem.options.fast_threshold;
+  const float thresholds[kNumBands] = {threshold, of_fast > 0 ? of_fast : threshold};
   for (int32_t i = 0; i < item.num_blocks; ++i) {
     const int32_t query_block = item.first_block + i;
     std::fill(keep.begin(), keep.end(), uint8_t{0});

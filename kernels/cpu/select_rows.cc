@@ -101,7 +101,7 @@ void SelectByRows(AttentionRun& run, const Unit& unit, const SelectItem& item,
   const int32_t block = s.first_query_block + query_block;
   const RowRange range = RowsOfBlock(run, unit, query_block);
   const int32_t candidates = NumCandidates(run, unit, query_block);
-  if (!IsDenseTail(run, unit, query_block) && candidates > 0) {
+  if (!IsDenseTail(run, unit, item.member, query_block) && candidates > 0) {
     for (int32_t row = range.first; row < range.last; ++row) {
       RowToF32(run.kernels, run.plan.problem.dtype,
                run.QueryRow(unit, run.QueryHead(unit, item.member), row), g.head_dim,

@@ -56,6 +56,16 @@ void AppendSelected(const SelectingHead& head, std::vector<uint8_t>& mask,
   }
 }
 
+// The problem of one query head, as its own threshold makes it.
+AttentionProblem ProblemOfHead(const AttentionProblem& problem,
+                               const AttentionTensors& tensors, int32_t head) {
+  AttentionProblem own = problem;
+  if (problem.has_head_thresholds) {
+    own.options.threshold = tensors.head_thresholds[head];
+  }
+  return own;
+}
+
 void AppendCausal(const SequenceGeometry& s, std::vector<uint8_t>& mask) {
   for (int32_t i = 0; i < s.num_query_blocks; ++i) {
     for (int32_t j = 0; j < s.num_key_blocks; ++j) {
@@ -66,10 +76,10 @@ void AppendCausal(const SequenceGeometry& s, std::vector<uint8_t>& mask) {
 
 // Masks and lines of the query heads that share one order; identity and causal where
 // the dense fallback fires.
-void AppendOrderHead(const AttentionProblem& problem, const Operands& in,
-                     const AttentionGeometry& g, int32_t sequence, int32_t order_head,
-                     std::vector<int32_t>& order, std::vector<uint8_t>& mask,
-                     Decision& decision) {
+void AppendOrderHead(const AttentionProblem& problem, const AttentionTensors& tensors,
+                     const Operands& in, const AttentionGeometry& g, int32_t sequence,
+                     int32_t order_head, std::vector<int32_t>& order,
+                     std::vector<uint8_t>& mask, Decision& decision) {
   const SequenceGeometry& s = in.shape();
   const int32_t num_members = g.num_heads / g.num_order_heads;
   const bool selects = !s.dense && s.q_len > 0 && !problem.options.use_given_lists;
@@ -78,7 +88,8 @@ void AppendOrderHead(const AttentionProblem& problem, const Operands& in,
   for (int32_t member = 0; member < num_members; ++member) {
     if (selects) {
       const int32_t head = order_head * num_members + member;
-      const SelectingHead selecting = {problem, g, in, head, order.data()};
+      const AttentionProblem own = ProblemOfHead(problem, tensors, head);
+      const SelectingHead selecting = {own, g, in, head, order.data()};
       const size_t head_begin = mask.size();
       AppendSelected(selecting, mask,
                      ChoosesLines(problem)
@@ -145,7 +156,7 @@ Decision Decide(const AttentionProblem& problem, const AttentionTensors& tensors
     const Operands in(problem, tensors, g, n);
     for (int32_t head = 0; head < g.num_order_heads; ++head) {
       std::vector<int32_t> order = OrderOf(problem, in, g, head);
-      AppendOrderHead(problem, in, g, n, head, order, mask, decision);
+      AppendOrderHead(problem, tensors, in, g, n, head, order, mask, decision);
       std::copy(order.begin(), order.end(),
                 decision.order.begin() + head * g.total_k + s.k_begin);
     }

@@ -1,6 +1,7 @@
 #include "server/base/attention_options.h"
 
 #include <cstdint>
+#include <string>
 #include <type_traits>
 #include <variant>
 #include <vector>
@@ -197,6 +198,49 @@ v1::AttentionOptions EncodeAttentionProfile(const AttentionProfile& profile) {
     wire.set_dense_fallback(*profile.dense_fallback);
   }
   return wire;
+}
+
+absl::StatusOr<std::vector<float>> DecodeHeadThresholds(
+    const google::protobuf::RepeatedPtrField<v1::LayerThresholds>& layers,
+    int32_t num_layers, int32_t num_heads) {
+  if (!layers.empty() && layers.size() != num_layers) {
+    return absl::InvalidArgumentError(absl::StrCat("layers has ", layers.size(),
+                                                   " entries; the model has ",
+                                                   num_layers, " layers"));
+  }
+  std::vector<float> thresholds;
+  for (int layer = 0; layer < layers.size(); ++layer) {
+    const auto& heads = layers[layer].thresholds();
+    const std::string field = absl::StrCat("layers[", layer, "].thresholds");
+    if (heads.size() != num_heads) {
+      return absl::InvalidArgumentError(absl::StrCat(field, " has ", heads.size(),
+                                                     " entries; the model has ",
+                                                     num_heads, " query heads"));
+    }
+    for (int head = 0; head < heads.size(); ++head) {
+      if (!(heads[head] > 0 && heads[head] <= 1)) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(field, "[", head, "] ", heads[head], " is outside (0, 1]"));
+      }
+      thresholds.push_back(heads[head]);
+    }
+  }
+  return thresholds;
+}
+
+bool SetsThreshold(const v1::AttentionOptions& wire) {
+  const FieldDescriptor* method = MethodField(wire);
+  const auto* field = method->message_type()->FindFieldByName("threshold");
+  if (field == nullptr) return false;
+  const Message& options = wire.GetReflection()->GetMessage(wire, method);
+  return options.GetReflection()->HasField(options, field);
+}
+
+void ClearThreshold(v1::AttentionOptions& wire) {
+  if (!SetsThreshold(wire)) return;
+  Message& options = *wire.GetReflection()->MutableMessage(&wire, MethodField(wire));
+  options.GetReflection()->ClearField(
+      &options, options.GetDescriptor()->FindFieldByName("threshold"));
 }
 
 v1::Method EncodeMethod(Method method) {

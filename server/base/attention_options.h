@@ -55,6 +55,19 @@ v1::AttentionOptions EncodeAttentionOptions(const AttentionOptions& options);
 // As above, dense_fallback only where the profile sets it.
 v1::AttentionOptions EncodeAttentionProfile(const AttentionProfile& profile);
 
+// The thresholds of all query heads, [num_layers, num_heads]; empty for no layers.
+// InvalidArgument for other numbers of layers or heads, or a threshold outside (0, 1].
+absl::StatusOr<std::vector<float>> DecodeHeadThresholds(
+    const google::protobuf::RepeatedPtrField<v1::LayerThresholds>& layers,
+    int32_t num_layers, int32_t num_heads);
+
+// The refusal of a method's threshold beside those of layers.
+inline constexpr char kTwoThresholds[] =
+    "attention sets a threshold beside the thresholds of layers; leave one out";
+// Whether the method's message sets a threshold. Requires a method.
+bool SetsThreshold(const v1::AttentionOptions& wire);
+void ClearThreshold(v1::AttentionOptions& wire);
+
 v1::Method EncodeMethod(Method method);
 
 }  // namespace pbs::server

@@ -42,7 +42,8 @@ ModelSettings ToModel(const v1::ModelSource& source) {
           .path = source.path(),
           .kv_dtype = ToDType(source.kv_dtype()),
           .tokens_max = source.tokens_max(),
-          .yarn_attn_factor = ignored ? AttnFactor::kIgnored : AttnFactor::kApplied};
+          .yarn_attn_factor = ignored ? AttnFactor::kIgnored : AttnFactor::kApplied,
+          .profiles = {source.profiles().begin(), source.profiles().end()}};
 }
 
 ServiceLimits ToLimits(const v1::AdmissionConfig& admission) {

@@ -31,6 +31,7 @@ struct ModelSettings {
   std::optional<DType> kv_dtype;  // unset: the dtype that the model computes in
   int32_t tokens_max = 0;         // 0: the model's own limit
   AttnFactor yarn_attn_factor = AttnFactor::kApplied;
+  std::vector<std::string> profiles = {};  // files
 };
 
 struct CpuSettings {

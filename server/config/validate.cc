@@ -7,20 +7,20 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "pbs/limits.h"
 #include "server/base/attention_options.h"
 #include "server/base/host_port.h"
 #include "server/config/device_list.h"
+#include "server/config/names.h"
 #include "server/config/server_settings.h"
 
 namespace pbs::server {
 namespace {
 
-constexpr size_t kModelNameBytesMax = 64;
 constexpr int32_t kModelsMax = 64;
+constexpr int32_t kProfilesMax = 64;  // files of a model
 constexpr int32_t kThreadsMax = 1024;
 constexpr int32_t kBatchTokensMax = 1 << 16;
 constexpr int64_t kMemoryBytesMax = int64_t{1} << 50;
@@ -59,14 +59,6 @@ constexpr std::array kKvDTypes = {"auto", "f32", "f16", "bf16"};
 constexpr std::array kAttnFactors = {"applied", "ignored"};
 constexpr std::array kLogLevels = {"debug", "info", "warning", "error"};
 
-bool IsModelName(const std::string& name) {
-  return !name.empty() && name.size() <= kModelNameBytesMax &&
-         std::all_of(name.begin(), name.end(), [](char c) {
-           return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' ||
-                  c == '_' || c == '-';
-         });
-}
-
 void CheckAddresses(const v1::ServerConfig& config, Checker& check) {
   const auto listen = ParseHostPort(config.listen());
   if (!listen.ok()) check.Add(absl::StrCat("listen ", listen.status().message()));
@@ -91,9 +83,8 @@ void CheckModels(const v1::ServerConfig& config, Checker& check) {
   for (int i = 0; i < config.models_size(); ++i) {
     const v1::ModelSource& model = config.models(i);
     const std::string field = absl::StrCat("models.", i, ".");
-    if (!IsModelName(model.name())) {
-      check.Add(absl::StrCat(field, "name \"", model.name(),
-                             "\" is not 1 to 64 of [A-Za-z0-9._-]"));
+    if (!IsName(model.name())) {
+      check.Add(absl::StrCat(field, "name \"", model.name(), "\" is not ", kNameRule));
     } else if (!names.insert(model.name()).second) {
       check.Add(absl::StrCat(field, "name \"", model.name(),
                              "\" is taken by an earlier model; names are unique"));
@@ -104,6 +95,12 @@ void CheckModels(const v1::ServerConfig& config, Checker& check) {
     check.OneOf(field + "kv_dtype", model.kv_dtype(), kKvDTypes);
     check.OneOf(field + "yarn_attn_factor", model.yarn_attn_factor(), kAttnFactors);
     check.Range(field + "tokens_max", model.tokens_max(), 0, kSeqLenMax);
+    check.Range(field + "number of profiles", model.profiles_size(), 0, kProfilesMax);
+    for (int file = 0; file < model.profiles_size(); ++file) {
+      if (!model.profiles(file).empty()) continue;
+      check.Add(absl::StrCat(field, "profiles.", file,
+                             " \"\" is empty; it names the file of a profile"));
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <optional>
 
 namespace pbs::server {
@@ -28,15 +29,36 @@ std::optional<Prediction> CostModel::Predict(const CostKey& key, const Work& wor
                                              absl::Time now) const {
   MutexLock lock(mutex_);
   const auto found = entries_.find(key);
-  if (found == entries_.end()) return std::nullopt;
+  if (found == entries_.end()) return FromOtherRungs(key, work);
   const Entry& entry = found->second;
-  Prediction prediction;
-  prediction.seconds =
-      entry.linear.Estimate(work.linear, kExtrapolatedLengthsMax) +
-      entry.quadratic.Estimate(work.quadratic,
-                               kExtrapolatedLengthsMax * kExtrapolatedLengthsMax);
-  prediction.fresh = now - entry.measured <= kFreshTime;
-  return prediction;
+  return Prediction{.seconds = entry.Seconds(work),
+                    .fresh = now - entry.measured <= kFreshTime};
+}
+
+double CostModel::Entry::Seconds(const Work& work) const {
+  return linear.Estimate(work.linear, kExtrapolatedLengthsMax) +
+         quadratic.Estimate(work.quadratic,
+                            kExtrapolatedLengthsMax * kExtrapolatedLengthsMax);
+}
+
+std::optional<Prediction> CostModel::FromOtherRungs(const CostKey& key,
+                                                    const Work& work) const {
+  const auto above = entries_.upper_bound(key);
+  const auto of_rung = [&](Entries::const_iterator entry) -> std::optional<double> {
+    if (entry == entries_.end()) return std::nullopt;
+    CostKey same = key;
+    same.rung = entry->first.rung;
+    if (same != entry->first) return std::nullopt;
+    return entry->second.Seconds(work);
+  };
+  const auto below = above == entries_.begin() ? entries_.end() : std::prev(above);
+  const std::optional<double> high = of_rung(above);
+  const std::optional<double> low = of_rung(below);
+  if (!high.has_value() && !low.has_value()) return std::nullopt;
+  if (!high.has_value() || !low.has_value()) return Prediction{high ? *high : *low};
+  const double share =
+      (key.rung - below->first.rung) / (above->first.rung - below->first.rung);
+  return Prediction{*low + share * (*high - *low)};
 }
 
 void CostModel::Measure(const CostKey& key, const Work& work, const Work& seconds,

@@ -7,8 +7,12 @@
 // requests count more than small ones, whose fixed costs would mislead, and many small
 // requests do not displace a large one.
 //
-// Threading: safe from any thread. Memory: one entry per key; keys come from the models
-// and the enums.
+// A prefill whose threshold was never measured is predicted from the nearest thresholds
+// that were: between them by a straight line, which lies above the true curve, because
+// time rises ever faster towards a threshold of 1; beside them by the nearest.
+//
+// Threading: safe from any thread. Memory: one entry per key; keys come from the
+// models, their profiles, the enums and the ladder of thresholds.
 #pragma once
 
 #include <compare>
@@ -25,10 +29,14 @@ namespace pbs::server {
 
 // Key of work that differs only in its size.
 struct CostKey {
-  const void* model = nullptr;  // null for raw attention
+  const void* model = nullptr;            // null for raw attention
+  const void* head_thresholds = nullptr;  // of a profile
   Method method = Method::kDense;
   DType dtype = DType::kF32;
   int32_t head_dim = 0;
+  // Rung of the threshold (threshold_ladder.h); 0 for what has none. The last member,
+  // so that keys that differ by it alone are neighbours.
+  float rung = 0;
 
   auto operator<=>(const CostKey&) const = default;
 };
@@ -55,7 +63,8 @@ class CostModel {
   static constexpr double kExtrapolatedLengthsMax = 4;
   static constexpr absl::Duration kFreshTime = absl::Minutes(1);
 
-  // nullopt until work with this key was measured.
+  // nullopt until work with this key, or with one that differs by its rung alone, was
+  // measured. What rests on another rung is not fresh.
   std::optional<Prediction> Predict(const CostKey& key, const Work& work,
                                     absl::Time now) const;
 
@@ -77,10 +86,17 @@ class CostModel {
     Rate linear;
     Rate quadratic;
     absl::Time measured;
+
+    double Seconds(const Work& work) const;
   };
+  using Entries = std::map<CostKey, Entry>;
+
+  // The prediction of a key that has no entry.
+  std::optional<Prediction> FromOtherRungs(const CostKey& key, const Work& work) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   mutable Mutex mutex_;
-  std::map<CostKey, Entry> entries_ ABSL_GUARDED_BY(mutex_);
+  Entries entries_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace pbs::server

@@ -19,6 +19,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -100,6 +102,9 @@ struct PrefillJob {
   const ServedModel* model = nullptr;
   std::vector<int32_t> tokens;  // valid for the model
   AttentionOptions attention;   // valid
+  // PrefillProblem::head_thresholds. Those of a profile must live as long as the model,
+  // others until OnDone. Prompts share a run only with one and the same.
+  std::span<const float> head_thresholds = {};
   std::vector<int32_t> logit_positions;
   int32_t top_logits = 0;  // k best of the last token and of logit_positions
   bool all_logits_last_token = false;
@@ -152,6 +157,15 @@ class Engine {
   virtual absl::StatusOr<PrefillReservation> ReservePrefill(
       const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
       int32_t num_logit_rows, int64_t reply_bytes) = 0;
+
+  // Seconds until a prefill with these terms would be done, work ahead of it included,
+  // on the device that would get it now; nullopt until similar work was measured.
+  // `head_thresholds` as in PrefillJob.
+  virtual std::optional<double> PredictPrefill(const ServedModel& model,
+                                               int32_t num_tokens,
+                                               const AttentionOptions& attention,
+                                               std::span<const float> head_thresholds,
+                                               const JobTerms& terms) const = 0;
 
   // ResourceExhausted when the queue is full, DeadlineExceeded when the deadline has
   // passed or the backlog ahead cannot meet it, Unavailable while draining. On error

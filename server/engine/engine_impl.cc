@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -163,26 +165,46 @@ absl::StatusOr<PrefillReservation> EngineImpl::TryReservePrefill(
   return reservation;
 }
 
+JobSize EngineImpl::SizeOfPrefill(const ServedModel& model, int32_t num_tokens,
+                                  const AttentionOptions& attention,
+                                  std::span<const float> head_thresholds) const {
+  JobSize size;
+  size.prompt_tokens = num_tokens;
+  size.prediction =
+      parts_.costs.Predict(PrefillCostKey(model, attention, head_thresholds),
+                           PrefillWork(num_tokens), parts_.clock.Now());
+  size.num_steps = model.model().config().num_layers;
+  size.steps_under_way = PrefillRun::LayersUnderWayMax(parts_.backend);
+  return size;
+}
+
+std::optional<double> EngineImpl::PredictPrefill(const ServedModel& model,
+                                                 int32_t num_tokens,
+                                                 const AttentionOptions& attention,
+                                                 std::span<const float> head_thresholds,
+                                                 const JobTerms& terms) const {
+  return executor_.Predict(
+      terms, SizeOfPrefill(model, num_tokens, attention, head_thresholds));
+}
+
 absl::StatusOr<Admission> EngineImpl::SubmitPrefill(PrefillJob job,
                                                     PrefillListener& listener) {
   const Model& model = ReplicaOf(*job.model);
   const auto num_tokens = static_cast<int32_t>(job.tokens.size());
-  PBS_ABSL_ASSIGN_OR_RETURN(PrefillPlan plan,
-                            ToAbsl(PlanPrefill(model, {.num_tokens = num_tokens,
-                                                       .attention = job.attention,
-                                                       .logit_rows = LogitRows(job)})));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      PrefillPlan plan,
+      ToAbsl(PlanPrefill(model, {.num_tokens = num_tokens,
+                                 .attention = job.attention,
+                                 .logit_rows = LogitRows(job),
+                                 .head_thresholds = job.head_thresholds})));
   const ByteReservation& reserved =
       has_device_memory() ? job.reservation.device : job.reservation.host;
   if (plan.workspace_bytes > reserved.bytes()) {
     return absl::InternalError("the prefill was reserved with another shape");
   }
   const JobTerms terms = job.terms;
-  JobSize size;
-  size.prompt_tokens = num_tokens;
-  size.prediction = parts_.costs.Predict(PrefillCostKey(*job.model, job.attention),
-                                         PrefillWork(num_tokens), parts_.clock.Now());
-  size.num_steps = model.config().num_layers;
-  size.steps_under_way = PrefillRun::LayersUnderWayMax(parts_.backend);
+  const JobSize size =
+      SizeOfPrefill(*job.model, num_tokens, job.attention, job.head_thresholds);
   const PrefillTask::Parts task_parts = {model, parts_.costs, parts_.metrics.engine,
                                          parts_.clock, batch_};
   const std::shared_ptr<HeldKv> kv = job.kv;

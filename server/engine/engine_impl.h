@@ -80,6 +80,10 @@ class EngineImpl final : public Engine {
                                                     const AttentionOptions& attention,
                                                     int32_t num_logit_rows,
                                                     int64_t reply_bytes) override;
+  std::optional<double> PredictPrefill(const ServedModel& model, int32_t num_tokens,
+                                       const AttentionOptions& attention,
+                                       std::span<const float> head_thresholds,
+                                       const JobTerms& terms) const override;
   absl::StatusOr<Admission> SubmitAttend(AttendJob job,
                                          AttendListener& listener) override;
   absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,
@@ -91,6 +95,9 @@ class EngineImpl final : public Engine {
 
  private:
   const Model& ReplicaOf(const ServedModel& served) const;
+  JobSize SizeOfPrefill(const ServedModel& model, int32_t num_tokens,
+                        const AttentionOptions& attention,
+                        std::span<const float> head_thresholds) const;
   bool has_device_memory() const { return parts_.device_ledger != nullptr; }
   std::shared_ptr<HeldKv> Hold(KvCache cache, ByteReservation bytes);
 

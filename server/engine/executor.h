@@ -90,6 +90,14 @@ class Executor {
   absl::StatusOr<Admission> Submit(const JobTerms& terms, const JobSize& size,
                                    std::unique_ptr<Job> job);
 
+  // Admission::predicted_seconds of a job that would be submitted now; nullopt without
+  // a prediction of its own.
+  std::optional<double> Predict(const JobTerms& terms, const JobSize& size) const {
+    if (!size.prediction.has_value()) return std::nullopt;
+    MutexLock lock(mutex_);
+    return Place(terms, size).predicted_seconds;
+  }
+
   Backlog backlog() const;
 
   // Ends the job with CANCELLED, or DEADLINE_EXCEEDED when that is the reason or its

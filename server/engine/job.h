@@ -28,6 +28,7 @@ struct StepResult {
 struct BatchKey {
   const void* model = nullptr;
   AttentionOptions attention = {};
+  const float* head_thresholds = nullptr;  // PrefillProblem::head_thresholds
 
   bool operator==(const BatchKey&) const = default;
 };

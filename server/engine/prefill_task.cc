@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "server/base/status.h"
+#include "server/engine/threshold_ladder.h"
 
 namespace pbs::server {
 namespace {
@@ -33,11 +34,22 @@ int64_t LogitScratchBytes(const Model& model) {
   return 2 * static_cast<int64_t>(sizeof(float)) * model.config().vocab_size;
 }
 
-CostKey PrefillCostKey(const ServedModel& model, const AttentionOptions& attention) {
+CostKey PrefillCostKey(const ServedModel& model, const AttentionOptions& attention,
+                       std::span<const float> head_thresholds) {
+  // What requests bring themselves is one kind of work, or the keys would have no end.
+  const bool of_profile =
+      std::any_of(model.profiles.begin(), model.profiles.end(), [&](const Profile& p) {
+        return p.head_thresholds.data() == head_thresholds.data();
+      });
+  const bool has_rung = HasThreshold(attention.method) && head_thresholds.empty();
   return {.model = &model,
+          .head_thresholds = head_thresholds.empty() ? nullptr
+                             : of_profile            ? head_thresholds.data()
+                                                     : static_cast<const void*>(&model),
           .method = attention.method,
           .dtype = model.model().kv_dtype(),
-          .head_dim = model.model().config().head_dim};
+          .head_dim = model.model().config().head_dim,
+          .rung = has_rung ? RungOf(attention.threshold) : 0};
 }
 
 Work PrefillWork(int32_t num_tokens) {
@@ -64,13 +76,17 @@ int32_t PrefillTask::batch_tokens() const {
   return MayShareRun(parts_.batch, tokens, job_.attention) ? tokens : 0;
 }
 
-BatchKey PrefillTask::batch_key() const { return {&parts_.model, job_.attention}; }
+BatchKey PrefillTask::batch_key() const {
+  return {&parts_.model, job_.attention, job_.head_thresholds.data()};
+}
 
 bool PrefillTask::RunWith(std::span<Job* const> others) {
   std::vector<PrefillTask*> tasks = {this};
   // Jobs of this one's key are of its class.
   for (Job* other : others) tasks.push_back(static_cast<PrefillTask*>(other));
-  PrefillProblem problem = {.num_tokens = 0, .attention = job_.attention};
+  PrefillProblem problem = {.num_tokens = 0,
+                            .attention = job_.attention,
+                            .head_thresholds = job_.head_thresholds};
   std::vector<int32_t> first_logit_rows;
   GroupBytes charged;
   Work work;
@@ -226,9 +242,9 @@ void PrefillTask::MeasureRun() {
     if (seconds > 0) parts_.metrics.StageTime(stage).Observe(seconds);
   }
   parts_.metrics.batch_requests.Observe(static_cast<double>(group_->size()));
-  parts_.costs.Measure(PrefillCostKey(*job_.model, job_.attention), run_work_,
-                       {LinearSeconds(stages), AttentionSeconds(stages)},
-                       parts_.clock.Now());
+  parts_.costs.Measure(
+      PrefillCostKey(*job_.model, job_.attention, job_.head_thresholds), run_work_,
+      {LinearSeconds(stages), AttentionSeconds(stages)}, parts_.clock.Now());
 }
 
 double PrefillTask::SecondsSinceAdmission() const {

@@ -30,7 +30,8 @@ std::vector<int32_t> LogitRows(const PrefillJob& job);
 // Host memory to copy and sort the logits of one row.
 int64_t LogitScratchBytes(const Model& model);
 
-CostKey PrefillCostKey(const ServedModel& model, const AttentionOptions& attention);
+CostKey PrefillCostKey(const ServedModel& model, const AttentionOptions& attention,
+                       std::span<const float> head_thresholds = {});
 Work PrefillWork(int32_t num_tokens);
 
 // Limits of prompts that run as one batch.

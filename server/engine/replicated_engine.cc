@@ -64,6 +64,13 @@ absl::StatusOr<PrefillReservation> ReplicatedEngine::ReservePrefill(
   });
 }
 
+std::optional<double> ReplicatedEngine::PredictPrefill(
+    const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
+    std::span<const float> head_thresholds, const JobTerms& terms) const {
+  return ByLoad().front()->PredictPrefill(model, num_tokens, attention, head_thresholds,
+                                          terms);
+}
+
 absl::StatusOr<Admission> ReplicatedEngine::WithId(absl::StatusOr<Admission> admission,
                                                    int32_t replica) const {
   if (admission.ok()) {

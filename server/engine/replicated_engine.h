@@ -32,6 +32,10 @@ class ReplicatedEngine final : public Engine {
                                                     const AttentionOptions& attention,
                                                     int32_t num_logit_rows,
                                                     int64_t reply_bytes) override;
+  std::optional<double> PredictPrefill(const ServedModel& model, int32_t num_tokens,
+                                       const AttentionOptions& attention,
+                                       std::span<const float> head_thresholds,
+                                       const JobTerms& terms) const override;
   absl::StatusOr<Admission> SubmitAttend(AttendJob job,
                                          AttendListener& listener) override;
   absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,

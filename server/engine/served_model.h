@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "server/engine/profile.h"
 #include "server/model/model.h"
 
 namespace pbs::server {
@@ -20,6 +21,8 @@ struct ServedModel {
   // One model per device, in the order of the engine's replicas, all with the same
   // digest.
   std::vector<std::unique_ptr<Model>> replicas;
+  // Each with a name of its own.
+  std::vector<Profile> profiles = {PaperProfile()};
   // Longest prompt: the lowest of the model's and the server's limits
   int32_t tokens_max = 0;
 };

@@ -310,6 +310,10 @@ Status PrefillRun::RunAttention(int32_t layer, const RunControl& control) {
   tensors.order = order_;
   tensors.lists = lists_;
   tensors.pooled_queries = at_.pooled_queries;
+  if (const auto thresholds = plan_.problem.head_thresholds; !thresholds.empty()) {
+    const auto heads = static_cast<size_t>(config.num_heads);
+    tensors.head_thresholds = thresholds.subspan(layer * heads, heads);
+  }
   PBS_RETURN_IF_ERROR(backend_.Run(*plan_.attention, tensors, at_.attention, control));
   PBS_RETURN_IF_ERROR(backend_.StartReport(*plan_.attention, at_.attention));
   ++reports_under_way_;

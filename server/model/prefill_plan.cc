@@ -62,6 +62,16 @@ Status CheckProblem(const ModelConfig& config, const PrefillProblem& problem) {
   return OkStatus();
 }
 
+Status CheckHeadThresholds(const ModelConfig& config,
+                           std::span<const float> thresholds) {
+  const int64_t wanted = int64_t{config.num_layers} * config.num_heads;
+  const auto size = static_cast<int64_t>(thresholds.size());
+  if (size == 0 || size == wanted) return OkStatus();
+  return InvalidArgument("head_thresholds has " + std::to_string(size) +
+                         " values; the model's layers have " + std::to_string(wanted) +
+                         " query heads");
+}
+
 int64_t LinearWorkspaceBytes(const Model& model, int64_t rows) {
   int64_t bytes = 0;
   for (const LayerWeights& layer : model.weights().layers) {
@@ -127,15 +137,18 @@ void PlaceRegions(const Model& model, PrefillPlan& plan) {
 StatusOr<PrefillPlan> PlanPrefill(const Model& model, PrefillProblem problem) {
   const ModelConfig& config = model.config();
   PBS_RETURN_IF_ERROR(CheckProblem(config, problem));
+  PBS_RETURN_IF_ERROR(CheckHeadThresholds(config, problem.head_thresholds));
   if (problem.logit_rows.empty()) problem.logit_rows = {problem.num_tokens - 1};
   if (problem.prompt_tokens.empty()) problem.prompt_tokens = {problem.num_tokens};
-  AttentionProblem attention = {.shape = {.num_heads = config.num_heads,
-                                          .num_kv_heads = config.num_kv_heads,
-                                          .head_dim = config.head_dim,
-                                          .sequences = {}},
-                                .dtype = model.kv_dtype(),
-                                .options = problem.attention,
-                                .offers_pooled_queries = true};
+  AttentionProblem attention = {
+      .shape = {.num_heads = config.num_heads,
+                .num_kv_heads = config.num_kv_heads,
+                .head_dim = config.head_dim,
+                .sequences = {}},
+      .dtype = model.kv_dtype(),
+      .options = problem.attention,
+      .offers_pooled_queries = true,
+      .has_head_thresholds = !problem.head_thresholds.empty()};
   for (int32_t tokens : problem.prompt_tokens) {
     attention.shape.sequences.push_back(
         {.q_len = tokens, .k_len = problem.past_len + tokens});

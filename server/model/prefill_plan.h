@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "pbs/attention.h"
@@ -28,6 +29,9 @@ struct PrefillProblem {
   // For several prompts that share the run back to back: the number of tokens of each,
   // whose sum is num_tokens; past_len is then 0. Empty: one prompt.
   std::vector<int32_t> prompt_tokens = {};
+  // A threshold for every query head of every layer, [num_layers, num_heads], each in
+  // (0, 1]; empty: attention.threshold. They must outlive the plan and its runs.
+  std::span<const float> head_thresholds = {};
 };
 
 // Bytes of the workspace by purpose. `attention` and `tiles` + `linear` share their

@@ -18,6 +18,8 @@
 #include "server/base/process.h"
 #include "server/base/random_id.h"
 #include "server/base/status.h"
+#include "server/config/profile_file.h"
+#include "server/model/prefill_plan.h"
 #include "server/node/default_attention.h"
 
 namespace pbs::server {
@@ -185,7 +187,50 @@ absl::Status Node::LoadModel(const ModelSettings& source) {
     served->replicas.push_back(std::move(model));
   }
   served->tokens_max = TokensMax(source, served->model(), settings_.service.limits);
+  PBS_ABSL_RETURN_IF_ERROR(LoadProfiles(source, *served));
   models_.push_back(std::move(served));
+  return absl::OkStatus();
+}
+
+absl::Status Node::LoadProfiles(const ModelSettings& source,
+                                ServedModel& served) const {
+  const Model& model = served.model();
+  const ModelConfig& config = model.config();
+  const ProfiledModel facts = {.digest = model.digest(),
+                               .num_layers = config.num_layers,
+                               .num_heads = config.num_heads,
+                               .num_kv_heads = config.num_kv_heads,
+                               .head_dim = config.head_dim};
+  for (const std::string& path : source.profiles) {
+    const auto failed = [&](const absl::Status& status) {
+      return absl::Status(status.code(),
+                          absl::StrCat("model ", source.name, ": ", status.message()));
+    };
+    absl::StatusOr<Profile> profile = LoadProfile(path, facts);
+    if (!profile.ok()) return failed(profile.status());
+    for (const Profile& other : served.profiles) {
+      if (other.name != profile->name) continue;
+      return failed(absl::InvalidArgumentError(
+          absl::StrCat("profile ", path, ": name \"", profile->name,
+                       "\" is taken by an earlier profile; names are unique")));
+    }
+    // Whether the backend has what the profile asks for.
+    const auto plan =
+        ToAbsl(PlanPrefill(model, {.num_tokens = 1,
+                                   .attention = profile->options,
+                                   .head_thresholds = profile->head_thresholds}));
+    if (!plan.ok()) {
+      return failed({plan.status().code(),
+                     absl::StrCat("profile ", path, ": ", plan.status().message())});
+    }
+    log_.Info("profile_loaded",
+              {{"model", source.name},
+               {"profile", profile->name},
+               {"method", MethodName(profile->options.method)},
+               {"thresholds", static_cast<int64_t>(profile->head_thresholds.size())},
+               {"path", path}});
+    served.profiles.push_back(*std::move(profile));
+  }
   return absl::OkStatus();
 }
 

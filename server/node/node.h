@@ -67,6 +67,7 @@ class Node {
   std::shared_ptr<prometheus::Collectable> DeviceGauge(const MetricName& metric,
                                                        double (*value)(Device&)) const;
   absl::Status LoadModel(const ModelSettings& source);
+  absl::Status LoadProfiles(const ModelSettings& source, ServedModel& served) const;
   ServiceOptions MakeServiceOptions() const;
   void LogServing() const;
   void WatchDevices();

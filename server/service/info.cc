@@ -1,5 +1,8 @@
 #include "server/service/info.h"
+#include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "absl/time/time.h"
 #include "server/base/attention_options.h"
@@ -8,6 +11,26 @@
 #include "server/transfer/kv_format.h"
 
 namespace pbs::server {
+
+namespace {
+
+v1::ProfileInfo DescribeProfile(const Profile& profile) {
+  v1::ProfileInfo info;
+  info.set_name(profile.name);
+  *info.mutable_attention() =
+      EncodeAttentionProfile({profile.options, profile.dense_fallback});
+  const std::vector<float>& thresholds = profile.head_thresholds;
+  if (thresholds.empty()) return info;
+  ClearThreshold(*info.mutable_attention());
+  info.set_mean_threshold(std::accumulate(thresholds.begin(), thresholds.end(), 0.0) /
+                          static_cast<double>(thresholds.size()));
+  info.set_dense_heads(
+      static_cast<int32_t>(std::count(thresholds.begin(), thresholds.end(), 1.0f)));
+  info.set_thresholds_digest(profile.thresholds_digest);
+  return info;
+}
+
+}  // namespace
 
 v1::ModelInfo DescribeModel(const ServedModel& served) {
   const Model& model = served.model();
@@ -31,6 +54,9 @@ v1::ModelInfo DescribeModel(const ServedModel& served) {
     info.add_eos_token_ids(static_cast<uint32_t>(token));
   }
   info.set_rope_attention_factor(config.rope.attention_factor);
+  for (const Profile& profile : served.profiles) {
+    *info.add_profiles() = DescribeProfile(profile);
+  }
   return info;
 }
 

@@ -7,6 +7,7 @@
 
 #include "proto/wire/messages.h"
 #include "server/base/status.h"
+#include "server/engine/threshold_ladder.h"
 #include "server/service/request_limits.h"
 #include "server/service/wire_status.h"
 #include "server/transfer/sparsity_digest.h"
@@ -17,7 +18,8 @@ namespace {
 // One chunk that gRPC sends and one that is being made.
 constexpr int64_t kBuffersPerCall = 2;
 
-PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model) {
+PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model,
+                       const CallDeadline& deadline) {
   const ModelConfig& config = model.model().config();
   PrefillLimits limits;
   limits.tokens_max = std::min(model.tokens_max, service.options.limits.tokens_max);
@@ -25,10 +27,14 @@ PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model) 
     limits.tokens_max_reason = config.max_tokens_reason;
   }
   limits.vocab_size = config.vocab_size;
+  limits.num_layers = config.num_layers;
   limits.num_heads = config.num_heads;
   limits.num_kv_heads = config.num_kv_heads;
   limits.head_dim = config.head_dim;
   limits.default_attention = service.options.default_attention;
+  limits.profiles = model.profiles;
+  limits.model_name = model.name;
+  limits.has_deadline = deadline.time() != absl::InfiniteFuture();
   limits.chunk_bytes_default = service.options.transport.chunk_bytes;
   return limits;
 }
@@ -58,12 +64,32 @@ absl::Status PrefillCall::Open(const grpc::CallbackServerContext& context,
 
 absl::Status PrefillCall::Decode(const v1::PrefillRequest& request) {
   PBS_ABSL_ASSIGN_OR_RETURN(model_, service_.FindModel(request.model()));
-  PBS_ABSL_ASSIGN_OR_RETURN(spec_, DecodePrefill(request, LimitsOf(service_, *model_)));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      spec_, DecodePrefill(request, LimitsOf(service_, *model_, deadline_)));
   facts_.prompt_tokens = static_cast<int32_t>(spec_.tokens.size());
   facts_.model_digest = model_->model().digest();
-  facts_.sparsity_digest =
-      SparsityDigest(spec_.attention, facts_.prompt_tokens, spec_.tenant_salt);
+  if (!spec_.idempotency_key.empty()) {
+    fingerprint_ = PrefillFingerprint(spec_, facts_.model_digest);
+  }
+  if (spec_.threshold_min.has_value()) FitDeadline();
+  facts_.sparsity_digest = SparsityDigest(spec_.attention, facts_.prompt_tokens,
+                                          spec_.tenant_salt, spec_.thresholds_digest);
   return absl::OkStatus();
+}
+
+void PrefillCall::FitDeadline() {
+  const JobTerms terms = {spec_.request_id, deadline_.time(), spec_.priority};
+  const absl::Duration left = deadline_.time() - service_.parts.clock.Now();
+  const auto fits = [&](float threshold) {
+    AttentionOptions attention = spec_.attention;
+    attention.threshold = threshold;
+    const std::optional<double> seconds = service_.parts.engine.PredictPrefill(
+        *model_, facts_.prompt_tokens, attention, {}, terms);
+    return !seconds.has_value() || absl::Seconds(*seconds) <= left;
+  };
+  const float asked = spec_.attention.threshold;
+  spec_.attention.threshold = HighestThatFits(asked, *spec_.threshold_min, fits);
+  threshold_lowered_ = spec_.attention.threshold < asked;
 }
 
 // True when the request's key names work that is done: its reply is on the way.
@@ -74,9 +100,7 @@ absl::StatusOr<bool> PrefillCall::BeginLease() {
   wanted.sparsity_digest = facts_.sparsity_digest;
   wanted.ttl_seconds = spec_.ttl_seconds;
   wanted.idempotency_key = spec_.idempotency_key;
-  if (!spec_.idempotency_key.empty()) {
-    wanted.fingerprint = PrefillFingerprint(spec_, facts_.model_digest);
-  }
+  wanted.fingerprint = fingerprint_;
   absl::StatusOr<BegunLease> begun = service_.parts.leases.Begin(wanted);
   if (!begun.ok()) {
     if (absl::IsResourceExhausted(begun.status())) {
@@ -146,6 +170,7 @@ absl::Status PrefillCall::Submit() {
   job.model = model_;
   job.tokens = std::move(spec_.tokens);
   job.attention = spec_.attention;
+  job.head_thresholds = spec_.head_thresholds;
   job.logit_positions = spec_.logit_positions;
   job.top_logits = spec_.top_logits;
   job.all_logits_last_token = spec_.all_logits_last_token;
@@ -161,6 +186,9 @@ absl::Status PrefillCall::Submit() {
     MutexLock lock(mutex_);
     job_runs_ = false;
     return std::move(admission).status();
+  }
+  if (threshold_lowered_) {
+    service_.parts.metrics.engine.threshold_lowered.Increment();
   }
   if (const absl::Status failure = Admit(*admission); !failure.ok()) {
     service_.parts.engine.Cancel(admission->id, CancelReasonOf(failure));

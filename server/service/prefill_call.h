@@ -11,6 +11,7 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include <grpcpp/grpcpp.h>
 
@@ -36,6 +37,8 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   absl::Status Open(const grpc::CallbackServerContext& context,
                     const grpc::ByteBuffer& request);
   absl::Status Decode(const v1::PrefillRequest& request);
+  // Lowers the threshold where the request allows it and would else miss its deadline.
+  void FitDeadline();
   absl::StatusOr<bool> BeginLease();
   absl::StatusOr<PrefillReservation> Reserve();
   absl::Status Submit();
@@ -64,6 +67,8 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   const ServedModel* model_ = nullptr;
   PrefillSpec spec_;
   PrefillFacts facts_;
+  std::string fingerprint_;  // of what was asked for; empty without an idempotency key
+  bool threshold_lowered_ = false;
   PendingLease lease_;
   ByteReservation result_bytes_;
   ByteReservation buffers_;

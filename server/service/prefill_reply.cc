@@ -80,6 +80,9 @@ v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
   stats.set_backend(backend.name);
   stats.set_isa(backend.isa);
   stats.set_planned_bytes(facts.planned_bytes);
+  if (HasThreshold(spec.attention.method) && spec.head_thresholds.empty()) {
+    stats.set_threshold(spec.attention.threshold);
+  }
   return done;
 }
 

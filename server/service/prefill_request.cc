@@ -2,14 +2,19 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "server/base/attention_options.h"
 #include "server/base/status.h"
 #include "server/service/request_limits.h"
 #include "server/transfer/sha256.h"
+#include "server/transfer/thresholds_digest.h"
 
 namespace pbs::server {
 namespace {
@@ -18,6 +23,7 @@ absl::Status CheckTexts(const v1::PrefillRequest& request) {
   PBS_ABSL_RETURN_IF_ERROR(CheckText("request_id", request.request_id().size()));
   PBS_ABSL_RETURN_IF_ERROR(
       CheckText("idempotency_key", request.idempotency_key().size()));
+  PBS_ABSL_RETURN_IF_ERROR(CheckText("profile", request.profile().size()));
   return CheckText("tenant_salt", request.tenant_salt().size());
 }
 
@@ -43,13 +49,37 @@ absl::StatusOr<std::vector<int32_t>> DecodeTokens(const v1::PrefillRequest& requ
   return tokens;
 }
 
+// nullptr when the request names none.
+absl::StatusOr<const Profile*> FindProfile(const v1::PrefillRequest& request,
+                                           const PrefillLimits& limits) {
+  const std::string& name = request.profile();
+  if (name.empty()) return nullptr;
+  for (const Profile& profile : limits.profiles) {
+    if (profile.name != name) continue;
+    if (request.attention().method_case() == v1::AttentionOptions::METHOD_NOT_SET) {
+      return &profile;
+    }
+    return absl::InvalidArgumentError(absl::StrCat(
+        "profile \"", name, "\" and a method in attention exclude each other"));
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("no profile \"", absl::Utf8SafeCHexEscape(name), "\"; model \"",
+                   limits.model_name, "\" has ",
+                   absl::StrJoin(limits.profiles, ", ",
+                                 [](std::string* out, const Profile& profile) {
+                                   absl::StrAppend(out, "\"", profile.name, "\"");
+                                 })));
+}
+
 absl::StatusOr<AttentionOptions> DecodeAttention(const v1::AttentionOptions& wire,
+                                                 const Profile* profile,
                                                  int32_t num_tokens,
                                                  const PrefillLimits& limits) {
+  AttentionProfile base = limits.default_attention;
+  if (profile != nullptr) base = {profile->options, profile->dense_fallback};
   PBS_ABSL_ASSIGN_OR_RETURN(
       AttentionOptions options,
-      DecodeAttentionOptions(WithPrefillTail(wire), limits.default_attention,
-                             /*dense_fallback=*/true));
+      DecodeAttentionOptions(WithPrefillTail(wire), base, /*dense_fallback=*/true));
   if (options.use_given_order || options.use_given_lists) {
     return absl::InvalidArgumentError(
         absl::StrCat(options.use_given_order ? "use_given_order" : "use_given_lists",
@@ -63,6 +93,62 @@ absl::StatusOr<AttentionOptions> DecodeAttention(const v1::AttentionOptions& wir
   problem.options = options;
   PBS_ABSL_RETURN_IF_ERROR(ToAbsl(ValidateProblem(problem)));
   return options;
+}
+
+// Thresholds that the request brings for the query heads.
+absl::Status DecodeLayers(const v1::PrefillRequest& request,
+                          const PrefillLimits& limits, PrefillSpec& spec) {
+  if (request.layers().empty()) return absl::OkStatus();
+  const v1::AttentionOptions& attention = request.attention();
+  if (!request.profile().empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "layers and profile \"", request.profile(), "\" exclude each other"));
+  }
+  if (attention.method_case() == v1::AttentionOptions::METHOD_NOT_SET ||
+      !HasThreshold(spec.attention.method)) {
+    return absl::InvalidArgumentError(
+        "layers needs a method in attention that has a threshold");
+  }
+  if (SetsThreshold(attention)) return absl::InvalidArgumentError(kTwoThresholds);
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      std::vector<float> thresholds,
+      DecodeHeadThresholds(request.layers(), limits.num_layers, limits.num_heads));
+  if (AreEqual(thresholds)) {
+    spec.attention.threshold = thresholds.front();
+    return absl::OkStatus();
+  }
+  spec.thresholds_digest = ThresholdsDigest(thresholds);
+  spec.own_thresholds = std::move(thresholds);
+  spec.head_thresholds = spec.own_thresholds;
+  return absl::OkStatus();
+}
+
+// What the server may do about a deadline.
+absl::Status DecodeThresholdMin(const v1::PrefillRequest& request,
+                                const PrefillLimits& limits, PrefillSpec& spec) {
+  if (!request.has_threshold_min()) return absl::OkStatus();
+  const float lowest = request.threshold_min();
+  const std::string given = absl::StrCat("threshold_min ", lowest);
+  const AttentionOptions& attention = spec.attention;
+  if (!HasThreshold(attention.method)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(given, " needs a method with a threshold; ",
+                     MethodName(attention.method), " has none"));
+  }
+  if (!spec.head_thresholds.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(given, " needs one threshold; here each query head has its own"));
+  }
+  if (!(lowest > 0 && lowest <= attention.threshold)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        given, " is outside (0, ", attention.threshold, "], up to the threshold"));
+  }
+  if (!limits.has_deadline) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(given, " needs a deadline of the call"));
+  }
+  spec.threshold_min = lowest;
+  return absl::OkStatus();
 }
 
 absl::Status DecodeDelivery(const v1::KvDelivery& wire, const PrefillLimits& limits,
@@ -132,9 +218,16 @@ absl::StatusOr<PrefillSpec> DecodePrefill(const v1::PrefillRequest& request,
   PBS_ABSL_RETURN_IF_ERROR(
       CheckRange("priority", request.priority(), -kPriorityMax, kPriorityMax));
   PBS_ABSL_ASSIGN_OR_RETURN(spec.tokens, DecodeTokens(request, limits));
+  PBS_ABSL_ASSIGN_OR_RETURN(const Profile* const profile, FindProfile(request, limits));
   PBS_ABSL_ASSIGN_OR_RETURN(
       spec.attention,
-      DecodeAttention(request.attention(), request.token_ids_size(), limits));
+      DecodeAttention(request.attention(), profile, request.token_ids_size(), limits));
+  if (profile != nullptr) {
+    spec.head_thresholds = profile->head_thresholds;
+    spec.thresholds_digest = profile->thresholds_digest;
+  }
+  PBS_ABSL_RETURN_IF_ERROR(DecodeLayers(request, limits, spec));
+  PBS_ABSL_RETURN_IF_ERROR(DecodeThresholdMin(request, limits, spec));
   PBS_ABSL_RETURN_IF_ERROR(DecodeDelivery(request.delivery(), limits, spec));
   PBS_ABSL_RETURN_IF_ERROR(DecodeLogits(request, spec));
   if (!request.idempotency_key().empty() && spec.delivery != Delivery::kLease) {
@@ -157,6 +250,8 @@ std::string PrefillFingerprint(const PrefillSpec& spec,
   hash.AddField(EncodeAttentionOptions(spec.attention).SerializeAsString());
   hash.AddField(absl::StrCat(spec.top_logits, " ", spec.all_logits_last_token));
   hash.AddField(spec.tenant_salt);
+  hash.AddField(spec.thresholds_digest);
+  hash.AddField(absl::StrCat(spec.threshold_min.value_or(0)));
   return hash.Finish();
 }
 

@@ -5,13 +5,16 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "pbs/attention.h"
 #include "pbs/v1/prefill.pb.h"
 #include "server/base/attention_options.h"
+#include "server/engine/profile.h"
 #include "server/transfer/kv_format.h"
 
 namespace pbs::server {
@@ -22,10 +25,14 @@ struct PrefillLimits {
   // ModelConfig::max_tokens_reason, if the model's limit is the lower one
   std::string tokens_max_reason;
   int32_t vocab_size = 0;
+  int32_t num_layers = 0;
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
   AttentionProfile default_attention;
+  std::span<const Profile> profiles = {};  // of the model
+  absl::string_view model_name = {};
+  bool has_deadline = false;  // of the call
   int32_t chunk_bytes_default = 0;
 };
 
@@ -35,6 +42,13 @@ struct PrefillSpec {
   std::string request_id;
   std::vector<int32_t> tokens;
   AttentionOptions attention;
+  // Of a profile, as Profile has them, or of the request, in own_thresholds; empty:
+  // attention.threshold.
+  std::span<const float> head_thresholds = {};
+  std::vector<float> own_thresholds = {};  // moving the spec leaves them in place
+  std::string thresholds_digest = {};
+  // The lowest threshold to which the server may go for the deadline.
+  std::optional<float> threshold_min = {};
   Delivery delivery = Delivery::kNone;
   KvFormat inline_format;
   std::optional<int32_t> ttl_seconds;  // the lease store checks it
@@ -54,7 +68,7 @@ absl::StatusOr<PrefillSpec> DecodePrefill(const v1::PrefillRequest& request,
 
 // A digest of all that decides the result, for idempotency. An unset field and its
 // explicit default give the same digest. Request id, priority and time limits are not
-// part of it.
+// part of it, and neither is what a deadline made of the threshold: call it before.
 std::string PrefillFingerprint(const PrefillSpec& spec, absl::string_view model_digest);
 
 }  // namespace pbs::server

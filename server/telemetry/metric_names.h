@@ -44,6 +44,9 @@ inline constexpr MetricName kBatchName = {"pbs_prefill_batch_requests",
                                           "Prompts that shared a run"};
 inline constexpr MetricName kPromptTokensName = {"pbs_prompt_tokens_total",
                                                  "Prompt tokens of finished prefills"};
+inline constexpr MetricName kThresholdLoweredName = {
+    "pbs_prefill_threshold_lowered_total",
+    "Prefills that were admitted with a lower threshold, to meet their deadline"};
 inline constexpr MetricName kTokensWastedName = {
     "pbs_prefill_tokens_wasted_total", "Prompt tokens whose work was thrown away"};
 

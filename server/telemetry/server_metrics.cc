@@ -93,6 +93,7 @@ EngineMetrics::EngineMetrics(Registry& registry)
       flops_computed(AddCounter(registry, kFlopsComputedName)),
       flops_dense(AddCounter(registry, kFlopsDenseName)),
       prompt_tokens(AddCounter(registry, kPromptTokensName)),
+      threshold_lowered(AddCounter(registry, kThresholdLoweredName)),
       running(AddGauge(registry, kRunningName)),
       waiting(AddGauge(registry, kWaitingName)),
       backlog_tokens(AddGauge(registry, kBacklogTokensName)),

@@ -56,6 +56,9 @@ struct EngineMetrics {
   prometheus::Counter& flops_dense;
   // pbs_prompt_tokens_total: prompt tokens of finished prefills.
   prometheus::Counter& prompt_tokens;
+  // pbs_prefill_threshold_lowered_total: prefills that were admitted with a lower
+  // threshold than they asked for.
+  prometheus::Counter& threshold_lowered;
 
   // Identifies an executor; the gauges sum over all executors.
   using Part = size_t;

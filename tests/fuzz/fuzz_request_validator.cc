@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "server/service/attend_request.h"
 #include "server/service/prefill_request.h"
@@ -64,10 +65,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   pbs::server::PrefillLimits limits;
   limits.tokens_max = 4096;
   limits.vocab_size = 1000;
+  limits.num_layers = 2;
   limits.num_heads = 4;
   limits.num_kv_heads = 2;
   limits.head_dim = 64;
   limits.chunk_bytes_default = 1 << 20;
+  const std::vector<pbs::server::Profile> profiles = {pbs::server::PaperProfile()};
+  limits.profiles = profiles;
+  limits.has_deadline = true;
   const auto spec = DecodePrefill(request, limits);
   if (!spec.ok()) {
     Require(!spec.status().message().empty(), "refuses without a word");
@@ -77,6 +82,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (int32_t position : spec->logit_positions) {
     Require(position < static_cast<int32_t>(spec->tokens.size()), "a bad position");
   }
+  const size_t num_thresholds = spec->head_thresholds.size();
+  Require(num_thresholds == 0 || num_thresholds == 8, "another number of heads");
+  for (float threshold : spec->head_thresholds) {
+    Require(threshold > 0 && threshold <= 1, "a bad threshold of a head");
+  }
+  const float lowest = spec->threshold_min.value_or(spec->attention.threshold);
+  Require(lowest > 0 && lowest <= spec->attention.threshold, "a bad threshold_min");
   Require(!pbs::server::PrefillFingerprint(*spec, "m").empty(), "no fingerprint");
   return 0;
 }

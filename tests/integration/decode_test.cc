@@ -377,12 +377,18 @@ INSTANTIATE_TEST_SUITE_P(
                     {"--as-published"},
                     2,
                     "--as-published needs --method pbs"},
+        RefusalCase{"profile_and_method",
+                    "[1]",
+                    {"--profile", "paper", "--method", "pbs"},
+                    2,
+                    "--profile and --method exclude each other"},
         RefusalCase{"value_of_another_type", "[1]", {"--stride", "x"}, 2, "--stride"},
         RefusalCase{"tokens_and_ticket", "[1]", {"--ticket", "x"}, 2, "--ticket"}),
     testing_support::CaseName());
 
 TEST_F(DecodeSpec, ATicketTakesNoAttentionOptions) {
-  for (const char* flag : {"--method=dense", "--sink-blocks=1", "--permute"}) {
+  for (const char* flag :
+       {"--method=dense", "--sink-blocks=1", "--permute", "--profile=paper"}) {
     const ProcessResult result = Decode({"--ticket", "x", flag});
     EXPECT_EQ(result.exit_status, 2) << flag;
     EXPECT_THAT(result.err, HasSubstr("cannot be used with --ticket")) << flag;

@@ -54,7 +54,9 @@ def test_wrong_usage_exits_with_2(words, capsys):
     assert "usage: pbs-client" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["info", "models", "attend", "prefill", "generate"])
+@pytest.mark.parametrize(
+    "command", ["info", "models", "attend", "prefill", "generate", "calibrate"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

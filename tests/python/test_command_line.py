@@ -37,6 +37,14 @@ WRONG = {
         ("--model", "x", "--set", "log.level=loud"),
         ("--model x is not NAME=PATH", 'log.level "loud"'),
     ),
+    "profiles of no model": (
+        ("--model", "a=/p", "--profile", "a", "--profile", "b=/q"),
+        ("--profile a is not MODEL=FILE", '--profile b=/q: no model is named "b"'),
+    ),
+    "a profile without a file": (
+        ("--model", "a=/p", "--profile", "a="),
+        ('models.0.profiles.0 "" is empty',),
+    ),
     "a set that renames a model of the command line": (
         ("--model", "a=/p", "--set", "models.0.name=b"),
         ("models.0, which --model a=/p gave; use another index, from 1 on",),

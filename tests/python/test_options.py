@@ -48,6 +48,10 @@ SHARED = Attention(
 )
 
 
+# Fields of Attention that are fields of PrefillRequest.
+OF_PREFILL = {"profile", "head_thresholds", "threshold_min"}
+
+
 def fields(value) -> dict:
     """The fields of a dataclass and their values, not those of values inside."""
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -70,7 +74,7 @@ def test_a_class_has_the_fields_of_its_message(name):
 
 def test_attention_has_the_fields_of_its_message():
     wire = set(_messages.AttentionOptions.DESCRIPTOR.fields_by_name)
-    own = set(fields(SHARED)) - {"method", "permute"}
+    own = set(fields(SHARED)) - {"method", "permute"} - OF_PREFILL
     assert own == wire - set(METHODS) - {"permutation"}
     permutation = _messages.AttentionOptions.DESCRIPTOR.fields_by_name["permutation"]
     assert set(fields(SHARED.permute)) == set(
@@ -180,6 +184,19 @@ def test_flags_become_a_message(command, flags, text):
     assert attention_from(parsed).to_message() == expected
 
 
+def test_what_only_a_prefill_has_goes_into_its_request():
+    rows = [[0.5, 1.0], [0.25, 0.75]]
+    request = _messages.PrefillRequest()
+    Attention(Pbs(64), head_thresholds=rows, threshold_min=0.5).fill_prefill(request)
+    assert [list(layer.thresholds) for layer in request.layers] == rows
+    assert (request.threshold_min, request.profile) == (0.5, "")
+    assert request.attention.pbs.block_size == 64
+    request = _messages.PrefillRequest()
+    Attention(profile="mine", sink_blocks=2).fill_prefill(request)
+    assert (request.profile, request.attention.sink_blocks) == ("mine", 2)
+    assert not request.HasField("threshold_min")
+
+
 SELECTING = "pbs, mean_pooling, xattention, minference, flexprefill, prism"
 REFUSALS = [
     # flags; what the message says
@@ -253,7 +270,11 @@ def test_an_option_that_the_method_lacks_exits_with_2(command, flags, message, c
 @pytest.mark.parametrize("name", FULL)
 def test_every_option_has_a_flag(name):
     flags = make_parser().parse_args(["attend", "--input", "x"])
-    for option in {**fields(FULL[name]), **fields(SHARED), **fields(SHARED.permute)}:
+    options = {**fields(FULL[name]), **fields(SHARED), **fields(SHARED.permute)}
+    for option in set(options) - OF_PREFILL:
+        assert hasattr(flags, option)
+    flags = make_parser().parse_args(["prefill", "--tokens", "x"])
+    for option in OF_PREFILL - {"head_thresholds"}:  # a table has no flag
         assert hasattr(flags, option)
 
 

@@ -207,6 +207,7 @@ absl::Status PromptRun::PrefillAndFetch() {
   request.set_model(outcome_.model);
   request.mutable_token_ids()->Add(prompt.begin(), prompt.end());
   *request.mutable_attention() = settings_.attention;
+  request.set_profile(settings_.profile);
   request.mutable_delivery()->mutable_lease();
 
   const absl::Time begin = absl::Now();

@@ -89,8 +89,15 @@ std::string Finish(const Raw& raw, Settings& settings) {
   if (!settings.ticket_path.empty() && !given.empty()) {
     return given + " cannot be used with --ticket: that prefill is done";
   }
+  if (!settings.ticket_path.empty() && !settings.profile.empty()) {
+    return "--profile cannot be used with --ticket: that prefill is done";
+  }
   absl::StatusOr<v1::AttentionOptions> attention = raw.attention.Message();
   if (!attention.ok()) return std::string(attention.status().message());
+  if (!settings.profile.empty() &&
+      attention->method_case() != v1::AttentionOptions::METHOD_NOT_SET) {
+    return "--profile and --method exclude each other";
+  }
   settings.attention = *std::move(attention);
   settings.timeout = absl::Seconds(raw.timeout_seconds);
   settings.checksums = raw.checksums == "on";
@@ -117,6 +124,9 @@ ParsedFlags ParseFlags(int argc, char** argv) {
   Raw raw;
   AddConnection(app, settings, raw);
   raw.attention.AddTo(app);
+  app.add_option("--profile", settings.profile,
+                 "instead of --method: a profile of the model; paper is pbs as "
+                 "published");
   AddDecoding(app, settings, raw);
   AddResults(app, settings);
   try {

@@ -27,7 +27,8 @@ struct Settings {
   std::string ticket_path;
   std::string then_tokens_path;  // tokens fed one by one after the prompt; "" for none
 
-  v1::AttentionOptions attention;  // without a method: the server's default profile
+  v1::AttentionOptions attention;  // without a method: the profile
+  std::string profile;             // of the model; "": the server's default profile
   bool checksums = true;
   bool keep_lease = false;
 

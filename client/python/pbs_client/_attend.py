@@ -163,7 +163,12 @@ def shape_of_synthetic(tensors: Synthetic) -> AttendShape:
 def make_header(
     attention: Attention, want: Sequence[str], timing: Timing, request_id: str
 ) -> Any:
-    """The AttendHeader without tensors. ValueError for an unknown `want`."""
+    """The AttendHeader without tensors.
+
+    Raises:
+        ValueError: an unknown `want`, or an option that only a prefill has.
+    """
+    attention.check_attend()
     unknown = sorted(set(want) - set(WANTS))
     if unknown:
         raise ValueError(f"want {unknown[0]!r} is not one of {', '.join(WANTS)}")

@@ -106,11 +106,11 @@ def make_request(
     request = _messages.PrefillRequest(
         model=model,
         token_ids=token_ids(tokens),
-        attention=attention.to_message(),
         priority=priority,
         tenant_salt=tenant_salt,
         request_id=request_id,
     )
+    attention.fill_prefill(request)
     logits.fill(request)
     if delivery is None:
         request.delivery.none.SetInParent()

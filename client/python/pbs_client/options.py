@@ -10,6 +10,7 @@ fields have the same names. So one dataclass is all that a further method needs.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -261,9 +262,18 @@ class Attention:
             [false].
         permute: Permute(...) sorts keys inside segments for a method that does not;
             True is Permute() [None: no].
+        profile: in prefill: the name of a profile of the model (ModelInfo.profiles),
+            instead of a method; the other fields change it [None: the method].
+        head_thresholds: in prefill: [num_layers][num_heads], a threshold in (0, 1] for
+            every query head, for a method with a threshold, which is then None
+            [None: the method's threshold].
+        threshold_min: in prefill: the server may lower the threshold to at least this
+            where the call would else miss its timeout, (0, threshold];
+            PrefillStats.threshold tells [None: it may not].
 
     Raises:
-        ValueError: the method or permute is none of these.
+        ValueError: the method or permute is none of these, or profile is given with a
+            method or head_thresholds.
     """
 
     method: Method | str | None = None
@@ -276,14 +286,20 @@ class Attention:
     mean_correction: bool | None = None
     as_published: bool | None = None
     permute: Permute | bool | None = None
+    profile: str | None = None
+    head_thresholds: Sequence[Sequence[float]] | None = None
+    threshold_min: float | None = None
 
     def __post_init__(self) -> None:
         method_of(self.method)
+        for name in ("method", "head_thresholds"):
+            if self.profile is not None and getattr(self, name) is not None:
+                raise ValueError(f"profile {self.profile!r} and {name} exclude each other")
         if not isinstance(self.permute, (Permute, bool, type(None))):
             raise ValueError(f"permute {self.permute!r} is not Permute(...)")
 
     def to_message(self) -> Any:
-        """As an AttentionOptions message."""
+        """As an AttentionOptions message, without what only a prefill has."""
         message, method = _messages.AttentionOptions(), method_of(self.method)
         if method is not None:
             method.fill(message)
@@ -292,6 +308,22 @@ class Attention:
             _fill(message.permutation, permute)
         _fill(message, self)
         return message
+
+    def fill_prefill(self, request: Any) -> None:
+        """Writes all of itself into a PrefillRequest message."""
+        request.attention.CopyFrom(self.to_message())
+        if self.profile is not None:
+            request.profile = self.profile
+        if self.threshold_min is not None:
+            request.threshold_min = self.threshold_min
+        for layer in self.head_thresholds or ():
+            request.layers.add().thresholds.extend(layer)
+
+    def check_attend(self) -> None:
+        """ValueError for what only a prefill has."""
+        for name in ("profile", "head_thresholds", "threshold_min"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is an option of prefill, not of attend")
 
     @classmethod
     def from_message(cls, message: Any) -> Attention:
@@ -358,4 +390,9 @@ def _get(message: Any, field: Any) -> Any:
     if field.enum_type is not None:
         named = field.enum_type.values_by_number.get(value)
         return None if value == 0 or named is None else named.name.lower()
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    return as_float32(value) if isinstance(value, float) else value
+
+
+def as_float32(value: float) -> float:
+    """The shortest number that rounds to the same float32."""
+    return float(str(np.float32(value)))

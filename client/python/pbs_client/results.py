@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pbs_client import _messages, dtypes
-from pbs_client.options import Attention, Method, method_of
+from pbs_client.options import Attention, Method, as_float32, method_of
 
 _EXACT_INTEGER_MAX = 1 << 53
 _METHOD_NAMES = {n: k.lower() for k, n in _messages.enum_numbers("Method").items()}
@@ -152,6 +152,36 @@ class ServerInfo:
 
 
 @dataclass(frozen=True)
+class ProfileInfo:
+    """A profile of a model, which Attention(profile=...) names.
+
+    Attributes:
+        attention: its method and options.
+        mean_threshold: of the query heads' own thresholds; None when they have none.
+        dense_heads: number of query heads, of all layers, whose own threshold is 1.
+        thresholds_digest: digest of the heads' own thresholds; "" without them.
+    """
+
+    name: str
+    attention: Attention
+    mean_threshold: float | None
+    dense_heads: int
+    thresholds_digest: str
+
+    @classmethod
+    def from_message(cls, message: Any) -> ProfileInfo:
+        """From a ProfileInfo message."""
+        has_mean = message.HasField("mean_threshold")
+        return cls(
+            message.name,
+            Attention.from_message(message.attention),
+            message.mean_threshold if has_mean else None,
+            message.dense_heads,
+            message.thresholds_digest,
+        )
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """A model of the server.
 
@@ -162,6 +192,7 @@ class ModelInfo:
         eos_token_ids: tokens at which decoding should stop.
         rope_attention_factor: the factor of cosines and sines of rotary positions; 1
             except for yarn, 0 from a server that does not state it.
+        profiles: the profiles that a prefill may name.
     """
 
     name: str
@@ -180,6 +211,7 @@ class ModelInfo:
     kv_bytes_per_token: int
     eos_token_ids: tuple[int, ...]
     rope_attention_factor: float
+    profiles: tuple[ProfileInfo, ...] = ()
 
     @classmethod
     def from_message(cls, message: Any) -> ModelInfo:
@@ -189,6 +221,7 @@ class ModelInfo:
             dtype = dtypes.from_wire(values[name])
             values[name] = "unknown" if dtype is None else dtypes.short_name(dtype)
         values["eos_token_ids"] = tuple(message.eos_token_ids)
+        values["profiles"] = tuple(map(ProfileInfo.from_message, message.profiles))
         return cls(**values)
 
 
@@ -332,6 +365,8 @@ class PrefillStats:
             other stages; `stages.copy` is the part that the prefill waited for.
         layer_heads: [num_layers], the query heads of each layer; empty without
             coverage_rows.
+        threshold: the threshold that was used; None for a method without one, and where
+            every query head has its own.
     """
 
     prompt_tokens: int
@@ -350,11 +385,14 @@ class PrefillStats:
     planned_bytes: int
     kv_copy_seconds: float
     layer_heads: tuple[HeadStats, ...]
+    threshold: float | None = None
 
     @classmethod
     def from_message(cls, message: Any) -> PrefillStats:
         """From a PrefillStats message."""
         values = {f.name: getattr(message, f.name) for f in dataclasses.fields(cls)}
+        threshold = as_float32(message.threshold)
+        values["threshold"] = threshold if message.HasField("threshold") else None
         values["stages"] = StageSeconds.from_message(message.stages)
         values["layer_density"] = tuple(message.layer_density)
         values["layer_method"] = tuple(method_name(n) for n in message.layer_method)

@@ -39,6 +39,9 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.mean_correction) {
     return Unsupported("mean_correction", "true", "false");
   }
+  if (problem.has_head_thresholds) {
+    return Unsupported("has_head_thresholds", "true", "false");
+  }
   return CheckMethods(problem.options, kCudaMethods, "cuda");
 }
 

@@ -66,6 +66,9 @@ struct AttentionProblem {
   AttentionOptions options;
   // The caller can give AttentionTensors::pooled_queries.
   bool offers_pooled_queries = false;
+  // Every run brings AttentionTensors::head_thresholds, which replace
+  // options.threshold. For methods with a threshold, without use_given_lists.
+  bool has_head_thresholds = false;
 };
 
 // OK when every field is inside its documented range and the fields agree.
@@ -199,11 +202,21 @@ struct AttentionTensors {
   // [num_query_blocks, num_heads, head_dim], for each query block the sum of its rows
   // of q divided by block_size, as Backend::Qkv() writes it.
   const float* pooled_queries = nullptr;
+  // With has_head_thresholds, else empty: the threshold of each query head,
+  // [num_heads], in ordinary memory. It must satisfy ValidateHeadThresholds(). A head
+  // with threshold 1 reads every block.
+  std::span<const float> head_thresholds = {};
 };
 
 // OK when `order` permutes keys inside segments only and leaves the keys after the last
 // whole segment in place; InvalidArgument names head and slot.
 Status ValidateOrder(const AttentionGeometry& geometry, ConstRows order);
+
+// OK when the problem has head thresholds and each of its query heads has one in (0,
+// 1], or when it has none and `thresholds` is empty. InvalidArgument names the number
+// of thresholds, or head and value.
+Status ValidateHeadThresholds(const AttentionProblem& problem,
+                              std::span<const float> thresholds);
 
 // OK when every row is strictly ascending, inside the row's own or earlier segments,
 // and reads the blocks that hold the positions of its own queries. Without an order

@@ -169,6 +169,8 @@ struct MethodTraits {
 const MethodTraits& TraitsOf(Method method);
 // "dense", "pbs", ...
 const char* MethodName(Method method);
+// True when the method has the option `threshold`.
+bool HasThreshold(Method method);
 // nullptr when no method has this name.
 const MethodTraits* FindMethod(std::string_view name);
 // The names of the methods that have the option of this bit: "pbs, mean_pooling".

@@ -62,7 +62,10 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"mean_correction",
                     [](auto& p) { p.options.mean_correction = true; },
                     "mean_correction true is not supported by the cuda backend, which "
-                    "has false"}),
+                    "has false"},
+        RefusedCase{"head_thresholds", [](auto& p) { p.has_head_thresholds = true; },
+                    "has_head_thresholds true is not supported by the cuda backend, "
+                    "which has false"}),
     testing_support::CaseName());
 
 TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {

@@ -108,6 +108,30 @@ INSTANTIATE_TEST_SUITE_P(
     testing_support::CaseName());
 
 INSTANTIATE_TEST_SUITE_P(
+    HeadThresholds, ValidateProblemSpec,
+    testing::Values(
+        ProblemCase{"of_a_threshold_method",
+                    [](auto& p) {
+                      p.options = DefaultOptions(Method::kPrism);
+                      p.has_head_thresholds = true;
+                    },
+                    ""},
+        ProblemCase{"of_another_method",
+                    [](auto& p) {
+                      p.options = DefaultOptions(Method::kFlexPrefill);
+                      p.has_head_thresholds = true;
+                    },
+                    "method flexprefill has no head_thresholds; pbs, mean_pooling, "
+                    "xattention, prism have them"},
+        ProblemCase{"with_given_lists",
+                    [](auto& p) {
+                      p.options.use_given_lists = true;
+                      p.has_head_thresholds = true;
+                    },
+                    "use_given_lists and head_thresholds exclude each other"}),
+    testing_support::CaseName());
+
+INSTANTIATE_TEST_SUITE_P(
     Options, ValidateProblemSpec,
     testing::Values(
         ProblemCase{"block_not_a_power_of_two",

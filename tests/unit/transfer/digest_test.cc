@@ -7,9 +7,11 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "server/transfer/sha256.h"
 #include "server/transfer/sparsity_digest.h"
+#include "server/transfer/thresholds_digest.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::server {
@@ -178,6 +180,34 @@ INSTANTIATE_TEST_SUITE_P(
         MethodChangeCase{"alpha", Method::kFlashPrefill,
                          [](auto& o) { o.alpha = 0.2f; }}),
     testing_support::CaseName());
+
+TEST(SparsityDigestSpec, ThresholdsOfHeadsChangeIt) {
+  const std::string some = ThresholdsDigest(std::vector<float>{0.5f, 1});
+  const std::string others = ThresholdsDigest(std::vector<float>{0.5f, 0.75f});
+  const std::string digest = SparsityDigest({}, 10'000, "", some);
+  EXPECT_EQ(digest.substr(0, 4), "pbs-");
+  EXPECT_NE(digest, SparsityDigest({}, 10'000, ""));
+  EXPECT_NE(digest, SparsityDigest({}, 10'000, "", others));
+  EXPECT_NE(digest, SparsityDigest({.segment_size = 512}, 10'000, "", some));
+  EXPECT_NE(digest, SparsityDigest({}, 10'000, "salt", some));
+}
+
+TEST(SparsityDigestSpec, ThresholdsOfHeadsAreExactOnlyWhereAnyThresholdIs) {
+  const std::string some = ThresholdsDigest(std::vector<float>{0.5f, 1});
+  EXPECT_EQ(SparsityDigest({}, 256, "", some), "exact");
+  EXPECT_NE(SparsityDigest({.threshold = 1}, 10'000, "", some), "exact");
+}
+
+TEST(ThresholdsDigestSpec, IsTheSameInEveryBuild) {
+  EXPECT_EQ(ThresholdsDigest(std::vector<float>{0.5f, 1}),
+            "aafd837b9504ce803d329e6f51e78eee82bcd1c93c7ae9b18225ce2f49a6a138");
+}
+
+TEST(ThresholdsDigestSpec, OneThresholdAndNoOtherAreEqual) {
+  EXPECT_TRUE(AreEqual(std::vector<float>{0.5f, 0.5f}));
+  EXPECT_FALSE(AreEqual(std::vector<float>{0.5f, 0.6f}));
+  EXPECT_FALSE(AreEqual({}));
+}
 
 TEST(SparsityDigestSpec, WhatIsOnlyMeasuredDoesNotChangeIt) {
   AttentionOptions options;

@@ -6,7 +6,9 @@ import argparse
 
 from pbs_client import _version
 from pbs_client._transport import check_target
+from pbs_client.calibration import THRESHOLDS_DEFAULT
 from pbs_client.cli import attention, commands
+from pbs_client.cli.calibrate import calibrate
 from pbs_client.client import CONTROL_TIMEOUT_SECONDS, WORK_TIMEOUT_SECONDS
 from pbs_client.dtypes import FLOAT_DTYPES
 
@@ -24,6 +26,8 @@ _EPILOG = """\
 examples:
   pbs-client models --server 127.0.0.1:50051
   pbs-client prefill --model llama --tokens prompt.json --method pbs --kv kv.safetensors
+  pbs-client prefill --model llama --tokens prompt.json --profile paper
+  pbs-client calibrate --prompts prompts.jsonl --budget 0.02 --output mine.json
   pbs-client attend --input qkv.safetensors --output out.safetensors --method dense
   pbs-client attend --input qkv.safetensors --method xattention --threshold 0.95
 
@@ -65,6 +69,23 @@ greedily. Needs torch and transformers: pip install "pbs-client[hf]".
 prints:  one JSON line: tokens, first_token, density, seconds, ..."""
 
 
+_CALIBRATE = """\
+Chooses a threshold for every query head of a model from your own prompts, so that heads
+together read the fewest blocks while they lose at most --budget of the attention mass on
+average. Writes them as a profile: pbs-prefilld --profile MODEL=FILE serves it, and
+requests name it with --profile. The method is --method [pbs], and its other options are
+part of the profile.
+
+Every prompt is prefilled once for each of --thresholds. With two prompts or more, every
+second one is kept apart, and the profile is measured on these beside dense attention.
+
+reads:   --prompts, on each line a JSON list of token ids of one prompt
+writes:  --output, the profile
+prints:  a JSON line for each prefill, then one of the profile: predicted density and
+         lost mass, and density, lost_mass, kl (of the last token's logits from those of
+         dense attention, in nats), measured on check_prompts other prompts"""
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser; its result has `run`, a function of the parsed arguments."""
     parser = argparse.ArgumentParser(
@@ -86,14 +107,21 @@ def make_parser() -> argparse.ArgumentParser:
             "run a prompt through a model",
             _PREFILL,
             "--tokens FILE",
-            (_prompt, _prefill),
+            (_prompt, _prefill, attention.add_prefill_arguments),
         ),
         (
             commands.generate,
             "prefill on the server, decode here",
             _GENERATE,
             "--tokens FILE --model-path FOLDER --max-new-tokens N",
-            (_prompt, _generate),
+            (_prompt, _generate, attention.add_prefill_arguments),
+        ),
+        (
+            calibrate,
+            "choose a threshold for every head of a model",
+            _CALIBRATE,
+            "--prompts FILE --budget SHARE --output FILE",
+            (_calibrate,),
         ),
     ):
         command = made.add_parser(
@@ -180,14 +208,18 @@ def _attend(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _prompt(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompt")
+def _model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
         default="",
         metavar="NAME",
         help="name of the model; required when the server has several",
     )
+
+
+def _prompt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    _model(group)
     group.add_argument(
         "--tokens", required=True, metavar="FILE", help="JSON list of token ids"
     )
@@ -241,6 +273,59 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="cpu", help="a torch device, such as cuda [%(default)s]"
     )
+
+
+def _calibrate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    _model(group)
+    group.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="a JSON list of token ids on each line",
+    )
+    group.add_argument(
+        "--budget",
+        type=_share,
+        required=True,
+        metavar="SHARE",
+        help="attention mass that may be lost, mean over layers and heads, 0..1",
+    )
+    group.add_argument(
+        "--thresholds",
+        type=_thresholds,
+        default=THRESHOLDS_DEFAULT,
+        metavar="LIST",
+        help="thresholds to choose from beside 1, which is dense; they rise inside (0, "
+        f"1) [{','.join(map(str, THRESHOLDS_DEFAULT))}]",
+    )
+    group.add_argument(
+        "--name", metavar="NAME", help="of the profile [the name of --output]"
+    )
+    group.add_argument(
+        "--output", required=True, metavar="FILE", help="the profile to write, JSON"
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1]")
+    return share
+
+
+def _thresholds(text: str) -> tuple[float, ...]:
+    try:
+        thresholds = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        thresholds = ()
+    rise = all(a < b for a, b in zip(thresholds, thresholds[1:]))
+    if not (thresholds and rise and 0 < thresholds[0] and thresholds[-1] < 1):
+        raise argparse.ArgumentTypeError(f"{text!r} does not rise inside (0, 1)")
+    return thresholds
 
 
 def _target(text: str) -> str:

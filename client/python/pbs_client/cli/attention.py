@@ -180,7 +180,24 @@ _OF_SELECTION = (
         can_negate=False,
     ),
 )
-_FLAGS = _OF_METHODS + _OF_ALL + _OF_SELECTION
+_OF_PREFILL = (
+    _Flag(
+        "profile",
+        str,
+        "NAME",
+        "a profile of the model instead of a method: `pbs-client models` lists them; "
+        "paper is pbs as published",
+    ),
+    _Flag(
+        "threshold_min",
+        float,
+        "SHARE",
+        "the server may lower the threshold to this where the call would else miss its "
+        "--timeout, (0, threshold]; the result has the threshold that was used [it may "
+        "not]",
+    ),
+)
+_FLAGS = _OF_METHODS + _OF_ALL + _OF_SELECTION + _OF_PREFILL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,6 +230,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag.add(group, flag.text)
 
 
+def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the attention options that only a prefill has."""
+    group = parser.add_argument_group("options of prefills")
+    for flag in _OF_PREFILL:
+        flag.add(group, flag.text)
+
+
 def attention_from(arguments: argparse.Namespace) -> Attention:
     """The attention that the parsed arguments ask for.
 
@@ -223,11 +247,13 @@ def attention_from(arguments: argparse.Namespace) -> Attention:
     given = {
         flag.name: getattr(arguments, flag.name)
         for flag in _FLAGS
-        if getattr(arguments, flag.name) is not None
+        if getattr(arguments, flag.name, None) is not None
     }
     kind = METHODS[arguments.method] if arguments.method else None
+    if kind is not None and "profile" in given:
+        raise ValueError("--profile and --method exclude each other")
     for flag in _FLAGS:
-        if flag.name in given:
+        if flag.name in given and flag not in _OF_PREFILL:
             _check(flag, given, kind)
     method = None if kind is None else kind(**_taken(kind, given))
     if "permute" in given:

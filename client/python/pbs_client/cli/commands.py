@@ -34,7 +34,7 @@ def info(arguments: argparse.Namespace) -> None:
         found = client.info(timeout=arguments.timeout)
     line: dict[str, Any] = to_json(found)
     del line["default_profile"]
-    _print({**line, "default_attention": _profile(found.default_profile)})
+    print_line({**line, "default_attention": _profile(found.default_profile)})
 
 
 def _profile(profile: Attention) -> dict[str, Any] | None:
@@ -43,7 +43,8 @@ def _profile(profile: Attention) -> dict[str, Any] | None:
     if method is None:
         return None
     shared = to_json(profile)
-    del shared["method"]
+    for name in ("method", "profile", "head_thresholds", "threshold_min"):
+        del shared[name]  # the first is below, and a profile has no others
     return {"method": method.name, **to_json(method), **shared}
 
 
@@ -51,7 +52,11 @@ def models(arguments: argparse.Namespace) -> None:
     """`pbs-client models`."""
     with Client(arguments.server) as client:
         for model in client.models(timeout=arguments.timeout):
-            _print(to_json(model))
+            profiles = [
+                {**to_json(profile), "attention": _profile(profile.attention)}
+                for profile in model.profiles
+            ]
+            print_line({**to_json(model), "profiles": profiles})
 
 
 def attend(arguments: argparse.Namespace) -> None:
@@ -83,7 +88,7 @@ def attend(arguments: argparse.Namespace) -> None:
     if arguments.repetitions <= 1:
         del line["iterations"]
     line = {"method": arguments.method, **line, "seconds": seconds}
-    _print({**line, "output": arguments.output})
+    print_line({**line, "output": arguments.output})
 
 
 def prefill(arguments: argparse.Namespace) -> None:
@@ -122,7 +127,7 @@ def prefill(arguments: argparse.Namespace) -> None:
     stats = to_json(result.stats)
     for name in ("layer_density", "layer_method"):
         del stats[name]  # `layers` has them
-    _print(
+    print_line(
         {
             "first_token": result.first_token,
             "top_logits": to_json(result.top_logits),
@@ -183,7 +188,7 @@ def generate(arguments: argparse.Namespace) -> None:
         ignore_eos=arguments.ignore_eos,
     )
     clock.stage("decode")
-    _print(
+    print_line(
         {
             "tokens": new_tokens,
             "first_token": result.first_token,
@@ -291,5 +296,6 @@ def _write_cache(path: str, cache: KvCache) -> None:
     safetensors_file.write(path, cache.tensors(), metadata)
 
 
-def _print(line: dict[str, Any]) -> None:
+def print_line(line: dict[str, Any]) -> None:
+    """Prints a line of JSON."""
     print(json.dumps(line, allow_nan=False), flush=True)

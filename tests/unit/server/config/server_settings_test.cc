@@ -35,6 +35,10 @@ v1::ServerConfig OneModel() {
   return config;
 }
 
+void AddProfiles(int count, v1::ServerConfig& config) {
+  for (int i = 0; i < count; ++i) config.mutable_models(0)->add_profiles("p.json");
+}
+
 TEST(ConfigDefaults, AreValid) { EXPECT_THAT(Validate(Defaults()), IsEmpty()); }
 
 // Every field of `message` that is neither a list nor inside a oneof.
@@ -167,6 +171,7 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   config.mutable_models(0)->set_kv_dtype("f16");
   config.mutable_models(0)->set_yarn_attn_factor("ignored");
   config.mutable_models(0)->set_tokens_max(4096);
+  config.mutable_models(0)->add_profiles("mine.json");
   config.set_backend("cpu");
   config.mutable_cpu()->set_threads(3);
   config.mutable_cpu()->set_isa("avx2");
@@ -192,6 +197,7 @@ TEST(ServerSettingsSpec, EveryFieldArrives) {
   EXPECT_EQ(settings->models[0].kv_dtype, DType::kF16);
   EXPECT_EQ(settings->models[0].yarn_attn_factor, AttnFactor::kIgnored);
   EXPECT_EQ(settings->models[0].tokens_max, 4096);
+  EXPECT_THAT(settings->models[0].profiles, ElementsAre("mine.json"));
   EXPECT_EQ(settings->backend, BackendChoice::kCpu);
   EXPECT_EQ(settings->cpu.threads, 3);
   EXPECT_EQ(settings->cpu.isa, "avx2");
@@ -282,7 +288,13 @@ INSTANTIATE_TEST_SUITE_P(
                       "models.0.kv_dtype \"fp8\" is not one of auto, f32, f16, bf16"},
         ViolationCase{"tokens_max",
                       [](auto& c) { c.mutable_models(0)->set_tokens_max(-1); },
-                      "models.0.tokens_max -1 is outside [0, 1048576]"}),
+                      "models.0.tokens_max -1 is outside [0, 1048576]"},
+        ViolationCase{"empty_profile",
+                      [](auto& c) { c.mutable_models(0)->add_profiles(""); },
+                      "models.0.profiles.0 \"\" is empty; it names the file of a "
+                      "profile"},
+        ViolationCase{"too_many_profiles", [](auto& c) { AddProfiles(65, c); },
+                      "models.0.number of profiles 65 is outside [0, 64]"}),
     testing_support::CaseName());
 
 INSTANTIATE_TEST_SUITE_P(

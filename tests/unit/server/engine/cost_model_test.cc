@@ -26,7 +26,7 @@ class CostModelSpec : public testing::Test {
     return model_.Predict(key_, Units(tokens), now_)->seconds;
   }
 
-  const CostKey key_ = {nullptr, Method::kPbs, DType::kF32, 64};
+  const CostKey key_ = {.method = Method::kPbs, .dtype = DType::kF32, .head_dim = 64};
   absl::Time now_ = absl::FromUnixSeconds(1000);
   CostModel model_;
 };
@@ -84,6 +84,53 @@ TEST_F(CostModelSpec, GrowsStaleSoThatARefusalCannotFeedItself) {
 TEST_F(CostModelSpec, WorkWithoutALinearPartIsPredictedByTheOther) {
   model_.Measure(key_, {0, 1000}, {0, 0.5}, now_);
   EXPECT_NEAR(model_.Predict(key_, {0, 2000}, now_)->seconds, 1.0, 1e-9);
+}
+
+// Thresholds of 0.5 and 0.9 were measured; time per token differs by ten.
+class CostModelRungSpec : public CostModelSpec {
+ protected:
+  CostKey KeyOf(float rung) const {
+    CostKey key = key_;
+    key.rung = rung;
+    return key;
+  }
+  void MeasureRung(float rung, double seconds) {
+    model_.Measure(KeyOf(rung), {1000, 0}, {seconds, 0}, now_);
+  }
+  std::optional<Prediction> PredictRung(float rung) const {
+    return model_.Predict(KeyOf(rung), {1000, 0}, now_);
+  }
+};
+
+TEST_F(CostModelRungSpec, ARungThatWasMeasuredIsItsOwn) {
+  MeasureRung(0.5f, 1);
+  MeasureRung(0.9f, 10);
+  EXPECT_NEAR(PredictRung(0.5f)->seconds, 1, 1e-9);
+  EXPECT_NEAR(PredictRung(0.9f)->seconds, 10, 1e-9);
+  EXPECT_TRUE(PredictRung(0.9f)->fresh);
+}
+
+TEST_F(CostModelRungSpec, ARungBetweenIsOnTheLineOfItsNeighbours) {
+  MeasureRung(0.5f, 1);
+  MeasureRung(0.9f, 10);
+  MeasureRung(1.0f, 100);
+  EXPECT_NEAR(PredictRung(0.7f)->seconds, 5.5, 1e-5);
+  EXPECT_FALSE(PredictRung(0.7f)->fresh);
+}
+
+TEST_F(CostModelRungSpec, ARungBesideIsItsNearestNeighbour) {
+  MeasureRung(0.5f, 1);
+  MeasureRung(0.9f, 10);
+  EXPECT_NEAR(PredictRung(0.1f)->seconds, 1, 1e-9);
+  EXPECT_NEAR(PredictRung(1.0f)->seconds, 10, 1e-9);
+  EXPECT_FALSE(PredictRung(0.1f)->fresh);
+}
+
+TEST_F(CostModelRungSpec, RungsOfOtherKeysDoNotCount) {
+  MeasureRung(0.5f, 1);
+  CostKey other = KeyOf(0.7f);
+  other.method = Method::kPrism;
+  EXPECT_EQ(model_.Predict(other, Units(10), now_), std::nullopt);
 }
 
 }  // namespace

@@ -1,0 +1,108 @@
+"""The command `pbs-client calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+
+from pbs_client import calibration
+from pbs_client._prefill import find_model
+from pbs_client.calibration import Calibrator
+from pbs_client.cli.attention import attention_from
+from pbs_client.cli.commands import TOKENS_FILE_BYTES_MAX, print_line
+from pbs_client.client import Client
+from pbs_client.options import Pbs
+
+PROMPTS_MAX = 1024
+_HELD_OUT_EVERY = 2  # the second of every two prompts is for the check
+
+
+def calibrate(arguments: argparse.Namespace) -> None:
+    """`pbs-client calibrate`."""
+    attention = attention_from(arguments)
+    rows = attention.coverage_rows
+    attention = dataclasses.replace(
+        attention, method=attention.method or Pbs(), coverage_rows=None
+    )
+    name = arguments.name or Path(arguments.output).stem
+    calibration.check_name(name)
+    prompts = read_prompts(arguments.prompts)
+    check_prompts = prompts[1::_HELD_OUT_EVERY]
+    prompts = prompts[::_HELD_OUT_EVERY]
+    with Client(arguments.server) as client:
+        model = find_model(client.models(), arguments.model)
+        calibrator = Calibrator(
+            client,
+            model,
+            attention,
+            coverage_rows=calibration.COVERAGE_ROWS_DEFAULT if rows is None else rows,
+            timeout=arguments.timeout,
+            on_measured=print_line,
+        )
+        curves = calibrator.curves(prompts, arguments.thresholds)
+        chosen = calibration.allocate(curves, arguments.budget)
+        uniform = calibration.best_uniform(curves, arguments.budget)
+        found: dict[str, Any] = {
+            "model": model.name,
+            "lost_mass_budget": arguments.budget,
+            "prompts": len(prompts),
+            "predicted_density": chosen.density,
+            "predicted_lost_mass": chosen.lost_mass,
+            "check_prompts": len(check_prompts),
+        }
+        if check_prompts:
+            check = calibrator.check(check_prompts, chosen.thresholds)
+            found |= {
+                "density": check.density,
+                "lost_mass": check.lost_mass,
+                "kl": check.kl,
+            }
+        profile = calibrator.to_message(name, chosen, found)
+    text = json_format.MessageToJson(profile, preserving_proto_field_name=True)
+    Path(arguments.output).write_text(text + "\n")
+    print_line(
+        {
+            "step": "profile",
+            "profile": name,
+            **found,
+            "heads": calibrator.num_heads,
+            "dense_heads": chosen.thresholds.count(calibration.DENSE_THRESHOLD),
+            "uniform_threshold": uniform.thresholds[0],
+            "uniform_predicted_density": uniform.density,
+            "output": arguments.output,
+        }
+    )
+
+
+def read_prompts(path: str) -> list[list[int]]:
+    """The prompts of a file: on each line a JSON list of token ids.
+
+    Raises:
+        ValueError: naming the line that is none, or a limit.
+    """
+    with Path(path).open("rb") as file:
+        text = file.read(TOKENS_FILE_BYTES_MAX + 1)
+    if len(text) > TOKENS_FILE_BYTES_MAX:
+        raise ValueError(f"{path} has more than {TOKENS_FILE_BYTES_MAX} bytes")
+    lines = text.splitlines()
+    if not 1 <= len(lines) <= PROMPTS_MAX:
+        raise ValueError(
+            f"{path} has {len(lines)} lines; it has a prompt in each of 1 .. {PROMPTS_MAX}"
+        )
+    return [_prompt(f"{path} line {number}", line) for number, line in enumerate(lines, 1)]
+
+
+def _prompt(where: str, line: bytes) -> list[int]:
+    try:
+        tokens = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    is_list = isinstance(tokens, list) and tokens
+    if not is_list or any(type(token) is not int for token in tokens):
+        raise ValueError(f"{where} is not a JSON list of integers, or empty")
+    return tokens
