@@ -137,6 +137,16 @@ class PrefillListener {
   virtual void OnDone(absl::StatusOr<PrefillResult> result) = 0;
 };
 
+// What a prefill needs memory for.
+struct PrefillNeeds {
+  int32_t num_tokens = 0;
+  AttentionOptions attention = {};
+  int32_t num_logit_rows = 1;
+  int64_t reply_bytes = 0;  // what the caller will hold in addition
+  // Layers whose queries are captured, ascending, each below the model's layers
+  std::vector<int32_t> query_layers = {};
+};
+
 struct PrefillReservation {
   std::shared_ptr<HeldKv> kv;
   JobReservation workspace;
@@ -152,11 +162,10 @@ class Engine {
   virtual absl::StatusOr<JobReservation> ReserveAttend(const AttentionProblem& problem,
                                                        bool want_lse, bool want_order,
                                                        bool want_lists) = 0;
-  // Charges and allocates the KV cache. Charges the workspace, and the `reply_bytes`
-  // that the caller will hold in addition. Errors as above.
+  // Charges and allocates the KV cache and captured queries. Charges the workspace and
+  // the reply. Errors as above.
   virtual absl::StatusOr<PrefillReservation> ReservePrefill(
-      const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
-      int32_t num_logit_rows, int64_t reply_bytes) = 0;
+      const ServedModel& model, const PrefillNeeds& needs) = 0;
 
   // Seconds until a prefill with these terms would be done, work ahead of it included,
   // on the device that would get it now; nullopt until similar work was measured.

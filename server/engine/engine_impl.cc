@@ -106,22 +106,22 @@ absl::StatusOr<Admission> EngineImpl::SubmitAttend(AttendJob job,
 // ---- prefill
 
 // The cache counts as held until its last owner lets go. shared_ptr: see held_kv.h.
-std::shared_ptr<HeldKv> EngineImpl::Hold(KvCache cache, ByteReservation bytes) {
+std::shared_ptr<HeldKv> EngineImpl::Hold(KvCache cache, CapturedQueries queries,
+                                         ByteReservation bytes) {
   prometheus::Gauge& gauge = parts_.metrics.kv.Held(Tier::kHost);
   const auto held = static_cast<double>(bytes.bytes());
   gauge.Increment(held);
-  return std::shared_ptr<HeldKv>(new HeldKv(std::move(cache), std::move(bytes)),
-                                 [&gauge, held](HeldKv* kv) {
-                                   delete kv;
-                                   gauge.Decrement(held);
-                                 });
+  return std::shared_ptr<HeldKv>(
+      new HeldKv(std::move(cache), std::move(bytes), std::move(queries)),
+      [&gauge, held](HeldKv* kv) {
+        delete kv;
+        gauge.Decrement(held);
+      });
 }
 
 absl::StatusOr<PrefillReservation> EngineImpl::ReservePrefill(
-    const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
-    int32_t num_logit_rows, int64_t reply_bytes) {
-  auto reserved =
-      TryReservePrefill(model, num_tokens, attention, num_logit_rows, reply_bytes);
+    const ServedModel& model, const PrefillNeeds& needs) {
+  auto reserved = TryReservePrefill(model, needs);
   if (reserved.ok()) return reserved;
   return CountRefusal(parts_.metrics.engine, reserved.status());
 }
@@ -133,20 +133,23 @@ const Model& EngineImpl::ReplicaOf(const ServedModel& served) const {
 }
 
 absl::StatusOr<PrefillReservation> EngineImpl::TryReservePrefill(
-    const ServedModel& served, int32_t num_tokens, const AttentionOptions& attention,
-    int32_t num_logit_rows, int64_t reply_bytes) {
+    const ServedModel& served, const PrefillNeeds& needs) {
   const Model& model = ReplicaOf(served);
   // Which rows does not matter to the plan's size.
-  const std::vector<int32_t> rows(static_cast<size_t>(num_logit_rows), 0);
+  const std::vector<int32_t> rows(static_cast<size_t>(needs.num_logit_rows), 0);
   PBS_ABSL_ASSIGN_OR_RETURN(const PrefillPlan plan,
-                            ToAbsl(PlanPrefill(model, {.num_tokens = num_tokens,
-                                                       .attention = attention,
+                            ToAbsl(PlanPrefill(model, {.num_tokens = needs.num_tokens,
+                                                       .attention = needs.attention,
                                                        .logit_rows = rows})));
-  const KvShape shape = model.kv_shape(num_tokens);
+  const KvShape shape = model.kv_shape(needs.num_tokens);
+  const QueryShape query_shape = model.query_shape(needs.num_tokens);
+  const int64_t held_bytes =
+      shape.bytes() + CapturedQueries::BytesOf(query_shape, needs.query_layers.size());
   PrefillReservation reservation;
   reservation.workspace.replica = parts_.replica;
-  GroupBytes bytes =
-      BytesOfGroup(model, plan, MayShareRun(batch_, num_tokens, attention));
+  const bool may_share = needs.query_layers.empty() &&
+                         MayShareRun(batch_, needs.num_tokens, needs.attention);
+  GroupBytes bytes = BytesOfGroup(model, plan, may_share);
   const int64_t workspace = bytes.host + LogitScratchBytes(model);
   if (has_device_memory()) {
     PBS_ABSL_ASSIGN_OR_RETURN(reservation.workspace.device,
@@ -156,12 +159,15 @@ absl::StatusOr<PrefillReservation> EngineImpl::TryReservePrefill(
   // and one that could never fit is told so.
   PBS_ABSL_ASSIGN_OR_RETURN(
       ByteReservation all,
-      Charge(parts_.ledger, shape.bytes() + workspace + reply_bytes));
+      Charge(parts_.ledger, held_bytes + workspace + needs.reply_bytes));
   reservation.workspace.host = all.Split(workspace);
-  reservation.reply = all.Split(reply_bytes);
+  reservation.reply = all.Split(needs.reply_bytes);
   PBS_ABSL_ASSIGN_OR_RETURN(KvCache cache,
                             ToAbsl(KvCache::CreateOnHost(shape, parts_.backend)));
-  reservation.kv = Hold(std::move(cache), std::move(all));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      CapturedQueries queries,
+      ToAbsl(CapturedQueries::Create(query_shape, needs.query_layers, parts_.backend)));
+  reservation.kv = Hold(std::move(cache), std::move(queries), std::move(all));
   return reservation;
 }
 

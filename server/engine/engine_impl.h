@@ -68,18 +68,14 @@ class EngineImpl final : public Engine {
   // job. Bytes that could never fit are OutOfRange.
   absl::StatusOr<JobReservation> TryReserveAttend(const AttentionProblem& problem,
                                                   const AttendWanted& wanted);
-  absl::StatusOr<PrefillReservation> TryReservePrefill(
-      const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
-      int32_t num_logit_rows, int64_t reply_bytes);
+  absl::StatusOr<PrefillReservation> TryReservePrefill(const ServedModel& model,
+                                                       const PrefillNeeds& needs);
 
   absl::StatusOr<JobReservation> ReserveAttend(const AttentionProblem& problem,
                                                bool want_lse, bool want_order,
                                                bool want_lists) override;
   absl::StatusOr<PrefillReservation> ReservePrefill(const ServedModel& model,
-                                                    int32_t num_tokens,
-                                                    const AttentionOptions& attention,
-                                                    int32_t num_logit_rows,
-                                                    int64_t reply_bytes) override;
+                                                    const PrefillNeeds& needs) override;
   std::optional<double> PredictPrefill(const ServedModel& model, int32_t num_tokens,
                                        const AttentionOptions& attention,
                                        std::span<const float> head_thresholds,
@@ -99,7 +95,8 @@ class EngineImpl final : public Engine {
                         const AttentionOptions& attention,
                         std::span<const float> head_thresholds) const;
   bool has_device_memory() const { return parts_.device_ledger != nullptr; }
-  std::shared_ptr<HeldKv> Hold(KvCache cache, ByteReservation bytes);
+  std::shared_ptr<HeldKv> Hold(KvCache cache, CapturedQueries queries,
+                               ByteReservation bytes);
 
   const EngineParts parts_;
   const BatchLimits batch_;

@@ -9,8 +9,10 @@
 
 namespace pbs::server {
 
-HeldKv::HeldKv(KvCache cache, ByteReservation bytes)
-    : cache_(std::move(cache)), bytes_(std::move(bytes)) {}
+HeldKv::HeldKv(KvCache cache, ByteReservation bytes, CapturedQueries queries)
+    : cache_(std::move(cache)),
+      queries_(std::move(queries)),
+      bytes_(std::move(bytes)) {}
 
 int32_t HeldKv::layers_ready() const {
   MutexLock lock(mutex_);

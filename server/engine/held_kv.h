@@ -1,4 +1,5 @@
-// A KV cache that one prefill fills while any number of readers read it.
+// A KV cache that one prefill fills while any number of readers read it, and the
+// queries that the prefill was asked to capture.
 //
 // The executor writes layer after layer and publishes each. Readers read published
 // layers only, so tensor memory needs no lock. Ownership is shared (std::shared_ptr):
@@ -17,6 +18,7 @@
 #include "absl/status/status.h"
 #include "server/base/mutex.h"
 #include "server/engine/byte_ledger.h"
+#include "server/model/captured_queries.h"
 #include "server/model/kv_cache.h"
 
 namespace pbs::server {
@@ -25,12 +27,15 @@ using WaiterId = uint64_t;
 
 class HeldKv {
  public:
-  // `bytes` is the charge for the cache, which this object returns to the ledger when
-  // destroyed.
-  HeldKv(KvCache cache, ByteReservation bytes);
+  // `bytes` is the charge for cache and queries, which this object returns to the
+  // ledger when destroyed.
+  HeldKv(KvCache cache, ByteReservation bytes, CapturedQueries queries = {});
 
   const KvCache& cache() const { return cache_; }
   KvCache& writable_cache() { return cache_; }  // the executor only
+  // Those of a layer are complete when the layer is ready.
+  const CapturedQueries& queries() const { return queries_; }
+  CapturedQueries& writable_queries() { return queries_; }  // the executor only
 
   int32_t layers_ready() const;
   bool finished() const;
@@ -61,6 +66,7 @@ class HeldKv {
   std::vector<Waiter> TakeReadyWaiters() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   KvCache cache_;
+  CapturedQueries queries_;
   ByteReservation bytes_;
   mutable Mutex mutex_;
   int32_t layers_ready_ ABSL_GUARDED_BY(mutex_) = 0;

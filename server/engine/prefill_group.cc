@@ -37,6 +37,7 @@ absl::Status PrefillGroup::Begin() {
   std::vector<int32_t> tokens;
   std::vector<const KvCache*> held;
   KvCache* cache = nullptr;
+  CapturedQueries* queries = nullptr;
   {
     MutexLock lock(mutex_);
     for (Prompt* prompt : prompts_) {
@@ -45,15 +46,18 @@ absl::Status PrefillGroup::Begin() {
       tokens.insert(tokens.end(), own.begin(), own.end());
       held.push_back(&prompt->held().cache());
       cache = &prompt->held().writable_cache();
+      queries = &prompt->held().writable_queries();
     }
   }
   if (num_prompts_ > 1 || !backend.info().host_memory) {
     PBS_ABSL_ASSIGN_OR_RETURN(window_, KvWindow::Create(held, backend, clock_));
     cache = &window_->cache();
   }
+  if (num_prompts_ > 1) queries = nullptr;  // a prompt that captures runs alone
   PBS_ABSL_ASSIGN_OR_RETURN(
-      run_, ToAbsl(PrefillRun::Start(model_, plan_, {.tokens = tokens}, *cache,
-                                     workspace_.workspace())));
+      run_,
+      ToAbsl(PrefillRun::Start(model_, plan_, {.tokens = tokens, .queries = queries},
+                               *cache, workspace_.workspace())));
   return absl::OkStatus();
 }
 

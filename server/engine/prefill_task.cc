@@ -73,6 +73,7 @@ PrefillTask::PrefillTask(const Parts& parts, PrefillJob job, PrefillPlan plan,
 
 int32_t PrefillTask::batch_tokens() const {
   const auto tokens = static_cast<int32_t>(job_.tokens.size());
+  if (!job_.kv->queries().layers().empty()) return 0;
   return MayShareRun(parts_.batch, tokens, job_.attention) ? tokens : 0;
 }
 

@@ -56,12 +56,9 @@ absl::StatusOr<JobReservation> ReplicatedEngine::ReserveAttend(
 }
 
 absl::StatusOr<PrefillReservation> ReplicatedEngine::ReservePrefill(
-    const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
-    int32_t num_logit_rows, int64_t reply_bytes) {
-  return ReserveSomewhere<PrefillReservation>([&](EngineImpl& replica) {
-    return replica.TryReservePrefill(model, num_tokens, attention, num_logit_rows,
-                                     reply_bytes);
-  });
+    const ServedModel& model, const PrefillNeeds& needs) {
+  return ReserveSomewhere<PrefillReservation>(
+      [&](EngineImpl& replica) { return replica.TryReservePrefill(model, needs); });
 }
 
 std::optional<double> ReplicatedEngine::PredictPrefill(

@@ -28,10 +28,7 @@ class ReplicatedEngine final : public Engine {
                                                bool want_lse, bool want_order,
                                                bool want_lists) override;
   absl::StatusOr<PrefillReservation> ReservePrefill(const ServedModel& model,
-                                                    int32_t num_tokens,
-                                                    const AttentionOptions& attention,
-                                                    int32_t num_logit_rows,
-                                                    int64_t reply_bytes) override;
+                                                    const PrefillNeeds& needs) override;
   std::optional<double> PredictPrefill(const ServedModel& model, int32_t num_tokens,
                                        const AttentionOptions& attention,
                                        std::span<const float> head_thresholds,

@@ -92,4 +92,8 @@ KvShape Model::kv_shape(int32_t capacity) const {
           .dtype = kv_dtype_};
 }
 
+QueryShape Model::query_shape(int32_t num_tokens) const {
+  return {config_.num_heads, config_.head_dim, num_tokens, kv_dtype_};
+}
+
 }  // namespace pbs

@@ -12,6 +12,7 @@
 
 #include "pbs/backend.h"
 #include "pbs/status.h"
+#include "server/model/captured_queries.h"
 #include "server/model/kv_cache.h"
 #include "server/model/model_config.h"
 #include "server/model/weights.h"
@@ -46,6 +47,8 @@ class Model {
   DType kv_dtype() const { return kv_dtype_; }
   // Shape of a cache for one sequence of up to `capacity` tokens.
   KvShape kv_shape(int32_t capacity) const;
+  // Shape of captured queries of one sequence.
+  QueryShape query_shape(int32_t num_tokens) const;
   // [head_dim / 2], device memory; see rope.h.
   const double* inverse_frequencies() const {
     return static_cast<const double*>(frequencies_.data());

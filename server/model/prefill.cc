@@ -66,6 +66,11 @@ Status CheckInputs(const Model& model, const PrefillPlan& plan,
                            " needs all layers in the KV cache, which holds " +
                            text(cache.resident_layers()));
   }
+  if (inputs.queries != nullptr && !inputs.queries->layers().empty() &&
+      (inputs.queries->shape() != model.query_shape(problem.num_tokens) ||
+       problem.prompt_tokens.size() > 1 || problem.past_len > 0)) {
+    return InvalidArgument("the captured queries were made for another run");
+  }
   if (workspace.bytes < plan.workspace_bytes) {
     return ResourceExhausted("the workspace has " + text(workspace.bytes) +
                              " bytes; the plan asks for " + text(plan.workspace_bytes));
@@ -82,7 +87,8 @@ PrefillRun::PrefillRun(const Model& model, const PrefillPlan& plan,
       backend_(model.backend()),
       cache_(cache),
       order_(inputs.order),
-      lists_(inputs.lists) {
+      lists_(inputs.lists),
+      queries_(inputs.queries) {
   const PrefillRegions& regions = plan.regions;
   const auto at = [&](int64_t offset) -> void* {
     return static_cast<std::byte*>(workspace.data) + offset;
@@ -209,6 +215,7 @@ Status PrefillRun::CallLayer(PrefillObserver* observer, const RunControl& contro
   };
   PBS_RETURN_IF_ERROR(mark(kBegin));
   PBS_RETURN_IF_ERROR(RunQkv(next_layer_, control));
+  PBS_RETURN_IF_ERROR(CaptureQueries(next_layer_));
   PBS_RETURN_IF_ERROR(mark(kKvReady));
   if (observer != nullptr) observer->OnKvReady(next_layer_);
   PBS_RETURN_IF_ERROR(RunAttention(next_layer_, control));
@@ -296,6 +303,12 @@ Status PrefillRun::RunQkv(int32_t layer_index, const RunControl& control) {
          .row_in_block = static_cast<int32_t>(position % geometry.block_size)}));
   }
   return OkStatus();
+}
+
+Status PrefillRun::CaptureQueries(int32_t layer) {
+  void* target = queries_ == nullptr ? nullptr : queries_->data(layer);
+  if (target == nullptr) return OkStatus();
+  return backend_.Download(at_.queries, target, queries_->shape().layer_bytes());
 }
 
 Status PrefillRun::RunAttention(int32_t layer, const RunControl& control) {

@@ -31,6 +31,7 @@
 #include "pbs/attention.h"
 #include "pbs/backend.h"
 #include "pbs/status.h"
+#include "server/model/captured_queries.h"
 #include "server/model/kv_cache.h"
 #include "server/model/model.h"
 #include "server/model/prefill_plan.h"
@@ -44,6 +45,9 @@ struct PrefillInputs {
   // satisfy ValidateOrder() and ValidateLists().
   ConstRows order = {};
   BlockListsView lists = {};
+  // Receives the queries of its layers, before their OnKvReady(); it must live until
+  // the run ends. Null: nothing is captured. One prompt only, with past_len 0.
+  CapturedQueries* queries = nullptr;
 };
 
 struct LayerReport {
@@ -138,6 +142,8 @@ class PrefillRun {
   // Waits for the oldest layer under way and reports it.
   Status FinishLayer(PrefillObserver* observer);
   Status RunQkv(int32_t layer, const RunControl& control);
+  // Copies the layer's queries to the host if they are wanted.
+  Status CaptureQueries(int32_t layer);
   // End of the row tile that begins at `row`; never inside a block of pooled queries.
   int64_t TileEnd(int64_t row) const;
   // Runs the layer's attention and starts its report.
@@ -156,6 +162,7 @@ class PrefillRun {
   KvCache& cache_;
   const ConstRows order_;
   const BlockListsView lists_;
+  CapturedQueries* const queries_;
   Pointers at_;
   int32_t next_layer_ = 0;
   int32_t layers_finished_ = 0;

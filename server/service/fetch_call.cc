@@ -35,17 +35,23 @@ absl::Status FetchCall::Open(const grpc::CallbackServerContext& context,
   v1::FetchRequest request;
   PBS_ABSL_RETURN_IF_ERROR(FromWire(wire::DecodeMessage(buffer, &request)));
   PBS_ABSL_ASSIGN_OR_RETURN(lease_, service_.parts.leases.Find(request.ticket()));
-  const KvShape& shape = lease_.kv->cache().shape();
+  if (request.queries() && lease_.kv->queries().layers().empty()) {
+    return absl::InvalidArgumentError(
+        "queries true: the prefill of this ticket had no capture_query_layers");
+  }
+  const KvContent content =
+      request.queries() ? KvContent::kQueries : KvContent::kKeysAndValues;
+  const KvShape shape = ShapeOf(*lease_.kv, content);
   PBS_ABSL_ASSIGN_OR_RETURN(const KvRange range, DecodeKvRange(request, shape));
   PBS_ABSL_ASSIGN_OR_RETURN(
       const KvFormat format,
       DecodeKvFormat(request, service_.options.transport.chunk_bytes));
   PBS_ABSL_ASSIGN_OR_RETURN(
-      exporter_,
-      KvExporter::Create(lease_.kv, service_.parts.leases.epoch(), range, format));
+      exporter_, KvExporter::Create(lease_.kv, service_.parts.leases.epoch(), range,
+                                    format, content));
   PBS_ABSL_ASSIGN_OR_RETURN(
-      buffers_, service_.Reserve(kBuffersPerCall *
-                                 KvExporter::BufferBytes(shape, range, format)));
+      buffers_, service_.Reserve(kBuffersPerCall * KvExporter::BufferBytes(
+                                                       shape, range, format, content)));
   return absl::OkStatus();
 }
 

@@ -114,6 +114,10 @@ v1::KvDescriptor DescribeKv(const LeaseView& lease) {
   wire.set_num_tokens(shape.capacity);
   wire.set_dtype(EncodeDType(shape.dtype));
   wire.set_bytes(shape.bytes());
+  const CapturedQueries& queries = lease.kv->queries();
+  wire.mutable_query_layers()->Add(queries.layers().begin(), queries.layers().end());
+  wire.set_num_query_heads(queries.shape().num_heads);
+  wire.set_query_bytes(queries.bytes());
   if (lease.done != nullptr) wire.set_first_token_id(lease.done->first_token_id());
   return wire;
 }

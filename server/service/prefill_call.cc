@@ -144,12 +144,17 @@ absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
       is_inline
           ? kBuffersPerCall * KvExporter::BufferBytes(shape, whole, spec_.inline_format)
           : 0;
-  PBS_ABSL_ASSIGN_OR_RETURN(PrefillReservation reserved,
-                            service_.parts.engine.ReservePrefill(
-                                *model_, facts_.prompt_tokens, spec_.attention,
-                                static_cast<int32_t>(spec_.logit_positions.size()) + 1,
-                                result_bytes + buffer_bytes));
-  facts_.planned_bytes = shape.bytes() + reserved.workspace.host.bytes() +
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      PrefillReservation reserved,
+      service_.parts.engine.ReservePrefill(
+          *model_,
+          {.num_tokens = facts_.prompt_tokens,
+           .attention = spec_.attention,
+           .num_logit_rows = static_cast<int32_t>(spec_.logit_positions.size()) + 1,
+           .reply_bytes = result_bytes + buffer_bytes,
+           .query_layers = spec_.query_layers}));
+  facts_.planned_bytes = shape.bytes() + reserved.kv->queries().bytes() +
+                         reserved.workspace.host.bytes() +
                          reserved.workspace.device.bytes() + reserved.reply.bytes();
   kv_ = reserved.kv;
   buffers_ = reserved.reply.Split(buffer_bytes);

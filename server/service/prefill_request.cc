@@ -200,6 +200,29 @@ absl::Status DecodeLogits(const v1::PrefillRequest& request, PrefillSpec& spec) 
   return absl::OkStatus();
 }
 
+absl::Status DecodeQueryLayers(const v1::PrefillRequest& request,
+                               const PrefillLimits& limits, PrefillSpec& spec) {
+  const auto& layers = request.capture_query_layers();
+  if (layers.empty()) return absl::OkStatus();
+  if (spec.delivery != Delivery::kLease) {
+    return absl::InvalidArgumentError(
+        "capture_query_layers needs delivery lease: a fetch delivers the queries");
+  }
+  PBS_ABSL_RETURN_IF_ERROR(CheckRange("number of capture_query_layers", layers.size(),
+                                      0, limits.num_layers));
+  for (int32_t i = 0; i < layers.size(); ++i) {
+    PBS_ABSL_RETURN_IF_ERROR(CheckRange(absl::StrCat("capture_query_layers[", i, "]"),
+                                        layers[i], 0, limits.num_layers - 1));
+    if (i > 0 && layers[i] <= layers[i - 1]) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("capture_query_layers[", i, "] ", layers[i],
+                       " is not above the layer before it, ", layers[i - 1]));
+    }
+  }
+  spec.query_layers.assign(layers.begin(), layers.end());
+  return absl::OkStatus();
+}
+
 void AddIntegers(const std::vector<int32_t>& values, Sha256& hash) {
   hash.AddField(
       {reinterpret_cast<const char*>(values.data()), sizeof(int32_t) * values.size()});
@@ -230,6 +253,7 @@ absl::StatusOr<PrefillSpec> DecodePrefill(const v1::PrefillRequest& request,
   PBS_ABSL_RETURN_IF_ERROR(DecodeThresholdMin(request, limits, spec));
   PBS_ABSL_RETURN_IF_ERROR(DecodeDelivery(request.delivery(), limits, spec));
   PBS_ABSL_RETURN_IF_ERROR(DecodeLogits(request, spec));
+  PBS_ABSL_RETURN_IF_ERROR(DecodeQueryLayers(request, limits, spec));
   if (!request.idempotency_key().empty() && spec.delivery != Delivery::kLease) {
     return absl::InvalidArgumentError(
         "idempotency_key needs delivery lease: equal keys return the same lease");
@@ -247,6 +271,7 @@ std::string PrefillFingerprint(const PrefillSpec& spec,
   hash.AddField({model_digest.data(), model_digest.size()});
   AddIntegers(spec.tokens, hash);
   AddIntegers(spec.logit_positions, hash);
+  AddIntegers(spec.query_layers, hash);
   hash.AddField(EncodeAttentionOptions(spec.attention).SerializeAsString());
   hash.AddField(absl::StrCat(spec.top_logits, " ", spec.all_logits_last_token));
   hash.AddField(spec.tenant_salt);

@@ -55,6 +55,7 @@ struct PrefillSpec {
   int32_t top_logits = 0;
   bool all_logits_last_token = false;
   std::vector<int32_t> logit_positions;
+  std::vector<int32_t> query_layers;  // whose queries are captured, ascending
   int32_t priority = 0;
   std::string idempotency_key;
   std::string tenant_salt;

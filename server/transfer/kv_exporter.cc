@@ -33,9 +33,12 @@ absl::Status DecodeRange(absl::string_view what, bool has_begin, int32_t begin,
   return absl::OkStatus();
 }
 
-// Where the asked range does not lie in the cache as it is asked for.
-bool Copies(const KvShape& shape, const KvRange& range, const KvFormat& format) {
-  return format.dtype.value_or(shape.dtype) != shape.dtype ||
+// Where the asked range does not lie in memory as it is asked for. Queries are held by
+// token, and nearly always asked for by head.
+bool Copies(const KvShape& shape, const KvRange& range, const KvFormat& format,
+            KvContent content) {
+  return content == KvContent::kQueries ||
+         format.dtype.value_or(shape.dtype) != shape.dtype ||
          (format.layout == KvLayout::kNhd && range.head_count > 1);
 }
 
@@ -46,6 +49,14 @@ int64_t PageBytes(const KvRange& range, const KvFormat& format, int64_t row_byte
 }
 
 }  // namespace
+
+KvShape ShapeOf(const HeldKv& kv, KvContent content) {
+  KvShape shape = kv.cache().shape();
+  if (content == KvContent::kQueries) {
+    shape.num_kv_heads = kv.queries().shape().num_heads;
+  }
+  return shape;
+}
 
 KvRange WholeRange(const KvShape& shape) {
   return {0, shape.num_layers, 0, shape.capacity, 0, shape.num_kv_heads};
@@ -70,9 +81,14 @@ absl::StatusOr<KvRange> DecodeKvRange(const v1::FetchRequest& request,
 
 absl::StatusOr<std::unique_ptr<KvExporter>> KvExporter::Create(
     std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,
-    const KvFormat& format) {
-  auto exporter =
-      std::unique_ptr<KvExporter>(new KvExporter(std::move(kv), epoch, range, format));
+    const KvFormat& format, KvContent content) {
+  auto exporter = std::unique_ptr<KvExporter>(
+      new KvExporter(std::move(kv), epoch, range, format, content));
+  if (exporter->done()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("queries true: none of the layers [", range.layer_begin, ", ",
+                     exporter->LayerEnd(), ") was captured"));
+  }
   const int64_t page_bytes = PageBytes(range, format, exporter->RowBytes());
   if (page_bytes > format.chunk_bytes) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -83,19 +99,25 @@ absl::StatusOr<std::unique_ptr<KvExporter>> KvExporter::Create(
 }
 
 KvExporter::KvExporter(std::shared_ptr<const HeldKv> kv, uint64_t epoch,
-                       const KvRange& range, const KvFormat& format)
+                       const KvRange& range, const KvFormat& format, KvContent content)
     : kv_(std::move(kv)),
-      shape_(kv_->cache().shape()),
+      content_(content),
+      shape_(ShapeOf(*kv_, content)),
       epoch_(epoch),
       range_(range),
       format_(format),
       dtype_(format.dtype.value_or(shape_.dtype)),
-      copies_(Copies(shape_, range, format)),
-      layer_(range.layer_begin) {}
+      copies_(Copies(shape_, range, format, content)),
+      layer_(NextLayer(range.layer_begin)),
+      kind_(has_queries() ? v1::KvChunk::Q : v1::KvChunk::K) {}
+
+int32_t KvExporter::NextLayer(int32_t layer) const {
+  return has_queries() ? kv_->queries().NextLayer(layer, LayerEnd()) : layer;
+}
 
 int64_t KvExporter::BufferBytes(const KvShape& shape, const KvRange& range,
-                                const KvFormat& format) {
-  return Copies(shape, range, format) ? format.chunk_bytes : 0;
+                                const KvFormat& format, KvContent content) {
+  return Copies(shape, range, format, content) ? format.chunk_bytes : 0;
 }
 
 int64_t KvExporter::RowBytes() const { return shape_.head_dim * DTypeBytes(dtype_); }
@@ -105,7 +127,13 @@ int64_t KvExporter::ArrayBytes() const {
 }
 
 int64_t KvExporter::total_bytes() const {
-  return 2 * range_.layer_count * ArrayBytes();
+  if (!has_queries()) return 2 * range_.layer_count * ArrayBytes();
+  int64_t bytes = 0;
+  for (int32_t layer = NextLayer(range_.layer_begin); layer < LayerEnd();
+       layer = NextLayer(layer + 1)) {
+    bytes += ArrayBytes();
+  }
+  return bytes;
 }
 
 int64_t KvExporter::held_bytes() const {
@@ -128,7 +156,7 @@ wire::KvChunk KvExporter::Next() {
   byte_offset_ += bytes;
 
   const bool array_ends = byte_offset_ == ArrayBytes();
-  const bool layer_ends = array_ends && kind_ == v1::KvChunk::V;
+  const bool layer_ends = array_ends && kind_ != v1::KvChunk::K;
   if (format_.checksums) {
     chunk.crc32c = wire::Crc32c(wire::BytesOf(chunk.payload.pieces().front()));
     digest_.Add(*chunk.crc32c);
@@ -136,10 +164,10 @@ wire::KvChunk KvExporter::Next() {
   }
   if (array_ends) {
     byte_offset_ = 0;
-    kind_ = layer_ends ? v1::KvChunk::K : v1::KvChunk::V;
+    if (!has_queries()) kind_ = layer_ends ? v1::KvChunk::K : v1::KvChunk::V;
   }
   if (layer_ends) {
-    ++layer_;
+    layer_ = NextLayer(layer_ + 1);
     digest_ = {};
   }
   return chunk;
@@ -173,10 +201,16 @@ void KvExporter::CutNext(wire::KvChunk& chunk) const {
 }
 
 const std::byte* KvExporter::Row(int32_t head, int32_t token) const {
+  const int64_t bytes = DTypeBytes(shape_.dtype);
+  if (has_queries()) {
+    const int64_t row = int64_t{token} * shape_.num_kv_heads + head;
+    return static_cast<const std::byte*>(kv_->queries().data(layer_)) +
+           row * shape_.head_dim * bytes;
+  }
   const KvCache& cache = kv_->cache();
   const void* plane = kind_ == v1::KvChunk::K ? cache.k(layer_) : cache.v(layer_);
   const int64_t element = cache.layout().Offset(0, 0, head, token);
-  return static_cast<const std::byte*>(plane) + element * DTypeBytes(shape_.dtype);
+  return static_cast<const std::byte*>(plane) + element * bytes;
 }
 
 wire::Payload KvExporter::Point(const wire::KvChunk& chunk, int64_t bytes) const {
@@ -193,13 +227,17 @@ wire::Payload KvExporter::Copy(const wire::KvChunk& chunk, int64_t bytes) const 
     target += rows * RowBytes();
   };
   const int32_t head_end = chunk.head_begin + chunk.head_count;
+  const int32_t token_end = chunk.token_begin + chunk.token_count;
   if (format_.layout == KvLayout::kHnd) {
     for (int32_t head = chunk.head_begin; head < head_end; ++head) {
-      copy_rows(head, chunk.token_begin, chunk.token_count);
+      // Tokens of a head follow one another in a cache, but not in captured queries.
+      const int32_t rows = has_queries() ? 1 : chunk.token_count;
+      for (int32_t token = chunk.token_begin; token < token_end; token += rows) {
+        copy_rows(head, token, rows);
+      }
     }
     return wire::Payload(std::move(slice));
   }
-  const int32_t token_end = chunk.token_begin + chunk.token_count;
   for (int32_t token = chunk.token_begin; token < token_end; ++token) {
     for (int32_t head = chunk.head_begin; head < head_end; ++head) {
       copy_rows(head, token, 1);

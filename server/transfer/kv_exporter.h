@@ -30,6 +30,13 @@ struct KvRange {
   int32_t head_begin = 0, head_count = 0;
 };
 
+// What a fetch sends: keys and values of every layer, or the queries of the captured
+// layers.
+enum class KvContent : uint8_t { kKeysAndValues, kQueries };
+
+// The shape of the content, whose heads are then query heads.
+KvShape ShapeOf(const HeldKv& kv, KvContent content);
+
 // The range of all of `shape`: the capacity of a held cache is the length of its
 // prompt.
 KvRange WholeRange(const KvShape& shape);
@@ -40,12 +47,13 @@ absl::StatusOr<KvRange> DecodeKvRange(const v1::FetchRequest& request,
 class KvExporter {
  public:
   // InvalidArgument when one page of tokens (NHD: of all requested heads; HND: of one
-  // head) exceeds chunk_bytes.
+  // head) exceeds chunk_bytes, or when queries are wanted and no layer of the range was
+  // captured.
   static absl::StatusOr<std::unique_ptr<KvExporter>> Create(
       std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,
-      const KvFormat& format);
+      const KvFormat& format, KvContent content = KvContent::kKeysAndValues);
 
-  bool done() const { return layer_ == range_.layer_begin + range_.layer_count; }
+  bool done() const { return layer_ == LayerEnd(); }
   // The layer of the next chunk; it must be ready before Next().
   int32_t layer() const { return layer_; }
   // Requires !done() and a ready layer().
@@ -53,7 +61,8 @@ class KvExporter {
 
   // Bytes that one chunk allocates; 0 when chunks point into the cache.
   static int64_t BufferBytes(const KvShape& shape, const KvRange& range,
-                             const KvFormat& format);
+                             const KvFormat& format,
+                             KvContent content = KvContent::kKeysAndValues);
   // Payload of all chunks.
   int64_t total_bytes() const;
   // Bytes of the same elements in the cache.
@@ -61,8 +70,12 @@ class KvExporter {
 
  private:
   KvExporter(std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,
-             const KvFormat& format);
+             const KvFormat& format, KvContent content);
 
+  int32_t LayerEnd() const { return range_.layer_begin + range_.layer_count; }
+  // The first layer with content that is at least `layer`; else LayerEnd().
+  int32_t NextLayer(int32_t layer) const;
+  bool has_queries() const { return content_ == KvContent::kQueries; }
   // Sets the token and head ranges of the next chunk.
   void CutNext(wire::KvChunk& chunk) const;
   // Bytes of one token of one head, in the requested dtype.
@@ -73,14 +86,15 @@ class KvExporter {
   const std::byte* Row(int32_t head, int32_t token) const;
 
   const std::shared_ptr<const HeldKv> kv_;
-  const KvShape& shape_;
+  const KvContent content_;
+  const KvShape shape_;
   const uint64_t epoch_;
   const KvRange range_;
   const KvFormat format_;
   const DType dtype_;  // requested
   const bool copies_;
   int32_t layer_;
-  v1::KvChunk::Kind kind_ = v1::KvChunk::K;
+  v1::KvChunk::Kind kind_;
   int64_t byte_offset_ = 0;  // within the (layer, kind) array
   wire::LayerDigest digest_;
 };

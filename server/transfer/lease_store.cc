@@ -51,7 +51,7 @@ void PendingLease::Attach(std::shared_ptr<HeldKv> kv) {
   const auto entry = store_->leases_.find(ticket_.handle());
   PBS_CHECK(entry != store_->leases_.end());  // nobody has the ticket yet
   LeaseStore::Lease& lease = *entry->second;
-  lease.bytes_to_export = kv->cache().shape().bytes();
+  lease.bytes_to_export = kv->cache().shape().bytes() + kv->queries().bytes();
   store_->metrics_.export_outstanding.Increment(
       static_cast<double>(lease.bytes_to_export));
   lease.kv = std::move(kv);

@@ -89,6 +89,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   const float lowest = spec->threshold_min.value_or(spec->attention.threshold);
   Require(lowest > 0 && lowest <= spec->attention.threshold, "a bad threshold_min");
+  for (int32_t layer : spec->query_layers)
+    Require(layer >= 0 && layer < 2, "a bad layer");
   Require(!pbs::server::PrefillFingerprint(*spec, "m").empty(), "no fingerprint");
   return 0;
 }

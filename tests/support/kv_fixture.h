@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "pbs/cpu_backend.h"
@@ -21,7 +22,22 @@ inline float KvElement(int64_t plane, int64_t element) {
   return static_cast<float>((plane * 31 + element) % 256) - 128;
 }
 
-inline std::shared_ptr<server::HeldKv> MakeHeldKv(const KvShape& shape) {
+// The queries of captured layer l are those of plane -1 - l, token by token.
+inline CapturedQueries MakeQueries(const QueryShape& shape,
+                                   const std::vector<int32_t>& layers) {
+  CapturedQueries queries = *CapturedQueries::Create(shape, layers, OneThreadBackend());
+  for (int32_t layer : layers) {
+    const int64_t count = shape.layer_bytes() / DTypeBytes(shape.dtype);
+    std::vector<float> values(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) values[i] = KvElement(-1 - layer, i);
+    ConvertElements(values.data(), DType::kF32, queries.data(layer), shape.dtype,
+                    count);
+  }
+  return queries;
+}
+
+inline std::shared_ptr<server::HeldKv> MakeHeldKv(const KvShape& shape,
+                                                  CapturedQueries queries = {}) {
   KvCache cache = *KvCache::Create(shape, OneThreadBackend());
   for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
     for (int kind = 0; kind < 2; ++kind) {
@@ -32,7 +48,8 @@ inline std::shared_ptr<server::HeldKv> MakeHeldKv(const KvShape& shape) {
       ConvertElements(values.data(), DType::kF32, plane, shape.dtype, count);
     }
   }
-  return std::make_shared<server::HeldKv>(std::move(cache), server::ByteReservation());
+  return std::make_shared<server::HeldKv>(std::move(cache), server::ByteReservation(),
+                                          std::move(queries));
 }
 
 }  // namespace pbs::testing_support

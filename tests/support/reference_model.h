@@ -20,6 +20,7 @@ class ReferenceModel {
   // Logits of every token of `tokens`.
   Rows Logits(const std::vector<int32_t>& tokens) {
     Rows stream;
+    queries_.clear();
     for (int32_t token : tokens) {
       stream.push_back(Row(Weight("model.embed_tokens.weight"), token));
     }
@@ -34,6 +35,10 @@ class ReferenceModel {
     }
     return logits;
   }
+
+  // Rotated queries of the last Logits(): for each layer [tokens], each row with the
+  // heads one after another.
+  const std::vector<Rows>& queries() const { return queries_; }
 
  private:
   int32_t Size(const char* key) const { return model_.config.at(key); }
@@ -89,7 +94,7 @@ class ReferenceModel {
     return y;
   }
 
-  void RunLayer(const std::string& prefix, Rows& stream) const {
+  void RunLayer(const std::string& prefix, Rows& stream) {
     const int32_t heads = Size("num_attention_heads");
     const int32_t kv_heads = Size("num_key_value_heads");
     const int32_t dim = Size("head_dim");
@@ -101,11 +106,13 @@ class ReferenceModel {
       values.push_back(Linear(prefix + "self_attn.v_proj", normed));
     }
     const auto tokens = static_cast<int32_t>(stream.size());
+    Rows& rotated = queries_.emplace_back(stream.size());
     for (int32_t t = 0; t < tokens; ++t) {
       std::vector<double> attended;
       for (int32_t head = 0; head < heads; ++head) {
         const int32_t kv_head = head / (heads / kv_heads);
         const auto q = Head(queries[t], head, prefix + "self_attn.q_norm.weight", t);
+        rotated[t].insert(rotated[t].end(), q.begin(), q.end());
         std::vector<double> mass(static_cast<size_t>(t) + 1);
         double total = 0;
         for (int32_t s = 0; s <= t; ++s) {
@@ -141,6 +148,7 @@ class ReferenceModel {
   }
 
   const TinyModel& model_;
+  std::vector<Rows> queries_;
 };
 
 }  // namespace pbs::testing_support

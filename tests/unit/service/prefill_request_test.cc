@@ -17,6 +17,7 @@ PrefillLimits Limits() {
   PrefillLimits limits;
   limits.tokens_max = 1000;
   limits.vocab_size = 512;
+  limits.num_layers = 3;
   limits.num_heads = 4;
   limits.num_kv_heads = 2;
   limits.head_dim = 64;
@@ -254,6 +255,44 @@ INSTANTIATE_TEST_SUITE_P(
                     "priority 101 is outside [-100, 100]"}),
     testing_support::CaseName());
 
+void CaptureLayers(v1::PrefillRequest& request, const std::vector<int32_t>& layers) {
+  request.mutable_delivery()->mutable_lease();
+  request.mutable_capture_query_layers()->Add(layers.begin(), layers.end());
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    QueryLayers, RefusedPrefillSpec,
+    testing::Values(
+        RefusedCase{"without_lease", [](auto& r) { r.add_capture_query_layers(0); },
+                    "capture_query_layers needs delivery lease: a fetch delivers the "
+                    "queries"},
+        RefusedCase{"past_the_last",
+                    [](auto& r) {
+                      CaptureLayers(r, {0, 3});
+                    },
+                    "capture_query_layers[1] 3 is outside [0, 2]"},
+        RefusedCase{"negative", [](auto& r) { CaptureLayers(r, {-1}); },
+                    "capture_query_layers[0] -1 is outside [0, 2]"},
+        RefusedCase{"repeated",
+                    [](auto& r) {
+                      CaptureLayers(r, {1, 1});
+                    },
+                    "capture_query_layers[1] 1 is not above the layer before it, 1"},
+        RefusedCase{"too_many",
+                    [](auto& r) {
+                      CaptureLayers(r, {0, 1, 2, 2});
+                    },
+                    "number of capture_query_layers 4 is outside [0, 3]"}),
+    testing_support::CaseName());
+
+TEST(DecodePrefillSpec, KeepsTheLayersWhoseQueriesAreCaptured) {
+  v1::PrefillRequest request = GoodRequest();
+  CaptureLayers(request, {0, 2});
+  EXPECT_EQ(DecodePrefill(request, Limits())->query_layers,
+            (std::vector<int32_t>{0, 2}));
+  EXPECT_TRUE(DecodePrefill(GoodRequest(), Limits())->query_layers.empty());
+}
+
 struct FingerprintCase {
   const char* name;
   std::function<void(v1::PrefillRequest&)> change;
@@ -322,6 +361,8 @@ INSTANTIATE_TEST_SUITE_P(
                           r.set_top_logits(1);
                           r.add_logit_positions(1);
                         },
+                        false},
+        FingerprintCase{"captured_layers", [](auto& r) { CaptureLayers(r, {1}); },
                         false},
         FingerprintCase{"tenant_salt", [](auto& r) { r.set_tenant_salt("t"); }, false}),
     testing_support::CaseName());

@@ -46,7 +46,7 @@ class DeviceMemorySpec : public EngineFixture {
     job.tokens = Tokens(num_tokens);
     job.attention = attention;
     job.all_logits_last_token = true;
-    auto reserved = on_device_->ReservePrefill(model_, num_tokens, attention, 1, 0);
+    auto reserved = on_device_->ReservePrefill(model_, {num_tokens, attention, 1});
     EXPECT_TRUE(reserved.ok()) << reserved.status();
     job.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);
@@ -229,7 +229,7 @@ TEST_F(DeviceMemorySpec, CancellingGivesBackBothKindsOfMemory) {
 
 TEST_F(DeviceMemorySpec, WhatCannotFitTheDeviceIsRefusedByItsLedger) {
   Open();
-  const auto refused = on_device_->ReservePrefill(model_, 8000, Dense(), 1, 0);
+  const auto refused = on_device_->ReservePrefill(model_, {8000, Dense(), 1});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(ledger_.bytes_held(), 0);
 }

@@ -93,7 +93,7 @@ class EngineFixture : public testing::Test {
     job.model = &TestModel::Get();
     job.tokens = Tokens(num_tokens);
     job.attention = attention;
-    auto reserved = engine_.ReservePrefill(*job.model, num_tokens, attention, 1, 0);
+    auto reserved = engine_.ReservePrefill(*job.model, {num_tokens, attention});
     EXPECT_TRUE(reserved.ok()) << reserved.status();
     job.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);

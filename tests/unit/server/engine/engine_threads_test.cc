@@ -35,7 +35,7 @@ class EngineThreads : public EngineFixture {
   // Submits prefills, cancels some of them, follows the cache of others.
   void RunClient(int client) {
     for (int i = 0; i < kPrefillsPerClient; ++i) {
-      auto reserved = engine_.ReservePrefill(TestModel::Get(), 40, SmallPbs(), 1, 0);
+      auto reserved = engine_.ReservePrefill(TestModel::Get(), {40, SmallPbs(), 1});
       if (!reserved.ok()) continue;
       PrefillJob job;
       job.model = &TestModel::Get();

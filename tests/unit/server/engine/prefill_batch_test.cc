@@ -50,9 +50,9 @@ class PrefillBatchSpec : public EngineFixture,
     job.all_logits_last_token = true;
     job.top_logits = 2;
     job.logit_positions = logit_positions;
-    auto reserved =
-        batching_->ReservePrefill(model_, num_tokens, attention,
-                                  1 + static_cast<int32_t>(logit_positions.size()), 0);
+    auto reserved = batching_->ReservePrefill(
+        model_,
+        {num_tokens, attention, 1 + static_cast<int32_t>(logit_positions.size())});
     ASSERT_TRUE(reserved.ok()) << reserved.status();
     job.kv = prompt.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);
@@ -75,9 +75,9 @@ class PrefillBatchSpec : public EngineFixture,
     job.top_logits = 2;
     job.logit_positions = logit_positions;
     const auto num_tokens = static_cast<int32_t>(prompt.tokens.size());
-    auto reserved =
-        engine_.ReservePrefill(*job.model, num_tokens, attention,
-                               1 + static_cast<int32_t>(logit_positions.size()), 0);
+    auto reserved = engine_.ReservePrefill(
+        *job.model,
+        {num_tokens, attention, 1 + static_cast<int32_t>(logit_positions.size())});
     job.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);
     const std::shared_ptr<HeldKv> kv = job.kv;

@@ -61,7 +61,7 @@ TEST_F(PrefillJobSpec, GivesTheBestTokensOfTheLastAndOfAskedPositions) {
   PrefillJob job = MakePrefill(40);
   job.reservation.Reset();
   job.kv.reset();
-  auto reserved = engine_.ReservePrefill(*job.model, 40, job.attention, 2, 0);
+  auto reserved = engine_.ReservePrefill(*job.model, {40, job.attention, 2});
   ASSERT_TRUE(reserved.ok());
   job.kv = std::move(reserved->kv);
   job.reservation = std::move(reserved->workspace);
@@ -172,7 +172,7 @@ TEST_F(PrefillJobSpec, WhatCouldNeverFitIsInvalidAndAllocatesNothing) {
   ByteLedger tiny(1000);
   EngineImpl engine({},
                     {TestModel::TheBackend(), tiny, clock_, timers_, metrics_, costs_});
-  const auto refused = engine.ReservePrefill(TestModel::Get(), 100, Dense(), 1, 0);
+  const auto refused = engine.ReservePrefill(TestModel::Get(), {100, Dense(), 1});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(refused.status().message()),
               HasSubstr("more than memory_bytes_max 1000"));
@@ -181,7 +181,7 @@ TEST_F(PrefillJobSpec, WhatCouldNeverFitIsInvalidAndAllocatesNothing) {
 
 TEST_F(PrefillJobSpec, WhatDoesNotFitNowSaysTryAgain) {
   const ByteReservation others = *ledger_.Reserve(kBytesMax - 1000);
-  const auto refused = engine_.ReservePrefill(TestModel::Get(), 100, Dense(), 1, 0);
+  const auto refused = engine_.ReservePrefill(TestModel::Get(), {100, Dense(), 1});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kMemory).Value(), 1);
 }

@@ -46,7 +46,7 @@ class ReplicatedEngineSpec : public EngineFixture {
     job.model = &model_;
     job.tokens = Tokens(num_tokens);
     job.attention = Dense();
-    auto reserved = replicated_->ReservePrefill(model_, num_tokens, Dense(), 1, 0);
+    auto reserved = replicated_->ReservePrefill(model_, {num_tokens, Dense(), 1});
     EXPECT_TRUE(reserved.ok()) << reserved.status();
     job.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);
@@ -126,13 +126,13 @@ TEST_F(ReplicatedEngineSpec, ADeviceWithoutRoomIsPassedOver) {
   EXPECT_EQ(Submit(10, a_), 2);
   RunAllReplicas();
   auto filled_last = *replicas_[2].ledger.Reserve(kDeviceBytesMax);
-  const auto refused = replicated_->ReservePrefill(model_, 10, Dense(), 1, 0);
+  const auto refused = replicated_->ReservePrefill(model_, {10, Dense(), 1});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kMemory).Value(), 1);
 }
 
 TEST_F(ReplicatedEngineSpec, WhatFitsNoDeviceIsRefusedOnce) {
-  const auto refused = replicated_->ReservePrefill(model_, 2000, Dense(), 1, 0);
+  const auto refused = replicated_->ReservePrefill(model_, {2000, Dense(), 1});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(refused.status().message()),
               HasSubstr("memory_bytes_max 1048576"));
@@ -146,7 +146,7 @@ TEST_F(ReplicatedEngineSpec, WhatIsTooLargeForOneDeviceGoesToALargerOne) {
   EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kTooLarge).Value(), 0);
   auto filled = *replicas_[1].ledger.Reserve(replicas_[1].ledger.bytes_max() -
                                              replicas_[1].ledger.bytes_held());
-  const auto later = replicated_->ReservePrefill(model_, 10, Dense(), 1, 0);
+  const auto later = replicated_->ReservePrefill(model_, {10, Dense(), 1});
   EXPECT_EQ(later.status().code(), absl::StatusCode::kResourceExhausted)
       << "one of them will have room";
   RunAllReplicas();
