@@ -3,8 +3,8 @@
 Modules of this package: client.py (Client), options.py (Attention, and the methods:
 Dense, Pbs, ...), attend_options.py (Packed, Given, Timing, Synthetic),
 prefill_options.py (Inline, Lease, Logits), kv.py (KvPart, KvFormat and caches),
-results.py, block_lists.py, errors.py, safetensors_file.py and, with torch and
-transformers installed, hf.py.
+capture.py (heads of a model, and their files), results.py, block_lists.py, errors.py,
+safetensors_file.py and, with torch and transformers installed, hf.py.
 """
 
 from pbs_client._attend import AttendResult
@@ -12,6 +12,7 @@ from pbs_client._prefill import PrefillResult
 from pbs_client._version import __version__
 from pbs_client.attend_options import Given, Packed, Synthetic, Timing
 from pbs_client.block_lists import BlockGrid, BlockLists
+from pbs_client.capture import Capture, CaptureError, HeadsOfLayer
 from pbs_client.client import Client
 from pbs_client.errors import (
     AbortedError,
@@ -61,6 +62,8 @@ __all__ = [
     "BlockGrid",
     "BlockLists",
     "CallCancelledError",
+    "Capture",
+    "CaptureError",
     "Client",
     "CorruptDataError",
     "DeadlineExceededError",
@@ -69,6 +72,7 @@ __all__ = [
     "FlashPrefill",
     "FlexPrefill",
     "Given",
+    "HeadsOfLayer",
     "Inline",
     "InternalError",
     "InvalidArgumentError",

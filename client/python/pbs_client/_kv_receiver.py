@@ -1,9 +1,9 @@
 """Copies the chunks of a KV transfer to their place and checks each of them.
 
-A transfer is the arrays (layer, K), (layer, V) of each layer in order, each cut into
-chunks that follow one another without gaps. Every chunk is checked against what must
-come next before its bytes are copied - once, into their final place - and against its
-checksum after.
+A transfer is the arrays (layer, K), (layer, V) of each layer in order, or (layer, Q) of
+one layer, each cut into chunks that follow one another without gaps. Every chunk is
+checked against what must come next before its bytes are copied - once, into their final
+place - and against its checksum after.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pbs_client.kv import Array, Span
 
 LAYOUT_NUMBERS = _messages.enum_numbers("KvLayout")
 
-_KINDS = ("K", "V")  # in their order of arrival
+KEYS_AND_VALUES = ("K", "V")
+QUERIES = ("Q",)
 _KIND_NUMBERS = _messages.enum_numbers("KvChunk.Kind")
 
 # Called with (layer, k, v) when both arrays of a layer are complete and checked.
@@ -36,6 +37,7 @@ class KvShape:
         layout: "HND" or "NHD".
         epoch: that every chunk must carry.
         checksums: every chunk must carry its CRC, every layer its digest.
+        kinds: arrays of a layer, in their order of arrival.
     """
 
     layers: Span
@@ -46,6 +48,7 @@ class KvShape:
     layout: str
     epoch: int
     checksums: bool
+    kinds: tuple[str, ...] = KEYS_AND_VALUES
 
     @property
     def array_shape(self) -> tuple[int, int, int]:
@@ -63,7 +66,7 @@ class KvShape:
     @property
     def total_bytes(self) -> int:
         """Bytes of all arrays."""
-        return 2 * self.layers.count * self.array_bytes
+        return len(self.kinds) * self.layers.count * self.array_bytes
 
 
 class KvReceiver:
@@ -86,7 +89,7 @@ class KvReceiver:
         self._on_layer = on_layer
         self._on_bytes = on_bytes
         self._arrays = [
-            {kind: np.empty(shape.array_shape, shape.dtype) for kind in _KINDS}
+            {kind: np.empty(shape.array_shape, shape.dtype) for kind in shape.kinds}
             for _ in range(shape.layers.count)
         ]
         self._layer_idx = 0
@@ -105,7 +108,8 @@ class KvReceiver:
     @property
     def received_bytes(self) -> int:
         """Bytes of complete arrays and of the current one."""
-        whole = 2 * self._layer_idx + _KINDS.index(self._kind)
+        kinds = self.shape.kinds
+        whole = len(kinds) * self._layer_idx + kinds.index(self._kind)
         return whole * self.shape.array_bytes + self._offset
 
     def restart_layer(self) -> None:
@@ -127,7 +131,8 @@ class KvReceiver:
         if self.shape.checksums:
             self._check_crc(chunk, target)
         self._offset += size
-        layer_ends = self._kind == "V" and self._offset == self.shape.array_bytes
+        is_last = self._kind == self.shape.kinds[-1]
+        layer_ends = is_last and self._offset == self.shape.array_bytes
         if self.shape.checksums and layer_ends and chunk.layer_digest != self._digest:
             raise self._corrupt(
                 f"layer digest is {chunk.layer_digest}, not {self._digest}"
@@ -137,18 +142,17 @@ class KvReceiver:
         if self._on_bytes is not None:
             self._on_bytes(self.received_bytes, self.shape.total_bytes)
 
-    def finish(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """The arrays (k, v) of all layers. CorruptDataError when bytes are missing."""
+    def finish(self) -> tuple[tuple[Array, ...], ...]:
+        """For each kind the arrays of all layers. CorruptDataError: bytes are missing."""
         if not self.is_complete:
             raise self._corrupt("the transfer ended before this byte")
-        return (
-            tuple(arrays["K"] for arrays in self._arrays),
-            tuple(arrays["V"] for arrays in self._arrays),
+        return tuple(
+            tuple(arrays[kind] for arrays in self._arrays) for kind in self.shape.kinds
         )
 
     def _begin_layer(self) -> None:
         self._digest = 0
-        self._begin_array("K")
+        self._begin_array(self.shape.kinds[0])
 
     def _begin_array(self, kind: str) -> None:
         self._kind = kind
@@ -158,14 +162,15 @@ class KvReceiver:
             self._target = array.reshape(-1).view(np.uint8)
 
     def _end_array(self) -> None:
-        if self._kind == "K":
-            self._begin_array("V")
+        kinds = self.shape.kinds
+        if self._kind != kinds[-1]:
+            self._begin_array(kinds[kinds.index(self._kind) + 1])
             return
         layer, arrays = self.next_layer, self._arrays[self._layer_idx]
         self._layer_idx += 1
         self._begin_layer()
         if self._on_layer is not None:
-            self._on_layer(layer, arrays["K"], arrays["V"])
+            self._on_layer(layer, arrays["K"], arrays["V"])  # never with queries
 
     def _check_place(self, chunk: KvChunk) -> None:
         shape = self.shape

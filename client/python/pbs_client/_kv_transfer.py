@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pbs_client import _messages, _wire, dtypes
-from pbs_client._kv_receiver import LAYOUT_NUMBERS, KvReceiver, KvShape, LayerCallback
+from pbs_client._kv_receiver import (
+    LAYOUT_NUMBERS,
+    QUERIES,
+    KvReceiver,
+    KvShape,
+    LayerCallback,
+)
 from pbs_client._transport import Deadline, Transport
 from pbs_client.errors import DeadlineExceededError, UnavailableError
 from pbs_client.kv import KvCache, KvDescriptor, KvFormat, KvPart, Span
@@ -45,6 +52,21 @@ class FetchPlan:
         )
         return cls(descriptor, shape)
 
+    @classmethod
+    def of_queries(
+        cls, descriptor: KvDescriptor, layer: int, kv_format: KvFormat
+    ) -> FetchPlan:
+        """The plan of one layer's queries. ValueError when it was not captured."""
+        if layer not in descriptor.query_layers:
+            names = ", ".join(map(str, descriptor.query_layers)) or "none"
+            raise ValueError(
+                f"the queries of layer {layer} were not captured; those of layers "
+                f"{names} were"
+            )
+        whole = cls.of(descriptor, KvPart(layers=(layer, 1)), kv_format).shape
+        heads = Span(0, descriptor.num_query_heads)
+        return cls(descriptor, dataclasses.replace(whole, heads=heads, kinds=QUERIES))
+
     def request(self, layer_begin: int) -> bytes:
         """The FetchRequest for the layers from `layer_begin` on."""
         shape = self.shape
@@ -60,6 +82,8 @@ class FetchPlan:
             layout=LAYOUT_NUMBERS[shape.layout],
             checksums=shape.checksums,
         )
+        if shape.kinds == QUERIES:
+            request.queries = True
         return bytes(request.SerializeToString())
 
     def cache(self, receiver: KvReceiver) -> KvCache:
@@ -87,8 +111,8 @@ def run_fetch(
     deadline: Deadline,
     on_layer: LayerCallback | None,
     progress: Progress | None,
-) -> KvCache:
-    """Fetches by the plan; see Client.fetch()."""
+) -> KvReceiver:
+    """Fetches by the plan; see Client.fetch(). The receiver has received all."""
 
     def report(done: int, total: int) -> None:
         if progress is not None:
@@ -98,7 +122,8 @@ def run_fetch(
     while True:
         try:
             _fetch_from(transport, plan, receiver, deadline)
-            return plan.cache(receiver)
+            receiver.finish()
+            return receiver
         except UnavailableError:
             if resumes <= 0 or not _reconnect(transport, plan, deadline):
                 raise

@@ -118,6 +118,7 @@ def make_request(
         delivery.fill(request.delivery)
     if isinstance(delivery, Lease):
         request.idempotency_key = delivery.idempotency_key
+        request.capture_query_layers.extend(delivery.capture_query_layers)
     return request
 
 

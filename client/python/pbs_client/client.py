@@ -27,6 +27,7 @@ import numpy as np
 from pbs_client import _attend, _checksum, _health, _messages, _prefill, _wire, dtypes
 from pbs_client._arguments import expect
 from pbs_client._attend import AttendResult, ProgressCallback
+from pbs_client._capture import capture_heads
 from pbs_client._kv_receiver import KvReceiver, LayerCallback
 from pbs_client._kv_transfer import FetchPlan, run_fetch
 from pbs_client._lease_keeper import LeaseKeeper
@@ -34,6 +35,7 @@ from pbs_client._prefill import PrefillCallbacks, PrefillResult
 from pbs_client._transport import Deadline, Metadata, Transport
 from pbs_client.attend_options import Given, Packed, Synthetic, Timing
 from pbs_client.block_lists import BlockGrid
+from pbs_client.capture import Capture
 from pbs_client.errors import (
     CorruptDataError,
     DeadlineExceededError,
@@ -55,6 +57,7 @@ from pbs_client.results import Admitted, LayerProgress, ModelInfo, ServerInfo
 CONTROL_TIMEOUT_SECONDS = 30.0  # info, models, health, describe, renew, release
 WORK_TIMEOUT_SECONDS = 3600.0  # attend, prefill, fetch
 WATCH_PAUSE_SECONDS = 0.2  # after a broken watch of the health
+RESUMES = 3  # of a broken fetch
 CHUNK_BYTES = 1 << 20  # uploads
 CHUNK_BYTES_MAX = 4 << 20  # every server accepts it
 
@@ -335,7 +338,7 @@ class Client:
         *,
         part: KvPart | None = None,
         kv_format: KvFormat | None = None,
-        resumes: int = 3,
+        resumes: int = RESUMES,
         timeout: float | None = WORK_TIMEOUT_SECONDS,
         on_layer: LayerCallback | None = None,
         progress: ProgressCallback | None = None,
@@ -366,9 +369,75 @@ class Client:
         descriptor = self.describe(ticket, timeout=_control_seconds(deadline))
         plan = FetchPlan.of(descriptor, part or KvPart(), kv_format or KvFormat())
         with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
-            return run_fetch(
-                self._transport, plan, resumes, deadline, on_layer, progress
+            return plan.cache(
+                run_fetch(self._transport, plan, resumes, deadline, on_layer, progress)
             )
+
+    def fetch_queries(
+        self,
+        ticket: KvTicket,
+        layer: int,
+        *,
+        kv_format: KvFormat | None = None,
+        timeout: float | None = WORK_TIMEOUT_SECONDS,
+        progress: ProgressCallback | None = None,
+    ) -> Array:
+        """Copies the queries of a layer that Lease(capture_query_layers=...) named.
+
+        Args:
+            ticket: as fetch().
+            layer: index of the layer.
+            kv_format: as fetch(), with query heads.
+            timeout: as fetch().
+            progress: as fetch().
+
+        Returns:
+            [heads, tokens, head_dim], or [tokens, heads, head_dim] in layout "NHD",
+            after rotation.
+
+        Raises:
+            ValueError: the layer was not captured.
+            CorruptDataError, NotFoundError, FailedPreconditionError: as fetch().
+        """
+        expect(KvFormat, "kv_format", kv_format)
+        deadline = Deadline(timeout)
+        descriptor = self.describe(ticket, timeout=_control_seconds(deadline))
+        plan = FetchPlan.of_queries(descriptor, layer, kv_format or KvFormat())
+        with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
+            fetched = run_fetch(
+                self._transport, plan, RESUMES, deadline, None, progress
+            )
+        ((queries,),) = fetched.finish()
+        return queries
+
+    def capture(
+        self,
+        model: str,
+        tokens: Sequence[int] | Array,
+        layers: Sequence[int] | Array,
+        method: Method | str | Attention | None = "dense",
+        *,
+        dtype: Any = None,
+        timeout: float | None = WORK_TIMEOUT_SECONDS,
+        progress: ProgressCallback | None = None,
+    ) -> Capture:
+        """Runs a prompt and returns queries, keys and values of the heads of layers.
+
+        Args:
+            model: as prefill().
+            tokens: as prefill().
+            layers: their indices, ascending.
+            method: attention of all layers; with "dense" the heads are the model's own.
+            dtype: as KvFormat.
+            timeout: seconds, for all of it.
+            progress: see ProgressCallback.
+
+        Raises:
+            ValueError: no layers.
+        """
+        return capture_heads(
+            self, model, tokens, layers, method, dtype, Deadline(timeout), progress
+        )
 
     def renew(
         self,

@@ -87,6 +87,9 @@ class KvDescriptor:
         dtype: float32, float16 or ml_dtypes.bfloat16, as the server holds the cache.
         bytes: bytes of the cache at the server.
         first_token: greedy next token; None until complete.
+        query_layers: layers whose queries were captured.
+        num_query_heads: heads of these; 0 without any.
+        query_bytes: bytes of these at the server.
     """
 
     ticket: KvTicket
@@ -102,6 +105,9 @@ class KvDescriptor:
     dtype: np.dtype[Any]
     bytes: int
     first_token: int | None
+    query_layers: tuple[int, ...] = ()
+    num_query_heads: int = 0
+    query_bytes: int = 0
 
     @classmethod
     def from_message(cls, message: Any) -> KvDescriptor:
@@ -114,6 +120,11 @@ class KvDescriptor:
             size = getattr(message, name)
             if size < 1:
                 raise CorruptDataError(f"descriptor has {name} {size}")
+        layers = tuple(message.query_layers)
+        if layers and message.num_query_heads < 1:
+            raise CorruptDataError(
+                f"descriptor has num_query_heads {message.num_query_heads}"
+            )
         lease = message.lease
         return cls(
             ticket=KvTicket.from_message(lease.ticket),
@@ -127,6 +138,9 @@ class KvDescriptor:
             first_token=(
                 message.first_token_id if message.HasField("first_token_id") else None
             ),
+            query_layers=layers,
+            num_query_heads=message.num_query_heads,
+            query_bytes=message.query_bytes,
             **{name: getattr(message, name) for name in sizes},
         )
 

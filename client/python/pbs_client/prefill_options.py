@@ -53,13 +53,23 @@ class Lease:
             server's default.
         idempotency_key: while the lease lives, an equal request with an equal key gets
             the same ticket, without new work; at most 128 bytes, "" is no key.
+        capture_query_layers: layers whose queries, after rotation, the lease also holds
+            for Client.fetch_queries(); ascending.
+
+    Raises:
+        ValueError: capture_query_layers is not a list of integers.
     """
 
     ttl_seconds: int | None = None
     idempotency_key: str = ""
+    capture_query_layers: Sequence[int] | Array = ()
+
+    def __post_init__(self) -> None:
+        layers = int_tuple("capture_query_layers", self.capture_query_layers)
+        object.__setattr__(self, "capture_query_layers", layers)
 
     def fill(self, delivery: Any) -> None:
-        """Writes itself into a KvDelivery message; the key is the request's."""
+        """Writes itself into a KvDelivery message; key and layers are the request's."""
         delivery.lease.SetInParent()
         if self.ttl_seconds is not None:
             delivery.lease.ttl_seconds = self.ttl_seconds

@@ -78,7 +78,7 @@ def read(
     """
     wanted = None if names is None else set(names)
     with _open(path) as file:
-        found, data_begin = _read_entries(file)
+        found, _, data_begin = _read_header(file)
         return {
             name: _read_tensor(file, data_begin, name, entry)
             for name, entry in found.items()
@@ -88,8 +88,16 @@ def read(
 
 def entries(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     """The checked header of a file: name -> entry, in the order of the data."""
+    return header(path)[0]
+
+
+def header(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """As entries(), and the file's metadata."""
     with _open(path) as file:
-        return _read_entries(file)[0]
+        found, metadata, _ = _read_header(file)
+        return found, metadata
 
 
 def write(
@@ -165,8 +173,10 @@ def _open(path: str | os.PathLike[str]) -> BinaryIO:
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | flag))
 
 
-def _read_entries(file: BinaryIO) -> tuple[dict[str, TensorEntry], int]:
-    """The checked header, and the offset of the data."""
+def _read_header(
+    file: BinaryIO,
+) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
+    """The checked entries, the metadata and the offset of the data."""
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise SafetensorsError("not a regular file")
@@ -180,14 +190,14 @@ def _read_entries(file: BinaryIO) -> tuple[dict[str, TensorEntry], int]:
     text = file.read(header_bytes)
     if len(text) != header_bytes:
         raise SafetensorsError("the file shrank while its header was read")
-    header = _parse_header(text)
-    found = {name: _entry(name, value) for name, value in header.items()}
+    tensors, metadata = _parse_header(text)
+    found = {name: _entry(name, value) for name, value in tensors.items()}
     _check_layout(found, status.st_size - 8 - header_bytes)
-    return found, 8 + header_bytes
+    return found, metadata, 8 + header_bytes
 
 
-def _parse_header(text: bytes) -> dict[str, Any]:
-    """The JSON object without its metadata, names unique."""
+def _parse_header(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The JSON object without its metadata, names unique; and the metadata."""
     try:
         header = json.loads(
             text.decode(),
@@ -206,7 +216,7 @@ def _parse_header(text: bytes) -> dict[str, Any]:
         isinstance(value, str) for value in metadata.values()
     ):
         raise SafetensorsError("__metadata__ is not an object of strings")
-    return header
+    return header, metadata
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

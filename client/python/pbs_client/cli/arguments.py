@@ -62,6 +62,14 @@ times of all stages, and writes the KV cache on request.
 prints:    one JSON line: first_token, top_logits, density (mean over layers), layers,
            stages (seconds), ticket, ..."""
 
+_CAPTURE = """\
+Runs a prompt through a model, dense, and writes queries, keys and values of all heads of
+chosen layers, after rotation. `attend --layer N` and the recipes read the file.
+
+writes:  layers.N.q [heads, tokens, head_dim]; layers.N.k, layers.N.v [kv_heads, tokens,
+         head_dim]; metadata: model, model_digest, layers, tokens, scale
+prints:  one JSON line: the metadata, seconds, output"""
+
 _GENERATE = """\
 Prefills on the server, fetches the KV cache, and decodes here with transformers,
 greedily. Needs torch and transformers: pip install "pbs-client[hf]".
@@ -110,6 +118,13 @@ def make_parser() -> argparse.ArgumentParser:
             (_prompt, _prefill, attention.add_prefill_arguments),
         ),
         (
+            commands.capture,
+            "write queries, keys and values of chosen layers",
+            _CAPTURE,
+            "--tokens FILE --layers LIST --output FILE",
+            (_prompt, _capture),
+        ),
+        (
             commands.generate,
             "prefill on the server, decode here",
             _GENERATE,
@@ -138,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         for add_group in groups:
             add_group(command)
-        if groups:
+        if groups and run is not commands.capture:
             attention.add_arguments(command)
     return parser
 
@@ -174,6 +189,12 @@ def _attend(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=tuple(FLOAT_DTYPES),
         help="cast q, k, v first, rounding to nearest even [no cast]",
+    )
+    group.add_argument(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="the file is a capture: take the heads of this layer",
     )
     group.add_argument(
         "--use-order",
@@ -248,6 +269,25 @@ def _prefill(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="SECONDS",
         help="time of the lease, from the end of the prefill [the server's default]",
+    )
+
+
+def _capture(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("capture")
+    group.add_argument(
+        "--layers",
+        required=True,
+        type=_layer_list,
+        metavar="LIST",
+        help="layers, ascending, such as 0,5,10",
+    )
+    group.add_argument(
+        "--output", required=True, metavar="FILE", help="safetensors file to write"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=tuple(FLOAT_DTYPES),
+        help="dtype of the file [that of the held cache]",
     )
 
 
@@ -347,6 +387,15 @@ def _positive_seconds(text: str) -> float:
             f"{_TIMEOUT_SECONDS_MAX}"
         )
     return seconds
+
+
+def _layer_list(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of layers such as 0,5,10"
+        ) from None
 
 
 def _wants(text: str) -> tuple[str, ...]:

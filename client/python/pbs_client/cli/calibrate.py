@@ -14,7 +14,8 @@ from pbs_client import calibration
 from pbs_client._prefill import find_model
 from pbs_client.calibration import Calibrator
 from pbs_client.cli.attention import attention_from
-from pbs_client.cli.commands import TOKENS_FILE_BYTES_MAX, print_line
+from pbs_client.cli.commands import print_line
+from pbs_client.cli.files import TOKENS_FILE_BYTES_MAX
 from pbs_client.client import Client
 from pbs_client.options import Pbs
 

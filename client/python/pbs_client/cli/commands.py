@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,9 @@ from pbs_client import dtypes, safetensors_file
 from pbs_client._prefill import find_model
 from pbs_client.attend_options import Given, Packed, Timing
 from pbs_client.block_lists import flat_mask
+from pbs_client.capture import read as read_capture
 from pbs_client.cli.attention import attention_from
+from pbs_client.cli.files import read_tokens
 from pbs_client.cli.progress import ProgressBar
 from pbs_client.client import Client
 from pbs_client.errors import PbsError
@@ -24,7 +25,6 @@ from pbs_client.options import Attention, method_of
 from pbs_client.prefill_options import Delivery, Inline, Lease, Logits
 from pbs_client.results import to_json
 
-TOKENS_FILE_BYTES_MAX = 64 << 20
 _RELEASE_TIMEOUT_SECONDS = 5.0
 
 
@@ -93,7 +93,7 @@ def attend(arguments: argparse.Namespace) -> None:
 
 def prefill(arguments: argparse.Namespace) -> None:
     """`pbs-client prefill`."""
-    attention, tokens = attention_from(arguments), _read_tokens(arguments.tokens)
+    attention, tokens = attention_from(arguments), read_tokens(arguments.tokens)
     delivery: Delivery | None = None
     if arguments.lease:
         delivery = Lease(arguments.ttl)
@@ -147,7 +147,7 @@ def prefill(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """`pbs-client generate`."""
-    attention, tokens = attention_from(arguments), _read_tokens(arguments.tokens)
+    attention, tokens = attention_from(arguments), read_tokens(arguments.tokens)
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens} is below 1")
     from pbs_client import hf  # needs torch and transformers
@@ -216,8 +216,28 @@ class _StageClock:
         self._begin = now
 
 
+def capture(arguments: argparse.Namespace) -> None:
+    """`pbs-client capture`."""
+    tokens = read_tokens(arguments.tokens)
+    with Client(arguments.server) as client, ProgressBar() as bar:
+        begin = time.monotonic()
+        found = client.capture(
+            arguments.model,
+            tokens,
+            arguments.layers,
+            dtype=arguments.dtype,
+            timeout=arguments.timeout,
+            progress=bar.update_bytes,
+        )
+        seconds = time.monotonic() - begin
+    found.write(arguments.output)
+    print_line({**found.metadata(), "seconds": seconds, "output": arguments.output})
+
+
 def _read_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
     """The file's tensors that the arguments ask for, by name."""
+    if arguments.layer is not None:
+        return _read_layer(arguments)
     names = ["q", "k", "v"]
     optional = ["cu_seqlens", "cu_seqlens_k"]
     if arguments.use_order:
@@ -239,6 +259,17 @@ def _read_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
     return tensors
 
 
+def _read_layer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The heads of one layer of a capture, as a batch of one."""
+    if arguments.use_order or arguments.use_block_mask:
+        raise ValueError("a capture has no order and no block_mask; leave out --layer")
+    heads = read_capture(arguments.input, [arguments.layer]).layers[arguments.layer]
+    return {
+        name: _cast(name, getattr(heads, name)[np.newaxis], arguments.dtype)
+        for name in ("q", "k", "v")
+    }
+
+
 def _packed(tensors: dict[str, Any]) -> Packed | None:
     """Where sequences begin and end. None when the file does not say so."""
     if "cu_seqlens" not in tensors:
@@ -254,21 +285,6 @@ def _cast(name: str, array: Any, dtype: str | None) -> Any:
         return array
     with np.errstate(over="ignore"):  # the server refuses what became infinite
         return array.astype(dtypes.FLOAT_DTYPES[dtype], copy=False)
-
-
-def _read_tokens(path: str) -> list[int]:
-    """A JSON list of integers. ValueError for anything else."""
-    with Path(path).open("rb") as file:
-        text = file.read(TOKENS_FILE_BYTES_MAX + 1)
-    if len(text) > TOKENS_FILE_BYTES_MAX:
-        raise ValueError(f"{path} has more than {TOKENS_FILE_BYTES_MAX} bytes")
-    try:
-        tokens = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
-        raise ValueError(f"{path} is not a JSON list of integers")
-    return tokens
 
 
 def _layer_bar(

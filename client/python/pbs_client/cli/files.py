@@ -1,0 +1,23 @@
+"""Files that the commands of `pbs-client` read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+TOKENS_FILE_BYTES_MAX = 64 << 20
+
+
+def read_tokens(path: str) -> list[int]:
+    """A JSON list of integers. ValueError for anything else."""
+    with Path(path).open("rb") as file:
+        text = file.read(TOKENS_FILE_BYTES_MAX + 1)
+    if len(text) > TOKENS_FILE_BYTES_MAX:
+        raise ValueError(f"{path} has more than {TOKENS_FILE_BYTES_MAX} bytes")
+    try:
+        tokens = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
+        raise ValueError(f"{path} is not a JSON list of integers")
+    return tokens
