@@ -7,7 +7,7 @@ import argparse
 from pbs_client import _version
 from pbs_client._transport import check_target
 from pbs_client.calibration import THRESHOLDS_DEFAULT
-from pbs_client.cli import attention, commands
+from pbs_client.cli import attention, commands, recipe
 from pbs_client.cli.calibrate import calibrate
 from pbs_client.client import CONTROL_TIMEOUT_SECONDS, WORK_TIMEOUT_SECONDS
 from pbs_client.dtypes import FLOAT_DTYPES
@@ -125,6 +125,13 @@ def make_parser() -> argparse.ArgumentParser:
             (_prompt, _capture),
         ),
         (
+            recipe.recipe,
+            "run an experiment by name",
+            recipe.DESCRIPTION,
+            "NAME",
+            (recipe.add_arguments,),
+        ),
+        (
             commands.generate,
             "prefill on the server, decode here",
             _GENERATE,
@@ -153,7 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         for add_group in groups:
             add_group(command)
-        if groups and run is not commands.capture:
+        if groups and run not in (commands.capture, recipe.recipe):
             attention.add_arguments(command)
     return parser
 
