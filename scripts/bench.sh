@@ -25,6 +25,7 @@ write_report() { # ARGUMENT of gpu_report.py...
   python_environment "$repo/.venv" matplotlib
   "$python" "$repo/tests/bench/report.py"
   "$python" "$repo/tests/bench/quality_report.py"
+  "$python" "$repo/tests/bench/experiments_report.py"
   if [ $# -gt 0 ] || compgen -G "$repo/docs/results/gpu_*.json" >/dev/null; then
     "$python" "$repo/tests/bench/gpu_report.py" "$@"
   fi
@@ -88,6 +89,19 @@ bench_quality() {
     --build "$build_dir" "$@" || missed=$?
   write_report
   return "$missed"
+}
+
+#: experiments  the experiments of the paper, as recipes of the Python client, on heads of a
+#:              trained model (an hour); writes docs/EXPERIMENTS.md
+#:              experiments --only identity threshold: some of them
+bench_experiments() {
+  install_packages "${build_packages[@]}" bible-kjv bible-kjv-text
+  build_targets pbs-prefilld
+  python_environment "$repo/.venv" numpy gguf tokenizers "${peer_packages[@]}"
+  smollm2_models
+  PBS_BIN=$build_dir/bin "$python" "$repo/tests/bench/bench_experiments.py" \
+    --build "$build_dir" "$@"
+  write_report
 }
 
 # The trained model, and the same with layers that expose its hidden states. The package of
