@@ -129,14 +129,14 @@ absl::StatusOr<AttentionOptions> DecodeMethod(const v1::AttentionOptions& wire,
 
 std::vector<AttentionProfile> DefaultProfiles() {
   AttentionOptions best = DefaultOptions(Method::kXAttention);
-  best.threshold = 0.93f;
   best.block_size = 64;
   best.window_blocks = 8;
-  best.dense_tail_blocks = kPrefillTailBlocks;
+  best.dense_tail_blocks = 3;
   best.mean_correction = true;
   AttentionOptions large_blocks = best;
   large_blocks.block_size = 128;
   large_blocks.window_blocks = 4;
+  large_blocks.dense_tail_blocks = kPrefillTailBlocks;
   AttentionOptions not_corrected = large_blocks;
   not_corrected.mean_correction = false;
   return {{best}, {large_blocks}, {not_corrected}};

@@ -32,6 +32,7 @@ v1::PrefillRequest SmallBlocks() {
 
 AttentionOptions OptionsOf(float threshold) {
   AttentionOptions options;
+  options.dense_tail_blocks = kPrefillTailBlocks;
   options.block_size = 16;
   options.segment_size = 32;
   options.threshold = threshold;
@@ -102,7 +103,7 @@ TEST(PrefillProfileSpec, AnUnknownOneIsRefusedAndTheKnownAreNamed) {
 }
 
 // A prompt of kTokens takes so many seconds at a threshold, as far as the server knows.
-class PrefillDeadlineSpec : public testing::Test {
+class DeadlineThresholdSpec : public testing::Test {
  protected:
   void Takes(float threshold, double seconds) {
     const ServedModel& model = SharedModel::Get().served;
@@ -122,7 +123,7 @@ class PrefillDeadlineSpec : public testing::Test {
 
 constexpr double kTooLong = 7200, kFits = 60;
 
-TEST_F(PrefillDeadlineSpec, TheHighestThresholdThatMeetsItIsUsedAndTold) {
+TEST_F(DeadlineThresholdSpec, TheHighestThresholdThatMeetsItIsUsedAndTold) {
   Takes(0.9f, kTooLong);
   Takes(0.85f, kTooLong);
   Takes(0.8f, kFits);
@@ -136,7 +137,7 @@ TEST_F(PrefillDeadlineSpec, TheHighestThresholdThatMeetsItIsUsedAndTold) {
   EXPECT_EQ(Lowered(), 1);
 }
 
-TEST_F(PrefillDeadlineSpec, AThresholdThatMeetsItStays) {
+TEST_F(DeadlineThresholdSpec, AThresholdThatMeetsItStays) {
   Takes(0.9f, kFits);
   v1::PrefillRequest request = SmallBlocks();
   request.set_threshold_min(0.3f);
@@ -146,7 +147,7 @@ TEST_F(PrefillDeadlineSpec, AThresholdThatMeetsItStays) {
   EXPECT_EQ(Lowered(), 0);
 }
 
-TEST_F(PrefillDeadlineSpec, WithoutAnEstimateTheThresholdStays) {
+TEST_F(DeadlineThresholdSpec, WithoutAnEstimateTheThresholdStays) {
   v1::PrefillRequest request = SmallBlocks();
   request.set_threshold_min(0.3f);
   const auto done = Prefill(request);
@@ -154,7 +155,7 @@ TEST_F(PrefillDeadlineSpec, WithoutAnEstimateTheThresholdStays) {
   EXPECT_EQ(done->stats().threshold(), 0.9f);
 }
 
-TEST_F(PrefillDeadlineSpec, WhereNothingMeetsItTheLowestIsTried) {
+TEST_F(DeadlineThresholdSpec, WhereNothingMeetsItTheLowestIsTried) {
   Takes(0.9f, kTooLong);  // lower ones were never measured
   v1::PrefillRequest request = SmallBlocks();
   request.set_threshold_min(0.45f);
@@ -164,7 +165,7 @@ TEST_F(PrefillDeadlineSpec, WhereNothingMeetsItTheLowestIsTried) {
   EXPECT_EQ(Lowered(), 1);
 }
 
-TEST_F(PrefillDeadlineSpec, WithoutPermissionTheRequestIsRefused) {
+TEST_F(DeadlineThresholdSpec, WithoutPermissionTheRequestIsRefused) {
   Takes(0.9f, kTooLong);
   Takes(0.5f, kFits);
   const auto done = Prefill(SmallBlocks());
@@ -174,7 +175,7 @@ TEST_F(PrefillDeadlineSpec, WithoutPermissionTheRequestIsRefused) {
 }
 
 // The same key names the same work, whatever the server made of the threshold.
-TEST_F(PrefillDeadlineSpec, ARepeatedKeyGetsTheFirstReply) {
+TEST_F(DeadlineThresholdSpec, ARepeatedKeyGetsTheFirstReply) {
   Takes(0.9f, kTooLong);
   Takes(0.5f, kFits);
   v1::PrefillRequest request = SmallBlocks();

@@ -13,8 +13,10 @@
 namespace pbs::server {
 namespace {
 
+// The default profile is pbs as a request that names it gets it.
 PrefillLimits Limits() {
   PrefillLimits limits;
+  limits.default_attention.options.dense_tail_blocks = kPrefillTailBlocks;
   limits.tokens_max = 1000;
   limits.vocab_size = 512;
   limits.num_layers = 3;
@@ -375,7 +377,6 @@ TEST(PrefillFingerprint, DependsOnTheModel) {
 TEST(PrefillFingerprint, FollowsTheServersProfile) {
   PrefillLimits limits = Limits();
   limits.default_attention.options.threshold = 0.5f;
-  limits.default_attention.options.dense_tail_blocks = kPrefillTailBlocks;
   const auto profile = DecodePrefill(GoodRequest(), limits);
   v1::PrefillRequest named = GoodRequest();
   named.mutable_attention()->mutable_pbs()->set_threshold(0.5f);

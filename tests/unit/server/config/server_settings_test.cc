@@ -138,12 +138,12 @@ TEST(ConfigDefaults, AreThoseOfTheDocumentation) {
           xattention {
             block_size: 64
             stride: 8
-            threshold: 0.93
+            threshold: 0.9
             force_first_block: true
             use_given_lists: false
           }
           coverage_rows: 0
-          dense_tail_blocks: 2
+          dense_tail_blocks: 3
           sink_blocks: 0
           window_blocks: 8
           mean_correction: true
