@@ -44,7 +44,7 @@ bench_cpu() {
   write_report
 }
 
-#: revision REV the attention kernels of this tree beside those of the commit REV (15 min)
+#: revision REV  the attention kernels of this tree beside those of the commit REV (15 min)
 bench_revision() {
   local commit old=$build_dir/revision
   commit=$(git -C "$repo" rev-parse --verify "${1:?"name a commit"}^{commit}")

@@ -24,10 +24,10 @@ struct AttentionProfile {
   bool operator==(const AttentionProfile&) const = default;
 };
 
-// Built-in options of a Prefill that names no method, the best first: a server takes the
-// first that its backend runs. docs/BENCHMARKS.md, "Quality of a trained model", chose
-// the first by its rule. The others are as near to it as a backend without blocks of 64
-// tokens or without mean_correction can be.
+// Built-in options of a Prefill that names no method, the best first: a server takes
+// the first that its backend runs. docs/BENCHMARKS.md, "Quality of a trained model",
+// chose the first by its rule. The others are as near to it as a backend without blocks
+// of 64 tokens or without mean_correction can be.
 std::vector<AttentionProfile> DefaultProfiles();
 AttentionProfile DefaultProfile();  // the first
 

@@ -69,8 +69,8 @@ absl::StatusOr<std::unique_ptr<Node>> Node::Create(const ServerSettings& setting
                                                    SignalWatcher& signals, Log& log) {
   PBS_ABSL_ASSIGN_OR_RETURN(auto backends, MakeBackends(settings, log));
   const ServerSettings chosen = WithDefaultAttention(settings, *backends.front());
-  auto node = std::unique_ptr<Node>(
-      new Node(chosen, build, std::move(backends), signals, log));
+  auto node =
+      std::unique_ptr<Node>(new Node(chosen, build, std::move(backends), signals, log));
   PBS_ABSL_RETURN_IF_ERROR(node->Listen());
   PBS_ABSL_RETURN_IF_ERROR(node->ExportMetrics());
   return node;

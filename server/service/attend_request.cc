@@ -366,10 +366,9 @@ absl::Status DecodeScalars(const v1::AttendHeader& header, AttendSpec& spec) {
 absl::StatusOr<AttendSpec> DecodeAttendHeader(const v1::AttendHeader& header,
                                               const AttendLimits& limits) {
   AttendSpec spec;
-  PBS_ABSL_ASSIGN_OR_RETURN(
-      spec.problem.options,
-      DecodeAttentionOptions(header.options(), AttentionProfile(),
-                             /*dense_fallback=*/false));
+  PBS_ABSL_ASSIGN_OR_RETURN(spec.problem.options,
+                            DecodeAttentionOptions(header.options(), AttentionProfile(),
+                                                   /*dense_fallback=*/false));
   PBS_ABSL_RETURN_IF_ERROR(DecodeScalars(header, spec));
   PBS_ABSL_RETURN_IF_ERROR(DecodeWant(header, spec));
   PBS_ABSL_ASSIGN_OR_RETURN(const TensorTable table, IndexTensors(header));

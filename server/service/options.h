@@ -72,7 +72,7 @@ struct ServiceOptions {
   TransportOptions transport;
   ServiceLimits limits;
   AttentionProfile default_attention = DefaultProfile();  // of Prefill
-  std::string version;  // of the build
+  std::string version;                                    // of the build
   std::string commit;
   BackendFacts backend;
 };
