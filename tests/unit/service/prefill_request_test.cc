@@ -72,7 +72,7 @@ TEST(DecodePrefillSpec, KeepsWhatIsSet) {
 
 TEST(DecodePrefillSpec, TheServersProfileServesRequestsThatNameNoMethod) {
   PrefillLimits limits = Limits();
-  limits.default_attention.options.method = Method::kDense;
+  limits.default_attention.options = DefaultOptions(Method::kDense);
   EXPECT_EQ(DecodePrefill(GoodRequest(), limits)->attention.method, Method::kDense);
 }
 
