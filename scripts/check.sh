@@ -6,6 +6,7 @@
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
+export PBS_WERROR=ON # as where a change lands
 
 #: lint                   layout, shell, YAML, Python, includes, structure, documentation
 #: lint --fix             lays out C++ in place instead
