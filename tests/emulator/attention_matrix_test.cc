@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <memory>
 #include <ostream>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -44,13 +45,15 @@ void PrintTo(const MatrixCase& c, std::ostream* out) { *out << c.method.name; }
 
 class CudaMatrixSpec : public testing::TestWithParam<MatrixCase> {
  protected:
-  void Check(const MatrixShape& shape, uint32_t seed) {
+  void Check(const MatrixShape& shape, uint32_t seed, bool head_thresholds = false) {
     AttentionProblem problem =
         MatrixProblem(shape, GetParam().dtype,
                       testing_support::WithBlocksOf128(GetParam().method.options));
     problem.options.coverage_rows = 2;
-    const std::string key =
-        GetParam().method.name + " " + shape.name + " seed " + std::to_string(seed);
+    problem.has_head_thresholds = head_thresholds;
+    const std::string key = GetParam().method.name + " " + shape.name + " seed " +
+                            std::to_string(seed) +
+                            (head_thresholds ? " thresholds of heads" : "");
     SCOPED_TRACE(key);
     AttentionCase inputs(problem, seed);
     AttentionReport report;
@@ -110,6 +113,12 @@ TEST_P(CudaMatrixSpec, EqualsTheReferenceOnEveryShape) {
   }
 }
 
+using CudaHeadThresholdsSpec = CudaMatrixSpec;
+
+TEST_P(CudaHeadThresholdsSpec, EqualsTheReferenceWithAThresholdForEachHead) {
+  Check({"four_heads", 4, 2, 64, {{90, 650}}}, 32, /*head_thresholds=*/true);
+}
+
 // In turn f16 and bf16: each row of the table once is what there is time for.
 std::vector<MatrixCase> Cases() {
   std::vector<MatrixCase> cases;
@@ -119,7 +128,22 @@ std::vector<MatrixCase> Cases() {
   return cases;
 }
 
-INSTANTIATE_TEST_SUITE_P(Table, CudaMatrixSpec, testing::ValuesIn(Cases()),
-                         [](const auto& c) { return c.param.method.name; });
+std::string NameOf(const testing::TestParamInfo<MatrixCase>& c) {
+  return c.param.method.name;
+}
+INSTANTIATE_TEST_SUITE_P(Table, CudaMatrixSpec, testing::ValuesIn(Cases()), NameOf);
+
+// Each kernel that reads a threshold, and prism with a threshold of the fast band.
+std::vector<MatrixCase> CasesWithThreshold() {
+  std::vector<MatrixCase> cases = Cases();
+  std::erase_if(cases, [](const MatrixCase& c) {
+    return !std::set<std::string>{"pbs", "xattention", "xattention_published_permuted",
+                                  "prism", "prism_bands"}
+                .contains(c.method.name);
+  });
+  return cases;
+}
+INSTANTIATE_TEST_SUITE_P(Table, CudaHeadThresholdsSpec,
+                         testing::ValuesIn(CasesWithThreshold()), NameOf);
 
 }  // namespace pbs::emulator

@@ -2,6 +2,7 @@
 """Shows that the emulator catches each planted defect of mutants.py.
 
     python3 tests/emulator/check_mutants.py --build FOLDER [--compiler g++] [--jobs N]
+        [--only TEXT]
 
 Builds the programs of mutants.py from the sources as they are, which must pass, and once
 per mutant from a copy with that defect, which must not. The build FOLDER has the
@@ -97,6 +98,7 @@ def main() -> int:
     parser.add_argument("--compiler", default="g++")
     parser.add_argument("--build", type=pathlib.Path, required=True)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="only defects with this in their name")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         arguments.prelude = compile_prelude(arguments, pathlib.Path(work))
@@ -105,13 +107,21 @@ def main() -> int:
 
 def run_all(arguments: argparse.Namespace) -> int:
     """The same, once the prelude is there."""
-    for program in PROGRAMS:
+    mutants = [
+        (program, mutant)
+        for program, planted in PROGRAMS.items()
+        for mutant in planted
+        if arguments.only in mutant[0]
+    ]
+    if not mutants:
+        print(f"no defect has {arguments.only} in its name")
+        return 1
+    for program in dict(mutants):
         with tempfile.TemporaryDirectory() as work:
             clean, said = run_build(arguments, program, pathlib.Path(work))
         if not clean:
             print(f"{program} fails with the sources as they are: {said}")
             return 1
-    mutants = [(program, mutant) for program, planted in PROGRAMS.items() for mutant in planted]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(lambda m: run_mutant(arguments, *m), mutants))
     for name, caught, said in results:

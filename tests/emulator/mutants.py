@@ -237,6 +237,7 @@ GATHER = "cuda/selection/gather_keys.h"
 SELECT = "cuda/selection/select_blocks.h"
 WRITE = "cuda/selection/write_list.h"
 MASS_CUT = "cuda/selection/mass_cut.h"
+STORE_THRESHOLDS = "cuda/selection/store_thresholds.h"
 ANTIDIAGONALS = "cuda/selection/select_antidiagonals.h"
 BANDS = "cuda/selection/measure_bands.h"
 ROW_SCORES = "cuda/selection/select_rows.h"
@@ -293,11 +294,14 @@ SELECTION_MUTANTS = [
     ("dense_tail_counted_from_the_keys", WRITE, "sequence.num_query_blocks - query_block", "sequence.num_key_blocks - query_block"),
     ("list_of_the_first_head", WRITE, "EntryOffset(sequence, place.head,", "EntryOffset(sequence, 0,"),
     ("candidates_of_the_first_row", SELECT, "NumCandidatesOf(rows - 1)", "NumCandidatesOf(0)"),
+    ("threshold_of_the_first_head", MASS_CUT, "params.head_thresholds + head", "params.head_thresholds"),
+    ("threshold_of_the_head_for_the_fast_band", MASS_CUT, "band < params.bands_by_head", "params.bands_by_head > 0"),
+    ("thresholds_in_one_place", STORE_THRESHOLDS, "stored.target + i", "stored.target"),
     ("mass_of_too_many", MASS_CUT, "FloatBits(weight) >= bits", "FloatBits(weight) > 0"),
     ("one_half_of_the_pairs", SELECT, "half < params_.head_dim;", "half < params_.head_dim / 2;"),
     ("slow_pairs_for_both_bands", SELECT, "const PairBand pairs = params_.bands[band]", "const PairBand pairs = params_.bands[0]"),
     ("blocks_of_the_slow_band_forgotten", SELECT, "keeps || (marks >>", "keeps && (marks >>"),
-    ("threshold_of_the_slow_band", SELECT, "params_.thresholds[band]", "params_.thresholds[0]"),
+    ("threshold_of_the_slow_band", SELECT, "ThresholdOf(params_, head_, band)", "ThresholdOf(params_, head_, 0)"),
     ("divisors_of_the_first_sequence", SELECT, "(head_ * params_.num_sequences + sequence_index_) * kNumBands", "head_ * params_.num_sequences * kNumBands"),
     ("marks_not_awaited", SELECT, "      SyncThreads();  // queries are there, and nobody reads the last band's weights\n", "      if (band == 0) SyncThreads();\n"),
     ("strided_queries_in_rising_order", ANTIDIAGONALS, "(first_row_ + 1) * stride - 1 - token - sequence_.query_offset", "first_row_ * stride + token - sequence_.query_offset"),

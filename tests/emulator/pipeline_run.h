@@ -52,6 +52,11 @@ struct PipelineInputs {
     fill(q, q_layout, geometry.num_heads, true);
     fill(k, kv_layout, geometry.num_kv_heads, false);
     fill(v, kv_layout, geometry.num_kv_heads, false);
+    if (!problem.has_head_thresholds) return;
+    constexpr float kThresholds[] = {0.2f, 0.7f, 1.0f};
+    for (int32_t head = 0; head < geometry.num_heads; ++head) {
+      head_thresholds.push_back(kThresholds[head % 3]);
+    }
   }
 
   AttentionTensors Tensors() {
@@ -61,6 +66,7 @@ struct PipelineInputs {
     tensors.v = {v.data(), kv_layout};
     tensors.o = {o.data(), q_layout};
     tensors.lse = {lse.data(), PackedLayout(geometry.total_q, 1)};
+    tensors.head_thresholds = head_thresholds;
     return tensors;
   }
   // For methods whose scores must differ much: adds to the queries and keys of each
@@ -112,6 +118,7 @@ struct PipelineInputs {
   RowLayout q_layout, kv_layout;
   DeviceArray<uint16_t> q, k, v, o;  // NaN where there is no row
   DeviceArray<float> lse;
+  std::vector<float> head_thresholds;  // where the problem has them: 0.2, 0.7, 1, ...
 
  private:
   int64_t Longest(bool of_queries) const {

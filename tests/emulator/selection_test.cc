@@ -176,6 +176,25 @@ void SelectBeside(const AttentionProblem& problem, PipelineInputs::Layout layout
   }
 }
 
+TEST(StoreThresholdsSpec, MoreHeadsThanOneLaunchHoldsAreAllStored) {
+  DeviceArray<float> target(kNumHeadsMax);
+  GlobalMemory::Clear();
+  target.Allow();
+  std::vector<float> thresholds;
+  for (int32_t head = 0; head < kNumHeadsMax; ++head) {
+    thresholds.push_back(static_cast<float>(head + 1) / kNumHeadsMax);
+  }
+  cuda::RunParams run{};
+  run.selection.head_thresholds = target.data();
+  run.head_thresholds = thresholds;
+  EmulatorLauncher launcher;
+  cuda::EnqueueStoreThresholds(run, launcher);
+  ASSERT_TRUE(launcher.fault.ok()) << launcher.fault.ToString();
+  EXPECT_EQ(launcher.launches, 2);
+  EXPECT_EQ(std::vector<float>(target.data(), target.data() + kNumHeadsMax),
+            thresholds);
+}
+
 TEST(IsolationSpec, BadRowsOfANeighbourChangeNoBitOfWhatIsSelected) {
   using Layout = PipelineInputs::Layout;
   const std::vector<SequenceShape> sequences = {{20, 400}, {30, 330}, {10, 300}};

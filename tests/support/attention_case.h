@@ -43,7 +43,8 @@ class Normals {
 
 // Owns the tensors of one problem. q, k, v are made in f32 and rounded to the problem's
 // dtype; keys share a direction with every query by a token importance of standard
-// deviation 2 in logits, so that permutation and selection matter.
+// deviation 2 in logits, so that permutation and selection matter. Thresholds of heads
+// are 0.6, 1, 0.2, 0.9, again and again.
 class AttentionCase {
  public:
   enum class Layout { kPacked, kTokenMajor };
@@ -59,6 +60,11 @@ class AttentionCase {
     q_layout_ = layout_of(geometry_.num_heads, geometry_.total_q);
     kv_layout_ = layout_of(geometry_.num_kv_heads, geometry_.total_k);
     FillInputs(seed);
+    if (!problem_.has_head_thresholds) return;
+    constexpr float kThresholds[] = {0.6f, 1.0f, 0.2f, 0.9f};
+    for (int32_t head = 0; head < geometry_.num_heads; ++head) {
+      head_thresholds_.push_back(kThresholds[head % 4]);
+    }
   }
 
   const AttentionProblem& problem() const { return problem_; }
@@ -71,6 +77,7 @@ class AttentionCase {
     tensors.v = {v_.data(), kv_layout_};
     tensors.o = {o_.data(), q_layout_};
     tensors.lse = {lse_.data(), PackedLayout(geometry_.total_q, 1)};
+    tensors.head_thresholds = head_thresholds_;
     return tensors;
   }
 
@@ -137,6 +144,7 @@ class AttentionCase {
   RowLayout kv_layout_;
   std::vector<uint8_t> q_, k_, v_, o_;
   std::vector<float> lse_;
+  std::vector<float> head_thresholds_;
 };
 
 // Runs a problem on a backend with a workspace of exactly the planned size, poisoned.

@@ -296,13 +296,19 @@ inline ListDifference CompareLists(const AttentionProblem& problem,
   std::vector<std::vector<uint8_t>> near;
   if (mine != theirs) {
     for (const float change : {1 - kThresholdSlack, 1 + kThresholdSlack}) {
+      std::vector<float> of_heads(tensors.head_thresholds.begin(),
+                                  tensors.head_thresholds.end());
+      for (float& x : of_heads) x = std::min(x * change, 1.0f);
+      AttentionTensors near_tensors = tensors;
+      near_tensors.head_thresholds = of_heads;
       AttentionProblem changed = problem;
       AttentionOptions& options = changed.options;
       for (float* x : {&options.threshold, &options.fast_threshold, &options.gamma,
                        &options.alpha}) {
         *x = std::min(*x * change, 1.0f);
       }
-      near.push_back(ExpandMask(g, reference::Decide(changed, tensors).lists.View()));
+      near.push_back(
+          ExpandMask(g, reference::Decide(changed, near_tensors).lists.View()));
     }
   }
   for (size_t i = 0; i < mine.size(); ++i) {

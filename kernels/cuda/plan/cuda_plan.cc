@@ -39,9 +39,6 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.mean_correction) {
     return Unsupported("mean_correction", "true", "false");
   }
-  if (problem.has_head_thresholds) {
-    return Unsupported("has_head_thresholds", "true", "false");
-  }
   return CheckMethods(problem.options, kCudaMethods, "cuda");
 }
 
@@ -215,6 +212,8 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   const int64_t split = plan.scorer == Scorer::kRows ? kMeanParts : 0;
   plan.mean_rows_at =
       layout.Add<uint16_t>(split * order_heads * g.head_dim * plan.total_key_blocks);
+  plan.head_thresholds_at =
+      layout.Add<float>(plan.thresholds_by_head() ? g.num_heads : 0);
   plan.memory.pooled_bytes = layout.TakePart();
   plan.workspace_bytes = layout.bytes();
 }

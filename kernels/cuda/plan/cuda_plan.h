@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "cuda/attention/attention_tile.h"
@@ -79,6 +80,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t pooled_queries_at = 0;
   int64_t band_divisors_at = 0;
   int64_t mean_rows_at = 0;
+  int64_t head_thresholds_at = 0;  // with thresholds_by_head()
   int64_t counts_at = 0;
   int64_t entries_at = 0;
   int64_t tiles_at = 0;
@@ -89,6 +91,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   }
   int num_bands() const { return scorer == Scorer::kBands ? kBands : 1; }
   bool may_fall_back() const { return problem.options.dense_fallback && selects; }
+  bool thresholds_by_head() const { return problem.has_head_thresholds && selects; }
   int64_t num_tiles() const { return int64_t{tiles_per_head} * geometry.num_heads; }
 };
 
@@ -99,13 +102,15 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
 
 // Parameters of the kernels of one run. InvalidArgument when an operand is not 16-byte
 // aligned, when a stride is no multiple of eight elements, or when a stride between
-// several rows, heads or sequences is not positive.
+// several rows, heads or sequences is not positive; as ValidateHeadThresholds().
 struct RunParams {
   SelectionParams selection;
   TileOrderParams tile_order;
   CoverageParams coverage;
   AttentionParams attention;
   RowOperand q, k, v;  // operands of attention
+  // On the host, of the tensors; empty: none.
+  std::span<const float> head_thresholds;
   RunSummary* summary;
 };
 StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,

@@ -15,6 +15,7 @@
 #include "cuda/selection/select_rows.h"
 #include "cuda/selection/sort_segments.h"
 #include "cuda/selection/store_sequences.h"
+#include "cuda/selection/store_thresholds.h"
 
 namespace pbs::cuda {
 
@@ -69,6 +70,18 @@ void EnqueueStoreSequences(const CudaAttentionPlan& plan, const RunParams& run,
 }
 
 template <class Launcher>
+void EnqueueStoreThresholds(const RunParams& run, Launcher& launch) {
+  const auto total = static_cast<int32_t>(run.head_thresholds.size());
+  for (int32_t first = 0; first < total; first += kThresholdsPerStore) {
+    StoredThresholds stored{};
+    stored.target = run.selection.head_thresholds + first;
+    stored.count = std::min(kThresholdsPerStore, total - first);
+    std::copy_n(run.head_thresholds.begin() + first, stored.count, stored.values);
+    launch.template Run<StoreThresholds>(1, 0, stored);
+  }
+}
+
+template <class Launcher>
 void EnqueueOrderTiles(const TileOrderParams& tiles, Launcher& launch) {
   const int64_t sections = int64_t{tiles.num_order_heads} * tiles.num_sequences;
   launch.template Run<OrderTiles>(tiles.one_section != 0 ? 1 : sections,
@@ -86,6 +99,7 @@ void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
   const int64_t heads = params.num_heads;
   const int64_t order_heads = params.num_order_heads;
   EnqueueStoreSequences(plan, run, launch);
+  EnqueueStoreThresholds(run, launch);
   if (plan.orders) {
     launch.template Run<SumChunks<Element, kHeadDim>>(
         heads * params.total_chunks, ScoreSharedBytes(kHeadDim, 0), params);

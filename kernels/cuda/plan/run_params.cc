@@ -98,6 +98,9 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.thresholds[0] = options.threshold;
   s.thresholds[1] =
       options.fast_threshold > 0 ? options.fast_threshold : options.threshold;
+  if (plan.thresholds_by_head()) {
+    s.bands_by_head = options.fast_threshold > 0 ? 1 : kBands;
+  }
   s.force_first_block = ForcesFirstBlock(options) ? 1 : 0;
   s.share_log2 = std::log2(options.alpha);
   s.zero_rows = options.as_published ? 1 : 0;
@@ -133,6 +136,7 @@ void PlaceSelection(const CudaAttentionPlan& plan, const AttentionTensors& tenso
   at(s.pooled_queries, plan.pooled_queries_at);
   at(s.band_divisors, plan.band_divisors_at);
   at(s.mean_rows, plan.mean_rows_at);
+  at(s.head_thresholds, plan.head_thresholds_at);
   if (plan.pooled_queries_bytes > 0) {
     s.pooled_queries = const_cast<float*>(tensors.pooled_queries);  // only read
   }
@@ -243,6 +247,7 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
     return InvalidArgument("pooled_queries is null, the plan needs " +
                            std::to_string(plan.pooled_queries_bytes) + " bytes");
   }
+  PBS_RETURN_IF_ERROR(ValidateHeadThresholds(plan.problem, tensors.head_thresholds));
   const AttentionGeometry& g = plan.geometry;
   OperandSizes queries{static_cast<int64_t>(g.sequences.size()), g.num_heads, 0};
   OperandSizes keys{queries.sequences, g.num_kv_heads, 0};
@@ -262,6 +267,7 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   run.selection.q = *q;
   run.selection.k = *k;
   run.selection.v = *v;
+  if (plan.thresholds_by_head()) run.head_thresholds = tensors.head_thresholds;
   const Placer at(workspace);
   at(run.summary, plan.summary_at);
   SetSelection(plan, tensors, run.selection);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/primitives/primitives.h"
+#include "cuda/selection/selection_params.h"
 
 namespace pbs::cuda {
 
@@ -16,6 +17,12 @@ struct MassCut {
   uint32_t least;  // bits of the smallest selected weight
   int ties;        // the number of selected weights with exactly these bits
 };
+
+// Share of the mass that a query head keeps, by the scores of a band.
+PBS_DEVICE float ThresholdOf(const SelectionParams& params, int head, int band) {
+  return band < params.bands_by_head ? LoadGlobal(params.head_thresholds + head)
+                                     : params.thresholds[band];
+}
 
 PBS_DEVICE MassCut SelectsAll() { return {0, INT32_MAX}; }
 PBS_DEVICE MassCut SelectsNone() { return {0xFFFFFFFFu, 0}; }

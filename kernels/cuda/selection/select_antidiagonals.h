@@ -279,8 +279,9 @@ class SelectAntidiagonals {
   // What is kept beside the forced blocks. These count first and lose their mass here,
   // so that the others alone are ranked.
   PBS_DEVICE MassCut Cut(float* masses, int block, int candidates) const {
-    if (candidates == 0 || params_.thresholds[0] >= 1) return SelectsAll();
-    float wanted = params_.thresholds[0] * MassFrom(masses, candidates, 0);
+    const float threshold = ThresholdOf(params_, head_, 0);
+    if (candidates == 0 || threshold >= 1) return SelectsAll();
+    float wanted = threshold * MassFrom(masses, candidates, 0);
     const bool lags = params_.lags != 0 && block < FirstChunkBlocks(sequence_.k_len);
     if (block < candidates) wanted -= TakeOut(masses, block);
     const int first =

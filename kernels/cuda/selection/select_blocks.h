@@ -64,7 +64,7 @@ class SelectBlocks {
       Score(band, NumCandidatesOf(rows - 1));
       SyncThreads();
       for (int row = ThreadIndex() / 32; row < rows; row += kThreads / 32) {
-        const MassCut cut = Select(row, params_.thresholds[band]);
+        const MassCut cut = Select(row, ThresholdOf(params_, head_, band));
         if (band + 1 < kNumBands) {
           Mark(row, cut);
         } else {

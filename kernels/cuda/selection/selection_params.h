@@ -75,7 +75,10 @@ struct SelectionParams {
   int32_t logit_stride;  // key blocks of the longest sequence, a multiple of 32
 
   float thresholds[kBands];  // the first, unless there are bands
-  PairBand bands[kBands];    // where blocks are scored by bands
+  // Bands [0, bands_by_head) have the threshold of the head instead: [num_heads].
+  float* head_thresholds;
+  int32_t bands_by_head;
+  PairBand bands[kBands];  // where blocks are scored by bands
   int32_t force_first_block;
   int32_t own_has_mass;  // identity order: blocks up to the diagonal share the mass
   float share_log2;      // log2 of the share of the largest score that keeps a block

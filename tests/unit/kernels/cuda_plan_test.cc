@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <ostream>
+#include <string>
 #include <vector>
 
 #include "cuda/plan/mapped_operand.h"
@@ -62,10 +63,7 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"mean_correction",
                     [](auto& p) { p.options.mean_correction = true; },
                     "mean_correction true is not supported by the cuda backend, which "
-                    "has false"},
-        RefusedCase{"head_thresholds", [](auto& p) { p.has_head_thresholds = true; },
-                    "has_head_thresholds true is not supported by the cuda backend, "
-                    "which has false"}),
+                    "has false"}),
     testing_support::CaseName());
 
 TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {
@@ -325,6 +323,26 @@ TEST(RunParamsSpec, OperandsMustBeWhereCopiesOf16BytesCanReadThem) {
   const auto small =
       MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes - 1});
   EXPECT_EQ(small.status().code(), StatusCode::kResourceExhausted);
+}
+
+TEST(RunParamsSpec, ThresholdsOfHeadsMustFitTheProblem) {
+  AttentionProblem problem = Problem(1000);
+  problem.has_head_thresholds = true;
+  const auto plan = MakeCudaPlan(problem, kDevice);
+  ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+  alignas(256) static std::byte memory[256];
+  AttentionTensors tensors;
+  tensors.q = tensors.k = tensors.v = {memory, PackedLayout(1000, 128)};
+  tensors.o = {memory, PackedLayout(1000, 128)};
+  const Workspace workspace{memory, (*plan)->workspace_bytes};  // not touched here
+  const auto heads = static_cast<size_t>(problem.shape.num_heads);
+  EXPECT_EQ(MakeRunParams(**plan, tensors, workspace).status().message(),
+            "head_thresholds has 0 values; the problem has " + std::to_string(heads));
+  const std::vector<float> thresholds(heads, 0.5f);
+  tensors.head_thresholds = thresholds;
+  const auto run = MakeRunParams(**plan, tensors, workspace);
+  ASSERT_TRUE(run.ok()) << run.status().ToString();
+  EXPECT_EQ(run->head_thresholds.data(), thresholds.data());
 }
 
 TEST(RunParamsSpec, PooledQueriesThatWereOfferedMustBeThere) {

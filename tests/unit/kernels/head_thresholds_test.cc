@@ -32,15 +32,6 @@ std::vector<MatrixMethod> ThresholdMethods() {
   return methods;
 }
 
-std::vector<float> ThresholdsOf(int32_t num_heads) {
-  std::vector<float> thresholds;
-  constexpr float kSome[] = {0.6f, 1.0f, 0.2f, 0.9f};
-  for (int32_t head = 0; head < num_heads; ++head) {
-    thresholds.push_back(kSome[head % 4]);
-  }
-  return thresholds;
-}
-
 AttentionProblem WithHeadThresholds(AttentionProblem problem) {
   problem.has_head_thresholds = true;
   problem.options.threshold = 0.5f;  // has no effect
@@ -87,17 +78,16 @@ TEST_F(HeadThresholdsSpec, EachHeadIsThatOfARunWithItsThreshold) {
   for (const MatrixMethod& method : ThresholdMethods()) {
     for (const MatrixShape& shape : MatrixShapes()) {
       SCOPED_TRACE(method.name + " " + shape.name);
-      const std::vector<float> thresholds = ThresholdsOf(shape.num_heads);
       const AttentionProblem problem =
           MatrixProblem(shape, DType::kF32, method.options);
       AttentionCase inputs(WithHeadThresholds(problem), kSeed);
-      AttentionTensors tensors = inputs.Tensors();
-      tensors.head_thresholds = thresholds;
+      const AttentionTensors tensors = inputs.Tensors();
       const BackendRun run =
           testing_support::RunOn(attention_, inputs.problem(), tensors);
       ASSERT_TRUE(run.status.ok()) << run.status.ToString();
       for (int32_t head = 0; head < shape.num_heads; ++head) {
-        AttentionCase alone(WithThreshold(problem, thresholds[head]), kSeed);
+        AttentionCase alone(WithThreshold(problem, tensors.head_thresholds[head]),
+                            kSeed);
         const BackendRun expected =
             testing_support::RunOn(attention_, alone.problem(), alone.Tensors());
         ASSERT_TRUE(expected.status.ok()) << expected.status.ToString();
@@ -114,14 +104,12 @@ TEST_F(HeadThresholdsSpec, EachHeadOfTheReferenceIsThatOfARunWithItsThreshold) {
   for (const MatrixMethod& method : ThresholdMethods()) {
     const MatrixShape shape = MatrixShapes()[3];
     SCOPED_TRACE(method.name);
-    const std::vector<float> thresholds = ThresholdsOf(shape.num_heads);
     const AttentionProblem problem = MatrixProblem(shape, DType::kF32, method.options);
     AttentionCase inputs(WithHeadThresholds(problem), kSeed);
-    AttentionTensors tensors = inputs.Tensors();
-    tensors.head_thresholds = thresholds;
+    const AttentionTensors tensors = inputs.Tensors();
     const auto decision = reference::Decide(inputs.problem(), tensors);
     for (int32_t head = 0; head < shape.num_heads; ++head) {
-      AttentionCase alone(WithThreshold(problem, thresholds[head]), kSeed);
+      AttentionCase alone(WithThreshold(problem, tensors.head_thresholds[head]), kSeed);
       const auto expected = reference::Decide(alone.problem(), alone.Tensors());
       EXPECT_EQ(ListsOfHead(inputs.geometry(), decision.lists, head),
                 ListsOfHead(alone.geometry(), expected.lists, head));
@@ -155,11 +143,9 @@ TEST_F(HeadThresholdsSpec, AThresholdOfOneIsDense) {
     SCOPED_TRACE(method.name);
     AttentionCase inputs(
         WithHeadThresholds(MatrixProblem(shape, DType::kF32, method.options)), kSeed);
-    const std::vector<float> thresholds = {0.3f, 1.0f};
-    AttentionTensors tensors = inputs.Tensors();
-    tensors.head_thresholds = thresholds;
+    ASSERT_EQ(inputs.Tensors().head_thresholds[1], 1);
     const BackendRun run =
-        testing_support::RunOn(attention_, inputs.problem(), tensors);
+        testing_support::RunOn(attention_, inputs.problem(), inputs.Tensors());
     ASSERT_TRUE(run.status.ok()) << run.status.ToString();
     EXPECT_DOUBLE_EQ(run.report.heads.density[1], 1);
     AttentionCase dense(
