@@ -20,18 +20,25 @@ struct Case {
   // A sequence whose values are all NaN or infinite. They must not reach another
   // sequence. -1: none.
   int32_t poisoned = -1;
+  // Inputs of tests/support/attention_case.h, whose scores differ much between blocks;
+  // else normal values.
+  bool structured = false;
 };
 
-// Methods, dtypes and shapes that a random problem may miss.
+// What a random problem may miss: every method at every head dim and dtype, and the
+// rows of tests/support/matrix_cases.h at every head dim.
 std::vector<Case> TableCases(uint32_t seed);
 Case RandomCase(uint32_t seed);
 
-// Packed q, k, v of a problem, 16-bit normal values.
+// Packed q, k, v of a problem, 16-bit values.
 struct Inputs {
   explicit Inputs(const Case& c);
 
   AttentionTensors HostTensors() const {
-    return PackedTensors(geometry, q.data(), k.data(), v.data(), nullptr, nullptr);
+    AttentionTensors tensors =
+        PackedTensors(geometry, q.data(), k.data(), v.data(), nullptr, nullptr);
+    tensors.head_thresholds = head_thresholds;
+    return tensors;
   }
   // The same with Case::poisoned.
   Inputs Poisoned(int32_t sequence) const;
@@ -39,6 +46,7 @@ struct Inputs {
   DType dtype;
   AttentionGeometry geometry;
   std::vector<uint16_t> q, k, v;
+  std::vector<float> head_thresholds;  // of structured problems that have them
 };
 
 struct Outputs {

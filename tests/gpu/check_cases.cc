@@ -1,3 +1,4 @@
+#include <cstring>
 #include <random>
 #include <string_view>
 #include <utility>
@@ -5,6 +6,8 @@
 #include "cuda/plan/cuda_plan.h"
 #include "pbs/dtype.h"
 #include "tests/gpu/check.h"
+#include "tests/support/attention_case.h"
+#include "tests/support/cuda_matrix.h"
 
 namespace pbs::gpu {
 namespace {
@@ -14,6 +17,7 @@ std::string NameOf(const AttentionProblem& problem) {
   name += problem.options.permute ? "_permuted" : "";
   name += problem.options.as_published ? "_published" : "";
   name += problem.options.scope == Scope::kQueryHead ? "_query_head" : "";
+  name += problem.has_head_thresholds ? "_head_thresholds" : "";
   name += problem.dtype == DType::kBF16 ? "_bf16_d" : "_f16_d";
   name += std::to_string(problem.shape.head_dim);
   name.append("_h").append(std::to_string(problem.shape.num_heads));
@@ -38,24 +42,20 @@ AttentionOptions SparseOptions(Method method, float share) {
   return options;
 }
 
-// What every method has besides, and what it repeats of its published code.
-std::vector<AttentionOptions> VariantsOf(Method method) {
-  std::vector<AttentionOptions> variants = {SparseOptions(method, 0.6f)};
-  if (Permutes(variants[0])) {
-    variants.push_back(variants[0]);
-    variants.back().scope = Scope::kQueryHead;
+void AddRowsOfTheMatrix(int32_t head_dim, uint32_t seed, std::vector<Case>& cases) {
+  const auto add = [&](const std::string& row, const AttentionProblem& problem) {
+    cases.push_back({"row_" + row + "_as_" + NameOf(problem), problem, seed});
+    cases.back().structured = true;
+  };
+  AttentionProblem problem = {{4, 2, head_dim, {{300, 1150}, {200, 700}}}, {}, {}};
+  for (const auto& [row, options] : testing_support::MatrixMethodsOfCuda()) {
+    problem.dtype = cases.size() % 2 == 0 ? DType::kBF16 : DType::kF16;
+    problem.options = options;
+    add(row, problem);
   }
-  if (HasOption(method, "permute")) {
-    variants.push_back(variants[0]);
-    variants.back().permute = true;
-    variants.back().dense_tail_blocks = 1;
-  }
-  if (TraitsOf(method).scorer == Scorer::kRows ||
-      TraitsOf(method).scorer == Scorer::kAntidiagonal) {
-    variants.push_back(variants[0]);
-    variants.back().as_published = true;
-  }
-  return variants;
+  problem.options = SparseOptions(Method::kPbs, 0.6f);
+  problem.has_head_thresholds = true;
+  add("pbs", problem);
 }
 
 }  // namespace
@@ -68,9 +68,9 @@ std::vector<Case> TableCases(uint32_t seed) {
   for (const int32_t head_dim : {64, 96, 128, 256}) {
     for (const DType dtype : {DType::kBF16, DType::kF16}) {
       for (const Method method : cuda::kCudaMethods) {
-        for (const AttentionOptions& options : VariantsOf(method)) {
-          add({{4, 2, head_dim, {{900, 900}, {130, 700}, {1, 1}}}, dtype, options});
-        }
+        add({{4, 2, head_dim, {{900, 900}, {130, 700}, {1, 1}}},
+             dtype,
+             SparseOptions(method, 0.6f)});
       }
       const AttentionProblem neighbours = {
           {4, 2, head_dim, {{300, 300}, {200, 200}, {130, 450}}},
@@ -78,6 +78,7 @@ std::vector<Case> TableCases(uint32_t seed) {
           {.method = Method::kDense}};
       cases.push_back({"poisoned_" + NameOf(neighbours), neighbours, seed, 1});
     }
+    AddRowsOfTheMatrix(head_dim, seed, cases);
   }
   // More tiles than a GPU has multiprocessors: 192.
   for (const Method method : {Method::kDense, Method::kPbs}) {
@@ -104,9 +105,7 @@ Case RandomCase(uint32_t seed) {
   problem.shape.num_kv_heads = pick(1, 2, 3);
   problem.shape.num_heads = problem.shape.num_kv_heads * pick(1, 2, 4);
   problem.shape.head_dim = pick(64, 96, 128, 256);
-  const Method method =
-      pick(Method::kDense, Method::kPbs, Method::kPbs, Method::kMeanPooling,
-           Method::kXAttention, Method::kPrism, Method::kFlashPrefill);
+  const Method method = cuda::kCudaMethods[random() % cuda::kCudaMethods.size()];
   AttentionOptions& options = problem.options;
   options = SparseOptions(method, pick(0.2f, 0.7f, 0.95f, 1.0f));
   if (HasOption(method, "permute")) options.permute = pick(true, false);
@@ -135,6 +134,20 @@ Case RandomCase(uint32_t seed) {
 
 Inputs::Inputs(const Case& c)
     : dtype(c.problem.dtype), geometry(MakeGeometry(c.problem)) {
+  if (c.structured) {
+    testing_support::AttentionCase values(c.problem, c.seed);
+    const auto copy = [](const std::vector<uint8_t>& bytes) {
+      std::vector<uint16_t> copied(bytes.size() / 2);
+      std::memcpy(copied.data(), bytes.data(), bytes.size());
+      return copied;
+    };
+    q = copy(values.q_bytes());
+    k = copy(values.k_bytes());
+    v = copy(values.v_bytes());
+    const auto thresholds = values.Tensors().head_thresholds;
+    head_thresholds.assign(thresholds.begin(), thresholds.end());
+    return;
+  }
   std::mt19937 random(c.seed);
   std::normal_distribution<float> normal;
   const auto fill = [&](std::vector<uint16_t>& values, int64_t rows) {

@@ -12,17 +12,10 @@
 #include "pbs/dtype.h"
 #include "reference/reference_attention.h"
 #include "tests/support/largest_error.h"
+#include "tests/support/tolerances.h"
 
 namespace pbs::gpu {
 namespace {
-
-// Two roundings of P and of o, and sums in f32 of at most 1,300 terms.
-constexpr double kBf16ErrorMax = 3e-2;
-constexpr double kF16ErrorMax = 4e-3;
-constexpr double kLseErrorMax = 2e-4;
-// One list row of so many may differ by a near tie of block masses, and one of a case
-// with fewer. Outputs are judged over the device's own lists.
-constexpr int64_t kRowsPerOtherRow = 100;
 
 // Rows of lists that are not the same.
 int64_t OtherRows(const BlockLists& a, const BlockLists& b) {
@@ -33,11 +26,14 @@ int64_t OtherRows(const BlockLists& a, const BlockLists& b) {
   return other;
 }
 
-void CompareRow(const Inputs& inputs, const Outputs& outputs,
+void CompareRow(const Case& c, const Inputs& inputs, const Outputs& outputs,
                 const reference::Output& exact, Place place, Verdict& verdict) {
   const bool bf16_values = inputs.dtype == DType::kBF16;
-  const double allowed = bf16_values ? kBf16ErrorMax : kF16ErrorMax;
   const AttentionGeometry& g = inputs.geometry;
+  const double allowed =
+      testing_support::DeviceOutputTolerance(inputs.dtype, g.head_dim);
+  const double lse_allowed = testing_support::DeviceLseTolerance(
+      inputs.dtype, c.problem.options.mean_correction);
   const auto& s = g.sequences[static_cast<size_t>(place.sequence)];
   const auto row = static_cast<size_t>(place.head * g.total_q + s.q_begin + place.row);
   const auto dim = static_cast<size_t>(g.head_dim);
@@ -63,7 +59,7 @@ void CompareRow(const Inputs& inputs, const Outputs& outputs,
   }
   const double lse_error = std::abs(outputs.lse[row] - exact.lse[row]);
   verdict.lse_error = testing_support::LargerError(verdict.lse_error, lse_error);
-  found.wrong_lse += lse_error <= kLseErrorMax ? 0 : 1;
+  found.wrong_lse += lse_error <= lse_allowed ? 0 : 1;
 }
 
 }  // namespace
@@ -89,8 +85,9 @@ StatusOr<Outputs> RunCase(Session& session, const Case& c, const Inputs& inputs)
                        Allocate(session, std::ssize(outputs.lse) * 4));
   PBS_ASSIGN_OR_RETURN(const Buffer lent, Allocate(session, plan->workspace_bytes));
   PBS_RETURN_IF_ERROR(Poison(session, lent));
-  const AttentionTensors tensors =
+  AttentionTensors tensors =
       PackedTensors(g, q.data(), k.data(), v.data(), o.data(), lse.data());
+  tensors.head_thresholds = given.head_thresholds;
   const auto run = [&] { return attention.Run(*plan, tensors, lent.workspace(), {}); };
   for (int i = 0; i < 3; ++i) {
     PBS_RETURN_IF_ERROR(Poison(session, o));
@@ -151,7 +148,7 @@ Verdict Judge(const Case& c, const Inputs& inputs, const Outputs& outputs) {
     const SequenceGeometry& s = g.sequences[static_cast<size_t>(n)];
     for (int32_t head = 0; head < g.num_heads; ++head) {
       for (int32_t row = 0; row < s.q_len; ++row) {
-        CompareRow(inputs, outputs, exact, {n, head, row}, verdict);
+        CompareRow(c, inputs, outputs, exact, {n, head, row}, verdict);
       }
     }
   }
@@ -165,7 +162,8 @@ Verdict Judge(const Case& c, const Inputs& inputs, const Outputs& outputs) {
   verdict.right =
       verdict.mismatches.wrong == 0 && verdict.mismatches.wrong_lse == 0 &&
       verdict.equal_bits &&
-      verdict.other_rows <= std::max<int64_t>(1, verdict.rows / kRowsPerOtherRow);
+      verdict.other_rows <=
+          std::max<int64_t>(1, verdict.rows / testing_support::kDeviceRowsPerOtherRow);
   return verdict;
 }
 

@@ -103,6 +103,7 @@ class AttentionCase {
   const std::vector<uint8_t>& o_bytes() const { return o_; }
   std::vector<uint8_t>& q_bytes() { return q_; }
   std::vector<uint8_t>& k_bytes() { return k_; }
+  std::vector<uint8_t>& v_bytes() { return v_; }
   const RowLayout& kv_layout() const { return kv_layout_; }
 
  private:
