@@ -91,6 +91,19 @@ bench_quality() {
   return "$missed"
 }
 
+#: lm-eval      tasks of lm-evaluation-harness that need no download (RULER's), on the trained
+#:              model: prefilled by a server, decoded by transformers (40 min)
+bench_lm-eval() {
+  install_packages "${build_packages[@]}"
+  build_targets pbs-prefilld
+  python_environment "$repo/.venv" numpy gguf tokenizers "lm_eval>=0.4.13" nltk wonderwords \
+    scipy "${peer_packages[@]}"
+  smollm2_models
+  PBS_BIN=$build_dir/bin "$python" "$repo/tests/bench/bench_lm_eval.py" \
+    --build "$build_dir" "$@"
+  write_report
+}
+
 #: experiments  the experiments of the paper, as recipes of the Python client, on heads of a
 #:              trained model (an hour); writes docs/EXPERIMENTS.md
 #:              experiments --only identity threshold: some of them

@@ -58,9 +58,10 @@ class Part:
     inputs: str = "structured"
 
 
+OTHER_METHODS = ("mean_pooling", "xattention", "prism", "flashprefill")
 DENSE = (*DENSE_PEERS, "pbs_dense", "pbs_all", "pbs")
 SPARSE = ("triton_replay", "pbs_replay", "pbs_replay_in_order")
-METHODS = ("cudnn", "pbs_dense", "pbs", "pbs_mean_pooling", "pbs_prism", "pbs_flashprefill")
+METHODS = ("cudnn", "pbs_dense", "pbs", *(f"pbs_{name}" for name in OTHER_METHODS))
 ALL_DENSE, ALL_REPLAY = ("pbs_dense:*",), ("pbs_replay:*",)
 PARTS = {
     "gate": [Part(128, 8192, (*DENSE_PEERS, *REPLAY_PEERS, *REQUIRED))],
@@ -160,9 +161,8 @@ def maker(library: Library, tensors: tuple, lists: Callable[[], Lists], name: st
         return lambda: ours(lists=lists(), order=slots.repeat(KV_HEADS, 1))
     options = {"pbs_dense": {"method": "dense"}, "pbs": {"dense_fallback": True},
                "pbs_all": {"threshold": 1.0}, "pbs_s512": {"segment_size": 512},
-               "pbs_mean_pooling": {"method": "mean_pooling"},
-               "pbs_prism": {"method": "prism", "threshold": 0.95},
-               "pbs_flashprefill": {"method": "flashprefill"}}  # fmt: skip
+               **{f"pbs_{name}": {"method": name} for name in OTHER_METHODS}}  # fmt: skip
+    options["pbs_prism"]["threshold"] = 0.95
     return functools.partial(ours, **options[name])
 
 

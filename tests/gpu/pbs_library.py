@@ -10,7 +10,7 @@ import pathlib
 import torch
 from machine import REHEARSAL
 
-METHODS = {"dense": 0, "pbs": 1, "mean_pooling": 2, "prism": 6, "flashprefill": 7}
+METHODS = {"dense": 0, "pbs": 1, "mean_pooling": 2, "xattention": 3, "prism": 6, "flashprefill": 7}
 ALIGNMENT = 256  # of a workspace
 INT, LONG, BOOL, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p
 ARGUMENTS = {
