@@ -137,9 +137,7 @@ std::vector<AttentionProfile> DefaultProfiles() {
   large_blocks.block_size = 128;
   large_blocks.window_blocks = 4;
   large_blocks.dense_tail_blocks = kPrefillTailBlocks;
-  AttentionOptions not_corrected = large_blocks;
-  not_corrected.mean_correction = false;
-  return {{best}, {large_blocks}, {not_corrected}};
+  return {{best}, {large_blocks}};
 }
 
 AttentionProfile DefaultProfile() { return DefaultProfiles().front(); }

@@ -99,6 +99,14 @@ TEST_P(CudaMatrixSpec, EqualsTheReferenceOnEveryShape) {
   }
 }
 
+using CudaCorrectionSpec = CudaMatrixSpec;
+
+// The kernel of the correction is another one for each head dim.
+TEST_P(CudaCorrectionSpec, EqualsTheReferenceForWideHeads) {
+  Check({"head_dim_128", 2, 1, 128, {{90, 800}, {260, 520}}}, 32);
+  Check({"head_dim_256", 2, 1, 256, {{150, 700}}}, 33);
+}
+
 using CudaHeadThresholdsSpec = CudaMatrixSpec;
 
 TEST_P(CudaHeadThresholdsSpec, EqualsTheReferenceWithAThresholdForEachHead) {
@@ -116,7 +124,7 @@ TEST(CudaMatrixRowsSpec, AllThatTheBackendRefusesAreOfThese) {
     EXPECT_EQ(planned.contains(method.name),
               options.method != Method::kFlexPrefill &&
                   options.method != Method::kMInference && !options.dense_fallback &&
-                  !options.mean_correction && options.coverage_min == 0)
+                  options.coverage_min == 0)
         << method.name;
   }
 }
@@ -134,6 +142,14 @@ std::string NameOf(const testing::TestParamInfo<MatrixCase>& c) {
   return c.param.method.name;
 }
 INSTANTIATE_TEST_SUITE_P(Table, CudaMatrixSpec, testing::ValuesIn(Cases()), NameOf);
+
+std::vector<MatrixCase> CorrectedCases() {
+  std::vector<MatrixCase> cases = Cases();
+  std::erase_if(cases, [](const auto& c) { return !c.method.options.mean_correction; });
+  return cases;
+}
+INSTANTIATE_TEST_SUITE_P(Table, CudaCorrectionSpec, testing::ValuesIn(CorrectedCases()),
+                         NameOf);
 
 // Each kernel that reads a threshold, and prism with a threshold of the fast band.
 std::vector<MatrixCase> CasesWithThreshold() {

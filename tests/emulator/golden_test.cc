@@ -131,5 +131,26 @@ TEST(GoldenOnTheEmulatorSpec, OutputsAreTheAuthorsGivenTheirOrderAndMask) {
   EXPECT_EQ(checked, 4);
 }
 
+TEST(GoldenOnTheEmulatorSpec, MeanCorrectionIsThePublishedOneGivenTheirMask) {
+  int checked = 0;
+  for (GoldenCase& golden : testing_support::MeanCorrectionCases()) {
+    AttentionProblem problem = golden.problem;
+    if (problem.dtype == DType::kF32 || problem.options.block_size != 128) continue;
+    SCOPED_TRACE(golden.name);
+    GlobalMemory::Clear();
+    AttentionTensors tensors = golden.Tensors();
+    BlockLists lists;
+    golden.GiveOrderAndMask(problem, tensors, lists);
+    Allow(lists.begin);
+    Allow(lists.count);
+    Allow(lists.indices);
+    AttentionReport report;
+    RunAny(golden, problem, tensors, &report);
+    EXPECT_LE(golden.DistanceFromGolden(), 4e-2);
+    ++checked;
+  }
+  EXPECT_EQ(checked, 1);
+}
+
 }  // namespace
 }  // namespace pbs::emulator

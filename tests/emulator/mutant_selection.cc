@@ -52,6 +52,10 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
     const double error = std::abs(ToFloat(bf16{inputs.o.data()[i]}) - exact.o[i]);
     if (!(error <= 3e-2)) return Says("o is wrong by " + std::to_string(error));
   }
+  for (size_t i = 0; i < exact.lse.size(); ++i) {
+    const double error = std::abs(inputs.lse.data()[i] - exact.lse[i]);
+    if (!(error <= 1e-2)) return Says("lse is wrong by " + std::to_string(error));
+  }
   return true;
 }
 
@@ -120,13 +124,29 @@ std::vector<AttentionProblem> Problems() {
            {.method = Method::kFlashPrefill, .coverage_rows = 1, .alpha = 0.9f}}};
 }
 
+std::vector<AttentionProblem> ProblemsOfMoreKernels() {
+  return {// More means than are in shared memory together.
+          {{2, 2, 64, {{20, 4400}, {150, 600}}},
+           DType::kBF16,
+           {.method = Method::kMeanPooling,
+            .threshold = 0.1f,
+            .force_first_block = false,
+            .mean_correction = true}},
+          {{2, 1, 64, {{30, 600}, {140, 900}}},
+           DType::kBF16,
+           {.threshold = 0.1f, .force_first_block = false, .mean_correction = true}}};
+}
+
 }  // namespace
 }  // namespace pbs::emulator
 
 int main() {
   for (uint32_t seed : {1u, 2u}) {
-    for (const pbs::AttentionProblem& problem : pbs::emulator::Problems()) {
-      if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
+    for (const auto& problems :
+         {pbs::emulator::Problems(), pbs::emulator::ProblemsOfMoreKernels()}) {
+      for (const pbs::AttentionProblem& problem : problems) {
+        if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
+      }
     }
     // Keys of wide heads have one buffer.
     if (!pbs::emulator::RunsRight<256>({{1, 1, 256, {{20, 520}}},
@@ -140,6 +160,15 @@ int main() {
              pbs::DType::kBF16,
              {.method = pbs::Method::kFlashPrefill, .coverage_rows = 2, .alpha = 0.3f}},
             seed)) {
+      return 1;
+    }
+    if (!pbs::emulator::RunsRight<256>({{1, 1, 256, {{130, 600}}},
+                                        pbs::DType::kBF16,
+                                        {.method = pbs::Method::kMeanPooling,
+                                         .threshold = 0.1f,
+                                         .force_first_block = false,
+                                         .mean_correction = true}},
+                                       seed)) {
       return 1;
     }
     if (!pbs::emulator::OrdersTilesRight(seed)) return 1;

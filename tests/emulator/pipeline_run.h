@@ -74,11 +74,11 @@ struct PipelineInputs {
   // factors that differ between heads and sequences. Scores of blocks then differ, and
   // the shares of bands in a head are not those of another one. It does nothing where
   // scores of keys are rounded: the rounding of large scores would decide the order.
+  // With the mean correction the values of blocks differ too, by 0.6 in all columns, so
+  // that their means matter.
   void MakeBlocksDiffer(const AttentionProblem& problem, uint32_t seed) {
     const DType dtype = problem.dtype;
     const Scorer scorer = TraitsOf(problem.options.method).scorer;
-    if (scorer == Scorer::kNone || scorer == Scorer::kMeans) return;
-    if (problem.options.scope == Scope::kQueryHead) return;
     std::mt19937 random(seed + 1000);
     std::normal_distribution<float> normal;
     const auto add = [&](DeviceArray<uint16_t>& array, const RowLayout& rows,
@@ -91,7 +91,8 @@ struct PipelineInputs {
               1 << (head + static_cast<int32_t>(n) + (of_queries ? 1 : 0)) % 3);
           for (int32_t row = 0; row < (of_queries ? s.q_len : s.k_len); ++row) {
             for (int32_t d = 0; d < geometry.head_dim && row % 128 == 0; ++d) {
-              const bool fast = d % (geometry.head_dim / 2) < geometry.head_dim / 16;
+              const bool fast =
+                  &array != &v && d % (geometry.head_dim / 2) < geometry.head_dim / 16;
               added[d] = (fast ? factor : 0.6f) * normal(random);
             }
             const int64_t at = rows.Offset(
@@ -105,8 +106,32 @@ struct PipelineInputs {
         }
       }
     };
+    if (problem.options.mean_correction) {
+      add(v, kv_layout, geometry.num_kv_heads, false);
+    }
+    if (scorer == Scorer::kNone || scorer == Scorer::kMeans) return;
+    if (problem.options.scope == Scope::kQueryHead) return;
     add(q, q_layout, geometry.num_heads, true);
     add(k, kv_layout, geometry.num_kv_heads, false);
+  }
+  // NaN, Inf and -Inf in turn in the queries, keys and values of one sequence, of bf16.
+  void Spoil(int32_t sequence) {
+    constexpr uint16_t kBad[] = {0x7FC0, 0x7F80, 0xFF80};
+    const SequenceGeometry& s = geometry.sequences[sequence];
+    const auto spoil = [&](DeviceArray<uint16_t>& array, const RowLayout& rows,
+                           int32_t heads, int64_t before, int32_t num_rows) {
+      for (int32_t head = 0; head < heads; ++head) {
+        for (int32_t row = 0; row < num_rows; ++row) {
+          const int64_t at = rows.Offset(sequence, before, head, row);
+          for (int32_t d = 0; d < geometry.head_dim; ++d) {
+            array.data()[at + d] = kBad[(row + d) % 3];
+          }
+        }
+      }
+    };
+    spoil(q, q_layout, geometry.num_heads, s.q_begin, s.q_len);
+    spoil(k, kv_layout, geometry.num_kv_heads, s.k_begin, s.k_len);
+    spoil(v, kv_layout, geometry.num_kv_heads, s.k_begin, s.k_len);
   }
 
   void Allow() const {
@@ -168,6 +193,7 @@ class PipelineRun {
                 .shared_bytes = sizeof(cuda::Sm80Shared<Config>),
                 .seed = seed},
                [&] { cuda::AttendSm80<Config>(params->attention, operands); });
+    cuda::EnqueueCorrection<Element, kHeadDim>(plan_, *params, launcher_);
     cuda::EnqueueCoverage<Element, kHeadDim>(plan_, *params, launcher_);
   }
 

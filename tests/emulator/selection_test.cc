@@ -95,27 +95,6 @@ struct Selected {
   bool operator==(const Selected&) const = default;
 };
 
-// NaN, Inf and -Inf in turn in the queries, keys and values of one sequence.
-void Spoil(PipelineInputs& inputs, int32_t sequence) {
-  constexpr uint16_t kBad[] = {0x7FC0, 0x7F80, 0xFF80};  // bf16
-  const AttentionGeometry& g = inputs.geometry;
-  const SequenceGeometry& s = g.sequences[sequence];
-  const auto spoil = [&](DeviceArray<uint16_t>& array, const RowLayout& rows,
-                         int32_t heads, int64_t before, int32_t num_rows) {
-    for (int32_t head = 0; head < heads; ++head) {
-      for (int32_t row = 0; row < num_rows; ++row) {
-        const int64_t at = rows.Offset(sequence, before, head, row);
-        for (int32_t d = 0; d < g.head_dim; ++d) {
-          array.data()[at + d] = kBad[(row + d) % 3];
-        }
-      }
-    }
-  };
-  spoil(inputs.q, inputs.q_layout, g.num_heads, s.q_begin, s.q_len);
-  spoil(inputs.k, inputs.kv_layout, g.num_kv_heads, s.k_begin, s.k_len);
-  spoil(inputs.v, inputs.kv_layout, g.num_kv_heads, s.k_begin, s.k_len);
-}
-
 // What a finished run left of a sequence.
 Selected WhatIsLeftOf(int32_t sequence, const cuda::CudaAttentionPlan& plan,
                       const std::byte* workspace) {
@@ -165,7 +144,7 @@ void SelectBeside(const AttentionProblem& problem, PipelineInputs::Layout layout
   const auto plan = cuda::MakeCudaPlan(problem, {.num_multiprocessors = 1});
   ASSERT_TRUE(plan.ok()) << plan.status().ToString();
   PipelineInputs inputs(problem, 5, layout);
-  for (int32_t sequence : spoiled) Spoil(inputs, sequence);
+  for (int32_t sequence : spoiled) inputs.Spoil(sequence);
   GlobalMemory::Clear();
   inputs.Allow();
   const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);

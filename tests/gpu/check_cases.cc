@@ -15,6 +15,7 @@ namespace {
 std::string NameOf(const AttentionProblem& problem) {
   std::string name = MethodName(problem.options.method);
   name += problem.options.permute ? "_permuted" : "";
+  name += problem.options.mean_correction ? "_corrected" : "";
   name += problem.options.as_published ? "_published" : "";
   name += problem.options.scope == Scope::kQueryHead ? "_query_head" : "";
   name += problem.has_head_thresholds ? "_head_thresholds" : "";
@@ -121,6 +122,7 @@ Case RandomCase(uint32_t seed) {
     options.sink_blocks = pick(0, 0, 1);
     options.window_blocks = pick(0, 0, 3);
     options.dense_tail_blocks = pick(0, 0, 2);
+    options.mean_correction = pick(true, false, false);
   }
   const int sequences = pick(1, 2, 5);
   for (int i = 0; i < sequences; ++i) {

@@ -152,6 +152,7 @@ TEST_F(CudaBesideCpuSpec, TheDefaultAttentionIsTheBestThatTheBackendRuns) {
   EXPECT_EQ(of_device->default_attention().xattention().block_size(), 128);
   EXPECT_EQ(of_device->default_attention().window_blocks(), 4);
   EXPECT_EQ(of_device->default_attention().dense_tail_blocks(), 2);
+  EXPECT_TRUE(of_device->default_attention().mean_correction());
 }
 
 TEST_F(CudaBesideCpuSpec, HandsOverWhatTheCpuServerDoes) {

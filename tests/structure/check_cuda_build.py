@@ -62,6 +62,17 @@ def attention_sm80(registers: tuple[int, int, int, int]) -> dict[int, Expected]:
     }
 
 
+def corrected(registers: tuple[int, int, int, int]) -> dict[int, Expected]:
+    """32 means: two fragments of rows (one at 256) x head_dim / 16 x 4 products for scores, as
+    many for values. Copies: queries, and means in three places."""
+    return {
+        64: Expected({"HMMA": 64, "LDGSTS": 14, "STG.E.128": 8}, registers[0]),
+        96: Expected({"HMMA": 96, "LDGSTS": 21, "STG.E.128": 12}, registers[1]),
+        128: Expected({"HMMA": 128, "LDGSTS": 28, "STG.E.128": 16}, registers[2]),
+        256: Expected({"HMMA": 128, "LDGSTS": 40, "STG.E.128": 16}, registers[3]),
+    }
+
+
 # Rows of keys, then of values: eight pieces of 16 bytes (six at head dim 96) are loaded before
 # the first is stored.
 GATHERED = {
@@ -86,6 +97,12 @@ SCORED = {
 }
 # The same products; two thread blocks to a multiprocessor.
 STRIDED = {head_dim: dataclasses.replace(scored, registers=234) for head_dim, scored in SCORED.items()}
+MEANS = {
+    64: Expected({}, registers=90, under_way=(8,)),
+    96: Expected({}, registers=86, under_way=(6,)),
+    128: Expected({}, registers=94, under_way=(8,)),
+    256: Expected({}, registers=108, under_way=(8,)),
+}
 # Registers of the kernels that are not counted, at most, on either architecture.
 OTHERS = {
     "StoreSequences": 36,
@@ -106,8 +123,9 @@ OTHERS = {
 }
 # Accesses to global memory, as the first word of an instruction.
 GLOBAL_MEMORY = re.compile(r"\b(LD|LDG|ST|STG|ATOM|ATOMG|RED|REDG|LDGSTS|UTMALDG|UTMASTG|UBLKCP)\b")
-BEFORE_ATTENTION = {
+AROUND_ATTENTION = {
     "GatherKeys": GATHERED,
+    "PoolMeans": MEANS,
     "PoolQueries": POOLED,
     "SelectAntidiagonals": STRIDED,
     "SelectRows": SCORED,
@@ -139,10 +157,20 @@ UNITS = [
     # Attention of 8.0 runs on Hopper where that has no kernel of its own, and as PTX on what
     # comes after it.
     Unit(
-        "80", {"AttendSm80Kernel": attention_sm80((213, 237, 255, 235)), **BEFORE_ATTENTION}
+        "80",
+        {
+            "AttendSm80Kernel": attention_sm80((213, 237, 255, 235)),
+            "CorrectByMeans": corrected((168, 214, 247, 226)),
+            **AROUND_ATTENTION,
+        },
     ),
     Unit(
-        "90", {"AttendSm80Kernel": attention_sm80((218, 248, 255, 247)), **BEFORE_ATTENTION}
+        "90",
+        {
+            "AttendSm80Kernel": attention_sm80((218, 248, 255, 247)),
+            "CorrectByMeans": corrected((172, 210, 247, 238)),
+            **AROUND_ATTENTION,
+        },
     ),
 ]
 
@@ -182,7 +210,7 @@ def check_ptx(module: pathlib.Path, cuobjdump: str) -> list[str]:
     """Complaints when what comes after Hopper would find nothing to compile."""
     command = [cuobjdump, "-ptx", str(module)]
     ptx = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    missing = {"AttendSm80Kernel", *BEFORE_ATTENTION, *OTHERS}
+    missing = {"AttendSm80Kernel", "CorrectByMeans", *AROUND_ATTENTION, *OTHERS}
     missing -= {kernel for kernel in missing if re.search(rf"\.entry \S*\d{kernel}", ptx)}
     print(f"PTX for compute_90: {'has' if not missing else 'lacks some of'} every kernel")
     return [f"no PTX of {kernel}" for kernel in sorted(missing)]

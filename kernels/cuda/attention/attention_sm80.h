@@ -12,6 +12,7 @@
 #include "cuda/tiles/row_operand.h"
 #include "cuda/tiles/score_tile.h"
 #include "cuda/tiles/shared_rows.h"
+#include "cuda/tiles/value_tile.h"
 
 namespace pbs::cuda {
 
@@ -130,7 +131,7 @@ class Sm80Block {
       if (kSumsFirst) PinBeforeWait(softmax_[t].sum[0], softmax_[t].sum[1]);
       softmax_[t].Rescale(out_[t]);
     }
-    MultiplyValues();
+    MultiplyValues<Element, Config::kRowTiles>(scores_, s_.v, lane_, out_);
   }
 
   // Scores are masked before the products are added: -inf plus a finite product is
@@ -149,33 +150,6 @@ class Sm80Block {
     PBS_UNROLL
     for (int t = 0; t < Config::kRowTiles; ++t) {
       MaskRows(keys, tile.first_position + Row(t), scores_[t]);
-    }
-  }
-
-  // out += p v, sixteen keys at a time.
-  PBS_DEVICE void MultiplyValues() {
-    const uint32_t v = s_.v.Address(lane_ % 16, lane_ / 16);
-    PBS_UNROLL
-    for (int key = 0; key < Config::kKeys; key += 16) {
-      uint32_t a[Config::kRowTiles][4];
-      PBS_UNROLL
-      for (int t = 0; t < Config::kRowTiles; ++t) {
-        PBS_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          a[t][i] = Element::Pack(scores_[t][key / 2 + 2 * i],
-                                  scores_[t][key / 2 + 2 * i + 1]);
-        }
-      }
-      PBS_UNROLL
-      for (int piece = 0; piece < Config::kHeadDim / 8; piece += 2) {
-        uint32_t b[4];
-        LoadMatricesTransposed(b, Keys::Moved(v, key, piece));
-        PBS_UNROLL
-        for (int t = 0; t < Config::kRowTiles; ++t) {
-          MultiplyFragments<Element>(&out_[t][piece * 4], a[t], b[0], b[1]);
-          MultiplyFragments<Element>(&out_[t][piece * 4 + 4], a[t], b[2], b[3]);
-        }
-      }
     }
   }
 

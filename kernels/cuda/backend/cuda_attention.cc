@@ -35,6 +35,7 @@ Status CudaAttention::Run(const AttentionPlan& plan, const AttentionTensors& ten
   PBS_RETURN_IF_ERROR(driver_.OrderKeys(cuda_plan, run));
   PBS_RETURN_IF_ERROR(driver_.MakeLists(cuda_plan, run));
   PBS_RETURN_IF_ERROR(driver_.Attend(cuda_plan, run));
+  PBS_RETURN_IF_ERROR(driver_.CorrectOutputs(cuda_plan, run));
   PBS_RETURN_IF_ERROR(reports_->MarkEnd());
   return driver_.MeasureCoverage(cuda_plan, run);
 }

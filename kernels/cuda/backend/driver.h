@@ -112,6 +112,10 @@ class Driver {
   virtual Status OrderKeys(const CudaAttentionPlan& plan, const RunParams& run) = 0;
   virtual Status MakeLists(const CudaAttentionPlan& plan, const RunParams& run) = 0;
   virtual Status Attend(const CudaAttentionPlan& plan, const RunParams& run) = 0;
+  // Adds the means of blocks that are not listed to the outputs. Call it after
+  // attention. Does nothing unless the plan corrects.
+  virtual Status CorrectOutputs(const CudaAttentionPlan& plan,
+                                const RunParams& run) = 0;
   // Measures coverage of the sampled rows. Call it after attention. Does nothing when
   // no rows are sampled.
   virtual Status MeasureCoverage(const CudaAttentionPlan& plan,

@@ -49,6 +49,13 @@ class LaunchedDriver : public Driver {
       });
     });
   }
+  Status CorrectOutputs(const CudaAttentionPlan& plan, const RunParams& run) final {
+    return With([&](Launcher& launch) {
+      ForKernelsOf(plan, [&]<class Element, int kHeadDim>() {
+        EnqueueCorrection<Element, kHeadDim>(plan, run, launch);
+      });
+    });
+  }
   Status MeasureCoverage(const CudaAttentionPlan& plan, const RunParams& run) final {
     return With([&](Launcher& launch) {
       ForKernelsOf(plan, [&]<class Element, int kHeadDim>() {

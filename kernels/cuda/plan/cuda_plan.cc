@@ -36,9 +36,6 @@ Status CheckSupported(const AttentionProblem& problem) {
     return Unsupported("coverage_min", std::to_string(problem.options.coverage_min),
                        "0");
   }
-  if (problem.options.mean_correction) {
-    return Unsupported("mean_correction", "true", "false");
-  }
   return CheckMethods(problem.options, kCudaMethods, "cuda");
 }
 
@@ -96,6 +93,7 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
     scored_blocks += s.k_len / g.segment_size * g.blocks_per_segment;
   }
   plan.has_lists = sparse;
+  plan.corrects = sparse && options.mean_correction;
   plan.permutes = sparse && Permutes(options);
   plan.orders = plan.permutes && !options.use_given_order;
   plan.selects = sparse && !options.use_given_lists;
@@ -214,6 +212,11 @@ void PlaceRegions(CudaAttentionPlan& plan) {
       layout.Add<uint16_t>(split * order_heads * g.head_dim * plan.total_key_blocks);
   plan.head_thresholds_at =
       layout.Add<float>(plan.thresholds_by_head() ? g.num_heads : 0);
+  const int64_t corrected = plan.corrects ? 1 : 0;
+  const int64_t read_heads = plan.permutes ? order_heads : g.num_kv_heads;
+  plan.means_at = layout.Add<uint16_t>(corrected * kMeanOperands * read_heads *
+                                       g.head_dim * plan.total_key_blocks);
+  plan.lse_at = layout.Add<float>(corrected * g.num_heads * g.total_q);
   plan.memory.pooled_bytes = layout.TakePart();
   plan.workspace_bytes = layout.bytes();
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/attention/attention_tile.h"
+#include "cuda/attention/correction_params.h"
 #include "cuda/selection/coverage_params.h"
 #include "cuda/selection/order_tiles_params.h"
 #include "cuda/selection/run_summary.h"
@@ -43,6 +44,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   // The run pools query blocks for it; else pooled queries are given.
   bool pools_queries = false;
   bool has_lists = false;
+  bool corrects = false;  // blocks that are not listed take part as means
 
   int32_t chunk_blocks = 1;
   int32_t group_blocks = kGroupBlocksMax;
@@ -84,6 +86,8 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t counts_at = 0;
   int64_t entries_at = 0;
   int64_t tiles_at = 0;
+  int64_t means_at = 0;  // with corrects
+  int64_t lse_at = 0;    // with corrects: for callers who do not want it
 
   // Query blocks are scored by their means.
   bool needs_pooled_queries() const {
@@ -107,6 +111,7 @@ struct RunParams {
   SelectionParams selection;
   TileOrderParams tile_order;
   CoverageParams coverage;
+  CorrectionParams correction;
   AttentionParams attention;
   RowOperand q, k, v;  // operands of attention
   // On the host, of the tensors; empty: none.

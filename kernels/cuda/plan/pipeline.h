@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "cuda/attention/correct_by_means.h"
+#include "cuda/attention/pool_means.h"
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/gather_keys.h"
@@ -158,6 +160,22 @@ void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
   }
   if (plan.selects) EnqueueSelection<Element, kHeadDim>(plan, params, launch);
   EnqueueOrderTiles(run.tile_order, launch);
+}
+
+// Enqueues the kernels that correct the outputs by the means of blocks that are not
+// listed. Call it after attention.
+template <class Element, int kHeadDim, class Launcher>
+void EnqueueCorrection(const CudaAttentionPlan& plan, const RunParams& run,
+                       Launcher& launch) {
+  if (!plan.corrects) return;
+  const CorrectionParams& params = run.correction;
+  launch.template Run<PoolMeans<Element, kHeadDim>>(
+      int64_t{params.num_read_heads} * kMeanOperands * params.total_key_blocks,
+      BlockRows<Element, kHeadDim>::kSharedBytes, params);
+  using Kernel = CorrectByMeans<Element, kHeadDim>;
+  launch.template Run<Kernel>(int64_t{run.attention.num_tiles} * Kernel::kParts,
+                              CorrectionSharedBytes(kHeadDim, plan.longest_list),
+                              params);
 }
 
 // Enqueues the kernel that measures coverage. Call it after attention.

@@ -210,6 +210,28 @@ void SetAttention(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   }
 }
 
+// After attention's. Attention then writes the LSE that the correction goes on from.
+void SetCorrection(const CudaAttentionPlan& plan, const Placer& at, RunParams& run) {
+  if (!plan.corrects) return;
+  if (run.attention.lse == nullptr) {
+    at(run.attention.lse, plan.lse_at);
+    run.attention.lse_strides = StridesOf(PackedLayout(plan.geometry.total_q, 1));
+  }
+  CorrectionParams& c = run.correction;
+  const TileOrderParams& t = run.tile_order;
+  c.attention = run.attention;
+  c.q = run.q;
+  c.k = run.k;
+  c.v = run.v;
+  c.sequences = t.sequences;
+  c.num_sequences = t.num_sequences;
+  c.num_read_heads = t.num_read_heads;
+  c.blocks_per_segment = t.blocks_per_segment;
+  c.total_key_blocks = plan.total_key_blocks;
+  c.permuted = t.permuted;
+  at(c.means, plan.means_at);
+}
+
 // After attention's.
 void SetCoverage(const CudaAttentionPlan& plan, const Placer& at, RunParams& run) {
   CoverageParams& c = run.coverage;
@@ -274,6 +296,7 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   PlaceSelection(plan, tensors, at, run.selection);
   SetTileOrder(plan, tensors, at, run);
   SetAttention(plan, tensors, run);
+  SetCorrection(plan, at, run);
   SetCoverage(plan, at, run);
   return run;
 }

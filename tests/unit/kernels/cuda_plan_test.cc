@@ -60,10 +60,13 @@ INSTANTIATE_TEST_SUITE_P(
                     [](auto& p) { p.options = DefaultOptions(Method::kFlexPrefill); },
                     "method flexprefill is not supported by the cuda backend, which "
                     "has dense, pbs, mean_pooling, xattention, prism, flashprefill"},
-        RefusedCase{"mean_correction",
-                    [](auto& p) { p.options.mean_correction = true; },
-                    "mean_correction true is not supported by the cuda backend, which "
-                    "has false"}),
+        RefusedCase{"guard",
+                    [](auto& p) {
+                      p.options.coverage_rows = 4;
+                      p.options.coverage_min = 0.5f;
+                    },
+                    "coverage_min 0.500000 is not supported by the cuda backend, which "
+                    "has 0"}),
     testing_support::CaseName());
 
 TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {
@@ -92,6 +95,7 @@ TEST_P(StagesSpec, AreThoseThatTheMethodNeeds) {
   EXPECT_EQ((*plan)->permutes, c.permutes);
   EXPECT_EQ((*plan)->selects, c.selects);
   EXPECT_EQ((*plan)->has_lists, c.has_lists);
+  EXPECT_EQ((*plan)->corrects, c.has_lists && c.options.mean_correction);
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -123,6 +127,14 @@ INSTANTIATE_TEST_SUITE_P(
                   true,
                   true,
                   true},
+        StageCase{"corrected", 4096, {.mean_correction = true}, true, true, true, true},
+        StageCase{"corrected_of_one_segment",
+                  256,
+                  {.mean_correction = true},
+                  false,
+                  false,
+                  false,
+                  false},
         StageCase{"mean_pooling",
                   4096,
                   {.method = Method::kMeanPooling},

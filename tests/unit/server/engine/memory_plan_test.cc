@@ -78,6 +78,10 @@ class CountingDriver final : public cuda::Driver {
   Status Attend(const cuda::CudaAttentionPlan&, const cuda::RunParams&) override {
     return OkStatus();
   }
+  Status CorrectOutputs(const cuda::CudaAttentionPlan&,
+                        const cuda::RunParams&) override {
+    return OkStatus();
+  }
   Status MeasureCoverage(const cuda::CudaAttentionPlan&,
                          const cuda::RunParams&) override {
     return OkStatus();
