@@ -123,8 +123,7 @@ TEST(CudaMatrixRowsSpec, AllThatTheBackendRefusesAreOfThese) {
     const AttentionOptions& options = method.options;
     EXPECT_EQ(planned.contains(method.name),
               options.method != Method::kFlexPrefill &&
-                  options.method != Method::kMInference && !options.dense_fallback &&
-                  options.coverage_min == 0)
+                  options.method != Method::kMInference && !options.dense_fallback)
         << method.name;
   }
 }

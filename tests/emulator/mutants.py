@@ -249,6 +249,7 @@ WARP_SUMS = "cuda/tiles/warp_sums.h"
 COVERAGE = "cuda/selection/measure_coverage.h"
 CORRECT = "cuda/attention/correct_by_means.h"
 POOL_MEANS = "cuda/attention/pool_means.h"
+GUARD = "cuda/selection/guard_heads.h"
 PARAMS_OF_COVERAGE = "cuda/selection/coverage_params.h"
 
 SELECTION_MUTANTS = [
@@ -414,6 +415,15 @@ SELECTION_MUTANTS = [
     ("means_of_rows_behind_the_last", POOL_MEANS, "first + row < s.k_len ?", "true ?"),
     ("means_of_sorted_keys_in_place", POOL_MEANS, "params.permuted != 0 ?", "false ?"),
     ("means_of_the_neighbouring_block", POOL_MEANS, "(place.item - s.key_block_begin) * kBlockTokens", "place.item * kBlockTokens"),
+    ("guard_of_one_lane", GUARD, "SumOfWarp(sum) >=", "sum >="),
+    ("every_head_guarded", GUARD, "s.sparse != 0 && !KeepsEnough(params.least, coverage, rows)", "s.sparse != 0"),
+    ("guard_of_the_first_sequence", GUARD, "c.total_groups + s.coverage_begin)", "c.total_groups)"),
+    ("guard_told_before_it_is_known", GUARD, "    SyncThreads();\n", ""),
+    ("guarded_heads_keep_their_coverage", GUARD, "StoreGlobal(coverage + i, 1.0f)", "StoreGlobal(coverage + i, LoadGlobal(coverage + i))"),
+    ("guarded_heads_keep_their_counts", GUARD, "static_cast<uint16_t>(end)", "LoadGlobal(params.counts + ListRow(s, c.num_heads, head, query_block))"),
+    ("guarded_lists_of_the_first_head", GUARD, "EntryOffset(s, head, query_block,", "EntryOffset(s, 0, query_block,"),
+    ("flags_of_the_first_sequence", GUARD, "place.head * c.num_sequences + place.item,", "place.head * c.num_sequences,"),
+    ("coverage_measured_once_more_is_lost", COVERAGE, "if (params_.is_measured != 0) return;", "if (params_.is_measured != 0) { if (ThreadIndex() < rows_) Store(ThreadIndex(), 1.0f); return; }"),
     ("lane_without_the_one_before", WARP_SUMS, "if (lane >= distance)", "if (lane > distance)"),
     ("lists_overlap", PARAMS, "segments * (segments + 1) / 2", "segments * segments / 2"),
 ]

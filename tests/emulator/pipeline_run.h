@@ -194,7 +194,7 @@ class PipelineRun {
                 .seed = seed},
                [&] { cuda::AttendSm80<Config>(params->attention, operands); });
     cuda::EnqueueCorrection<Element, kHeadDim>(plan_, *params, launcher_);
-    cuda::EnqueueCoverage<Element, kHeadDim>(plan_, *params, launcher_);
+    cuda::EnqueueCoverage<Element, kHeadDim>(plan_, params->coverage, launcher_);
   }
 
   const Fault& fault() const { return launcher_.fault; }

@@ -16,6 +16,7 @@ std::string NameOf(const AttentionProblem& problem) {
   std::string name = MethodName(problem.options.method);
   name += problem.options.permute ? "_permuted" : "";
   name += problem.options.mean_correction ? "_corrected" : "";
+  name += problem.options.coverage_min > 0 ? "_guarded" : "";
   name += problem.options.as_published ? "_published" : "";
   name += problem.options.scope == Scope::kQueryHead ? "_query_head" : "";
   name += problem.has_head_thresholds ? "_head_thresholds" : "";

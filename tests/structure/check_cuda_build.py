@@ -111,6 +111,7 @@ OTHERS = {
     "MeasureBands": 64,
     "SplitMeans": 32,
     "SelectBlocks": 96,
+    "GuardHeads": 56,
     "OrderTiles": 56,
     "MeasureCoverage": 128,
     "MoveRows": 30,

@@ -59,7 +59,7 @@ class LaunchedDriver : public Driver {
   Status MeasureCoverage(const CudaAttentionPlan& plan, const RunParams& run) final {
     return With([&](Launcher& launch) {
       ForKernelsOf(plan, [&]<class Element, int kHeadDim>() {
-        EnqueueCoverage<Element, kHeadDim>(plan, run, launch);
+        EnqueueCoverage<Element, kHeadDim>(plan, run.coverage, launch);
       });
     });
   }

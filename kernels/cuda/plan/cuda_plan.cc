@@ -32,10 +32,6 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.block_size != kBlockTokens) {
     return Unsupported("block_size", std::to_string(problem.options.block_size), "128");
   }
-  if (problem.options.coverage_min > 0) {
-    return Unsupported("coverage_min", std::to_string(problem.options.coverage_min),
-                       "0");
-  }
   return CheckMethods(problem.options, kCudaMethods, "cuda");
 }
 
@@ -177,6 +173,8 @@ void PlaceRegions(CudaAttentionPlan& plan) {
       layout.Add<int32_t>(plan.may_fall_back() ? order_heads * num_sequences : 0);
   plan.coverage_at = layout.Add<float>(int64_t{plan.coverage_groups} * g.num_heads *
                                        kCoverageRowsTogether);
+  plan.guarded_at =
+      layout.Add<int32_t>(plan.guards() ? g.num_heads * num_sequences : 0);
   plan.summary_bytes = layout.bytes() - plan.summary_at;
   plan.memory.scratch_bytes = layout.TakePart();
 

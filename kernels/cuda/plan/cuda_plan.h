@@ -69,6 +69,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t head_blocks_at = 0;  // with has_lists
   int64_t fell_back_at = 0;    // with may_fall_back()
   int64_t coverage_at = 0;     // with coverage_groups
+  int64_t guarded_at = 0;      // with guards()
   int64_t chunk_max_at = 0;
   int64_t chunk_sum_at = 0;
   int64_t proxy_shift_at = 0;
@@ -96,6 +97,7 @@ struct CudaAttentionPlan final : AttentionPlan {
   int num_bands() const { return scorer == Scorer::kBands ? kBands : 1; }
   bool may_fall_back() const { return problem.options.dense_fallback && selects; }
   bool thresholds_by_head() const { return problem.has_head_thresholds && selects; }
+  bool guards() const { return problem.options.coverage_min > 0 && selects; }
   int64_t num_tiles() const { return int64_t{tiles_per_head} * geometry.num_heads; }
 };
 
@@ -111,6 +113,7 @@ struct RunParams {
   SelectionParams selection;
   TileOrderParams tile_order;
   CoverageParams coverage;
+  GuardParams guard;
   CorrectionParams correction;
   AttentionParams attention;
   RowOperand q, k, v;  // operands of attention

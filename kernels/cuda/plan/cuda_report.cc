@@ -28,6 +28,20 @@ class Summary {
     const auto num_sequences = static_cast<int64_t>(plan_.sequences.size());
     return At<int32_t>(plan_.fell_back_at)[order_head * num_sequences + sequence] != 0;
   }
+  // Heads that are guarded in at least one sequence.
+  std::vector<int32_t> GuardedHeads() const {
+    std::vector<int32_t> heads;
+    if (!plan_.guards()) return heads;
+    const size_t num_sequences = plan_.sequences.size();
+    const auto* guarded = At<int32_t>(plan_.guarded_at);
+    for (int32_t head = 0; head < plan_.geometry.num_heads; ++head) {
+      const auto* begin = guarded + head * num_sequences;
+      const bool any = std::any_of(begin, begin + num_sequences,
+                                   [](int32_t is_guarded) { return is_guarded != 0; });
+      if (any) heads.push_back(head);
+    }
+    return heads;
+  }
   // Of the sequence's i-th sampled row.
   double Coverage(int32_t head, const SequenceRecord& s, int32_t i) const {
     const int64_t begin = int64_t{head} * plan_.coverage_groups + s.coverage_begin;
@@ -161,6 +175,7 @@ Status TellSummary(const CudaAttentionPlan& plan, const std::byte* summary,
       report);
   WhatRan(plan, ran, report->stats);
   TellCoverage(plan, ran, report);
+  report->heads.guarded = ran.GuardedHeads();
   TellTimes(ran.head(), total_seconds, report->stats);
   return Status();
 }

@@ -8,6 +8,7 @@
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/gather_keys.h"
+#include "cuda/selection/guard_heads.h"
 #include "cuda/selection/measure_bands.h"
 #include "cuda/selection/measure_coverage.h"
 #include "cuda/selection/order_tiles.h"
@@ -141,6 +142,15 @@ void EnqueueSelection(const CudaAttentionPlan& plan, const SelectionParams& para
   }
 }
 
+// Enqueues the kernel that measures coverage: RunParams::coverage after attention.
+template <class Element, int kHeadDim, class Launcher>
+void EnqueueCoverage(const CudaAttentionPlan& plan, const CoverageParams& params,
+                     Launcher& launch) {
+  using Kernel = MeasureCoverage<Element, kHeadDim>;
+  launch.template Run<Kernel>(int64_t{params.num_heads} * params.total_groups,
+                              Kernel::SharedBytes(plan.longest_list), params);
+}
+
 // Enqueues the kernels that make lists and tiles. Call it after EnqueueOrder().
 template <class Element, int kHeadDim, class Launcher>
 void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
@@ -159,6 +169,11 @@ void EnqueueLists(const CudaAttentionPlan& plan, const RunParams& run,
     params.ordered = nullptr;
   }
   if (plan.selects) EnqueueSelection<Element, kHeadDim>(plan, params, launch);
+  if (plan.guards()) {
+    EnqueueCoverage<Element, kHeadDim>(plan, run.guard.coverage, launch);
+    launch.template Run<GuardHeads>(int64_t{params.num_heads} * params.num_sequences,
+                                    GuardHeads::kSharedBytes, run.guard);
+  }
   EnqueueOrderTiles(run.tile_order, launch);
 }
 
@@ -176,16 +191,6 @@ void EnqueueCorrection(const CudaAttentionPlan& plan, const RunParams& run,
   launch.template Run<Kernel>(int64_t{run.attention.num_tiles} * Kernel::kParts,
                               CorrectionSharedBytes(kHeadDim, plan.longest_list),
                               params);
-}
-
-// Enqueues the kernel that measures coverage. Call it after attention.
-template <class Element, int kHeadDim, class Launcher>
-void EnqueueCoverage(const CudaAttentionPlan& plan, const RunParams& run,
-                     Launcher& launch) {
-  using Kernel = MeasureCoverage<Element, kHeadDim>;
-  launch.template Run<Kernel>(
-      int64_t{run.coverage.num_heads} * run.coverage.total_groups,
-      Kernel::SharedBytes(plan.longest_list), run.coverage);
 }
 
 }  // namespace pbs::cuda

@@ -251,8 +251,14 @@ void SetCoverage(const CudaAttentionPlan& plan, const Placer& at, RunParams& run
   c.scale_log2 = run.attention.scale_log2;
   c.counts = t.counts;
   c.entries = t.entries;
-  if (plan.may_fall_back()) c.fell_back = t.fell_back;
   at(c.coverage, plan.coverage_at);
+  if (plan.guards()) {  // before heads may fall back
+    run.guard = {c, plan.problem.options.coverage_min, run.selection.counts,
+                 run.selection.entries, nullptr};
+    at(run.guard.guarded, plan.guarded_at);
+    c.is_measured = 1;
+  }
+  if (plan.may_fall_back()) c.fell_back = t.fell_back;
 }
 
 }  // namespace

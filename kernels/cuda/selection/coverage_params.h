@@ -29,6 +29,16 @@ struct CoverageParams {
   const uint16_t* entries;   // entries of lists by EntryOffset()
   const int32_t* fell_back;  // [num_order_heads, num_sequences]; null: none can
   float* coverage;           // [num_heads, total_groups, kCoverageRowsTogether]
+  int32_t is_measured;       // by the guard: only heads that fell back are new
+};
+
+struct GuardParams {
+  CoverageParams coverage;
+  float least;  // mean coverage below which a head is guarded
+  // Lists as those of `coverage`, rewritten for guarded heads.
+  uint16_t* counts;
+  uint16_t* entries;
+  int32_t* guarded;  // [num_heads, num_sequences], 1: it is
 };
 
 // Number of sampled rows of a sequence, at most `rows`.

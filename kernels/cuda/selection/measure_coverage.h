@@ -82,6 +82,7 @@ class MeasureCoverage {
       if (ThreadIndex() < rows_) Store(ThreadIndex(), 1.0f);
       return;
     }
+    if (params_.is_measured != 0) return;
     LoadQueries();
     MarkExecuted();
     SeenMass masses[kRows];

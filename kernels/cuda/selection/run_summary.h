@@ -10,7 +10,7 @@ namespace pbs::cuda {
 
 // The beginning of the summary. After it follow, if the plan has them: BlockCounts
 // [num_heads]; int32 [num_order_heads, num_sequences], 1 where an order head fell back
-// to dense; CoverageParams::coverage.
+// to dense; CoverageParams::coverage; GuardParams::guarded.
 struct RunSummary {
   // Times of the device's clock in nanoseconds: begin of the first kernel, then the
   // times when keys were ordered and when tiles were complete.

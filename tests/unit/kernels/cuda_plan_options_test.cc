@@ -60,5 +60,21 @@ TEST(PlannedOptionsSpec, TheCorrectionGoesOnFromTheLseThatAttentionWrites) {
   EXPECT_EQ(wanted->correction.attention.lse, lse);
 }
 
+TEST(PlannedOptionsSpec, TheGuardTakesAFlagOfAHeadAndSequenceWhereBlocksAreSelected) {
+  const auto added = [](int32_t tokens, AttentionOptions options) {
+    options.coverage_rows = 8;
+    const auto free = MakeCudaPlan(Problem(tokens, options), kDevice);
+    options.coverage_min = 0.5f;
+    const auto guarded = MakeCudaPlan(Problem(tokens, options), kDevice);
+    EXPECT_TRUE(free.ok() && guarded.ok());
+    EXPECT_FALSE((*free)->guards());
+    EXPECT_EQ((*guarded)->guards(), (*guarded)->selects);
+    return (*guarded)->summary_bytes - (*free)->summary_bytes;
+  };
+  EXPECT_EQ(added(4096, {}), 256);  // 32 flags of four bytes
+  EXPECT_EQ(added(4096, {.method = Method::kMeanPooling}), 256);
+  EXPECT_EQ(added(256, {}), 0);  // every block is read
+}
+
 }  // namespace
 }  // namespace pbs::cuda

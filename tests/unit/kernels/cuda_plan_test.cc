@@ -59,14 +59,7 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{"method",
                     [](auto& p) { p.options = DefaultOptions(Method::kFlexPrefill); },
                     "method flexprefill is not supported by the cuda backend, which "
-                    "has dense, pbs, mean_pooling, xattention, prism, flashprefill"},
-        RefusedCase{"guard",
-                    [](auto& p) {
-                      p.options.coverage_rows = 4;
-                      p.options.coverage_min = 0.5f;
-                    },
-                    "coverage_min 0.500000 is not supported by the cuda backend, which "
-                    "has 0"}),
+                    "has dense, pbs, mean_pooling, xattention, prism, flashprefill"}),
     testing_support::CaseName());
 
 TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {
