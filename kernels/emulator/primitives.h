@@ -204,6 +204,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 inline float Max(float a, float b) { return std::fmax(a, b); }
 inline float Sqrt(float x) { return std::sqrt(x); }
 inline double Sqrt(double x) { return std::sqrt(x); }
+inline double Log(double x) { return std::log(x); }
 inline float Ceil(float x) { return std::ceil(x); }
 inline double Round(double x) { return std::nearbyint(x); }
 inline uint32_t FloatBits(float x) { return std::bit_cast<uint32_t>(x); }

@@ -122,8 +122,7 @@ TEST(CudaMatrixRowsSpec, AllThatTheBackendRefusesAreOfThese) {
   for (const MatrixMethod& method : testing_support::MatrixMethods()) {
     const AttentionOptions& options = method.options;
     EXPECT_EQ(planned.contains(method.name),
-              options.method != Method::kFlexPrefill &&
-                  options.method != Method::kMInference && !options.dense_fallback)
+              options.method != Method::kMInference && !options.dense_fallback)
         << method.name;
   }
 }

@@ -29,7 +29,7 @@ void Allow(const Values& values) {
                       static_cast<int64_t>(values.size() * sizeof(values[0])), true);
 }
 
-template <class Element>
+template <class Element, int kHeadDim>
 void Run(GoldenCase& golden, const AttentionProblem& problem,
          const AttentionTensors& tensors, AttentionReport* report) {
   const auto plan = cuda::MakeCudaPlan(problem, {});
@@ -37,7 +37,7 @@ void Run(GoldenCase& golden, const AttentionProblem& problem,
   golden.ForEachArray([](const void* data, int64_t bytes, bool written) {
     GlobalMemory::Allow(data, bytes, written);
   });
-  const PipelineRun<Element, 64> run(**plan, tensors, 1);
+  const PipelineRun<Element, kHeadDim> run(**plan, tensors, 1);
   ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
   ASSERT_TRUE(run.Report({.lists = true}, report).ok());
 }
@@ -45,9 +45,13 @@ void Run(GoldenCase& golden, const AttentionProblem& problem,
 void RunAny(GoldenCase& golden, const AttentionProblem& problem,
             const AttentionTensors& tensors, AttentionReport* report) {
   if (problem.dtype == DType::kF16) {
-    Run<cuda::F16Element>(golden, problem, tensors, report);
+    ASSERT_EQ(problem.shape.head_dim, 64);
+    Run<cuda::F16Element, 64>(golden, problem, tensors, report);
+  } else if (problem.shape.head_dim == 64) {
+    Run<cuda::Bf16Element, 64>(golden, problem, tensors, report);
   } else {
-    Run<cuda::Bf16Element>(golden, problem, tensors, report);
+    ASSERT_EQ(problem.shape.head_dim, 128);
+    Run<cuda::Bf16Element, 128>(golden, problem, tensors, report);
   }
 }
 
@@ -106,7 +110,7 @@ TEST(GoldenOnTheEmulatorSpec, MasksOfOtherMethodsAreThePublishedOnes) {
               testing_support::BlocksThatMayDiffer(golden));
     ++checked;
   }
-  EXPECT_EQ(checked, 4);
+  EXPECT_EQ(checked, 6);
 }
 
 TEST(GoldenOnTheEmulatorSpec, OutputsAreTheAuthorsGivenTheirOrderAndMask) {

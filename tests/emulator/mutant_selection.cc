@@ -153,13 +153,38 @@ std::vector<AttentionProblem> ProblemsOfMoreKernels() {
             .coverage_min = 0.5f}}};
 }
 
+// Heads by lines and by their block means.
+std::vector<AttentionProblem> FlexPrefillProblems() {
+  AttentionOptions lines = DefaultOptions(Method::kFlexPrefill);
+  lines.gamma = 0.9f;
+  lines.tau = 0;
+  lines.coverage_rows = 2;
+  AttentionOptions means = lines;
+  means.force_first_block = false;
+  means.gamma = 0.6f;
+  means.tau = 1;
+  std::vector<AttentionProblem> problems = {
+      // A chunk for each block of keys, and 60 queries in a tile of 128.
+      {{4, 1, 64, {{200, 500}, {60, 600}}}, DType::kBF16, lines},
+      {{2, 1, 64, {{900, 900}}}, DType::kBF16, means}};
+  // A last block of one key.
+  AttentionOptions either = lines;
+  either.tau = 0.3f;
+  problems.push_back({{4, 1, 64, {{513, 513}}}, DType::kBF16, either});
+  lines.permute = means.permute = true;
+  problems.push_back({{2, 1, 64, {{900, 1024}}}, DType::kBF16, lines});
+  problems.push_back({{4, 2, 64, {{700, 700}, {300, 1000}}}, DType::kBF16, means});
+  return problems;
+}
+
 }  // namespace
 }  // namespace pbs::emulator
 
 int main() {
   for (uint32_t seed : {1u, 2u}) {
     for (const auto& problems :
-         {pbs::emulator::Problems(), pbs::emulator::ProblemsOfMoreKernels()}) {
+         {pbs::emulator::Problems(), pbs::emulator::ProblemsOfMoreKernels(),
+          pbs::emulator::FlexPrefillProblems()}) {
       for (const pbs::AttentionProblem& problem : problems) {
         if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
       }

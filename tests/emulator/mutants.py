@@ -240,6 +240,12 @@ WRITE = "cuda/selection/write_list.h"
 MASS_CUT = "cuda/selection/mass_cut.h"
 STORE_THRESHOLDS = "cuda/selection/store_thresholds.h"
 ANTIDIAGONALS = "cuda/selection/select_antidiagonals.h"
+SLOT_KEYS = "cuda/selection/slot_keys.h"
+LINES = "cuda/selection/measure_lines.h"
+CHOOSE = "cuda/selection/choose_lines.h"
+GRID = "cuda/selection/select_grid.h"
+WITHIN = "cuda/selection/mass_within.h"
+BLOCK_VALUES = "cuda/tiles/block_values.h"
 BANDS = "cuda/selection/measure_bands.h"
 ROW_SCORES = "cuda/selection/select_rows.h"
 STORE = "cuda/selection/store_sequences.h"
@@ -313,7 +319,7 @@ SELECTION_MUTANTS = [
     ("columns_behind_the_row_seen", ANTIDIAGONALS, "row + 1 < candidates ? row + 1 : candidates", "candidates"),
     ("strided_rows_before_the_first_query", ANTIDIAGONALS, "(row + 1) * params_.stride > sequence_.query_offset &&", "true &&"),
     ("strided_rows_without_a_key", ANTIDIAGONALS, "row * params_.stride < sequence_.k_len", "true"),
-    ("keys_in_place_though_sorted", ANTIDIAGONALS, "if (params_.permutes == 0) {", "if (true) {"),
+    ("keys_in_place_though_sorted", SLOT_KEYS, "if (params.permutes == 0) {", "if (true) {"),
     ("tiles_overwritten_while_multiplied", ANTIDIAGONALS, "      SyncThreads();  // nobody reads the last tiles, or the pairs in their place\n", ""),
     ("tokens_of_others_not_awaited", ANTIDIAGONALS, "      CopyAsyncWait<0>();\n      SyncThreads();\n", "      CopyAsyncWait<0>();\n"),
     ("pairs_of_others_not_awaited", ANTIDIAGONALS, "    SyncThreads();\n    SumPairs(", "    SumPairs("),
@@ -325,6 +331,31 @@ SELECTION_MUTANTS = [
     ("mass_of_the_first_block_not_counted", ANTIDIAGONALS, "wanted -= TakeOut(masses, first);", "TakeOut(masses, first);"),
     ("first_block_counts_first_as_published", ANTIDIAGONALS, " && first != block && !lags", " && first != block"),
     ("one_block_more_forgotten", ANTIDIAGONALS, "return lags ? WithNext(", "return false ? WithNext("),
+    ("keys_behind_the_query_seen", LINES, "position > first_position + ProxyRow(t, r)", "position > first_position + kProxies"),
+    ("segment_of_the_first_query_unmasked", LINES, "if (segment_end <= first_position) return;", "if (segment_end <= sequence_.k_len) return;"),
+    ("keys_overwritten_by_shares", LINES, "      SyncThreads();  // nobody reads the keys, in whose place the shares are\n", ""),
+    ("shares_of_others_not_awaited", LINES, "      StoreShares(scores);\n      SyncThreads();\n", "      StoreShares(scores);\n"),
+    ("line_keys_overwritten_while_multiplied", LINES, "      SyncThreads();  // nobody reads the last keys, or the shares in their place\n", ""),
+    ("queries_that_are_missing_weigh", LINES, ".begin_row = kProxies - num_queries,", ".begin_row = 0,"),
+    ("diagonals_of_the_first_tile", LINES, "AddDiagonal(key, ThreadIndex());", "AddDiagonal(0, ThreadIndex());"),
+    ("long_diagonals_alone", LINES, "ThreadIndex() + kScoredKeys < kTileDiagonals", "false"),
+    ("diagonals_of_the_chunk_before_lost", CHOOSE, " + Rest(x / keys - 1, x % keys)", ""),
+    ("estimate_of_the_first_queries", CHOOSE, "head_, sequence_.q_len - rows)", "head_, 0)"),
+    ("one_line_less_than_blocks", CHOOSE, "(count + 1) / kBlockTokens) + 1", "(count + 1) / kBlockTokens)"),
+    ("diagonals_taken_for_distances", CHOOSE, "blocks_ - 1 - j", "j"),
+    ("short_block_of_keys_as_a_whole_one", GATHER, "params_.pools_by_length != 0 ?", "false ?"),
+    ("distances_of_the_first_query_block", GRID, "sequence_.first_query_block + row - block", "row > block ? row - block : 0"),
+    ("grid_of_the_first_row", GRID, "this->first_row_ + row,", "this->first_row_,"),
+    ("gaps_of_the_grid_unwritten", GRID, "j < end; j += 32", "j < candidates; j += 32"),
+    ("rows_without_candidates_have_mass", GRID, "return sequence_.num_query_blocks - rows;", "return sequence_.num_query_blocks;"),
+    ("probabilities_that_do_not_sum_to_one", GRID, "LoadShared(weights + j) / sum", "LoadShared(weights + j)"),
+    ("cut_of_the_first_head", GRID, "params_.lines.cuts + head_ * params_.num_sequences +", "params_.lines.cuts +"),
+    ("digit_of_two_for_three", WITHIN, "sums[2] > mass ? 3", "sums[2] > mass ? 2"),
+    ("values_of_other_threads", WITHIN, "first + i * kThreads", "first + i"),
+    ("values_of_other_warps_not_awaited", BLOCK_VALUES, "    SyncThreads();\n", ""),
+    ("values_overwritten_while_read", BLOCK_VALUES, "    turn_ ^= 1;\n", ""),
+    ("values_of_one_warp", BLOCK_VALUES, "warp < kWarps; ++warp", "warp < 1; ++warp"),
+    ("counts_of_one_lane", MASS_CUT, "return SumOfWarp(found);", "return found;"),
     ("squares_of_one_warp_of_bands", BANDS, "warp < kWarps; ++warp", "warp < 1; ++warp"),
     ("squares_of_bands_not_awaited", BANDS, "    SyncThreads();\n", ""),
     ("squares_of_the_fast_pairs_for_both", BANDS, "const PairBand& pairs = params_.bands[band]", "const PairBand& pairs = params_.bands[1]"),

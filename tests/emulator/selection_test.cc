@@ -88,7 +88,7 @@ TEST(MeansSpec, AreSumsInAFixedOrder) {
 
 // What selection leaves of one sequence.
 struct Selected {
-  std::vector<float> importance, key_means, query_means;
+  std::vector<float> importance, key_means, query_means, columns, diagonals;
   std::vector<int32_t> order;
   std::vector<std::vector<uint16_t>> lists;
 
@@ -129,6 +129,12 @@ Selected WhatIsLeftOf(int32_t sequence, const cuda::CudaAttentionPlan& plan,
            int64_t{s.num_query_blocks} * g.num_heads * g.head_dim);
   }
   for (int32_t head = 0; head < g.num_heads; ++head) {
+    if (plan.total_line_chunks > 0) {
+      const int64_t first = head * g.total_slots + s.slot_begin;
+      append(selected.columns, At<float>(workspace, plan.columns_at) + first, s.k_len);
+      append(selected.diagonals, At<float>(workspace, plan.diagonals_at) + first,
+             s.k_len);
+    }
     for (int32_t i = 0; i < s.num_query_blocks; ++i) {
       const auto list = report.lists.View().Row(g.ListRow(sequence, head, i));
       selected.lists.emplace_back(list.begin(), list.end());
@@ -183,7 +189,12 @@ TEST(IsolationSpec, BadRowsOfANeighbourChangeNoBitOfWhatIsSelected) {
   const AttentionOptions pooling = {.method = Method::kMeanPooling, .threshold = 0.4f};
   const AttentionOptions prism = {.method = Method::kPrism, .threshold = 0.4f};
   const AttentionOptions rows = {.method = Method::kFlashPrefill, .alpha = 0.9f};
-  for (const AttentionOptions& options : {pbs, query_heads, pooling, prism, rows}) {
+  const AttentionOptions lines = {
+      .method = Method::kFlexPrefill, .gamma = 0.5f, .tau = 0};
+  AttentionOptions grid = lines;
+  grid.tau = 1;
+  for (const AttentionOptions& options :
+       {pbs, query_heads, pooling, prism, rows, lines, grid}) {
     const AttentionProblem problem = {{2, 1, 64, sequences}, DType::kBF16, options};
     for (const Layout layout : {Layout::kPacked, Layout::kStrided}) {
       SCOPED_TRACE(testing::Message()

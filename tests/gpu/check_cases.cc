@@ -41,6 +41,7 @@ AttentionOptions SparseOptions(Method method, float share) {
   if (HasOption(method, "threshold")) options.threshold = share;
   // Scores of normal values lie close together.
   if (HasOption(method, "alpha")) options.alpha = 1 - 0.03f * share;
+  if (HasOption(method, "gamma")) options.gamma = share;
   return options;
 }
 
@@ -112,6 +113,7 @@ Case RandomCase(uint32_t seed) {
   options = SparseOptions(method, pick(0.2f, 0.7f, 0.95f, 1.0f));
   if (HasOption(method, "permute")) options.permute = pick(true, false);
   if (HasOption(method, "stride")) options.stride = pick(2, 8, 16, 64);
+  if (HasOption(method, "tau")) options.tau = pick(0.0f, 0.1f, 1.0f);
   if (Permutes(options)) {
     options.scope = pick(Scope::kKvHead, Scope::kQueryHead);
     options.segment_size = pick(128, 256, 384, 1024);

@@ -77,9 +77,9 @@ def corrected(registers: tuple[int, int, int, int]) -> dict[int, Expected]:
 # the first is stored.
 GATHERED = {
     64: Expected({"STG.E.128": 16}, registers=72, under_way=(8, 8)),
-    96: Expected({"STG.E.128": 12}, registers=76, under_way=(6, 6)),
+    96: Expected({"STG.E.128": 12}, registers=77, under_way=(6, 6)),
     128: Expected({"STG.E.128": 16}, registers=78, under_way=(8, 8)),
-    256: Expected({"STG.E.128": 16}, registers=91, under_way=(8, 8)),
+    256: Expected({"STG.E.128": 16}, registers=95, under_way=(8, 8)),
 }
 POOLED = {
     64: Expected({}, registers=86, under_way=(8,)),
@@ -103,10 +103,17 @@ MEANS = {
     128: Expected({}, registers=94, under_way=(8,)),
     256: Expected({}, registers=108, under_way=(8,)),
 }
+# The same products; two thread blocks to a multiprocessor at head dim 256.
+SHARED_LINES = {**SCORED, 256: dataclasses.replace(SCORED[256], registers=180)}
 # Registers of the kernels that are not counted, at most, on either architecture.
 OTHERS = {
     "StoreSequences": 36,
     "WeighProxies": 56,
+    "WeighLines": 56,
+    "ChooseLines": 64,
+    "ScoreGrid": 96,
+    "CutGrid": 62,
+    "WriteLines": 64,
     "SortSegments": 40,
     "MeasureBands": 64,
     "SplitMeans": 32,
@@ -131,7 +138,9 @@ AROUND_ATTENTION = {
     "SelectAntidiagonals": STRIDED,
     "SelectRows": SCORED,
     "ShareImportance": SCORED,
+    "ShareLines": SHARED_LINES,
     "SumChunks": SCORED,
+    "SumLines": SCORED,
 }
 UNITS = [
     # A block has head_dim / 16 products for scores and 8 for values; first, masked and

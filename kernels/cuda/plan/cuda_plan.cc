@@ -69,6 +69,12 @@ int64_t ScorerSharedBytes(const CudaAttentionPlan& plan) {
       return RowsSharedBytes(head_dim, plan.logit_stride);
     case Scorer::kAntidiagonal:
       return AntidiagonalSharedBytes(head_dim, plan.group_blocks, plan.logit_stride);
+    case Scorer::kLines:
+      return std::max(ChooseLinesSharedBytes(plan.logit_stride, head_dim),
+                      plan.has_grid()
+                          ? SelectionSharedBytes(plan.group_blocks, plan.logit_stride,
+                                                 head_dim, /*num_bands=*/1)
+                          : 0);
     default:
       return SelectionSharedBytes(plan.group_blocks, plan.logit_stride, head_dim,
                                   plan.num_bands());
@@ -143,16 +149,34 @@ void MakeRecords(CudaAttentionPlan& plan) {
     record.tile_begin = tiles;
     tiles += TilesOf(plan, s);
     record.coverage_begin = plan.coverage_groups;
+    record.line_chunk_begin = plan.total_line_chunks;
     plan.sequences.push_back(record);
     plan.total_key_blocks += s.num_key_blocks;
     plan.total_query_blocks += s.num_query_blocks;
     plan.total_chunks += CeilDiv(record.scored_blocks, plan.chunk_blocks);
     plan.total_segments += segments;
     plan.total_groups += sparse ? CeilDiv(s.num_query_blocks, plan.group_blocks) : 0;
+    plan.total_line_chunks +=
+        plan.scorer == Scorer::kLines ? LineChunks(record, plan.chunk_blocks) : 0;
     const int32_t sampled =
         SampledRows(plan.problem.options.coverage_rows, record.q_len);
     plan.coverage_groups += sparse ? CeilDiv(sampled, kCoverageRowsTogether) : 0;
   }
+}
+
+void PlaceLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
+  const AttentionGeometry& g = plan.geometry;
+  const int64_t heads = plan.scorer == Scorer::kLines ? g.num_heads : 0;
+  const int64_t with_grid = plan.has_grid() ? 1 : 0;
+  const int64_t blocks = heads * plan.total_key_blocks;
+  const int64_t sequences = heads * static_cast<int64_t>(plan.sequences.size());
+  plan.columns_at = layout.Add<float>(blocks * kBlockTokens);
+  plan.diagonals_at = layout.Add<float>(blocks * kBlockTokens);
+  plan.rest_at = layout.Add<float>(heads * plan.total_line_chunks * kProxies);
+  plan.kept_lines_at = layout.Add<uint8_t>(2 * blocks);
+  plan.by_grid_at = layout.Add<int32_t>(sequences);
+  plan.grid_at = layout.Add<float>(with_grid * g.total_entries);
+  plan.grid_cuts_at = layout.Add<GridCut>(with_grid * sequences);
 }
 
 void PlaceRegions(CudaAttentionPlan& plan) {
@@ -189,8 +213,11 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   plan.permuted_v_at = layout.Add<uint16_t>(moved * order_heads * slots * g.head_dim);
   plan.memory.packed_bytes = layout.TakePart();
 
-  const int64_t chunk_rows = scored * g.num_heads * plan.total_chunks * kProxies;
-  const int64_t proxy_rows = scored * g.num_heads * num_sequences * kProxies;
+  // Scores of keys for their order, then those for their lines.
+  const int64_t chunk_rows = int64_t{g.num_heads} * kProxies *
+                             std::max(plan.total_chunks, plan.total_line_chunks);
+  const int64_t proxy_rows =
+      chunk_rows > 0 ? g.num_heads * num_sequences * kProxies : 0;
   plan.chunk_max_at = layout.Add<float>(chunk_rows);
   plan.chunk_sum_at = layout.Add<float>(chunk_rows);
   plan.proxy_shift_at = layout.Add<float>(proxy_rows);
@@ -215,6 +242,7 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   plan.means_at = layout.Add<uint16_t>(corrected * kMeanOperands * read_heads *
                                        g.head_dim * plan.total_key_blocks);
   plan.lse_at = layout.Add<float>(corrected * g.num_heads * g.total_q);
+  PlaceLines(plan, layout);
   plan.memory.pooled_bytes = layout.TakePart();
   plan.workspace_bytes = layout.bytes();
 }

@@ -21,8 +21,8 @@ namespace pbs::cuda {
 
 inline constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
 inline constexpr std::array kCudaMethods = {
-    Method::kDense,      Method::kPbs,   Method::kMeanPooling,
-    Method::kXAttention, Method::kPrism, Method::kFlashPrefill};
+    Method::kDense,       Method::kPbs,   Method::kMeanPooling, Method::kXAttention,
+    Method::kFlexPrefill, Method::kPrism, Method::kFlashPrefill};
 
 // Facts about the plan's device, and choices for it.
 struct DeviceTraits {
@@ -54,7 +54,8 @@ struct CudaAttentionPlan final : AttentionPlan {
   int32_t total_chunks = 0;
   int32_t total_segments = 0;
   int32_t total_groups = 0;
-  int32_t coverage_groups = 0;  // groups of sampled rows; 0: coverage is not measured
+  int32_t total_line_chunks = 0;  // of all key blocks (measure_lines.h)
+  int32_t coverage_groups = 0;    // groups of sampled rows; 0: coverage is not measured
   int32_t longest_list = 0;
   bool one_section = false;  // all tiles in one section (order_tiles.h)
   int32_t tile_rows = kTileRows;
@@ -84,6 +85,13 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t band_divisors_at = 0;
   int64_t mean_rows_at = 0;
   int64_t head_thresholds_at = 0;  // with thresholds_by_head()
+  int64_t columns_at = 0;
+  int64_t diagonals_at = 0;
+  int64_t rest_at = 0;
+  int64_t kept_lines_at = 0;
+  int64_t by_grid_at = 0;
+  int64_t grid_at = 0;
+  int64_t grid_cuts_at = 0;
   int64_t counts_at = 0;
   int64_t entries_at = 0;
   int64_t tiles_at = 0;
@@ -92,7 +100,14 @@ struct CudaAttentionPlan final : AttentionPlan {
 
   // Query blocks are scored by their means.
   bool needs_pooled_queries() const {
-    return selects && (scorer == Scorer::kMeans || scorer == Scorer::kBands);
+    return selects &&
+           (scorer == Scorer::kMeans || scorer == Scorer::kBands || has_grid());
+  }
+  // Heads may keep the largest probabilities of block means (select_grid.h). No
+  // distance is below 0.
+  bool has_grid() const {
+    return scorer == Scorer::kLines && problem.options.tau > 0 &&
+           !SelectsEveryBlock(problem.options);
   }
   int num_bands() const { return scorer == Scorer::kBands ? kBands : 1; }
   bool may_fall_back() const { return problem.options.dense_fallback && selects; }

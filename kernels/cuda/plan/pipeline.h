@@ -7,14 +7,17 @@
 #include "cuda/attention/pool_means.h"
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/primitives/primitives.h"
+#include "cuda/selection/choose_lines.h"
 #include "cuda/selection/gather_keys.h"
 #include "cuda/selection/guard_heads.h"
 #include "cuda/selection/measure_bands.h"
 #include "cuda/selection/measure_coverage.h"
+#include "cuda/selection/measure_lines.h"
 #include "cuda/selection/order_tiles.h"
 #include "cuda/selection/score_keys.h"
 #include "cuda/selection/select_antidiagonals.h"
 #include "cuda/selection/select_blocks.h"
+#include "cuda/selection/select_grid.h"
 #include "cuda/selection/select_rows.h"
 #include "cuda/selection/sort_segments.h"
 #include "cuda/selection/store_sequences.h"
@@ -40,6 +43,33 @@ void EnqueueSelectBlocks(const CudaAttentionPlan& plan, const SelectionParams& p
     many ? enqueue.template operator()<kGroupBlocksMax, 1>()
          : enqueue.template operator()<kGroupBlocksMin, 1>();
   }
+}
+
+template <class Element, int kHeadDim, class Launcher>
+void EnqueueSelectLines(const CudaAttentionPlan& plan, const SelectionParams& params,
+                        Launcher& launch) {
+  const int64_t heads = params.num_heads;
+  const int64_t chunks = heads * params.lines.total_chunks;
+  const int64_t bytes = LinesSharedBytes(kHeadDim, params.chunk_blocks);
+  launch.template Run<SumLines<Element, kHeadDim>>(chunks, bytes, params);
+  launch.template Run<WeighLines>(heads * params.num_sequences * WeighProxies::kParts,
+                                  WeighProxies::kSharedBytes, params);
+  launch.template Run<ShareLines<Element, kHeadDim>>(chunks, bytes, params);
+  launch.template Run<ChooseLines<Element>>(
+      heads * params.num_sequences,
+      ChooseLinesSharedBytes(params.logit_stride, params.head_dim), params);
+  if (plan.has_grid()) {
+    const auto score = [&]<int kRows>() {
+      launch.template Run<ScoreGrid<Element, kRows>>(
+          heads * params.total_groups,
+          SelectionSharedBytes(kRows, params.logit_stride, params.head_dim, 1), params);
+    };
+    plan.group_blocks == kGroupBlocksMax ? score.template operator()<kGroupBlocksMax>()
+                                         : score.template operator()<kGroupBlocksMin>();
+    launch.template Run<CutGrid>(heads * params.num_sequences, CutGrid::kSharedBytes,
+                                 params);
+  }
+  launch.template Run<WriteLines>(heads * params.total_groups, 0, params);
 }
 
 template <class Launcher>
@@ -137,6 +167,8 @@ void EnqueueSelection(const CudaAttentionPlan& plan, const SelectionParams& para
         heads * params.total_groups,
         AntidiagonalSharedBytes(kHeadDim, params.group_blocks, params.logit_stride),
         params);
+  } else if (plan.scorer == Scorer::kLines) {
+    EnqueueSelectLines<Element, kHeadDim>(plan, params, launch);
   } else {
     EnqueueSelectBlocks<Element>(plan, params, launch);
   }

@@ -112,12 +112,29 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.own_has_mass = Permutes(options) ? 0 : 1;
   s.permutes = plan.permutes ? 1 : 0;
   s.pools = plan.selects ? 1 : 0;
+  s.pools_by_length = plan.scorer == Scorer::kLines ? 1 : 0;
   s.key_rounding = RoundingTo(ScoreRoundingOf(plan.problem));
   s.block_rounding = RoundingTo(BlockScoreRoundingOf(plan.problem));
   if (options.use_given_order) {
     s.given_order = static_cast<const int32_t*>(tensors.order.data);
     s.given_order_strides = StridesOf(tensors.order.layout);
   }
+}
+
+void SetLines(const CudaAttentionPlan& plan, const Placer& at, LineParams& lines) {
+  const AttentionOptions& options = plan.problem.options;
+  lines.total_chunks = plan.total_line_chunks;
+  lines.has_grid = plan.has_grid() ? 1 : 0;
+  lines.gamma = options.gamma;
+  lines.tau = options.tau;
+  lines.zero_is_far = options.as_published ? 1 : 0;
+  at(lines.columns, plan.columns_at);
+  at(lines.diagonals, plan.diagonals_at);
+  at(lines.rest, plan.rest_at);
+  at(lines.kept, plan.kept_lines_at);
+  at(lines.by_grid, plan.by_grid_at);
+  at(lines.grid, plan.grid_at);
+  at(lines.cuts, plan.grid_cuts_at);
 }
 
 void PlaceSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
@@ -300,6 +317,7 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   at(run.summary, plan.summary_at);
   SetSelection(plan, tensors, run.selection);
   PlaceSelection(plan, tensors, at, run.selection);
+  SetLines(plan, at, run.selection.lines);
   SetTileOrder(plan, tensors, at, run);
   SetAttention(plan, tensors, run);
   SetCorrection(plan, at, run);

@@ -176,6 +176,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 PBS_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
 PBS_DEVICE float Sqrt(float x) { return sqrtf(x); }
 PBS_DEVICE double Sqrt(double x) { return sqrt(x); }
+PBS_DEVICE double Log(double x) { return log(x); }
 PBS_DEVICE float Ceil(float x) { return ceilf(x); }
 // To the nearest integer, ties to even.
 PBS_DEVICE double Round(double x) { return rint(x); }

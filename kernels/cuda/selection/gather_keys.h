@@ -59,7 +59,7 @@ class GatherKeys {
       StoreGlobal(params_.pooled_keys +
                       (int64_t{head_} * kHeadDim + column) * params_.total_key_blocks +
                       block_,
-                  mean);
+                  params_.pools_by_length != 0 ? mean * WholeOverOwnLength() : mean);
     });
   }
 
@@ -70,6 +70,12 @@ class GatherKeys {
         [&](int row, int, int piece, const Words4& values) {
           Store(params_.permuted_v, row, piece, values);
         });
+  }
+
+  PBS_DEVICE float WholeOverOwnLength() const {
+    const int left =
+        sequence_.k_len - (block_ - sequence_.key_block_begin) * kBlockTokens;
+    return left < kBlockTokens ? kBlockTokens / static_cast<float>(left) : 1.0f;
   }
 
   // True when the positions of the block's slots are already sorted.

@@ -9,6 +9,7 @@
 
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/selection_params.h"
+#include "cuda/tiles/warp_sums.h"
 
 namespace pbs::cuda {
 
@@ -58,6 +59,25 @@ PBS_DEVICE MassCut CutByMass(const float* weights, int count, float wanted,
   const float missing = wanted - MassFrom(weights, count, least + 1);
   const int ties = static_cast<int>(Ceil(missing / BitsToFloat(least)));
   return {least, ties < 1 ? 1 : ties};
+}
+
+// The `wanted` largest weights; of equal ones the first.
+PBS_DEVICE MassCut CutByCount(const float* weights, int count, int wanted) {
+  if (wanted >= count) return SelectsAll();
+  const auto num_from = [&](uint32_t bits) {
+    int found = 0;
+    for (int i = ThreadIndex() % 32; i < count; i += 32) {
+      found += FloatBits(LoadShared(weights + i)) >= bits ? 1 : 0;
+    }
+    return SumOfWarp(found);
+  };
+  uint32_t least = 0;
+  uint32_t above = kInfinityBits + 1;
+  while (above - least > 1) {
+    const uint32_t middle = least + (above - least) / 2;
+    (num_from(middle) >= wanted ? least : above) = middle;
+  }
+  return {least, wanted - num_from(least + 1)};
 }
 
 // Whether a weight is selected, if it is a candidate. To be called for neighbouring

@@ -152,6 +152,15 @@ struct SumChunks {
   }
 };
 
+// Where the sums of a sequence's chunks are, and which rows of their tiles are queries.
+struct SummedChunks {
+  int64_t first;  // chunk, of all heads
+  int count;
+  int begin_row;
+  int end_row;
+  int mean_of;  // what the weight is divided by
+};
+
 // Grid [num_heads, num_sequences, kParts], 512 threads. Each lane has a proxy, and each
 // warp every 16th chunk. Dynamic shared memory: kSharedBytes.
 class WeighProxies {
@@ -163,40 +172,45 @@ class WeighProxies {
 
   PBS_DEVICE static void Run(const SelectionParams& params) {
     const GridPlace place = PlaceInGrid(params.num_sequences * kParts);
-    const int index = place.item / kParts;
-    const SequenceRecord s = LoadGlobal(params.sequences + index);
-    const int chunks =
-        (s.scored_blocks + params.chunk_blocks - 1) / params.chunk_blocks;
-    if (chunks == 0) return;
+    const SequenceRecord s = LoadGlobal(params.sequences + place.item / kParts);
+    const int num_proxies = s.q_len < kProxies ? s.q_len : kProxies;
+    Weigh(params, place,
+          {.first = int64_t{place.head} * params.total_chunks + s.chunk_begin,
+           .count = (s.scored_blocks + params.chunk_blocks - 1) / params.chunk_blocks,
+           .begin_row = 0,
+           .end_row = num_proxies,
+           .mean_of = num_proxies * Members(params)});
+  }
+
+  PBS_DEVICE static void Weigh(const SelectionParams& params, const GridPlace& place,
+                               const SummedChunks& chunks) {
+    if (chunks.count == 0) return;
     const int warp = ThreadIndex() / 32;
-    const int proxy = place.item % kParts * 32 + ThreadIndex() % 32;
-    const int64_t at =
-        (int64_t{place.head} * params.total_chunks + s.chunk_begin) * kProxies + proxy;
+    const int row = place.item % kParts * 32 + ThreadIndex() % 32;
+    const int64_t at = chunks.first * kProxies + row;
     float top = -kInfinity;
-    for (int i = warp; i < chunks; i += kWarps) {
+    for (int i = warp; i < chunks.count; i += kWarps) {
       top = Max(top, LoadGlobal(params.chunk_max + at + i * kProxies));
     }
     auto* tops = reinterpret_cast<float*>(SharedMemory());
     top = OfAllWarps(tops, top, [](float a, float b) { return Max(a, b); });
     float sum = 0;
-    for (int i = warp; i < chunks; i += kWarps) {
+    for (int i = warp; i < chunks.count; i += kWarps) {
       sum += LoadGlobal(params.chunk_sum + at + i * kProxies) *
              Exp2(LoadGlobal(params.chunk_max + at + i * kProxies) - top);
     }
     sum = OfAllWarps(tops + kThreads, sum, [](float a, float b) { return a + b; });
     if (warp != 0) return;
-    const int num_proxies = s.q_len < kProxies ? s.q_len : kProxies;
-    const bool counts = proxy < num_proxies;
+    const bool counts = row >= chunks.begin_row && row < chunks.end_row;
     // Comparisons with NaN are false.
     const bool finite = top > -kInfinity && top < kInfinity && sum < kInfinity;
     if (counts && !finite) StoreGlobal(params.non_finite, 1);
     const int64_t target =
-        (int64_t{place.head} * params.num_sequences + index) * kProxies + proxy;
-    StoreGlobal(params.proxy_shift + target, top);
+        (int64_t{place.head} * params.num_sequences + place.item / kParts) * kProxies +
+        row;
+    StoreGlobal(params.proxy_shift + target, counts ? top : 0.0f);
     StoreGlobal(params.proxy_weight + target,
-                counts
-                    ? 1.0f / (sum * static_cast<float>(num_proxies * Members(params)))
-                    : 0.0f);
+                counts ? 1.0f / (sum * static_cast<float>(chunks.mean_of)) : 0.0f);
   }
 
  private:

@@ -16,6 +16,7 @@
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/mass_cut.h"
 #include "cuda/selection/sequences.h"
+#include "cuda/selection/slot_keys.h"
 #include "cuda/selection/stamp_time.h"
 #include "cuda/selection/write_list.h"
 #include "cuda/tiles/online_softmax.h"
@@ -125,25 +126,11 @@ class SelectAntidiagonals {
         params_.q.strides.row * stride, query < 0 ? (stride - 1 - query) / stride : 0,
         (sequence_.q_len - query + stride - 1) / stride);
     const int key = column * stride + token;
-    s_.k.template Load<kThreads>(Keys() + key * KeyStride(), KeyStride() * stride, 0,
-                                 (sequence_.k_len - key + stride - 1) / stride);
+    const SlotKeys keys =
+        SlotKeysOf(params_, sequence_, sequence_index_, head_ / Members(params_));
+    s_.k.template Load<kThreads>(keys.first + key * keys.stride, keys.stride * stride,
+                                 0, (sequence_.k_len - key + stride - 1) / stride);
     CopyAsyncCommit();
-  }
-
-  // Slot 0 of the sequence in the head that is read.
-  PBS_DEVICE const uint16_t* Keys() const {
-    const int order_head = head_ / Members(params_);
-    if (params_.permutes == 0) {
-      return params_.k.data +
-             params_.k.strides.Offset(sequence_index_, sequence_.k_begin,
-                                      KvHeadOfOrder(params_, order_head), 0);
-    }
-    return params_.permuted_k + (int64_t{order_head} * params_.total_key_blocks +
-                                 sequence_.key_block_begin) *
-                                    kBlockTokens * kHeadDim;
-  }
-  PBS_DEVICE int64_t KeyStride() const {
-    return params_.permutes != 0 ? kHeadDim : params_.k.strides.row;
   }
 
   // Scores of all rows with kScoredKeys columns; -inf where a row does not see one.

@@ -28,7 +28,7 @@ class SelectBlocks {
     SelectBlocks(params, PlaceInGrid(params.total_groups)).Run();
   }
 
- private:
+ protected:
   PBS_DEVICE SelectBlocks(const SelectionParams& params, const GridPlace& place)
       : params_(params),
         head_(place.head),
@@ -43,21 +43,8 @@ class SelectBlocks {
 
   PBS_DEVICE void Run() {
     if (sequence_.sparse == 0) return;
-    const int left = sequence_.num_query_blocks - first_row_;
-    const int rows = left < kRows ? left : kRows;
-    const int64_t stride = int64_t{params_.num_heads} * params_.head_dim;
-    const float* source = params_.pooled_queries +
-                          (sequence_.query_block_begin + first_row_) * stride +
-                          head_ * params_.head_dim;
-    // [head_dim, kRows], so that one load reads a column.
-    for (int i = ThreadIndex(); i < kRows * params_.head_dim; i += kThreads) {
-      const int row = i / params_.head_dim;
-      const int column = i % params_.head_dim;
-      const float mean = row < rows ? LoadGlobal(source + row * stride + column) : 0.0f;
-      StoreShared(
-          queries_ + column * kRows + row,
-          params_.block_rounding == ScoreRounding::kNone ? mean : Element::Round(mean));
-    }
+    const int rows = NumRows();
+    LoadQueries(rows);
     PBS_UNROLL
     for (int band = 0; band < kNumBands; ++band) {
       SyncThreads();  // queries are there, and nobody reads the last band's weights
@@ -71,6 +58,28 @@ class SelectBlocks {
           Write(row, cut);
         }
       }
+    }
+  }
+
+  // Query blocks of the group.
+  PBS_DEVICE int NumRows() const {
+    const int left = sequence_.num_query_blocks - first_row_;
+    return left < kRows ? left : kRows;
+  }
+
+  // Means of the query blocks, [head_dim, kRows], so that one load reads a column.
+  PBS_DEVICE void LoadQueries(int rows) {
+    const int64_t stride = int64_t{params_.num_heads} * params_.head_dim;
+    const float* source = params_.pooled_queries +
+                          (sequence_.query_block_begin + first_row_) * stride +
+                          head_ * params_.head_dim;
+    for (int i = ThreadIndex(); i < kRows * params_.head_dim; i += kThreads) {
+      const int row = i / params_.head_dim;
+      const int column = i % params_.head_dim;
+      const float mean = row < rows ? LoadGlobal(source + row * stride + column) : 0.0f;
+      StoreShared(
+          queries_ + column * kRows + row,
+          params_.block_rounding == ScoreRounding::kNone ? mean : Element::Round(mean));
     }
   }
 

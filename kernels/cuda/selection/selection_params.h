@@ -38,10 +38,11 @@ struct SequenceRecord {
   int32_t segment_begin;      // sorted whole segments
   // Groups of query blocks, whose lists one thread block makes
   int32_t group_begin;
-  int32_t scored_blocks;   // key blocks of whole segments; 0: order not computed
-  int32_t sparse;          // 0: runs dense for any options
-  int32_t tile_begin;      // tiles of attention, one head
-  int32_t coverage_begin;  // groups of sampled rows (coverage_params.h)
+  int32_t scored_blocks;     // key blocks of whole segments; 0: order not computed
+  int32_t sparse;            // 0: runs dense for any options
+  int32_t tile_begin;        // tiles of attention, one head
+  int32_t coverage_begin;    // groups of sampled rows (coverage_params.h)
+  int32_t line_chunk_begin;  // chunks of key blocks, all of them (measure_lines.h)
 };
 
 // A band of rotary pairs: pairs [begin, end). Pair p has the columns p and p + head_dim
@@ -55,6 +56,38 @@ constexpr int kMeanParts = 2;  // of the mean of a key block (select_rows.h)
 
 // Rounding of intermediate scores (pbs/attention.h, Scope::kQueryHead).
 enum class ScoreRounding : int32_t { kNone, kInputDType };
+
+// Kept are probabilities above `least`, and those equal to it before place `end`.
+struct GridCut {
+  int64_t end;     // in the grid of all heads
+  uint32_t least;  // bits
+  int32_t padding;
+};
+
+// The lines of flexprefill: columns are key slots, diagonals distances between query
+// and key. Diagonal x is the distance k_len - 1 - x. Arrays by key block have those of
+// all sequences side by side.
+struct LineParams {
+  int32_t total_chunks;  // of chunk_blocks key blocks
+  int32_t has_grid;      // heads may select by block means
+  float gamma;
+  float tau;
+  int32_t zero_is_far;  // as published, a block without mass makes the distance NaN
+
+  // [num_heads, total_key_blocks, 128] mean probability of each key slot and diagonal.
+  float* columns;
+  float* diagonals;
+  float* rest;  // [num_heads, total_chunks, 128] of diagonals behind the chunk's keys
+
+  // What a head keeps: [num_heads, 2, total_key_blocks] block columns and block
+  // distances; [num_heads, num_sequences] whether it also keeps blocks of its grid.
+  uint8_t* kept;
+  int32_t* by_grid;
+  // Probabilities of block means, by EntryOffset(), and which of them are kept:
+  // [num_heads, num_sequences].
+  float* grid;
+  GridCut* cuts;
+};
 
 struct SelectionParams {
   const SequenceRecord* sequences;
@@ -85,12 +118,16 @@ struct SelectionParams {
   int32_t zero_rows;     // rows of zeros fill a short query block (select_rows.h)
   int32_t stride;        // tokens of a strided row (select_antidiagonals.h)
   int32_t lags;          // rows of the first chunk keep one block more, as published
+  LineParams lines;      // flexprefill
   // Blocks that are read whatever their scores are (pbs/attention_options.h).
   int32_t dense_tail_blocks;
   int32_t sink_blocks;
   int32_t window_blocks;
   int32_t permutes;  // keys and values are gathered; else they are read in place
   int32_t pools;     // block means of keys are computed
+  // The sum of a short block of keys is divided by its length, not by that of a whole
+  // block.
+  int32_t pools_by_length;
   ScoreRounding key_rounding;    // of the scores of keys
   ScoreRounding block_rounding;  // of block means and of their scores
 
@@ -98,9 +135,9 @@ struct SelectionParams {
   const int32_t* given_order;  // null: none
   RowStrides given_order_strides;
 
-  // Scores. Chunks: [num_heads, total_chunks, kProxies] largest logit and sum. Proxies:
-  // [num_heads, num_sequences, kProxies] shift and weight. Keys: [num_order_heads,
-  // total_key_blocks, 128] importance.
+  // Scores. Chunks: [num_heads, total_chunks, kProxies] largest logit and sum, later
+  // the same of lines.total_chunks. Proxies: [num_heads, num_sequences, kProxies] shift
+  // and weight. Keys: [num_order_heads, total_key_blocks, 128] importance.
   float* chunk_max;
   float* chunk_sum;
   float* proxy_shift;
@@ -159,12 +196,32 @@ PBS_HOST_DEVICE constexpr int64_t AntidiagonalSharedBytes(int head_dim,
   return int64_t{kStridedRows + kScoredKeys} * head_dim * 2 +
          int64_t{group_blocks} * logit_stride * 4;
 }
+constexpr int kSharesPitch = kScoredKeys + 1;  // of a row of probabilities
+// Bytes of shared memory of measure_lines.h: queries, and keys or their probabilities;
+// diagonals of chunks of `chunk_blocks` key blocks.
+PBS_HOST_DEVICE constexpr int64_t LinesSharedBytes(int head_dim, int chunk_blocks) {
+  const int64_t keys = int64_t{kScoredKeys} * head_dim * 2;
+  const int64_t shares = int64_t{kProxies} * kSharesPitch * 4;
+  return int64_t{kProxies} * head_dim * 2 + (keys > shares ? keys : shares) +
+         int64_t{chunk_blocks + 1} * kBlockTokens * 4;
+}
+// Bytes of shared memory of choose_lines.h: masses of block columns, of block distances
+// and of the estimate; a mean query; sums by warp.
+constexpr int kBlockValuesBytes = 2 * 16 * 3 * 8;
+PBS_HOST_DEVICE constexpr int64_t ChooseLinesSharedBytes(int logit_stride,
+                                                         int head_dim) {
+  return kBlockValuesBytes + (int64_t{3} * logit_stride + head_dim) * 4;
+}
 // Query heads per KV head, and per order head.
 PBS_HOST_DEVICE constexpr int GroupSize(const SelectionParams& params) {
   return params.num_heads / params.num_kv_heads;
 }
 PBS_HOST_DEVICE constexpr int Members(const SelectionParams& params) {
   return params.num_heads / params.num_order_heads;
+}
+// Chunks of all key blocks of a sequence whose lines are measured.
+PBS_HOST_DEVICE constexpr int LineChunks(const SequenceRecord& s, int chunk_blocks) {
+  return s.sparse != 0 ? (s.num_key_blocks + chunk_blocks - 1) / chunk_blocks : 0;
 }
 PBS_HOST_DEVICE constexpr int KvHeadOfOrder(const SelectionParams& params,
                                             int order_head) {

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <ostream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/plan/mapped_operand.h"
@@ -57,9 +58,10 @@ INSTANTIATE_TEST_SUITE_P(
             "small_blocks", [](auto& p) { p.options.block_size = 64; },
             "block_size 64 is not supported by the cuda backend, which has 128"},
         RefusedCase{"method",
-                    [](auto& p) { p.options = DefaultOptions(Method::kFlexPrefill); },
-                    "method flexprefill is not supported by the cuda backend, which "
-                    "has dense, pbs, mean_pooling, xattention, prism, flashprefill"}),
+                    [](auto& p) { p.options = DefaultOptions(Method::kMInference); },
+                    "method minference is not supported by the cuda backend, which has "
+                    "dense, pbs, mean_pooling, xattention, flexprefill, prism, "
+                    "flashprefill"}),
     testing_support::CaseName());
 
 TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {
@@ -113,6 +115,10 @@ INSTANTIATE_TEST_SUITE_P(
                   true},
         StageCase{"flashprefill", 4096, DefaultOptions(Method::kFlashPrefill), false,
                   false, true, true},
+        StageCase{"flexprefill", 4096, DefaultOptions(Method::kFlexPrefill), false,
+                  false, true, true},
+        StageCase{"flexprefill_of_two_blocks", 256,
+                  DefaultOptions(Method::kFlexPrefill), false, false, false, false},
         StageCase{"mean_pooling_of_sorted_keys",
                   4096,
                   {.method = Method::kMeanPooling, .permute = true},
@@ -199,6 +205,33 @@ TEST(CudaPlanSpec, QueryHeadScopeTakesAsManyCopiesAsQueryHeads) {
   EXPECT_EQ((*q)->memory.packed_bytes, 4 * (*kv)->memory.packed_bytes);
 }
 
+// A float for each key and distance; one for each place of a list where a head may
+// select by block means, which need the means of query blocks.
+TEST(CudaPlanSpec, FlexPrefillTakesMemoryForWhatItsHeadsMayDo) {
+  const auto plan_of = [](float gamma, float tau) {
+    auto plan = MakeCudaPlan(
+        Problem(128 << 10,
+                {.method = Method::kFlexPrefill, .gamma = gamma, .tau = tau}),
+        kDevice);
+    EXPECT_TRUE(plan.ok()) << plan.status().ToString();
+    return *std::move(plan);
+  };
+  const auto by_either = plan_of(0.95f, 0.1f);
+  const auto by_lines = plan_of(0.95f, 0);
+  EXPECT_TRUE(by_either->has_grid() && by_either->pools_queries);
+  EXPECT_FALSE(by_lines->has_grid() || by_lines->pools_queries);
+  EXPECT_FALSE(plan_of(1, 0.1f)->has_grid());
+  constexpr int64_t kBlocks = 1024;
+  constexpr int64_t kGrid = 4 * 32 * (kBlocks * (kBlocks + 1) / 2);
+  constexpr int64_t kMeans = 4 * kBlocks * 32 * 128;
+  constexpr int64_t kCuts = 32 * 16;
+  EXPECT_EQ(by_either->workspace_bytes - by_lines->workspace_bytes,
+            kGrid + kMeans + kCuts);
+  EXPECT_EQ(by_lines->diagonals_at - by_lines->columns_at, 4 * 32 * (128 << 10));
+  // Chunks of eight blocks.
+  EXPECT_EQ(by_lines->total_line_chunks, kBlocks / 8);
+}
+
 TEST(CudaPlanSpec, QueriesThatTheCallerPoolsTakeNothingOfTheWorkspace) {
   AttentionProblem problem = Problem(1000);
   const auto own = MakeCudaPlan(problem, kDevice);
@@ -225,6 +258,8 @@ TEST(CudaPlanSpec, TakesPooledQueriesOnlyOfOneSequenceWhoseBlocksItSelects) {
   EXPECT_EQ(taken(Problem(4096, {.method = Method::kDense})), 0);
   EXPECT_EQ(taken(Problem(4096, {.use_given_lists = true})), 0);
   EXPECT_EQ(taken(Problem(4096, DefaultOptions(Method::kFlashPrefill))), 0);
+  EXPECT_EQ(taken(Problem(4096, DefaultOptions(Method::kFlexPrefill))),
+            4 * 32 * 32 * 128);
   AttentionProblem two = Problem(1000);
   two.shape.sequences = {{1000, 1000}, {700, 700}};
   EXPECT_EQ(taken(two), 0);
@@ -246,6 +281,8 @@ TEST(CudaPlanSpec, ChunksOfKeysFitSharedMemoryWithTheirScores) {
     EXPECT_LE(ScoreSharedBytes(head_dim, (*plan)->chunk_blocks),
               kSmall.shared_bytes_max);
     EXPECT_EQ((*plan)->chunk_blocks, head_dim == 256 ? 4 : kChunkBlocksMax);
+    EXPECT_LE(LinesSharedBytes(head_dim, (*plan)->chunk_blocks),
+              kSmall.shared_bytes_max);
     EXPECT_EQ((*MakeCudaPlan(problem, kDevice))->chunk_blocks, kChunkBlocksMax);
   }
 }
