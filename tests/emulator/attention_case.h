@@ -28,6 +28,7 @@ struct AttentionSetting {
   // Every block is read, of keys in their own order: sequences lie back to back.
   bool arithmetic_lists = false;
   int32_t tile_rows = cuda::kTileRows;  // others with arithmetic lists only
+  bool parts = false;  // of earlier blocks, which differ between groups of 64 rows
   bool bf16 = true;
   bool strided = false;      // operands and results [sequences, heads, longest, ...]
   bool nan_padding = false;  // keys and values behind the end of a strided sequence
@@ -84,6 +85,8 @@ class AttentionCase {
     Allow(v_, true);
     Allow(lists_, true);
     Allow(positions_, true);
+    Allow(parts_, true);
+    Allow(column_bits_, true);
     Allow(o_, false);
     Allow(lse_, false);
     GlobalMemory::Allow(&next_tile_, 4, true);
@@ -94,6 +97,9 @@ class AttentionCase {
         .lists = lists_.data(),
         .positions = setting_.arithmetic_lists ? nullptr : positions_.data(),
         .position_stride = total_keys_,
+        .parts = setting_.parts ? parts_.data() : nullptr,
+        .column_bits = column_bits_.data(),
+        .column_stride = total_keys_ / 32,
         .scale_log2 = 1.44269504f / std::sqrt(static_cast<float>(setting_.head_dim)),
         .o = o_.data(),
         .o_strides = QStrides(),
@@ -296,6 +302,46 @@ class AttentionCase {
     }
     tile.list_count = static_cast<int32_t>(lists_.size() - tile.list_begin);
     tile.last_block = lists_.back();
+    if (!setting_.parts) return;
+    MakeParts(tile);
+    tile.num_masked = tile.list_count;
+  }
+
+  // Blocks of the own segment are read whole, so that every row sees its own key.
+  void MakeParts(const cuda::AttentionTile& tile) {
+    while (column_bits_.size() <
+           setting_.heads * static_cast<size_t>(total_keys_) / 32) {
+      column_bits_.push_back(random_() & random_());
+    }
+    const auto below = [&](int32_t end) {
+      return static_cast<int32_t>(random_()) & (end - 1);
+    };
+    const int32_t own = tile.list_count - tile.num_masked;
+    for (int32_t i = 0; i < cuda::kGroupsOfTile * tile.list_count; ++i) {
+      uint32_t part = cuda::kWholePart;
+      if (i < cuda::kGroupsOfTile * own) {
+        part =
+            cuda::WithSpan(cuda::PrefixPart(below(32)), 33 + below(8), 97 + below(8));
+        part = cuda::WithSpan(part, 107 + below(16), 128);
+        part = below(4) == 0 ? cuda::kNoPart : part;
+        part |= below(2) == 0 ? cuda::kColumnsApart : 0;
+      }
+      parts_.push_back(part);
+    }
+  }
+
+  // Row `row` of the tile reads key `slot` of the block at entry `i` of its list.
+  bool Reads(const cuda::AttentionTile& tile, int32_t row, int32_t i,
+             int32_t slot) const {
+    if (!setting_.parts) return true;
+    const uint32_t part = parts_[static_cast<size_t>(
+        (tile.list_begin + i) * cuda::kGroupsOfTile + row / cuda::kRowGroup)];
+    const int32_t column = tile.first_slot + slot;
+    const uint32_t columns =
+        column_bits_[static_cast<size_t>(tile.head * (total_keys_ / 32) + column / 32)];
+    uint32_t word = cuda::PartWord(part, slot % 128 / 32);
+    if ((part & cuda::kColumnsApart) != 0) word &= ~columns;
+    return (word >> slot % 32 & 1) != 0;
   }
 
   void CompareRow(const cuda::AttentionTile& tile, int32_t row, Errors& errors) const {
@@ -313,6 +359,7 @@ class AttentionCase {
       const auto end = std::min<int64_t>(block * 128 + 128, Keys(tile.num_keys));
       for (int32_t slot = block * 128; slot < end; ++slot) {
         if (positions[slot] > tile.first_position + row) continue;
+        if (!Reads(tile, row, i, slot)) continue;
         const int64_t at =
             KvStrides().Offset(tile.sequence, tile.first_slot, tile.order_head, slot);
         double dot = 0;
@@ -352,6 +399,7 @@ class AttentionCase {
   std::vector<int32_t> positions_;
   std::vector<float> lse_;
   std::vector<uint16_t> lists_;
+  std::vector<uint32_t> parts_, column_bits_;
   std::vector<cuda::AttentionTile> tiles_;
   int32_t next_tile_ = 0;
 };

@@ -41,6 +41,7 @@ bool RunsRight(const AttentionProblem& problem, uint32_t seed) {
   }
   if (moved * 100 > report.order.size()) return Says("another order");
   decision.order = report.order;
+  if (report.lines != decision.lines) return Says("other columns or distances");
   const AttentionGeometry& g = (*plan)->geometry;
   if (ExpandMask(g, report.lists.View()) != ExpandMask(g, decision.lists.View())) {
     return Says("other lists");
@@ -75,6 +76,34 @@ bool OrdersTilesRight(uint32_t seed) {
     if (!wrong.empty()) return Says(setting.name + (": " + wrong));
   }
   return true;
+}
+
+// Lists of parts of blocks, and gathered columns: of two blocks, then with blocks that
+// are read whole, then of sorted keys.
+std::vector<AttentionProblem> LineProblems() {
+  return {{{4, 2, 64, {{300, 900}, {400, 410}}},
+           DType::kBF16,
+           {.method = Method::kMInference,
+            .coverage_rows = 9,
+            .vertical_tokens = 150,
+            .slash_tokens = 120}},
+          {{2, 1, 64, {{700, 900}}},
+           DType::kBF16,
+           {.method = Method::kMInference,
+            .coverage_rows = 3,
+            .dense_tail_blocks = 1,
+            .sink_blocks = 1,
+            .window_blocks = 2,
+            .vertical_tokens = 60,
+            .slash_tokens = 52}},
+          {{2, 1, 64, {{800, 1000}}},
+           DType::kBF16,
+           {.method = Method::kMInference,
+            .coverage_rows = 3,
+            .permute = true,
+            .as_published = true,
+            .vertical_tokens = 200,
+            .slash_tokens = 110}}};
 }
 
 std::vector<AttentionProblem> Problems() {
@@ -188,6 +217,9 @@ int main() {
       for (const pbs::AttentionProblem& problem : problems) {
         if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
       }
+    }
+    for (const pbs::AttentionProblem& problem : pbs::emulator::LineProblems()) {
+      if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
     }
     // Keys of wide heads have one buffer.
     if (!pbs::emulator::RunsRight<256>({{1, 1, 256, {{20, 520}}},

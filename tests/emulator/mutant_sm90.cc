@@ -35,6 +35,9 @@ int main() {
                  .arithmetic_lists = true,
                  .poisoned = 1},
                 1) &&
+      Right<64>(
+          {.head_dim = 64, .sequences = {{300, 800}}, .density = 0.9, .parts = true},
+          1) &&
       Right<64, AttentionVariant::kDirectOutputs>(
           {.head_dim = 64, .sequences = {{300, 300}}}, 1);
   return right ? 0 : 1;

@@ -167,6 +167,12 @@ INSTANTIATE_TEST_SUITE_P(
         PipelineCase{"fallback_where_lists_do_not_pay",
                      Shape(1, 1, 64, {{700, 700}}),
                      {.threshold = 1, .dense_fallback = true}},
+        PipelineCase{"fallback_where_parts_of_blocks_do_not_pay",
+                     Shape(2, 1, 64, {{600, 600}}),
+                     {.method = Method::kMInference,
+                      .dense_fallback = true,
+                      .vertical_tokens = 140,
+                      .slash_tokens = 590}},
         PipelineCase{
             "f16", Shape(2, 1, 64, {{600, 600}}), {.threshold = 0.7f}, DType::kF16}),
     testing_support::CaseName());
@@ -307,12 +313,20 @@ TEST(SharedMemorySpec, LinesOfASmallDeviceFit) {
   }
 }
 
+TEST(SharedMemorySpec, ColumnsAndDiagonalsFitASmallDevice) {
+  const cuda::DeviceTraits device{.shared_bytes_max = 99 << 10};
+  const AttentionOptions lines = DefaultOptions(Method::kMInference);
+  EXPECT_LE(LargestSharedBytes<64>(lines, device), device.shared_bytes_max);
+  EXPECT_LE(LargestSharedBytes<256>(lines, device), device.shared_bytes_max);
+}
+
 TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
   for (const Method method : cuda::kCudaMethods) {
     if (!TraitsOf(method).Selects()) continue;
     SCOPED_TRACE(MethodName(method));
-    const AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16,
-                                   DefaultOptions(method)};
+    AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16,
+                             DefaultOptions(method)};
+    if (method == Method::kMInference) problem.options.slash_tokens = 200;
     const auto plan = cuda::MakeCudaPlan(problem, {});
     ASSERT_TRUE(plan.ok());
     PipelineInputs inputs(problem, 3);

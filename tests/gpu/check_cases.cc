@@ -42,6 +42,10 @@ AttentionOptions SparseOptions(Method method, float share) {
   // Scores of normal values lie close together.
   if (HasOption(method, "alpha")) options.alpha = 1 - 0.03f * share;
   if (HasOption(method, "gamma")) options.gamma = share;
+  if (HasOption(method, "slash_tokens")) {
+    options.vertical_tokens = static_cast<int32_t>(300 * share);
+    options.slash_tokens = static_cast<int32_t>(150 * share);
+  }
   return options;
 }
 

@@ -105,6 +105,14 @@ MEANS = {
 }
 # The same products; two thread blocks to a multiprocessor at head dim 256.
 SHARED_LINES = {**SCORED, 256: dataclasses.replace(SCORED[256], registers=180)}
+# One fragment of rows.
+LINES_SUMMED = {
+    64: Expected({"HMMA": 32}, registers=112),
+    96: Expected({"HMMA": 48}, registers=128),
+    128: Expected({"HMMA": 64}, registers=144),
+    256: Expected({"HMMA": 128}, registers=192),
+}
+LINES_SHARED = {head_dim: dataclasses.replace(summed, registers=148) for head_dim, summed in LINES_SUMMED.items()}
 # Registers of the kernels that are not counted, at most, on either architecture.
 OTHERS = {
     "StoreSequences": 36,
@@ -116,10 +124,14 @@ OTHERS = {
     "WriteLines": 64,
     "SortSegments": 40,
     "MeasureBands": 64,
+    "WeighKeyLines": 40,
+    "ChooseKeyLines": 56,
+    "GatherColumns": 72,
+    "ListSpans": 80,
     "SplitMeans": 32,
     "SelectBlocks": 96,
     "GuardHeads": 56,
-    "OrderTiles": 56,
+    "OrderTiles": 64,
     "MeasureCoverage": 128,
     "MoveRows": 30,
     "NormalizeRows": 94,
@@ -137,6 +149,8 @@ AROUND_ATTENTION = {
     "PoolQueries": POOLED,
     "SelectAntidiagonals": STRIDED,
     "SelectRows": SCORED,
+    "ShareKeyLines": LINES_SHARED,
+    "SumKeyLines": LINES_SUMMED,
     "ShareImportance": SCORED,
     "ShareLines": SHARED_LINES,
     "SumChunks": SCORED,
@@ -146,7 +160,8 @@ UNITS = [
     # A block has head_dim / 16 products for scores and 8 for values; first, masked and
     # plain blocks have code of their own. Copies, one per 64 columns: queries, keys, and
     # values in three places; UBLKCP: the first record of a tile, the next ones, positions.
-    # The only load from global memory is the producer's, of a list. Outputs leave as boxes
+    # Loads from global memory: the producer's, of a list, and three of a masked block that is
+    # read in part: its list entry, its part, its columns. Outputs leave as boxes
     # through shared memory, four matrices of eight by eight at a time, or, from tiles that
     # are not whole, as rows, each stored by four lanes.
     Unit(
@@ -154,11 +169,11 @@ UNITS = [
         {
             "AttendSm90Kernel": {
                 64: Expected(
-                    {"HGMMA": 36, "UTMALDG": 5, "UBLKCP": 3, "LDG": 1, "UTMASTG": 1,
+                    {"HGMMA": 36, "UTMALDG": 5, "UBLKCP": 3, "LDG": 7, "UTMASTG": 1,
                      "STSM": 4, "STG.E.128": 4}, 168, overlaps=2
                 ),
                 128: Expected(
-                    {"HGMMA": 48, "UTMALDG": 10, "UBLKCP": 3, "LDG": 1, "UTMASTG": 2,
+                    {"HGMMA": 48, "UTMALDG": 10, "UBLKCP": 3, "LDG": 7, "UTMASTG": 2,
                      "STSM": 8, "STG.E.128": 8}, 168, overlaps=2
                 ),
             }
@@ -169,7 +184,7 @@ UNITS = [
     Unit(
         "80",
         {
-            "AttendSm80Kernel": attention_sm80((213, 237, 255, 235)),
+            "AttendSm80Kernel": attention_sm80((213, 238, 255, 239)),
             "CorrectByMeans": corrected((168, 214, 247, 226)),
             **AROUND_ATTENTION,
         },
@@ -177,7 +192,7 @@ UNITS = [
     Unit(
         "90",
         {
-            "AttendSm80Kernel": attention_sm80((218, 248, 255, 247)),
+            "AttendSm80Kernel": attention_sm80((218, 255, 255, 253)),
             "CorrectByMeans": corrected((172, 210, 247, 238)),
             **AROUND_ATTENTION,
         },

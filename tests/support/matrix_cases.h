@@ -103,6 +103,8 @@ inline void AddOwnOptions(MethodTable& table) {
     o.vertical_tokens = 1;
     o.slash_tokens = 1;
   });
+  table.Add("minference_many_columns", "minference",
+            [](auto& o) { o.vertical_tokens = 150; });
   table.Add("minference_far", "minference", [](auto& o) { o.slash_tokens = 112; });
   table.Add("minference_fallback", "minference",
             [](auto& o) { o.dense_fallback = true; });
@@ -144,7 +146,7 @@ inline void AddSharedOptions(MethodTable& table) {
   for (const char* name :
        {"mean_pooling", "xattention", "xattention_published", "flexprefill",
         "flexprefill_query_aware", "prism", "flashprefill", "flashprefill_published",
-        "minference", "minference_tail_sink_window"}) {
+        "minference", "minference_many_columns", "minference_tail_sink_window"}) {
     table.Add(std::string(name) + "_permuted", name, [](auto& o) {
       o.permute = true;
       o.segment_size = 32;

@@ -3,6 +3,7 @@
 
 #include "cuda/attention/attention_tile.h"
 #include "cuda/primitives/primitives.h"
+#include "cuda/tiles/block_part.h"
 #include "cuda/tiles/online_softmax.h"
 
 namespace pbs::cuda {
@@ -29,6 +30,41 @@ PBS_DEVICE void LoadPositions(const AttentionParams& params, int order_head,
   PBS_UNROLL
   for (int i = 0; i < kPairs; ++i) {
     keys[i] = LoadGlobal(reinterpret_cast<const Int2*>(at + i * 8));
+  }
+}
+
+// Where tiles read parts of blocks: the part of a block that a group of rows reads, and
+// the chosen columns among 32 of its keys.
+struct PartOfBlock {
+  uint32_t part;
+  uint32_t columns;
+
+  // Bit i: the group reads key 32 `word` + i, `word` being that of the columns.
+  PBS_DEVICE uint32_t Bits(int word) const {
+    return PartWord(part, word) & ~((part & kColumnsApart) != 0 ? columns : 0);
+  }
+};
+
+// `block` of the tile's sequence is at `entry` of AttentionParams::lists.
+PBS_DEVICE PartOfBlock LoadPart(const AttentionParams& params, int64_t entry, int group,
+                                int head, int first_slot, int block, int word) {
+  const int at = (first_slot / kBlockKeys + block) * (kBlockKeys / 32) + word;
+  const bool gathered = at >= params.column_stride;
+  return {
+      LoadGlobal(params.parts + entry * kGroupsOfTile + group),
+      gathered ? 0 : LoadGlobal(params.column_bits + head * params.column_stride + at)};
+}
+
+// Keys of a fragment's columns that the group does not read become keys after every
+// row. Bit i of word w is that of column 32 w + i.
+template <int kWords>
+PBS_DEVICE void HideUnread(const uint32_t (&bits)[kWords], int lane,
+                           Int2 (&keys)[4 * kWords]) {
+  PBS_UNROLL
+  for (int i = 0; i < 4 * kWords; ++i) {
+    const uint32_t pair = bits[i / 4] >> lane % 4 * 2 >> i % 4 * 8;
+    if ((pair & 1) == 0) keys[i].x = INT32_MAX;
+    if ((pair & 2) == 0) keys[i].y = INT32_MAX;
   }
 }
 

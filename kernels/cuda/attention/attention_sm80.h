@@ -39,6 +39,8 @@ struct alignas(128) Sm80Shared {
   SharedRows<Config::kRows, Config::kHeadDim> q;
   SharedRows<Config::kKeys, Config::kHeadDim> k, v;
   AttentionTile tile;
+  // Bits of the keys of a block that each group of rows reads, where it reads a part.
+  uint32_t read[kGroupsOfTile][kBlockKeys / 32];
 };
 
 template <class Config>
@@ -67,6 +69,7 @@ class Sm80Block {
     LoadQueries();
     LoadKeys(operands_.k, s_.k, 0);
     CopyAsyncCommit();
+    StorePart(0);
     const int steps = kHalves * LoadShared(&s_.tile.list_count);
     const int masked = kHalves * LoadShared(&s_.tile.num_masked);
     PBS_NO_UNROLL
@@ -132,6 +135,24 @@ class Sm80Block {
       softmax_[t].Rescale(out_[t]);
     }
     MultiplyValues<Element, Config::kRowTiles>(scores_, s_.v, lane_, out_);
+    // Here the fewest registers are in use.
+    if (step % kHalves == kHalves - 1 && step + 1 < steps) StorePart(step + 1);
+  }
+
+  PBS_DEVICE bool ReadsParts(const AttentionTile& tile) const {
+    return params_.parts != nullptr && tile.list_begin >= 0;
+  }
+  // Stores the part of the block of a step, for the steps of the block.
+  PBS_DEVICE void StorePart(int step) {
+    constexpr int kWords = kBlockKeys / 32;
+    const AttentionTile tile = LoadShared(&s_.tile);
+    if (!ReadsParts(tile) || ThreadIndex() >= kGroupsOfTile * kWords) return;
+    const int group = ThreadIndex() / kWords;
+    const int word = ThreadIndex() % kWords;
+    const int64_t entry = tile.list_begin + tile.list_count - 1 - step / kHalves;
+    const PartOfBlock part = LoadPart(params_, entry, group, tile.head, tile.first_slot,
+                                      FirstSlot(tile, step) / kBlockKeys, word);
+    StoreShared(&s_.read[group][word], part.Bits(word));
   }
 
   // Scores are masked before the products are added: -inf plus a finite product is
@@ -147,6 +168,17 @@ class Sm80Block {
     Int2 keys[Config::kKeys / 8];
     LoadPositions(params_, tile.order_head, tile.first_slot, FirstSlot(tile, step),
                   lane_, keys);
+    if (ReadsParts(tile)) {
+      constexpr int kWords = Config::kKeys / 32;
+      const int group = (first_row_ + warp_ * Config::kWarpRows) / kRowGroup;
+      uint32_t bits[kWords];
+      PBS_UNROLL
+      for (int i = 0; i < kWords; ++i) {
+        bits[i] =
+            LoadShared(&s_.read[group][(kHalves - 1 - step % kHalves) * kWords + i]);
+      }
+      HideUnread(bits, lane_, keys);
+    }
     PBS_UNROLL
     for (int t = 0; t < Config::kRowTiles; ++t) {
       MaskRows(keys, tile.first_position + Row(t), scores_[t]);

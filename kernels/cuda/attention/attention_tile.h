@@ -11,6 +11,9 @@ constexpr int kTileRows = 128;  // query rows of a tile that has its own list
 // Query rows of a tile that reads every block (Sm90Options).
 constexpr int kWideTileRows = 192;
 constexpr int kBlockKeys = 128;  // keys of a block
+// Neighbouring query positions that read the same keys, where parts of blocks are read.
+constexpr int kRowGroup = 64;
+constexpr int kGroupsOfTile = kTileRows / kRowGroup;
 
 // One tile of query rows of one head, and the key blocks that it reads. It is copied as
 // a whole, so its size is a multiple of 16.
@@ -42,8 +45,14 @@ struct AttentionParams {
   const int32_t* positions;  // [order heads, position_stride], by slot, INT32_MAX in
                              // padding; null: keys are not permuted
   int64_t position_stride;   // a multiple of kBlockKeys
-  float scale_log2;          // log2(e) / sqrt(head_dim)
-  void* o;                   // 16-bit elements
+  // Where tiles read parts of blocks; null: they read whole blocks. [list entries, 2
+  // groups of 64 rows], and the chosen columns of the query heads, [heads,
+  // column_stride] bits of slots in words (tiles/block_part.h).
+  const uint32_t* parts;
+  const uint32_t* column_bits;
+  int64_t column_stride;
+  float scale_log2;  // log2(e) / sqrt(head_dim)
+  void* o;           // 16-bit elements
   RowStrides o_strides;
   float* lse;  // natural log; null when not requested
   RowStrides lse_strides;

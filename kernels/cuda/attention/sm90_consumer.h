@@ -83,6 +83,7 @@ class Sm90Consumer {
   }
 
   PBS_DEVICE void First(bool masked, bool follows_another) {
+    if (masked) RequestPart(0);
     MbarrierWait(&s_.k_full[blocks_.slot], blocks_.round);
     PinRegisters(scores_);
     WgmmaFence();
@@ -102,6 +103,7 @@ class Sm90Consumer {
   // Computes the scores of this block while the values of the block before are added.
   template <bool kMasked>
   PBS_DEVICE void Step(int step, bool is_last) {
+    if (kMasked) RequestPart(step);
     const auto before = blocks_;
     blocks_.Advance();
     MbarrierWait(&s_.k_full[blocks_.slot], blocks_.round);
@@ -173,6 +175,22 @@ class Sm90Consumer {
 
   static constexpr bool kPermutes = Config::kOptions.rows == kTileRows;
 
+  PBS_DEVICE bool ReadsParts() const {
+    return kPermutes && params_.parts != nullptr && LoadShared(&tile_->list_begin) >= 0;
+  }
+
+  // Requests the part of a step's block, and the index of the next step's, so that no
+  // load waits for another. The part arrives during the score product.
+  PBS_DEVICE void RequestPart(int step) {
+    if (!ReadsParts()) return;
+    const int block = step == 0 ? LoadShared(&tile_->last_block) : next_block_;
+    const int left = LoadShared(&tile_->list_count) - 1 - step;
+    const int64_t entry = LoadShared(&tile_->list_begin) + left;
+    part_ = LoadPart(params_, entry, index_, LoadShared(&tile_->head),
+                     LoadShared(&tile_->first_slot), block, lane_ % 4);
+    if (left > 0) next_block_ = LoadGlobal(params_.lists + entry - 1);
+  }
+
   // Reads the positions of a masked block's permuted keys, which were loaded with
   // the keys.
   PBS_DEVICE void FetchPositions() {
@@ -181,6 +199,12 @@ class Sm90Consumer {
     for (int i = 0; i < kBlockKeys / 8; ++i) {
       keys_[i] = LoadShared(&s_.positions[blocks_.slot][i * 4 + lane_ % 4]);
     }
+    if (!ReadsParts()) return;
+    uint32_t bits[kBlockKeys / 32];
+    const uint32_t own = part_.Bits(lane_ % 4);
+    PBS_UNROLL
+    for (int i = 0; i < kBlockKeys / 32; ++i) bits[i] = Shuffle(own, i);
+    HideUnread(bits, lane_, keys_);
   }
 
   PBS_DEVICE void Mask(int step) {
@@ -295,6 +319,8 @@ class Sm90Consumer {
   float out_[kSums];
   uint32_t p_[32];
   Int2 keys_[kBlockKeys / 8];  // positions of a masked block's
+  PartOfBlock part_{};         // of the masked block
+  int next_block_ = 0;
   OnlineSoftmax softmax_;
 };
 

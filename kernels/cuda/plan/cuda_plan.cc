@@ -15,6 +15,8 @@ constexpr int32_t kLogitBytesMax = 64 << 10;
 constexpr int64_t kOneSectionTilesMax = 4096;
 // Multiprocessors should have a few chunks each.
 constexpr int32_t kChunksPerMultiprocessor = 4;
+// Lists have 16 bits for a block.
+constexpr int32_t kListedBlocksMax = 1 << 16;
 
 template <class Field>
 Status Unsupported(const char* field, const Field& value, const char* supported) {
@@ -32,7 +34,14 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.block_size != kBlockTokens) {
     return Unsupported("block_size", std::to_string(problem.options.block_size), "128");
   }
-  return CheckMethods(problem.options, kCudaMethods, "cuda");
+  PBS_RETURN_IF_ERROR(CheckMethods(problem.options, kCudaMethods, "cuda"));
+  // A block may be read in part, so no mean stands for what is not read of it.
+  const Method method = problem.options.method;
+  if (problem.options.mean_correction && TraitsOf(method).rule == Rule::kLargestLines) {
+    return Unsupported("mean_correction", "true",
+                       ("false for " + std::string(MethodName(method))).c_str());
+  }
+  return OkStatus();
 }
 
 int32_t CeilDiv(int32_t value, int32_t divisor) {
@@ -70,6 +79,7 @@ int64_t ScorerSharedBytes(const CudaAttentionPlan& plan) {
     case Scorer::kAntidiagonal:
       return AntidiagonalSharedBytes(head_dim, plan.group_blocks, plan.logit_stride);
     case Scorer::kLines:
+      if (plan.chooses_key_lines) return SpansSharedBytes(plan.logit_stride);
       return std::max(ChooseLinesSharedBytes(plan.logit_stride, head_dim),
                       plan.has_grid()
                           ? SelectionSharedBytes(plan.group_blocks, plan.logit_stride,
@@ -96,10 +106,12 @@ void ChooseStages(const DeviceTraits& device, CudaAttentionPlan& plan) {
   }
   plan.has_lists = sparse;
   plan.corrects = sparse && options.mean_correction;
-  plan.permutes = sparse && Permutes(options);
-  plan.orders = plan.permutes && !options.use_given_order;
   plan.selects = sparse && !options.use_given_lists;
   if (plan.selects) plan.scorer = TraitsOf(options.method).scorer;
+  plan.chooses_key_lines =
+      plan.selects && TraitsOf(options.method).rule == Rule::kLargestLines;
+  plan.permutes = (sparse && Permutes(options)) || plan.chooses_key_lines;
+  plan.orders = sparse && Permutes(options) && !options.use_given_order;
   // A run of several sequences is pooled here: its blocks lie on as many grids.
   const bool given = plan.problem.offers_pooled_queries && g.sequences.size() == 1;
   plan.pools_queries = plan.needs_pooled_queries() && !given;
@@ -128,8 +140,17 @@ void MakeRecords(CudaAttentionPlan& plan) {
     const bool sparse = !s.dense && s.q_len > 0;
     const bool scored = plan.orders && sparse;
     SequenceRecord record{};
-    record.entries_begin = s.entries_begin;
-    record.entries_per_head = s.entries_per_head;
+    record.gathered_begin = plan.total_gathered;
+    if (plan.chooses_key_lines && sparse) {
+      record.gathered_blocks = CeilDiv(
+          NumColumns(plan.problem.options.vertical_tokens, s.k_len), kBlockTokens);
+    }
+    plan.total_gathered += record.gathered_blocks;
+    plan.most_gathered = std::max(plan.most_gathered, record.gathered_blocks);
+    record.entries_begin = plan.total_entries;
+    record.entries_per_head =
+        s.entries_per_head + int64_t{s.num_query_blocks} * record.gathered_blocks;
+    plan.total_entries += record.entries_per_head * g.num_heads;
     record.q_begin = static_cast<int32_t>(s.q_begin);
     record.q_len = s.q_len;
     record.k_begin = static_cast<int32_t>(s.k_begin);
@@ -157,16 +178,48 @@ void MakeRecords(CudaAttentionPlan& plan) {
     plan.total_segments += segments;
     plan.total_groups += sparse ? CeilDiv(s.num_query_blocks, plan.group_blocks) : 0;
     plan.total_line_chunks +=
-        plan.scorer == Scorer::kLines ? LineChunks(record, plan.chunk_blocks) : 0;
+        plan.chooses_block_lines() ? LineChunks(record, plan.chunk_blocks) : 0;
     const int32_t sampled =
         SampledRows(plan.problem.options.coverage_rows, record.q_len);
     plan.coverage_groups += sparse ? CeilDiv(sampled, kCoverageRowsTogether) : 0;
   }
+  plan.copied_blocks =
+      plan.total_key_blocks + g.num_heads / g.num_order_heads * plan.total_gathered;
+}
+
+// The regions of chosen lines: what is gathered and listed, and what chooses.
+void PlaceListedKeyLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
+  if (!plan.chooses_key_lines) return;
+  KeyLineRegions& at = plan.key_lines_at;
+  const int64_t heads = plan.geometry.num_heads;
+  const int64_t words = heads * plan.total_key_blocks * (kBlockTokens / 32);
+  at.bits_bytes = 4 * words;
+  at.column_bits = layout.Add<uint32_t>(words);
+  at.distance_bits = layout.Add<uint32_t>(words);
+  at.chosen = layout.Add<int32_t>(heads * plan.total_gathered * kBlockTokens);
+  at.parts = layout.Add<uint32_t>(plan.total_entries * kGroupsOfTile);
+  at.gathered = layout.Add<uint16_t>(plan.num_tiles());
+  at.column_ends = layout.Add<uint16_t>(plan.num_tiles() * kGroupsOfTile);
+}
+void PlaceMeasuredKeyLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
+  if (!plan.chooses_key_lines) return;
+  KeyLineRegions& at = plan.key_lines_at;
+  const int64_t heads = plan.geometry.num_heads;
+  const int64_t blocks = heads * plan.total_key_blocks;
+  const int64_t rows =
+      heads * static_cast<int64_t>(plan.sequences.size()) * kLineQueries;
+  at.block_max = layout.Add<float>(blocks * kLineQueries);
+  at.block_sum = layout.Add<float>(blocks * kLineQueries);
+  at.shift = layout.Add<float>(rows);
+  at.weight = layout.Add<float>(rows);
+  at.columns = layout.Add<float>(blocks * kBlockTokens);
+  at.distances = layout.Add<float>(blocks * kBlockTokens);
+  at.diagonals = layout.Add<float>(blocks * kDiagonals);
 }
 
 void PlaceLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
   const AttentionGeometry& g = plan.geometry;
-  const int64_t heads = plan.scorer == Scorer::kLines ? g.num_heads : 0;
+  const int64_t heads = plan.chooses_block_lines() ? g.num_heads : 0;
   const int64_t with_grid = plan.has_grid() ? 1 : 0;
   const int64_t blocks = heads * plan.total_key_blocks;
   const int64_t sequences = heads * static_cast<int64_t>(plan.sequences.size());
@@ -179,14 +232,25 @@ void PlaceLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
   plan.grid_cuts_at = layout.Add<GridCut>(with_grid * sequences);
 }
 
+void PlaceCorrection(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
+  const AttentionGeometry& g = plan.geometry;
+  const int64_t corrected = plan.corrects ? 1 : 0;
+  const int64_t read_heads = plan.permutes ? g.num_order_heads : g.num_kv_heads;
+  plan.means_at = layout.Add<uint16_t>(corrected * kMeanOperands * read_heads *
+                                       g.head_dim * plan.total_key_blocks);
+  plan.lse_at = layout.Add<float>(corrected * g.num_heads * g.total_q);
+}
+
 void PlaceRegions(CudaAttentionPlan& plan) {
   const AttentionGeometry& g = plan.geometry;
   const int64_t slots = int64_t{plan.total_key_blocks} * kBlockTokens;
+  const int64_t copied = int64_t{plan.copied_blocks} * kBlockTokens;
   const int64_t order_heads = g.num_order_heads;
   const auto num_sequences = static_cast<int64_t>(plan.sequences.size());
   const int64_t scored = plan.orders ? 1 : 0;
   const int64_t moved = plan.permutes ? 1 : 0;
   const int64_t selected = plan.selects ? 1 : 0;
+  const int64_t pooled = plan.pools_keys() ? 1 : 0;
   WorkspaceLayout layout;
   plan.sequences_at = layout.Add<SequenceRecord>(num_sequences);
   plan.next_tile_at = layout.Add<int32_t>(1);
@@ -202,15 +266,16 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   plan.summary_bytes = layout.bytes() - plan.summary_at;
   plan.memory.scratch_bytes = layout.TakePart();
 
-  plan.positions_at = layout.Add<int32_t>(moved * order_heads * slots);
+  plan.positions_at = layout.Add<int32_t>(moved * order_heads * copied);
   plan.memory.order_bytes = layout.TakePart();
 
   plan.counts_at = layout.Add<uint16_t>(selected * plan.num_tiles());
-  plan.entries_at = layout.Add<uint16_t>(plan.has_lists ? g.total_entries : 0);
+  plan.entries_at = layout.Add<uint16_t>(plan.has_lists ? plan.total_entries : 0);
+  PlaceListedKeyLines(plan, layout);
   plan.memory.lists_bytes = layout.TakePart();
 
-  plan.permuted_k_at = layout.Add<uint16_t>(moved * order_heads * slots * g.head_dim);
-  plan.permuted_v_at = layout.Add<uint16_t>(moved * order_heads * slots * g.head_dim);
+  plan.permuted_k_at = layout.Add<uint16_t>(moved * order_heads * copied * g.head_dim);
+  plan.permuted_v_at = layout.Add<uint16_t>(moved * order_heads * copied * g.head_dim);
   plan.memory.packed_bytes = layout.TakePart();
 
   // Scores of keys for their order, then those for their lines.
@@ -223,9 +288,9 @@ void PlaceRegions(CudaAttentionPlan& plan) {
   plan.proxy_shift_at = layout.Add<float>(proxy_rows);
   plan.proxy_weight_at = layout.Add<float>(proxy_rows);
   plan.importance_at = layout.Add<float>(scored * order_heads * slots);
-  plan.first_block_at = layout.Add<int32_t>(selected * order_heads * num_sequences);
+  plan.first_block_at = layout.Add<int32_t>(pooled * order_heads * num_sequences);
   plan.pooled_keys_at =
-      layout.Add<float>(selected * order_heads * g.head_dim * plan.total_key_blocks);
+      layout.Add<float>(pooled * order_heads * g.head_dim * plan.total_key_blocks);
   const int64_t means = int64_t{plan.total_query_blocks} * g.num_heads * g.head_dim;
   plan.pooled_queries_at = layout.Add<float>(plan.pools_queries ? means : 0);
   plan.pooled_queries_bytes =
@@ -237,12 +302,9 @@ void PlaceRegions(CudaAttentionPlan& plan) {
       layout.Add<uint16_t>(split * order_heads * g.head_dim * plan.total_key_blocks);
   plan.head_thresholds_at =
       layout.Add<float>(plan.thresholds_by_head() ? g.num_heads : 0);
-  const int64_t corrected = plan.corrects ? 1 : 0;
-  const int64_t read_heads = plan.permutes ? order_heads : g.num_kv_heads;
-  plan.means_at = layout.Add<uint16_t>(corrected * kMeanOperands * read_heads *
-                                       g.head_dim * plan.total_key_blocks);
-  plan.lse_at = layout.Add<float>(corrected * g.num_heads * g.total_q);
+  PlaceCorrection(plan, layout);
   PlaceLines(plan, layout);
+  PlaceMeasuredKeyLines(plan, layout);
   plan.memory.pooled_bytes = layout.TakePart();
   plan.workspace_bytes = layout.bytes();
 }
@@ -266,6 +328,13 @@ StatusOr<std::unique_ptr<CudaAttentionPlan>> MakeCudaPlan(
     }
   }
   MakeRecords(*plan);
+  if (plan->chooses_key_lines && plan->copied_blocks > kListedBlocksMax) {
+    return Unimplemented("vertical_tokens " +
+                         std::to_string(problem.options.vertical_tokens) + " gives " +
+                         std::to_string(plan->copied_blocks) + " blocks of keys and " +
+                         "gathered columns per KV head; the cuda backend has at most " +
+                         std::to_string(kListedBlocksMax));
+  }
   PlaceRegions(*plan);
   return plan;
 }

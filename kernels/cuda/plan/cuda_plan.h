@@ -21,8 +21,9 @@ namespace pbs::cuda {
 
 inline constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
 inline constexpr std::array kCudaMethods = {
-    Method::kDense,       Method::kPbs,   Method::kMeanPooling, Method::kXAttention,
-    Method::kFlexPrefill, Method::kPrism, Method::kFlashPrefill};
+    Method::kDense,      Method::kPbs,         Method::kMeanPooling,
+    Method::kXAttention, Method::kMInference,  Method::kFlexPrefill,
+    Method::kPrism,      Method::kFlashPrefill};
 
 // Facts about the plan's device, and choices for it.
 struct DeviceTraits {
@@ -33,14 +34,35 @@ struct DeviceTraits {
   bool wide_tiles = false;
 };
 
+// Offsets of the arrays of KeyLineParams in bytes.
+struct KeyLineRegions {
+  int64_t block_max = 0;
+  int64_t block_sum = 0;
+  int64_t shift = 0;
+  int64_t weight = 0;
+  int64_t columns = 0;
+  int64_t distances = 0;
+  int64_t diagonals = 0;
+  int64_t chosen = 0;
+  int64_t column_bits = 0;
+  int64_t distance_bits = 0;
+  int64_t bits_bytes = 0;  // of each of them
+  int64_t parts = 0;
+  int64_t gathered = 0;
+  int64_t column_ends = 0;
+};
+
 struct CudaAttentionPlan final : AttentionPlan {
   std::vector<SequenceRecord> sequences;
 
   // Stages that run besides attention itself.
   bool orders = false;            // keys are scored and sorted
-  bool permutes = false;          // keys and values are gathered
+  bool permutes = false;          // keys and values are copied
   bool selects = false;           // blocks are scored, lists are made
   Scorer scorer = Scorer::kNone;  // with selects
+  // Columns and distances are chosen (key_line_params.h). The copies then have the
+  // gathered columns, too.
+  bool chooses_key_lines = false;
   // The run pools query blocks for it; else pooled queries are given.
   bool pools_queries = false;
   bool has_lists = false;
@@ -50,6 +72,9 @@ struct CudaAttentionPlan final : AttentionPlan {
   int32_t group_blocks = kGroupBlocksMax;
   int32_t logit_stride = 32;
   int32_t total_key_blocks = 0;
+  int32_t copied_blocks = 0;   // of a head of the copies
+  int32_t total_gathered = 0;  // blocks of gathered columns, one query head
+  int32_t most_gathered = 0;   // of a sequence
   int32_t total_query_blocks = 0;
   int32_t total_chunks = 0;
   int32_t total_segments = 0;
@@ -94,6 +119,8 @@ struct CudaAttentionPlan final : AttentionPlan {
   int64_t grid_cuts_at = 0;
   int64_t counts_at = 0;
   int64_t entries_at = 0;
+  int64_t total_entries = 0;    // with those of gathered blocks
+  KeyLineRegions key_lines_at;  // with chooses_key_lines
   int64_t tiles_at = 0;
   int64_t means_at = 0;  // with corrects
   int64_t lse_at = 0;    // with corrects: for callers who do not want it
@@ -106,9 +133,15 @@ struct CudaAttentionPlan final : AttentionPlan {
   // Heads may keep the largest probabilities of block means (select_grid.h). No
   // distance is below 0.
   bool has_grid() const {
-    return scorer == Scorer::kLines && problem.options.tau > 0 &&
+    return chooses_block_lines() && problem.options.tau > 0 &&
            !SelectsEveryBlock(problem.options);
   }
+  // Block columns and block distances are chosen (choose_lines.h).
+  bool chooses_block_lines() const {
+    return scorer == Scorer::kLines && !chooses_key_lines;
+  }
+  // Means of key blocks are computed.
+  bool pools_keys() const { return selects && !chooses_key_lines; }
   int num_bands() const { return scorer == Scorer::kBands ? kBands : 1; }
   bool may_fall_back() const { return problem.options.dense_fallback && selects; }
   bool thresholds_by_head() const { return problem.has_head_thresholds && selects; }

@@ -135,9 +135,16 @@ std::vector<RanRow> RowsOf(const CudaAttentionPlan& plan, const std::byte* works
     const AttentionTile& tile = tiles[i];
     const SequenceGeometry& s = g.sequences[tile.sequence];
     const int32_t block = tile.first_position / kTileRows;
-    rows[g.ListRow(tile.sequence, tile.head, block - s.first_query_block)] = {
-        .entries = tile.list_begin < 0 ? nullptr : entries + tile.list_begin,
-        .count = tile.list_count};
+    RanRow& row =
+        rows[g.ListRow(tile.sequence, tile.head, block - s.first_query_block)];
+    row.count = tile.list_count;
+    if (tile.list_begin < 0) continue;
+    row.entries = entries + tile.list_begin;
+    // Gathered blocks, which are counted after all key blocks, come first.
+    while (row.count > 0 && *row.entries >= s.num_key_blocks) {
+      ++row.entries;
+      --row.count;
+    }
   }
   return rows;
 }
@@ -152,13 +159,47 @@ std::vector<int32_t> OrderOf(const CudaAttentionPlan& plan,
     for (const SequenceGeometry& s : g.sequences) {
       const auto out = order.begin() + head * g.total_k + s.k_begin;
       if (plan.permutes) {
-        std::copy_n(positions + head * g.total_slots + s.slot_begin, s.k_len, out);
+        const int64_t copied = int64_t{plan.copied_blocks} * kBlockTokens;
+        std::copy_n(positions + head * copied + s.slot_begin, s.k_len, out);
       } else {
         std::iota(out, out + s.k_len, 0);
       }
     }
   }
   return order;
+}
+
+std::vector<int32_t> SetBits(const uint32_t* words, int32_t count) {
+  std::vector<int32_t> indices;
+  for (int32_t i = 0; i < count; ++i) {
+    if ((words[i / 32] >> i % 32 & 1) != 0) indices.push_back(i);
+  }
+  return indices;
+}
+
+// Lines of all sequences and heads; none where every block is read whole.
+std::vector<ChosenLines> LinesOf(const CudaAttentionPlan& plan,
+                                 const std::byte* workspace,
+                                 const std::vector<RanRow>& rows) {
+  const AttentionGeometry& g = plan.geometry;
+  const auto words_of = [&](int64_t region, int32_t head, const SequenceRecord& s) {
+    return reinterpret_cast<const uint32_t*>(workspace + region) +
+           (int64_t{head} * plan.total_key_blocks + s.key_block_begin) *
+               (kBlockTokens / 32);
+  };
+  std::vector<ChosenLines> lines;
+  for (int32_t n = 0; n < static_cast<int32_t>(plan.sequences.size()); ++n) {
+    const SequenceRecord& s = plan.sequences[n];
+    for (int32_t head = 0; head < g.num_heads; ++head) {
+      ChosenLines& chosen = lines.emplace_back();
+      if (s.sparse == 0 || rows[g.ListRow(n, head, 0)].entries == nullptr) continue;
+      chosen.columns =
+          SetBits(words_of(plan.key_lines_at.column_bits, head, s), s.k_len);
+      chosen.distances =
+          SetBits(words_of(plan.key_lines_at.distance_bits, head, s), s.k_len);
+    }
+  }
+  return lines;
 }
 
 }  // namespace
@@ -186,7 +227,12 @@ std::vector<ReportRegion> RegionsOf(const CudaAttentionPlan& plan,
   if (request.lists && plan.has_lists) {
     regions.push_back({plan.tiles_at,
                        plan.num_tiles() * static_cast<int64_t>(sizeof(AttentionTile))});
-    regions.push_back({plan.entries_at, 2 * plan.geometry.total_entries});
+    regions.push_back({plan.entries_at, 2 * plan.total_entries});
+    if (plan.chooses_key_lines) {
+      regions.push_back({plan.key_lines_at.column_bits, plan.key_lines_at.bits_bytes});
+      regions.push_back(
+          {plan.key_lines_at.distance_bits, plan.key_lines_at.bits_bytes});
+    }
   }
   if (request.order && plan.permutes) {
     regions.push_back({plan.positions_at, plan.memory.order_bytes});
@@ -199,6 +245,7 @@ void TellRequested(const CudaAttentionPlan& plan, const std::byte* workspace,
   if (request.order) report->order = OrderOf(plan, workspace);
   if (!request.lists) return;
   const std::vector<RanRow> rows = RowsOf(plan, workspace);
+  if (plan.chooses_key_lines) report->lines = LinesOf(plan, workspace, rows);
   report->lists =
       RanLists(plan.geometry, [&](int32_t sequence, int32_t head, int32_t query_block) {
         return rows[plan.geometry.ListRow(sequence, head, query_block)];

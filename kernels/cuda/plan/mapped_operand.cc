@@ -38,7 +38,8 @@ MappedOperands MapOperands(const CudaAttentionPlan& plan, const RunParams& run) 
         .box_rows = box_rows,
         .bf16 = plan.problem.dtype == DType::kBF16};
   };
-  const int64_t keys = plan.permutes ? g.total_slots : g.total_k;
+  const int64_t copied = int64_t{plan.copied_blocks} * kBlockKeys;
+  const int64_t keys = plan.permutes ? copied : g.total_k;
   const int64_t key_heads = plan.permutes ? g.num_order_heads : g.num_kv_heads;
   const RowOperand o = {static_cast<const uint16_t*>(run.attention.o),
                         run.attention.o_strides};

@@ -7,11 +7,15 @@
 #include "cuda/attention/pool_means.h"
 #include "cuda/plan/cuda_plan.h"
 #include "cuda/primitives/primitives.h"
+#include "cuda/selection/choose_key_lines.h"
 #include "cuda/selection/choose_lines.h"
+#include "cuda/selection/gather_columns.h"
 #include "cuda/selection/gather_keys.h"
 #include "cuda/selection/guard_heads.h"
+#include "cuda/selection/list_spans.h"
 #include "cuda/selection/measure_bands.h"
 #include "cuda/selection/measure_coverage.h"
+#include "cuda/selection/measure_key_lines.h"
 #include "cuda/selection/measure_lines.h"
 #include "cuda/selection/order_tiles.h"
 #include "cuda/selection/score_keys.h"
@@ -151,12 +155,35 @@ void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
   }
 }
 
+// Enqueues the kernels that choose columns and distances, gather the columns and make
+// lists.
+template <class Element, int kHeadDim, class Launcher>
+void EnqueueKeyLines(const SelectionParams& params, Launcher& launch) {
+  const int64_t heads = params.num_heads;
+  const int64_t key_blocks = heads * params.total_key_blocks;
+  launch.template Run<SumKeyLines<Element, kHeadDim>>(
+      key_blocks, KeyLineScoresBytes(kHeadDim), params);
+  launch.template Run<WeighKeyLines>(heads * params.num_sequences,
+                                     WeighKeyLines::kSharedBytes, params);
+  launch.template Run<ShareKeyLines<Element, kHeadDim>>(
+      key_blocks, KeyLinesSharedBytes(kHeadDim), params);
+  launch.template Run<ChooseKeyLines>(2 * heads * params.num_sequences,
+                                      ChooseKeyLines::kSharedBytes, params);
+  using Gather = GatherColumns<Element, kHeadDim>;
+  launch.template Run<Gather>(heads * params.key_lines.total_gathered,
+                              Gather::kSharedBytes, params);
+  launch.template Run<ListSpans>(heads * params.total_query_blocks,
+                                 SpansSharedBytes(params.logit_stride), params);
+}
+
 // Enqueues the kernels that score blocks and make lists.
 template <class Element, int kHeadDim, class Launcher>
 void EnqueueSelection(const CudaAttentionPlan& plan, const SelectionParams& params,
                       Launcher& launch) {
   const int64_t heads = params.num_heads;
-  if (plan.scorer == Scorer::kRows) {
+  if (plan.chooses_key_lines) {
+    EnqueueKeyLines<Element, kHeadDim>(params, launch);
+  } else if (plan.scorer == Scorer::kRows) {
     launch.template Run<SplitMeans<Element>>(
         int64_t{params.num_order_heads} * params.total_key_blocks, 0, params);
     launch.template Run<SelectRows<Element, kHeadDim>>(
@@ -167,7 +194,7 @@ void EnqueueSelection(const CudaAttentionPlan& plan, const SelectionParams& para
         heads * params.total_groups,
         AntidiagonalSharedBytes(kHeadDim, params.group_blocks, params.logit_stride),
         params);
-  } else if (plan.scorer == Scorer::kLines) {
+  } else if (plan.chooses_block_lines()) {
     EnqueueSelectLines<Element, kHeadDim>(plan, params, launch);
   } else {
     EnqueueSelectBlocks<Element>(plan, params, launch);

@@ -12,6 +12,8 @@
 namespace pbs::cuda {
 namespace {
 
+constexpr float kLog2E = 1.44269504088896341f;
+
 RowStrides StridesOf(const RowLayout& layout) {
   const bool packed = layout.sequence_stride == RowLayout::kPacked;
   return {packed ? 0 : layout.sequence_stride, layout.head_stride, layout.row_stride,
@@ -86,6 +88,7 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.chunk_blocks = plan.chunk_blocks;
   s.group_blocks = plan.group_blocks;
   s.total_key_blocks = plan.total_key_blocks;
+  s.copied_blocks = plan.copied_blocks;
   s.total_query_blocks = plan.total_query_blocks;
   s.total_chunks = plan.total_chunks;
   s.total_segments = plan.total_segments;
@@ -111,8 +114,8 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   s.window_blocks = options.window_blocks;
   s.own_has_mass = Permutes(options) ? 0 : 1;
   s.permutes = plan.permutes ? 1 : 0;
-  s.pools = plan.selects ? 1 : 0;
-  s.pools_by_length = plan.scorer == Scorer::kLines ? 1 : 0;
+  s.pools = plan.pools_keys() ? 1 : 0;
+  s.pools_by_length = plan.chooses_block_lines() ? 1 : 0;
   s.key_rounding = RoundingTo(ScoreRoundingOf(plan.problem));
   s.block_rounding = RoundingTo(BlockScoreRoundingOf(plan.problem));
   if (options.use_given_order) {
@@ -163,6 +166,31 @@ void PlaceSelection(const CudaAttentionPlan& plan, const AttentionTensors& tenso
   at(s.non_finite, plan.summary_at + offsetof(RunSummary, non_finite));
 }
 
+void SetKeyLines(const CudaAttentionPlan& plan, const Placer& at,
+                 KeyLineParams& lines) {
+  if (!plan.chooses_key_lines) return;
+  const AttentionOptions& options = plan.problem.options;
+  constexpr int32_t kPublishedWidth = 128;  // head dim of the published scale
+  const int32_t width = options.as_published ? kPublishedWidth : plan.geometry.head_dim;
+  lines.vertical_tokens = options.vertical_tokens;
+  lines.slash_tokens = options.slash_tokens;
+  lines.total_gathered = plan.total_gathered;
+  lines.scale_log2 = kLog2E / std::sqrt(static_cast<float>(width));
+  at(lines.block_max, plan.key_lines_at.block_max);
+  at(lines.block_sum, plan.key_lines_at.block_sum);
+  at(lines.shift, plan.key_lines_at.shift);
+  at(lines.weight, plan.key_lines_at.weight);
+  at(lines.columns, plan.key_lines_at.columns);
+  at(lines.distances, plan.key_lines_at.distances);
+  at(lines.diagonals, plan.key_lines_at.diagonals);
+  at(lines.chosen, plan.key_lines_at.chosen);
+  at(lines.column_bits, plan.key_lines_at.column_bits);
+  at(lines.distance_bits, plan.key_lines_at.distance_bits);
+  at(lines.parts, plan.key_lines_at.parts);
+  at(lines.gathered, plan.key_lines_at.gathered);
+  at(lines.column_ends, plan.key_lines_at.column_ends);
+}
+
 void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors,
                   const Placer& at, RunParams& run) {
   const AttentionGeometry& g = plan.geometry;
@@ -178,7 +206,7 @@ void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   t.total_tiles = static_cast<int32_t>(plan.num_tiles());
   t.tile_rows = plan.tile_rows;
   t.one_section = plan.one_section ? 1 : 0;
-  t.longest = plan.longest_list;
+  t.longest = plan.longest_list + plan.most_gathered;
   t.dense_fallback = plan.may_fall_back() ? 1 : 0;
   t.fallback_ratio = static_cast<float>(kDenseFallbackRatio);
   t.permuted = s.permutes;
@@ -190,6 +218,7 @@ void SetTileOrder(const CudaAttentionPlan& plan, const AttentionTensors& tensors
     t.counts = s.counts;
   }
   t.entries = run.selection.entries;
+  t.gathered = s.key_lines.gathered;
   at(t.tiles, plan.tiles_at);
   at(t.next_tile, plan.next_tile_at);
   at(t.fell_back, plan.fell_back_at);
@@ -209,7 +238,10 @@ void SetAttention(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   a.num_tiles = t.total_tiles;
   a.next_tile = t.next_tile;
   a.lists = t.entries;
-  a.scale_log2 = 1.44269504088896341f / std::sqrt(static_cast<float>(g.head_dim));
+  a.parts = s.key_lines.parts;
+  a.column_bits = s.key_lines.column_bits;
+  a.column_stride = int64_t{plan.total_key_blocks} * (kBlockTokens / 32);
+  a.scale_log2 = kLog2E / std::sqrt(static_cast<float>(g.head_dim));
   a.o = tensors.o.data;
   a.o_strides = StridesOf(tensors.o.layout);
   a.lse = static_cast<float*>(tensors.lse.data);
@@ -218,7 +250,7 @@ void SetAttention(const CudaAttentionPlan& plan, const AttentionTensors& tensors
   run.k = s.k;
   run.v = s.v;
   if (plan.permutes) {
-    const int64_t slots = int64_t{plan.total_key_blocks} * kBlockTokens;
+    const int64_t slots = int64_t{plan.copied_blocks} * kBlockTokens;
     const RowStrides strides = {0, slots * g.head_dim, g.head_dim, 1};
     a.positions = s.positions;
     a.position_stride = slots;
@@ -268,6 +300,10 @@ void SetCoverage(const CudaAttentionPlan& plan, const Placer& at, RunParams& run
   c.scale_log2 = run.attention.scale_log2;
   c.counts = t.counts;
   c.entries = t.entries;
+  c.parts = run.attention.parts;
+  c.column_bits = run.attention.column_bits;
+  c.column_ends = run.selection.key_lines.column_ends;
+  c.column_stride = run.attention.column_stride;
   at(c.coverage, plan.coverage_at);
   if (plan.guards()) {  // before heads may fall back
     run.guard = {c, plan.problem.options.coverage_min, run.selection.counts,
@@ -318,6 +354,7 @@ StatusOr<RunParams> MakeRunParams(const CudaAttentionPlan& plan,
   SetSelection(plan, tensors, run.selection);
   PlaceSelection(plan, tensors, at, run.selection);
   SetLines(plan, at, run.selection.lines);
+  SetKeyLines(plan, at, run.selection.key_lines);
   SetTileOrder(plan, tensors, at, run);
   SetAttention(plan, tensors, run);
   SetCorrection(plan, at, run);

@@ -24,9 +24,14 @@ struct CoverageParams {
   RowOperand k;              // in the form that attention reads
   const int32_t* positions;  // as AttentionParams; null: keys are not permuted
   int64_t position_stride;
-  float scale_log2;          // log2(e) / sqrt(head_dim)
-  const uint16_t* counts;    // lengths of lists: [rows] by ListRow()
-  const uint16_t* entries;   // entries of lists by EntryOffset()
+  float scale_log2;         // log2(e) / sqrt(head_dim)
+  const uint16_t* counts;   // lengths of lists: [rows] by ListRow()
+  const uint16_t* entries;  // entries of lists by EntryOffset()
+  // Lists of parts of blocks, as KeyLineParams; null: blocks are read whole.
+  const uint32_t* parts;
+  const uint32_t* column_bits;
+  const uint16_t* column_ends;
+  int64_t column_stride;     // words of a head
   const int32_t* fell_back;  // [num_order_heads, num_sequences]; null: none can
   float* coverage;           // [num_heads, total_groups, kCoverageRowsTogether]
   int32_t is_measured;       // by the guard: only heads that fell back are new

@@ -117,7 +117,7 @@ class GatherKeys {
   }
 
   PBS_DEVICE int64_t FirstSlot() const {
-    return (int64_t{head_} * params_.total_key_blocks + block_) * kBlockTokens;
+    return (int64_t{head_} * params_.copied_blocks + block_) * kBlockTokens;
   }
   // Shared memory after that of the mean.
   PBS_DEVICE static int32_t* positions() {

@@ -6,9 +6,11 @@
 // per row over its keys. These are merged in a fixed order.
 #pragma once
 
+#include "cuda/attention/attention_tile.h"
 #include "cuda/primitives/primitives.h"
 #include "cuda/selection/coverage_params.h"
 #include "cuda/selection/sequences.h"
+#include "cuda/tiles/block_part.h"
 
 namespace pbs::cuda {
 
@@ -126,6 +128,16 @@ class MeasureCoverage {
     }
   }
 
+  // The list of a row.
+  PBS_DEVICE int64_t ListOf(int row) const {
+    return ListRow(sequence_, params_.num_heads, head_,
+                   QueryBlock(row) - sequence_.first_query_block);
+  }
+  PBS_DEVICE int64_t EntriesOf(int row) const {
+    return EntryOffset(sequence_, head_, QueryBlock(row) - sequence_.first_query_block,
+                       params_.blocks_per_segment);
+  }
+
   // Sets bit r of a block's byte when row r reads the block.
   PBS_DEVICE void MarkExecuted() {
     for (int block = ThreadIndex(); block < NumBlocks(); block += kThreads) {
@@ -133,12 +145,8 @@ class MeasureCoverage {
     }
     for (int row = 0; row < rows_; ++row) {
       SyncThreads();  // rows have blocks in common
-      const int query_block = QueryBlock(row) - sequence_.first_query_block;
-      const int count = LoadGlobal(
-          params_.counts + ListRow(sequence_, params_.num_heads, head_, query_block));
-      const uint16_t* list =
-          params_.entries +
-          EntryOffset(sequence_, head_, query_block, params_.blocks_per_segment);
+      const int count = LoadGlobal(params_.counts + ListOf(row));
+      const uint16_t* list = params_.entries + EntriesOf(row);
       for (int i = ThreadIndex(); i < count; i += kThreads) {
         uint8_t* bits = executed_ + LoadGlobal(list + i);
         StoreShared(bits, static_cast<uint8_t>(LoadShared(bits) | 1 << row));
@@ -169,13 +177,53 @@ class MeasureCoverage {
       if (position > last) continue;
       float scores[kRows] = {};
       Score(keys + slot * params_.k.strides.row, scores);
-      const int executed = LoadShared(executed_ + slot / kBlockTokens);
+      int executed = LoadShared(executed_ + slot / kBlockTokens);
+      if (params_.parts != nullptr) executed = ReadInPart(slot, executed);
       PBS_UNROLL
       for (int row = 0; row < kRows; ++row) {
         if (position > seen_up_to[row]) continue;
         masses[row].Add(scores[row] * params_.scale_log2, (executed >> row & 1) != 0);
       }
     }
+  }
+
+  // The rows that read a key in the part of a block of their list, or as a column.
+  // `listed`: those whose list has the key's block.
+  PBS_DEVICE int ReadInPart(int slot, int listed) const {
+    const int block = slot / kBlockTokens;
+    const uint32_t columns =
+        LoadGlobal(params_.column_bits + head_ * params_.column_stride +
+                   sequence_.key_block_begin * (kBlockTokens / 32) + slot / 32);
+    const bool is_column = (columns >> slot % 32 & 1) != 0;
+    int rows = 0;
+    for (int row = 0; row < rows_; ++row) {
+      const int group = Position(row) / kRowGroup % kGroupsOfTile;
+      bool reads = is_column && block < LoadGlobal(params_.column_ends +
+                                                   ListOf(row) * kGroupsOfTile + group);
+      if (!reads && (listed >> row & 1) != 0) {
+        const uint32_t part =
+            LoadGlobal(params_.parts +
+                       (EntriesOf(row) + EntryOf(row, block)) * kGroupsOfTile + group);
+        reads = (PartWord(part, slot % kBlockTokens / 32) >> slot % 32 & 1) != 0;
+      }
+      rows |= (reads ? 1 : 0) << row;
+    }
+    return rows;
+  }
+  // Index of a block in the list of a row, which has it.
+  PBS_DEVICE int EntryOf(int row, int block) const {
+    const uint16_t* list = params_.entries + EntriesOf(row);
+    int low = 0;
+    int high = LoadGlobal(params_.counts + ListOf(row)) - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (LoadGlobal(list + middle) < block) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
   }
 
   // Scores of a key with all rows.

@@ -125,7 +125,7 @@ class LineChunk {
   PBS_DEVICE int Position(int slot) const {
     if (params_.permutes == 0) return slot;
     return LoadGlobal(params_.positions +
-                      (int64_t{head_ / Members(params_)} * params_.total_key_blocks +
+                      (int64_t{head_ / Members(params_)} * params_.copied_blocks +
                        sequence_.key_block_begin) *
                           kBlockTokens +
                       slot);

@@ -99,7 +99,15 @@ class OrderTiles {
     if (tile.list_begin >= 0 && params_.given_begin != nullptr) CopyGiven(row, tile);
     const int place = AtomicAddShared(counts_ + tile.list_count, 1);
     StoreGlobal(params_.tiles + begin_ + place, tile);
-    return {at.head - first_head_, tile.list_count, above};
+    return {at.head - first_head_, Executed(row, at, tile), above};
+  }
+
+  // Blocks that the row counts as executed: all gathered blocks of its head, too, but
+  // no more in sum than it could read. `above` of them are above the diagonal.
+  PBS_DEVICE int Executed(int64_t row, const Row& at, const AttentionTile& tile) const {
+    if (!HasGathered(at)) return tile.list_count;
+    const int executed = LoadGlobal(params_.counts + row) + at.s.gathered_blocks;
+    return executed < OwnEndOf(at) ? executed : OwnEndOf(at);
   }
 
   // Adds the blocks that the lanes' tiles read to blocks_. Most warps have tiles of one
@@ -251,7 +259,14 @@ class OrderTiles {
   // Number of blocks that the row reads.
   PBS_DEVICE int Length(int64_t row, const Row& at) const {
     if (!HasList(at)) return at.last_block + 1;
-    return falls_back_ ? OwnEndOf(at) : LoadGlobal(params_.counts + row);
+    if (falls_back_) return OwnEndOf(at);
+    return LoadGlobal(params_.counts + row) + Gathered(row, at);
+  }
+  PBS_DEVICE bool HasGathered(const Row& at) const {
+    return params_.gathered != nullptr && HasList(at) && !falls_back_;
+  }
+  PBS_DEVICE int Gathered(int64_t row, const Row& at) const {
+    return HasGathered(at) ? LoadGlobal(params_.gathered + row) : 0;
   }
 
   // Sets `above` to the number of the tile's blocks above the diagonal.
@@ -271,7 +286,7 @@ class OrderTiles {
         .first_position = at.s.query_offset + at.first,
         .first_slot =
             params_.permuted != 0 ? at.s.key_block_begin * kBlockTokens : at.s.k_begin,
-        .num_keys = at.s.k_len};
+        .num_keys = params_.gathered != nullptr ? INT32_MAX : at.s.k_len};
     if (!HasList(at)) return tile;
     const int own = OwnBegin(at.block, params_.blocks_per_segment);
     // Selected lists contain the whole own segment.
@@ -280,6 +295,10 @@ class OrderTiles {
     *above = OwnEndOf(at) - at.block - 1;
     if (falls_back_) return tile;
     tile.list_begin = EntryOffset(at.s, at.head, at.index, params_.blocks_per_segment);
+    if (params_.gathered != nullptr) {
+      tile.list_begin -= Gathered(row, at);
+      tile.num_masked = tile.list_count;  // all may be read in part
+    }
     if (params_.given_begin == nullptr) return tile;
     const uint16_t* end = Given(row) + tile.list_count;
     tile.last_block = LoadGlobal(end - 1);

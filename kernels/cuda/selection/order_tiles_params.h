@@ -29,6 +29,9 @@ struct TileOrderParams {
   // The caller's lists, which are copied to `entries`; null: none.
   const int64_t* given_begin;  // [tiles]
   const uint16_t* given_entries;
+  // Lists of parts of blocks: how many gathered blocks are before each list, [tiles];
+  // null: none.
+  const uint16_t* gathered;
   int32_t permuted;      // blocks of the own segment hold keys of the whole segment
   AttentionTile* tiles;  // [total_tiles], and one tile without blocks
   int32_t* next_tile;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/primitives/host_device.h"
+#include "cuda/selection/key_line_params.h"
 #include "cuda/tiles/row_operand.h"
 
 namespace pbs::cuda {
@@ -43,6 +44,8 @@ struct SequenceRecord {
   int32_t tile_begin;        // tiles of attention, one head
   int32_t coverage_begin;    // groups of sampled rows (coverage_params.h)
   int32_t line_chunk_begin;  // chunks of key blocks, all of them (measure_lines.h)
+  int32_t gathered_begin;    // blocks of gathered columns, one head
+  int32_t gathered_blocks;
 };
 
 // A band of rotary pairs: pairs [begin, end). Pair p has the columns p and p + head_dim
@@ -101,6 +104,9 @@ struct SelectionParams {
   int32_t chunk_blocks;  // key blocks of a chunk
   int32_t group_blocks;  // query blocks of a group
   int32_t total_key_blocks;
+  // Blocks of a head of the permuted copies: key blocks, then the gathered columns of
+  // the query heads that read it
+  int32_t copied_blocks;
   int32_t total_query_blocks;
   int32_t total_chunks;
   int32_t total_segments;
@@ -123,7 +129,7 @@ struct SelectionParams {
   int32_t dense_tail_blocks;
   int32_t sink_blocks;
   int32_t window_blocks;
-  int32_t permutes;  // keys and values are gathered; else they are read in place
+  int32_t permutes;  // keys and values are copied; else they are read in place
   int32_t pools;     // block means of keys are computed
   // The sum of a short block of keys is divided by its length, not by that of a whole
   // block.
@@ -144,9 +150,9 @@ struct SelectionParams {
   float* proxy_weight;
   float* importance;
 
-  // [num_order_heads, total_key_blocks, 128] original position of each slot.
+  // [num_order_heads, copied_blocks, 128] original position of each slot.
   int32_t* positions;
-  uint16_t* permuted_k;  // [num_order_heads, total_key_blocks, 128, head_dim]
+  uint16_t* permuted_k;  // [num_order_heads, copied_blocks, 128, head_dim]
   uint16_t* permuted_v;
   int32_t* first_block;   // [num_order_heads, num_sequences] slot block of key 0
   float* pooled_keys;     // [num_order_heads, head_dim, total_key_blocks]
@@ -154,6 +160,8 @@ struct SelectionParams {
   float* band_divisors;   // of logits: [num_heads, num_sequences, kBands]
 
   uint16_t* mean_rows;  // [num_order_heads, kMeanParts, total_key_blocks, head_dim]
+
+  KeyLineParams key_lines;  // where columns and distances are chosen
 
   // Lists: counts [rows], entries at EntryOffset().
   uint16_t* counts;
@@ -212,6 +220,19 @@ PBS_HOST_DEVICE constexpr int64_t ChooseLinesSharedBytes(int logit_stride,
                                                          int head_dim) {
   return kBlockValuesBytes + (int64_t{3} * logit_stride + head_dim) * 4;
 }
+// Bytes of shared memory of measure_key_lines.h: queries and keys; and with
+// probabilities.
+constexpr int kLineStride = kBlockTokens + 4;  // floats between rows of probabilities
+PBS_HOST_DEVICE constexpr int64_t KeyLineScoresBytes(int head_dim) {
+  return int64_t{kLineQueries + kScoredKeys} * head_dim * 2;
+}
+PBS_HOST_DEVICE constexpr int64_t KeyLinesSharedBytes(int head_dim) {
+  return KeyLineScoresBytes(head_dim) + int64_t{kLineQueries} * kLineStride * 4;
+}
+// Bytes of shared memory of list_spans.h: a part of each key block for both groups.
+PBS_HOST_DEVICE constexpr int64_t SpansSharedBytes(int logit_stride) {
+  return int64_t{logit_stride} * 8;
+}
 // Query heads per KV head, and per order head.
 PBS_HOST_DEVICE constexpr int GroupSize(const SelectionParams& params) {
   return params.num_heads / params.num_kv_heads;
@@ -249,19 +270,28 @@ PBS_HOST_DEVICE constexpr int64_t EntriesBefore(int block, int blocks_per_segmen
   return per * per * segments * (segments + 1) / 2 +
          rest * (end < num_key_blocks ? end : num_key_blocks);
 }
-// Offset of the list of (head, query block of the sequence).
+// Offset of the list of (head, query block of the sequence). Entries for gathered
+// blocks are before it.
 PBS_HOST_DEVICE constexpr int64_t EntryOffset(const SequenceRecord& s, int head,
                                               int query_block, int blocks_per_segment) {
   return s.entries_begin + head * s.entries_per_head +
          EntriesBefore(s.first_query_block + query_block, blocks_per_segment,
                        s.num_key_blocks) -
-         EntriesBefore(s.first_query_block, blocks_per_segment, s.num_key_blocks);
+         EntriesBefore(s.first_query_block, blocks_per_segment, s.num_key_blocks) +
+         int64_t{query_block + 1} * s.gathered_blocks;
 }
 // Row of the lists, as AttentionGeometry::ListRow().
 PBS_HOST_DEVICE constexpr int64_t ListRow(const SequenceRecord& s, int num_heads,
                                           int head, int query_block) {
   return int64_t{s.query_block_begin} * num_heads + int64_t{head} * s.num_query_blocks +
          query_block;
+}
+
+// First block of the gathered columns of a query head, in its head of the copies.
+PBS_HOST_DEVICE constexpr int GatheredBlock(const SelectionParams& params,
+                                            const SequenceRecord& s, int head) {
+  return params.total_key_blocks +
+         head % Members(params) * params.key_lines.total_gathered + s.gathered_begin;
 }
 
 }  // namespace pbs::cuda

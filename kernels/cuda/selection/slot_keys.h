@@ -22,7 +22,7 @@ PBS_DEVICE SlotKeys SlotKeysOf(const SelectionParams& params,
         params.k.strides.row};
   }
   const int64_t slot =
-      (int64_t{order_head} * params.total_key_blocks + sequence.key_block_begin) *
+      (int64_t{order_head} * params.copied_blocks + sequence.key_block_begin) *
       kBlockTokens;
   return {params.permuted_k + slot * params.head_dim, params.head_dim};
 }

@@ -31,10 +31,12 @@ struct SortSegments {
         params.sequences, params.num_sequences, place.item);
     const SequenceRecord s = LoadGlobal(params.sequences + index);
     const int first = (place.item - s.segment_begin) * params.segment_size;
-    const int64_t slots =
-        (int64_t{place.head} * params.total_key_blocks + s.key_block_begin) *
-            kBlockTokens +
-        first;
+    // First slot of the segment, where a head has `blocks` blocks.
+    const auto slots = [&](int blocks) {
+      return (int64_t{place.head} * blocks + s.key_block_begin) * kBlockTokens + first;
+    };
+    const float* importance = params.importance + slots(params.total_key_blocks);
+    int32_t* positions = params.positions + slots(params.copied_blocks);
     const int keys = SortedKeys(params.segment_size);
     const Shared shared(keys);
     for (int i = ThreadIndex(); i < keys; i += kThreads) {
@@ -42,14 +44,14 @@ struct SortSegments {
       // sort in falling order, with padding last.
       uint32_t falling = 0xFFFFFFFFu;
       if (i < params.segment_size) {
-        falling = ~FloatBits(LoadGlobal(params.importance + slots + i));
+        falling = ~FloatBits(LoadGlobal(importance + i));
       }
       StoreShared(shared.falling + i, falling);
       StoreShared(shared.index + i, static_cast<uint16_t>(i));
     }
     Sort(shared, keys);
     for (int i = ThreadIndex(); i < params.segment_size; i += kThreads) {
-      StoreGlobal(params.positions + slots + i, first + LoadShared(shared.index + i));
+      StoreGlobal(positions + i, first + LoadShared(shared.index + i));
     }
   }
 

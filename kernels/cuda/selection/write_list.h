@@ -20,6 +20,15 @@ PBS_DEVICE bool IsDenseTail(const SelectionParams& params,
   return sequence.num_query_blocks - query_block <= params.dense_tail_blocks;
 }
 
+// The first of the blocks that end with the query block's own and that it reads
+// whatever their scores are.
+PBS_DEVICE int WindowBegin(const SelectionParams& params,
+                           const SequenceRecord& sequence, int query_block) {
+  return IsDenseTail(params, sequence, query_block)
+             ? 0
+             : sequence.first_query_block + query_block + 1 - params.window_blocks;
+}
+
 // Blocks [0, count) may be kept by their scores, for a query block with this absolute
 // index.
 PBS_DEVICE int NumCandidates(const SelectionParams& params, int block) {
@@ -44,9 +53,7 @@ PBS_DEVICE void WriteList(const SelectionParams& params, const SequenceRecord& s
           ? LoadGlobal(params.first_block + order_head * params.num_sequences +
                        place.sequence_index)
           : -1;
-  const int window_begin = IsDenseTail(params, sequence, place.query_block)
-                               ? 0
-                               : own + 1 - params.window_blocks;
+  const int window_begin = WindowBegin(params, sequence, place.query_block);
   uint16_t* list = params.entries + EntryOffset(sequence, place.head, place.query_block,
                                                 params.blocks_per_segment);
   int count = 0;

@@ -5,15 +5,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
-#include <cstddef>
 #include <cstdint>
 #include <ostream>
-#include <string>
 #include <utility>
-#include <vector>
 
-#include "cuda/plan/mapped_operand.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::cuda {
@@ -57,11 +52,21 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{
             "small_blocks", [](auto& p) { p.options.block_size = 64; },
             "block_size 64 is not supported by the cuda backend, which has 128"},
-        RefusedCase{"method",
-                    [](auto& p) { p.options = DefaultOptions(Method::kMInference); },
-                    "method minference is not supported by the cuda backend, which has "
-                    "dense, pbs, mean_pooling, xattention, flexprefill, prism, "
-                    "flashprefill"}),
+        RefusedCase{"corrected_minference",
+                    [](auto& p) {
+                      p.options = DefaultOptions(Method::kMInference);
+                      p.options.mean_correction = true;
+                    },
+                    "mean_correction true is not supported by the cuda backend, which "
+                    "has false for minference"},
+        RefusedCase{"columns_of_all_keys",
+                    [](auto& p) {
+                      p = Problem(1 << 20, {.method = Method::kMInference,
+                                            .vertical_tokens = 1 << 20});
+                      p.shape.num_kv_heads = 4;
+                    },
+                    "vertical_tokens 1048576 gives 73728 blocks of keys and gathered "
+                    "columns per KV head; the cuda backend has at most 65536"}),
     testing_support::CaseName());
 
 TEST(CudaPlanSpec, WhatNoBackendTakesIsInvalid) {
@@ -113,6 +118,18 @@ INSTANTIATE_TEST_SUITE_P(
                   true},
         StageCase{"prism", 4096, DefaultOptions(Method::kPrism), false, false, true,
                   true},
+        // Without an order, too, keys are copied, with the columns behind them.
+        StageCase{"minference", 8192, DefaultOptions(Method::kMInference), false, true,
+                  true, true},
+        StageCase{"minference_of_a_short_prompt", 6096,
+                  DefaultOptions(Method::kMInference), false, false, false, false},
+        StageCase{"minference_over_given_lists",
+                  8192,
+                  {.method = Method::kMInference, .use_given_lists = true},
+                  false,
+                  false,
+                  false,
+                  true},
         StageCase{"flashprefill", 4096, DefaultOptions(Method::kFlashPrefill), false,
                   false, true, true},
         StageCase{"flexprefill", 4096, DefaultOptions(Method::kFlexPrefill), false,
@@ -158,6 +175,29 @@ TEST(CudaPlanSpec, MemoryAt128KAnd512KIsWhatTheTablesSay) {
               2 * 32 * (blocks * (blocks + 2) / 2) + 2 * 32 * blocks);
     EXPECT_LT((*plan)->workspace_bytes, 2 * memory.packed_bytes + memory.lists_bytes);
   }
+}
+
+// 1,000 columns are eight blocks. Beside the copies of keys and values, per query head:
+// these blocks, 8 + 2 bytes per entry, and a bit per key for columns and for distances.
+TEST(CudaPlanSpec, MemoryOfColumnsAndDiagonalsAt128KIsWhatTheTablesSay) {
+  constexpr int64_t kTokens = 128 << 10;
+  constexpr int64_t kBlocks = kTokens / 128;
+  const auto plan =
+      MakeCudaPlan(Problem(kTokens, DefaultOptions(Method::kMInference)), kDevice);
+  ASSERT_TRUE(plan.ok()) << plan.status().ToString();
+  EXPECT_EQ((*plan)->total_gathered, 8);
+  EXPECT_EQ((*plan)->copied_blocks, kBlocks + 4 * 8);
+  const AttentionMemory& memory = (*plan)->memory;
+  EXPECT_EQ(memory.packed_bytes, 2 * (8 * kTokens + 32 * 1024) * 128 * 2);
+  EXPECT_EQ(memory.order_bytes, (8 * kTokens + 32 * 1024) * 4);
+  const int64_t entries = 32 * (kBlocks * (kBlocks + 1) / 2 + kBlocks * 8);
+  EXPECT_EQ((*plan)->total_entries, entries);
+  EXPECT_EQ(memory.lists_bytes, (2 + 8) * entries + 32 * kBlocks * (2 + 2 + 4) +
+                                    2 * 32 * kTokens / 8 + 32 * 1024 * 4);
+  // Masses by key and by distance, and sums of 64 queries and 191 diagonals per block.
+  EXPECT_EQ(memory.pooled_bytes,
+            32 * kBlocks * 4 * (2 * 64 + 2 * 128 + 191) + 2 * 32 * 64 * 4);
+  EXPECT_LT((*plan)->workspace_bytes, 900 << 20);
 }
 
 TEST(CudaPlanSpec, SamplesTheRowsThatEveryBackendSamples) {
@@ -339,153 +379,6 @@ TEST(RowStridesSpec, ReachTheLastRowOf512KTokens) {
   EXPECT_EQ(strided.Offset(3, 3 * kTokens, 63, kTokens - 1),
             ((3 * 64 + 63) * kTokens + kTokens - 1) * kDim);
 }
-
-TEST(RunParamsSpec, OperandsMustBeWhereCopiesOf16BytesCanReadThem) {
-  const auto plan = MakeCudaPlan(Problem(1000), kDevice);
-  ASSERT_TRUE(plan.ok());
-  alignas(256) static std::byte memory[256];
-  const Workspace workspace{memory, (*plan)->workspace_bytes};  // not touched here
-  AttentionTensors tensors;
-  tensors.q = tensors.k = tensors.v = {memory, PackedLayout(1000, 128)};
-  tensors.o = {memory, PackedLayout(1000, 128)};
-  EXPECT_TRUE(MakeRunParams(**plan, tensors, workspace).ok());
-
-  AttentionTensors misaligned = tensors;
-  misaligned.k.data = memory + 8;
-  EXPECT_EQ(MakeRunParams(**plan, misaligned, workspace).status().message(),
-            "k is not 16-byte aligned");
-  AttentionTensors odd = tensors;
-  odd.v.layout.row_stride = 132;
-  EXPECT_EQ(MakeRunParams(**plan, odd, workspace).status().message(),
-            "v has a stride of 132 elements, not a multiple of 8");
-  AttentionTensors target = tensors;
-  target.o.data = memory + 4;
-  EXPECT_EQ(MakeRunParams(**plan, target, workspace).status().message(),
-            "o is not 16-byte aligned");
-  const auto small =
-      MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes - 1});
-  EXPECT_EQ(small.status().code(), StatusCode::kResourceExhausted);
-}
-
-TEST(RunParamsSpec, ThresholdsOfHeadsMustFitTheProblem) {
-  AttentionProblem problem = Problem(1000);
-  problem.has_head_thresholds = true;
-  const auto plan = MakeCudaPlan(problem, kDevice);
-  ASSERT_TRUE(plan.ok()) << plan.status().ToString();
-  alignas(256) static std::byte memory[256];
-  AttentionTensors tensors;
-  tensors.q = tensors.k = tensors.v = {memory, PackedLayout(1000, 128)};
-  tensors.o = {memory, PackedLayout(1000, 128)};
-  const Workspace workspace{memory, (*plan)->workspace_bytes};  // not touched here
-  const auto heads = static_cast<size_t>(problem.shape.num_heads);
-  EXPECT_EQ(MakeRunParams(**plan, tensors, workspace).status().message(),
-            "head_thresholds has 0 values; the problem has " + std::to_string(heads));
-  const std::vector<float> thresholds(heads, 0.5f);
-  tensors.head_thresholds = thresholds;
-  const auto run = MakeRunParams(**plan, tensors, workspace);
-  ASSERT_TRUE(run.ok()) << run.status().ToString();
-  EXPECT_EQ(run->head_thresholds.data(), thresholds.data());
-}
-
-TEST(RunParamsSpec, PooledQueriesThatWereOfferedMustBeThere) {
-  AttentionProblem problem = Problem(1000);
-  problem.offers_pooled_queries = true;
-  const auto plan = MakeCudaPlan(problem, kDevice);
-  ASSERT_TRUE(plan.ok());
-  alignas(256) static std::byte memory[256];
-  AttentionTensors tensors;
-  tensors.q = tensors.k = tensors.v = {memory, PackedLayout(1000, 128)};
-  tensors.o = {memory, PackedLayout(1000, 128)};
-  const Workspace workspace{memory, (*plan)->workspace_bytes};  // not touched here
-  EXPECT_EQ(MakeRunParams(**plan, tensors, workspace).status().message(),
-            "pooled_queries is null, the plan needs 131072 bytes");
-  tensors.pooled_queries = reinterpret_cast<const float*>(memory);
-  const auto run = MakeRunParams(**plan, tensors, workspace);
-  ASSERT_TRUE(run.ok()) << run.status().ToString();
-  EXPECT_EQ(run->selection.pooled_queries, tensors.pooled_queries);
-}
-
-TEST(RunParamsSpec, NothingIsBroadcastWhereThereIsMoreThanOne) {
-  alignas(256) static std::byte memory[256];
-  const auto message_of = [](const AttentionShape& shape, const RowLayout& k_layout) {
-    const auto plan = MakeCudaPlan({shape, DType::kBF16, {}}, kDevice);
-    EXPECT_TRUE(plan.ok()) << plan.status().ToString();
-    AttentionTensors tensors;
-    tensors.q = tensors.v = {memory, DenseBatchLayout(32, 1000, 128)};
-    tensors.k = {memory, k_layout};
-    tensors.o = {memory, DenseBatchLayout(32, 1000, 128)};
-    const auto run = MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes});
-    return run.ok() ? "" : run.status().message();
-  };
-  const std::vector<SequenceShape> one = {{1000, 1000}};
-  const std::vector<SequenceShape> two = {{1000, 1000}, {7, 9}};
-  EXPECT_EQ(message_of({32, 8, 128, two}, {0, 128000, 128}),
-            "k.sequence_stride 0 is not positive");
-  EXPECT_EQ(message_of({32, 8, 128, one}, {0, 0, 128}),
-            "k.head_stride 0 is not positive");
-  EXPECT_EQ(message_of({32, 8, 128, one}, {RowLayout::kPacked, 128000, -128}),
-            "k.row_stride -128 is not positive");
-  EXPECT_EQ(message_of({32, 1, 128, one}, {0, 0, 128}), "");
-  EXPECT_EQ(message_of({32, 1, 128, {{1, 1}}}, {0, 0, 0}), "");
-}
-
-// Extents and strides of what Hopper's copy engine is told.
-struct MapCase {
-  const char* name;
-  Method method;
-  std::vector<SequenceShape> sequences;
-  RowLayout layout;              // of q, k, v and o
-  std::array<int64_t, 3> sizes;  // of k: rows, heads, sequences
-  std::array<uint64_t, 3> strides;
-};
-
-void PrintTo(const MapCase& c, std::ostream* out) { *out << c.name; }
-
-class MappedOperandSpec : public testing::TestWithParam<MapCase> {};
-
-TEST_P(MappedOperandSpec, ReachesAsFarAsTheKeys) {
-  const MapCase& c = GetParam();
-  const auto plan = MakeCudaPlan(
-      {{4, 2, 64, c.sequences}, DType::kBF16, {.method = c.method}}, kDevice);
-  ASSERT_TRUE(plan.ok()) << plan.status().ToString();
-  alignas(256) static std::byte memory[256];
-  AttentionTensors tensors;
-  tensors.q = tensors.k = tensors.v = {memory, c.layout};
-  tensors.o = {memory, c.layout};
-  const auto run = MakeRunParams(**plan, tensors, {memory, (*plan)->workspace_bytes});
-  ASSERT_TRUE(run.ok()) << run.status().ToString();
-  const MappedOperand k = MapOperands(**plan, *run).k;
-  EXPECT_EQ((std::array<int64_t, 3>{k.rows, k.heads, k.sequences}), c.sizes);
-  EXPECT_EQ(MapStrides(k), c.strides);
-}
-
-INSTANTIATE_TEST_SUITE_P(Cases, MappedOperandSpec,
-                         testing::Values(MapCase{"packed",
-                                                 Method::kDense,
-                                                 {{700, 700}, {9, 600}},
-                                                 PackedLayout(1300, 64),
-                                                 {1300, 2, 1},
-                                                 {128, 1300 * 128, 2 * 1300 * 128}},
-                                         MapCase{"strided",
-                                                 Method::kDense,
-                                                 {{700, 700}, {9, 600}},
-                                                 DenseBatchLayout(4, 1024, 64),
-                                                 {700, 2, 2},
-                                                 {128, 1024 * 128, 4 * 1024 * 128}},
-                                         MapCase{
-                                             "gathered",
-                                             Method::kPbs,
-                                             {{700, 700}, {9, 600}},
-                                             PackedLayout(1300, 64),
-                                             {(6 + 5) * 128, 2, 1},
-                                             {128, 11 * 128 * 128, 2 * 11 * 128 * 128}},
-                                         MapCase{"dimensions_of_one_without_strides",
-                                                 Method::kDense,
-                                                 {{1, 1}},
-                                                 {0, 64, 0},
-                                                 {1, 2, 1},
-                                                 {128, 128, 256}}),
-                         testing_support::CaseName());
 
 }  // namespace
 }  // namespace pbs::cuda
