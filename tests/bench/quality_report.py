@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the table and plots of the real model's quality from docs/results/quality_model.json.
+"""Writes the tables and plot of the real model's quality from docs/results/quality_*.json.
 
     scripts/bench.sh report
 
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tests/quality"))
 from summary import PAPER, best_of_methods  # noqa: E402
 
 NAME = "quality_model"
+HARNESS = "quality_lm_eval"
 # Of a setting's name: what it adds to its method, and the marker of that.
 ADDED = (("block 64", "^"), ("window", "D"), ("tail", "s"))
 PLAIN = ("as the method is", "o")
@@ -199,8 +200,26 @@ def _short(figures: Figures) -> list[str]:
             f"{figures['time']['cpu_ratio']:.2f}x"]  # fmt: skip
 
 
+def harness_table(results: dict[str, Any]) -> str:
+    """A row per setting: scores of foreign tasks, and their differences from dense."""
+    tasks = list(next(iter(results["settings"].values()))["tasks"])
+    rows = []
+    for name, figures in results["settings"].items():
+        cells = [figures["tasks"][task] for task in tasks]
+        rows.append(
+            [name]
+            + [f"{plain(c['score'], 2)} ({plain(c['against_dense'], 2, '+')})" for c in cells]
+            + [plain(figures["density"], 2)]
+        )
+    return table(["score (against dense)", *tasks, "density"], rows)
+
+
 def main() -> int:
     """Rewrites the tables and the plot."""
+    harness = RESULTS / f"{HARNESS}.json"
+    if harness.exists():
+        results = json.loads(harness.read_text())
+        fill(PAGE, HARNESS, f"{harness_table(results)}\n\n{source(HARNESS, results)}")
     path = RESULTS / f"{NAME}.json"
     if not path.exists():
         print(f"docs/results/{NAME}.json does not exist; its table stays", file=sys.stderr)

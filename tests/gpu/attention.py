@@ -58,7 +58,9 @@ class Part:
     inputs: str = "structured"
 
 
-OTHER_METHODS = ("mean_pooling", "xattention", "prism", "flashprefill")
+OTHER_METHODS = (
+    "mean_pooling", "xattention", "minference", "flexprefill", "prism", "flashprefill",
+)  # fmt: skip
 DENSE = (*DENSE_PEERS, "pbs_dense", "pbs_all", "pbs")
 SPARSE = ("triton_replay", "pbs_replay", "pbs_replay_in_order")
 METHODS = ("cudnn", "pbs_dense", "pbs", *(f"pbs_{name}" for name in OTHER_METHODS))

@@ -10,7 +10,10 @@ import pathlib
 import torch
 from machine import REHEARSAL
 
-METHODS = {"dense": 0, "pbs": 1, "mean_pooling": 2, "xattention": 3, "prism": 6, "flashprefill": 7}
+METHODS = {
+    "dense": 0, "pbs": 1, "mean_pooling": 2, "xattention": 3, "minference": 4,
+    "flexprefill": 5, "prism": 6, "flashprefill": 7,
+}  # fmt: skip
 ALIGNMENT = 256  # of a workspace
 INT, LONG, BOOL, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p
 ARGUMENTS = {
