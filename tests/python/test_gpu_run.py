@@ -348,7 +348,7 @@ def test_the_first_call_is_rehearsed_up_to_its_gate(pack):
 @pytest.mark.peers
 def test_the_second_call_is_rehearsed_on_a_cpu(pack):
     pytest.importorskip("torch", reason="a peer")
-    wanted = ["noise", "handoff", "linear", "ttft", "concurrent"]
+    wanted = ["noise", "methods", "handoff", "linear", "ttft", "concurrent"]
     words = [word for name in wanted for word in ("--only", name)]
     status, results, printed = rehearse(pack, "--budget", "450", *words)
     assert status == 0, printed
