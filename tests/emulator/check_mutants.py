@@ -76,7 +76,7 @@ def run_build(
 
 
 def run_mutant(
-    arguments: argparse.Namespace, program: str, mutant: tuple
+    arguments: argparse.Namespace, programs: tuple[str, ...], mutant: tuple
 ) -> tuple[str, bool, str]:
     """Name, whether it was caught, by what."""
     name, file, text, replacement = mutant
@@ -88,8 +88,11 @@ def run_mutant(
         target = folder / file
         target.parent.mkdir(parents=True)
         target.write_text(kernel.replace(text, replacement))
-        clean, said = run_build(arguments, program, folder)
-    return name, not clean, said
+        for program in programs:
+            clean, said = run_build(arguments, program, folder)
+            if not clean:
+                return name, True, said
+    return name, False, said
 
 
 def main() -> int:
@@ -108,26 +111,26 @@ def main() -> int:
 def run_all(arguments: argparse.Namespace) -> int:
     """The same, once the prelude is there."""
     mutants = [
-        (program, mutant)
-        for program, planted in PROGRAMS.items()
+        (programs, mutant)
+        for programs, planted in PROGRAMS.items()
         for mutant in planted
         if arguments.only in mutant[0]
     ]
     if not mutants:
         print(f"no defect has {arguments.only} in its name")
         return 1
-    for program in dict(mutants):
+    for program in {program: None for programs, _ in mutants for program in programs}:
         with tempfile.TemporaryDirectory() as work:
             clean, said = run_build(arguments, program, pathlib.Path(work))
         if not clean:
             print(f"{program} fails with the sources as they are: {said}")
             return 1
+    missed = 0
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(lambda m: run_mutant(arguments, *m), mutants))
-    for name, caught, said in results:
-        print(f"{'caught' if caught else 'MISSED':7} {name:36} {said}")
-    missed = sum(not caught for _, caught, _ in results)
-    print(f"{len(results) - missed} of {len(results)} planted defects were caught")
+        for name, caught, said in pool.map(lambda m: run_mutant(arguments, *m), mutants):
+            print(f"{'caught' if caught else 'MISSED':7} {name:36} {said}", flush=True)
+            missed += not caught
+    print(f"{len(mutants) - missed} of {len(mutants)} planted defects were caught")
     return 1 if missed else 0
 
 

@@ -2,44 +2,21 @@
 
 GATHER = "cuda/selection/gather_keys.h"
 MASS_CUT = "cuda/selection/mass_cut.h"
+BLOCK_VALUES = "cuda/tiles/block_values.h"
+TILES = "cuda/selection/order_tiles.h"
+COVERAGE = "cuda/selection/measure_coverage.h"
 LINES = "cuda/selection/measure_lines.h"
 CHOOSE = "cuda/selection/choose_lines.h"
 GRID = "cuda/selection/select_grid.h"
 WITHIN = "cuda/selection/mass_within.h"
-BLOCK_VALUES = "cuda/tiles/block_values.h"
-TILES = "cuda/selection/order_tiles.h"
-COVERAGE = "cuda/selection/measure_coverage.h"
 KEY_LINES = "cuda/selection/measure_key_lines.h"
 CHOOSE_KEYS = "cuda/selection/choose_key_lines.h"
 SPANS = "cuda/selection/list_spans.h"
 COLUMNS = "cuda/selection/gather_columns.h"
 PART = "cuda/tiles/block_part.h"
 
-LINE_MUTANTS = [
-    ("keys_behind_the_query_seen", LINES, "position > first_position + ProxyRow(t, r)", "position > first_position + kProxies"),
-    ("segment_of_the_first_query_unmasked", LINES, "if (segment_end <= first_position) return;", "if (segment_end <= sequence_.k_len) return;"),
-    ("keys_overwritten_by_shares", LINES, "      SyncThreads();  // nobody reads the keys, in whose place the shares are\n", ""),
-    ("shares_of_others_not_awaited", LINES, "      StoreShares(scores);\n      SyncThreads();\n", "      StoreShares(scores);\n"),
-    ("line_keys_overwritten_while_multiplied", LINES, "      SyncThreads();  // nobody reads the last keys, or the shares in their place\n", ""),
-    ("queries_that_are_missing_weigh", LINES, ".begin_row = kProxies - num_queries,", ".begin_row = 0,"),
-    ("diagonals_of_the_first_tile", LINES, "AddDiagonal(key, ThreadIndex());", "AddDiagonal(0, ThreadIndex());"),
-    ("long_diagonals_alone", LINES, "ThreadIndex() + kScoredKeys < kTileDiagonals", "false"),
-    ("diagonals_of_the_chunk_before_lost", CHOOSE, " + Rest(x / keys - 1, x % keys)", ""),
-    ("estimate_of_the_first_queries", CHOOSE, "head_, sequence_.q_len - rows)", "head_, 0)"),
-    ("one_line_less_than_blocks", CHOOSE, "(count + 1) / kBlockTokens) + 1", "(count + 1) / kBlockTokens)"),
-    ("diagonals_taken_for_distances", CHOOSE, "blocks_ - 1 - j", "j"),
-    ("short_block_of_keys_as_a_whole_one", GATHER, "params_.pools_by_length != 0 ?", "false ?"),
-    ("distances_of_the_first_query_block", GRID, "sequence_.first_query_block + row - block", "row > block ? row - block : 0"),
-    ("grid_of_the_first_row", GRID, "this->first_row_ + row,", "this->first_row_,"),
-    ("gaps_of_the_grid_unwritten", GRID, "j < end; j += 32", "j < candidates; j += 32"),
-    ("rows_without_candidates_have_mass", GRID, "return sequence_.num_query_blocks - rows;", "return sequence_.num_query_blocks;"),
-    ("probabilities_that_do_not_sum_to_one", GRID, "LoadShared(weights + j) / sum", "LoadShared(weights + j)"),
-    ("cut_of_the_first_head", GRID, "params_.lines.cuts + head_ * params_.num_sequences +", "params_.lines.cuts +"),
-    ("digit_of_two_for_three", WITHIN, "sums[2] > mass ? 3", "sums[2] > mass ? 2"),
-    ("values_of_other_threads", WITHIN, "first + i * kThreads", "first + i"),
-    ("values_of_other_warps_not_awaited", BLOCK_VALUES, "    SyncThreads();\n", ""),
-    ("values_of_one_warp", BLOCK_VALUES, "warp < kWarps; ++warp", "warp < 1; ++warp"),
-    ("counts_of_one_lane", MASS_CUT, "return SumOfWarp(found);", "return found;"),
+# minference
+KEY_LINE_MUTANTS = [
     ("lines_of_the_first_queries", KEY_LINES, "sequence.q_len - queries)", "0)"),
     ("lines_of_keys_behind_the_query", KEY_LINES, "position > FirstPosition() + Row(r)", "position > FirstPosition() + Row(r) + 1"),
     ("lines_of_the_first_order_head", KEY_LINES, "(int64_t{head / Members(params_)} * params_.copied_blocks", "(int64_t{0} * params_.copied_blocks"),
@@ -73,4 +50,32 @@ LINE_MUTANTS = [
     ("gathered_keys_behind_the_sequence", TILES, "params_.gathered != nullptr ? INT32_MAX : at.s.k_len", "at.s.k_len"),
     ("columns_not_covered", COVERAGE, "bool reads = is_column && block <", "bool reads = is_column && 0 >"),
     ("parts_of_the_first_group_covered", COVERAGE, "Position(row) / kRowGroup % kGroupsOfTile", "0"),
+]
+
+# flexprefill
+BLOCK_LINE_MUTANTS = [
+    ("keys_behind_the_query_seen", LINES, "position > first_position + ProxyRow(t, r)", "position > first_position + kProxies"),
+    ("segment_of_the_first_query_unmasked", LINES, "if (segment_end <= first_position) return;", "if (segment_end <= sequence_.k_len) return;"),
+    ("keys_overwritten_by_shares", LINES, "      SyncThreads();  // nobody reads the keys, in whose place the shares are\n", ""),
+    ("shares_of_others_not_awaited", LINES, "      StoreShares(scores);\n      SyncThreads();\n", "      StoreShares(scores);\n"),
+    ("line_keys_overwritten_while_multiplied", LINES, "      SyncThreads();  // nobody reads the last keys, or the shares in their place\n", ""),
+    ("queries_that_are_missing_weigh", LINES, ".begin_row = kProxies - num_queries,", ".begin_row = 0,"),
+    ("diagonals_of_the_first_tile", LINES, "AddDiagonal(key, ThreadIndex());", "AddDiagonal(0, ThreadIndex());"),
+    ("long_diagonals_alone", LINES, "ThreadIndex() + kScoredKeys < kTileDiagonals", "false"),
+    ("diagonals_of_the_chunk_before_lost", CHOOSE, " + Rest(x / keys - 1, x % keys)", ""),
+    ("estimate_of_the_first_queries", CHOOSE, "head_, sequence_.q_len - rows)", "head_, 0)"),
+    ("one_line_less_than_blocks", CHOOSE, "(count + 1) / kBlockTokens) + 1", "(count + 1) / kBlockTokens)"),
+    ("diagonals_taken_for_distances", CHOOSE, "blocks_ - 1 - j", "j"),
+    ("short_block_of_keys_as_a_whole_one", GATHER, "params_.pools_by_length != 0 ?", "false ?"),
+    ("distances_of_the_first_query_block", GRID, "sequence_.first_query_block + row - block", "row > block ? row - block : 0"),
+    ("grid_of_the_first_row", GRID, "this->first_row_ + row,", "this->first_row_,"),
+    ("gaps_of_the_grid_unwritten", GRID, "j < end; j += 32", "j < candidates; j += 32"),
+    ("rows_without_candidates_have_mass", GRID, "return sequence_.num_query_blocks - rows;", "return sequence_.num_query_blocks;"),
+    ("probabilities_that_do_not_sum_to_one", GRID, "LoadShared(weights + j) / sum", "LoadShared(weights + j)"),
+    ("cut_of_the_first_head", GRID, "params_.lines.cuts + head_ * params_.num_sequences +", "params_.lines.cuts +"),
+    ("digit_of_two_for_three", WITHIN, "sums[2] > mass ? 3", "sums[2] > mass ? 2"),
+    ("values_of_other_threads", WITHIN, "first + i * kThreads", "first + i"),
+    ("values_of_other_warps_not_awaited", BLOCK_VALUES, "    SyncThreads();\n", ""),
+    ("values_of_one_warp", BLOCK_VALUES, "warp < kWarps; ++warp", "warp < 1; ++warp"),
+    ("counts_of_one_lane", MASS_CUT, "return SumOfWarp(found);", "return found;"),
 ]

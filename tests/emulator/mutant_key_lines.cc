@@ -1,4 +1,4 @@
-// The kernels that select by columns and diagonals in this build (mutant_run.h).
+// The kernels of minference in this build (mutant_run.h).
 #include <vector>
 
 #include "tests/emulator/mutant_run.h"
@@ -34,37 +34,10 @@ std::vector<AttentionProblem> LineProblems() {
             .slash_tokens = 110}}};
 }
 
-// Heads by lines and by their block means.
-std::vector<AttentionProblem> FlexPrefillProblems() {
-  AttentionOptions lines = DefaultOptions(Method::kFlexPrefill);
-  lines.gamma = 0.9f;
-  lines.tau = 0;
-  lines.coverage_rows = 2;
-  AttentionOptions means = lines;
-  means.force_first_block = false;
-  means.gamma = 0.6f;
-  means.tau = 1;
-  std::vector<AttentionProblem> problems = {
-      // A chunk for each block of keys, and 60 queries in a tile of 128.
-      {{4, 1, 64, {{200, 500}, {60, 600}}}, DType::kBF16, lines},
-      {{2, 1, 64, {{900, 900}}}, DType::kBF16, means}};
-  // A last block of one key.
-  AttentionOptions either = lines;
-  either.tau = 0.3f;
-  problems.push_back({{4, 1, 64, {{513, 513}}}, DType::kBF16, either});
-  lines.permute = means.permute = true;
-  problems.push_back({{2, 1, 64, {{900, 1024}}}, DType::kBF16, lines});
-  problems.push_back({{4, 2, 64, {{700, 700}, {300, 1000}}}, DType::kBF16, means});
-  return problems;
-}
-
 }  // namespace
 }  // namespace pbs::emulator
 
 int main() {
-  for (const pbs::AttentionProblem& problem : pbs::emulator::FlexPrefillProblems()) {
-    if (!pbs::emulator::RunsRight<64>(problem, 1)) return 1;
-  }
   for (uint32_t seed : {1u, 2u}) {
     for (const pbs::AttentionProblem& problem : pbs::emulator::LineProblems()) {
       if (!pbs::emulator::RunsRight<64>(problem, seed)) return 1;
