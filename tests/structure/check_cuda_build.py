@@ -120,7 +120,7 @@ OTHERS = {
     "WeighLines": 56,
     "ChooseLines": 64,
     "ScoreGrid": 96,
-    "CutGrid": 62,
+    "CutGrid": 64,
     "WriteLines": 64,
     "SortSegments": 40,
     "MeasureBands": 64,
