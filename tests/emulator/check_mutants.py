@@ -116,6 +116,10 @@ def run_all(arguments: argparse.Namespace) -> int:
         for mutant in planted
         if arguments.only in mutant[0]
     ]
+    names = [mutant[0] for planted in PROGRAMS.values() for mutant in planted]
+    if twice := {name for name in names if names.count(name) > 1}:
+        print(f"two defects have one name: {', '.join(sorted(twice))}")
+        return 1
     if not mutants:
         print(f"no defect has {arguments.only} in its name")
         return 1

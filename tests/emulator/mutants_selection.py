@@ -10,7 +10,6 @@ MASS_CUT = "cuda/selection/mass_cut.h"
 STORE_THRESHOLDS = "cuda/selection/store_thresholds.h"
 ANTIDIAGONALS = "cuda/selection/select_antidiagonals.h"
 SLOT_KEYS = "cuda/selection/slot_keys.h"
-BLOCK_VALUES = "cuda/tiles/block_values.h"
 BANDS = "cuda/selection/measure_bands.h"
 ROW_SCORES = "cuda/selection/select_rows.h"
 STORE = "cuda/selection/store_sequences.h"
@@ -93,7 +92,6 @@ SELECTION_MUTANTS = [
     ("mass_of_the_first_block_not_counted", ANTIDIAGONALS, "wanted -= TakeOut(masses, first);", "TakeOut(masses, first);"),
     ("first_block_counts_first_as_published", ANTIDIAGONALS, " && first != block && !lags", " && first != block"),
     ("one_block_more_forgotten", ANTIDIAGONALS, "return lags ? WithNext(", "return false ? WithNext("),
-    ("values_overwritten_while_read", BLOCK_VALUES, "    turn_ ^= 1;\n", ""),
     ("squares_of_one_warp_of_bands", BANDS, "warp < kWarps; ++warp", "warp < 1; ++warp"),
     ("squares_of_bands_not_awaited", BANDS, "    SyncThreads();\n", ""),
     ("squares_of_the_fast_pairs_for_both", BANDS, "const PairBand& pairs = params_.bands[band]", "const PairBand& pairs = params_.bands[1]"),
