@@ -158,17 +158,7 @@ struct SumLines {
         sums[t].template Add<true>(chunk.ScaleLog2(), scores[t]);
       }
     });
-    PBS_UNROLL
-    for (int t = 0; t < Chunk::kRowTiles; ++t) {
-      PBS_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const float sum = sums[t].RowSum(r);
-        if (ThreadIndex() % 4 != 0) continue;
-        const int64_t at = int64_t{BlockIndex()} * kProxies + ProxyRow(t, r);
-        StoreGlobal(params.chunk_max + at, sums[t].max[r] * chunk.ScaleLog2());
-        StoreGlobal(params.chunk_sum + at, sum);
-      }
-    }
+    StoreChunkSums(params, sums, chunk.ScaleLog2());
   }
 };
 

@@ -119,6 +119,25 @@ PBS_DEVICE int ProxyRow(int t, int r) {
   return ThreadIndex() / 32 * 32 + t * 16 + ThreadIndex() % 32 / 4 + r * 8;
 }
 
+// Stores the largest logit and the sum of each proxy. A thread block has one chunk of
+// one head.
+template <int kRowTiles>
+PBS_DEVICE void StoreChunkSums(const SelectionParams& params,
+                               const OnlineSoftmax (&sums)[kRowTiles],
+                               float scale_log2) {
+  PBS_UNROLL
+  for (int t = 0; t < kRowTiles; ++t) {
+    PBS_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float sum = sums[t].RowSum(r);
+      if (ThreadIndex() % 4 != 0) continue;
+      const int64_t at = int64_t{BlockIndex()} * kProxies + ProxyRow(t, r);
+      StoreGlobal(params.chunk_max + at, sums[t].max[r] * scale_log2);
+      StoreGlobal(params.chunk_sum + at, sum);
+    }
+  }
+}
+
 // Grid [num_heads, total_chunks], 128 threads.
 template <class Element, int kHeadDim>
 struct SumChunks {
@@ -136,19 +155,7 @@ struct SumChunks {
         sums[t].template Add<false>(chunk.ScaleLog2(), scores[t]);
       }
     });
-    PBS_UNROLL
-    for (int t = 0; t < Chunk::kRowTiles; ++t) {
-      PBS_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const float sum = sums[t].RowSum(r);
-        if (ThreadIndex() % 4 != 0) continue;
-        const int64_t at =
-            (int64_t{place.head} * params.total_chunks + place.item) * kProxies +
-            ProxyRow(t, r);
-        StoreGlobal(params.chunk_max + at, sums[t].max[r] * chunk.ScaleLog2());
-        StoreGlobal(params.chunk_sum + at, sum);
-      }
-    }
+    StoreChunkSums(params, sums, chunk.ScaleLog2());
   }
 };
 
