@@ -164,5 +164,39 @@ TEST(FlexPrefillListsSpec, EachHeadChoosesHowItSelects) {
   EXPECT_EQ(report.lists.indices, decision.lists.indices);
 }
 
+// The published distance is NaN where a block has no mass, and NaN is not below tau.
+// That of the paper is below 1 for any masses.
+TEST(FlexPrefillListsSpec, ABlockWithoutMassMakesAHeadSelectByLinesAsPublished) {
+  for (const bool as_published : {false, true}) {
+    SCOPED_TRACE(as_published ? "as published" : "as in the paper");
+    const AttentionProblem problem{Shape(1, 1, 64, {{640, 640}}),
+                                   DType::kBF16,
+                                   {.method = Method::kFlexPrefill,
+                                    .as_published = as_published,
+                                    .gamma = 0.3f,
+                                    .tau = 1}};
+    const auto plan = cuda::MakeCudaPlan(problem, {});
+    ASSERT_TRUE(plan.ok());
+    PipelineInputs inputs(problem, 3);
+    std::fill_n(inputs.q.data(), inputs.q.bytes() / 2, ToBf16(6.0f).bits);
+    // Logits of the second block are near -288, whose exponentials are 0 in f32.
+    std::fill_n(inputs.k.data() + 128 * 64, 128 * 64, ToBf16(-6.0f).bits);
+    GlobalMemory::Clear();
+    inputs.Allow();
+    const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
+    ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
+    const auto* columns =
+        reinterpret_cast<const float*>(run.workspace() + (*plan)->columns_at);
+    EXPECT_EQ(std::accumulate(columns + 128, columns + 256, 0.0), 0);
+    const auto* by_grid =
+        reinterpret_cast<const int32_t*>(run.workspace() + (*plan)->by_grid_at);
+    EXPECT_EQ(by_grid[0], as_published ? 0 : 1);
+    AttentionReport report;
+    ASSERT_TRUE(run.Report({.lists = true}, &report).ok());
+    const auto decision = reference::Decide(problem, inputs.Tensors());
+    EXPECT_EQ(report.lists.indices, decision.lists.indices);
+  }
+}
+
 }  // namespace
 }  // namespace pbs::emulator

@@ -5,11 +5,12 @@ MASS_CUT = "cuda/selection/mass_cut.h"
 BLOCK_VALUES = "cuda/tiles/block_values.h"
 TILES = "cuda/selection/order_tiles.h"
 COVERAGE = "cuda/selection/measure_coverage.h"
+SLOTS = "cuda/selection/slot_keys.h"
 LINES = "cuda/selection/measure_lines.h"
 CHOOSE = "cuda/selection/choose_lines.h"
 GRID = "cuda/selection/select_grid.h"
 WITHIN = "cuda/selection/mass_within.h"
-KEY_LINES = "cuda/selection/measure_key_lines.h"
+DIAGONALS = "cuda/selection/diagonals.h"
 CHOOSE_KEYS = "cuda/selection/choose_key_lines.h"
 SPANS = "cuda/selection/list_spans.h"
 COLUMNS = "cuda/selection/gather_columns.h"
@@ -17,17 +18,11 @@ PART = "cuda/tiles/block_part.h"
 
 # minference
 KEY_LINE_MUTANTS = [
-    ("lines_of_the_first_queries", KEY_LINES, "sequence.q_len - queries)", "0)"),
-    ("lines_of_keys_behind_the_query", KEY_LINES, "position > FirstPosition() + Row(r)", "position > FirstPosition() + Row(r) + 1"),
-    ("lines_of_the_first_order_head", KEY_LINES, "(int64_t{head / Members(params_)} * params_.copied_blocks", "(int64_t{0} * params_.copied_blocks"),
-    ("keys_overwritten_while_measured", KEY_LINES, "      if (first > 0) SyncThreads();  // nobody reads the last keys\n", ""),
-    ("sums_of_one_part_of_the_blocks", KEY_LINES, "part < kParts; ++part", "part < 1; ++part"),
-    ("sums_of_parts_not_awaited", KEY_LINES, "    SyncThreads();\n    if (ThreadIndex() >= kLineQueries) return;", "    if (ThreadIndex() >= kLineQueries) return;"),
-    ("queries_of_equal_weight", KEY_LINES, "- shift[r]) * weight[r]", "- shift[r])"),
-    ("probabilities_of_others_not_awaited", KEY_LINES, "    SyncThreads();\n    SumColumn(", "    SumColumn("),
-    ("diagonal_of_the_next_key", KEY_LINES, "row + kBlockTokens - 1 - i;", "row + kBlockTokens - i;"),
-    ("distances_of_one_block", CHOOSE_KEYS, "block * kBlockTokens <= last - distance;", "block == low / kBlockTokens;"),
-    ("distances_of_others_not_awaited", CHOOSE_KEYS, "      SumDistances();\n      SyncThreads();\n", "      SumDistances();\n"),
+    ("lines_of_as_many_queries_as_blocks_have", LINES, "s.q_len < queries ? s.q_len : queries", "s.q_len < kProxies ? s.q_len : kProxies"),
+    ("lines_of_the_first_order_head", SLOTS, "(int64_t{order_head} * params.copied_blocks", "(int64_t{0} * params.copied_blocks"),
+    ("distances_of_one_chunk", DIAGONALS, "x >= keys && x % keys < kProxies", "false"),
+    ("distances_from_the_first_diagonal", CHOOSE_KEYS, "sequence_.k_len - 1 - distance", "distance"),
+    ("distances_of_others_not_awaited", CHOOSE_KEYS, "      StoreDistances();\n      SyncThreads();\n", "      StoreDistances();\n"),
     ("few_distances_forced", CHOOSE_KEYS, "forced_ = kForcedDistances;", "forced_ = kForcedColumns;"),
     ("counts_overwritten_while_read", CHOOSE_KEYS, "    turn_ ^= 1;", "    //"),
     ("one_line_less", CHOOSE_KEYS, "if (count >= wanted) {", "if (count + 1 >= wanted) {"),
@@ -60,10 +55,10 @@ BLOCK_LINE_MUTANTS = [
     ("keys_overwritten_by_shares", LINES, "      SyncThreads();  // nobody reads the keys, in whose place the shares are\n", ""),
     ("shares_of_others_not_awaited", LINES, "      StoreShares(scores);\n      SyncThreads();\n", "      StoreShares(scores);\n"),
     ("line_keys_overwritten_while_multiplied", LINES, "      SyncThreads();  // nobody reads the last keys, or the shares in their place\n", ""),
-    ("queries_that_are_missing_weigh", LINES, ".begin_row = kProxies - num_queries,", ".begin_row = 0,"),
+    ("queries_that_are_missing_weigh", LINES, ".begin_row = first_row,", ".begin_row = 0,"),
     ("diagonals_of_the_first_tile", LINES, "AddDiagonal(key, ThreadIndex());", "AddDiagonal(0, ThreadIndex());"),
     ("long_diagonals_alone", LINES, "ThreadIndex() + kScoredKeys < kTileDiagonals", "false"),
-    ("diagonals_of_the_chunk_before_lost", CHOOSE, " + Rest(x / keys - 1, x % keys)", ""),
+    ("diagonals_of_the_chunk_before_lost", DIAGONALS, "    mass += RestOfChunk(params, sequence, head, x / keys - 1, x % keys);\n", ""),
     ("estimate_of_the_first_queries", CHOOSE, "head_, sequence_.q_len - rows)", "head_, 0)"),
     ("one_line_less_than_blocks", CHOOSE, "(count + 1) / kBlockTokens) + 1", "(count + 1) / kBlockTokens)"),
     ("diagonals_taken_for_distances", CHOOSE, "blocks_ - 1 - j", "j"),

@@ -342,5 +342,29 @@ TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
   }
 }
 
+// It would change no sum: its weight is 0.
+TEST(OverflowSpec, AScoreOfMinusInfinityIsRefusedWhereLinesAreMeasured) {
+  for (const Method method : {Method::kFlexPrefill, Method::kMInference}) {
+    for (const int32_t key : {5, 590}) {  // before the last queries, and among them
+      SCOPED_TRACE(testing::Message() << MethodName(method) << ", key " << key);
+      AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16,
+                               DefaultOptions(method)};
+      if (method == Method::kMInference) problem.options.slash_tokens = 200;
+      const auto plan = cuda::MakeCudaPlan(problem, {});
+      ASSERT_TRUE(plan.ok());
+      PipelineInputs inputs(problem, 3);
+      std::fill_n(inputs.q.data(), inputs.q.bytes() / 2, ToBf16(3e19f).bits);
+      std::fill_n(inputs.k.data(), inputs.k.bytes() / 2, ToBf16(0).bits);
+      std::fill_n(inputs.k.data() + key * 64, 64, ToBf16(-3e19f).bits);
+      GlobalMemory::Clear();
+      inputs.Allow();
+      const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
+      ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
+      AttentionReport report;
+      EXPECT_EQ(run.Report({}, &report).code(), StatusCode::kInvalidArgument);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace pbs::emulator

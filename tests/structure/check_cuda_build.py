@@ -105,14 +105,6 @@ MEANS = {
 }
 # The same products; two thread blocks to a multiprocessor at head dim 256.
 SHARED_LINES = {**SCORED, 256: dataclasses.replace(SCORED[256], registers=180)}
-# One fragment of rows.
-LINES_SUMMED = {
-    64: Expected({"HMMA": 32}, registers=112),
-    96: Expected({"HMMA": 48}, registers=128),
-    128: Expected({"HMMA": 64}, registers=144),
-    256: Expected({"HMMA": 128}, registers=192),
-}
-LINES_SHARED = {head_dim: dataclasses.replace(summed, registers=148) for head_dim, summed in LINES_SUMMED.items()}
 # Registers of the kernels that are not counted, at most, on either architecture.
 OTHERS = {
     "StoreSequences": 36,
@@ -124,8 +116,7 @@ OTHERS = {
     "WriteLines": 64,
     "SortSegments": 40,
     "MeasureBands": 64,
-    "WeighKeyLines": 40,
-    "ChooseKeyLines": 56,
+    "ChooseKeyLines": 52,
     "GatherColumns": 72,
     "ListSpans": 80,
     "SplitMeans": 32,
@@ -149,8 +140,6 @@ AROUND_ATTENTION = {
     "PoolQueries": POOLED,
     "SelectAntidiagonals": STRIDED,
     "SelectRows": SCORED,
-    "ShareKeyLines": LINES_SHARED,
-    "SumKeyLines": LINES_SUMMED,
     "ShareImportance": SCORED,
     "ShareLines": SHARED_LINES,
     "SumChunks": SCORED,

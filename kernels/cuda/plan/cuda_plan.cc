@@ -178,7 +178,7 @@ void MakeRecords(CudaAttentionPlan& plan) {
     plan.total_segments += segments;
     plan.total_groups += sparse ? CeilDiv(s.num_query_blocks, plan.group_blocks) : 0;
     plan.total_line_chunks +=
-        plan.chooses_block_lines() ? LineChunks(record, plan.chunk_blocks) : 0;
+        plan.measures_lines() ? LineChunks(record, plan.chunk_blocks) : 0;
     const int32_t sampled =
         SampledRows(plan.problem.options.coverage_rows, record.q_len);
     plan.coverage_groups += sparse ? CeilDiv(sampled, kCoverageRowsTogether) : 0;
@@ -187,8 +187,8 @@ void MakeRecords(CudaAttentionPlan& plan) {
       plan.total_key_blocks + g.num_heads / g.num_order_heads * plan.total_gathered;
 }
 
-// The regions of chosen lines: what is gathered and listed, and what chooses.
-void PlaceListedKeyLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
+// Single columns and distances that are chosen, and what is gathered and listed.
+void PlaceKeyLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
   if (!plan.chooses_key_lines) return;
   KeyLineRegions& at = plan.key_lines_at;
   const int64_t heads = plan.geometry.num_heads;
@@ -201,32 +201,22 @@ void PlaceListedKeyLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
   at.gathered = layout.Add<uint16_t>(plan.num_tiles());
   at.column_ends = layout.Add<uint16_t>(plan.num_tiles() * kGroupsOfTile);
 }
-void PlaceMeasuredKeyLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
-  if (!plan.chooses_key_lines) return;
-  KeyLineRegions& at = plan.key_lines_at;
-  const int64_t heads = plan.geometry.num_heads;
-  const int64_t blocks = heads * plan.total_key_blocks;
-  const int64_t rows =
-      heads * static_cast<int64_t>(plan.sequences.size()) * kLineQueries;
-  at.block_max = layout.Add<float>(blocks * kLineQueries);
-  at.block_sum = layout.Add<float>(blocks * kLineQueries);
-  at.shift = layout.Add<float>(rows);
-  at.weight = layout.Add<float>(rows);
-  at.columns = layout.Add<float>(blocks * kBlockTokens);
-  at.distances = layout.Add<float>(blocks * kBlockTokens);
-  at.diagonals = layout.Add<float>(blocks * kDiagonals);
-}
-
 void PlaceLines(CudaAttentionPlan& plan, WorkspaceLayout& layout) {
+  if (!plan.measures_lines()) return;
   const AttentionGeometry& g = plan.geometry;
-  const int64_t heads = plan.chooses_block_lines() ? g.num_heads : 0;
+  const int64_t lines = int64_t{g.num_heads} * plan.total_key_blocks * kBlockTokens;
+  plan.columns_at = layout.Add<float>(lines);
+  plan.diagonals_at = layout.Add<float>(lines);
+  plan.rest_at =
+      layout.Add<float>(int64_t{g.num_heads} * plan.total_line_chunks * kProxies);
+  if (plan.chooses_key_lines) {
+    plan.key_lines_at.distances = layout.Add<float>(lines);
+    return;
+  }
   const int64_t with_grid = plan.has_grid() ? 1 : 0;
-  const int64_t blocks = heads * plan.total_key_blocks;
-  const int64_t sequences = heads * static_cast<int64_t>(plan.sequences.size());
-  plan.columns_at = layout.Add<float>(blocks * kBlockTokens);
-  plan.diagonals_at = layout.Add<float>(blocks * kBlockTokens);
-  plan.rest_at = layout.Add<float>(heads * plan.total_line_chunks * kProxies);
-  plan.kept_lines_at = layout.Add<uint8_t>(2 * blocks);
+  const int64_t sequences =
+      int64_t{g.num_heads} * static_cast<int64_t>(plan.sequences.size());
+  plan.kept_lines_at = layout.Add<uint8_t>(2 * lines / kBlockTokens);
   plan.by_grid_at = layout.Add<int32_t>(sequences);
   plan.grid_at = layout.Add<float>(with_grid * g.total_entries);
   plan.grid_cuts_at = layout.Add<GridCut>(with_grid * sequences);
@@ -271,7 +261,7 @@ void PlaceRegions(CudaAttentionPlan& plan) {
 
   plan.counts_at = layout.Add<uint16_t>(selected * plan.num_tiles());
   plan.entries_at = layout.Add<uint16_t>(plan.has_lists ? plan.total_entries : 0);
-  PlaceListedKeyLines(plan, layout);
+  PlaceKeyLines(plan, layout);
   plan.memory.lists_bytes = layout.TakePart();
 
   plan.permuted_k_at = layout.Add<uint16_t>(moved * order_heads * copied * g.head_dim);
@@ -304,7 +294,6 @@ void PlaceRegions(CudaAttentionPlan& plan) {
       layout.Add<float>(plan.thresholds_by_head() ? g.num_heads : 0);
   PlaceCorrection(plan, layout);
   PlaceLines(plan, layout);
-  PlaceMeasuredKeyLines(plan, layout);
   plan.memory.pooled_bytes = layout.TakePart();
   plan.workspace_bytes = layout.bytes();
 }

@@ -36,13 +36,7 @@ struct DeviceTraits {
 
 // Offsets of the arrays of KeyLineParams in bytes.
 struct KeyLineRegions {
-  int64_t block_max = 0;
-  int64_t block_sum = 0;
-  int64_t shift = 0;
-  int64_t weight = 0;
-  int64_t columns = 0;
   int64_t distances = 0;
-  int64_t diagonals = 0;
   int64_t chosen = 0;
   int64_t column_bits = 0;
   int64_t distance_bits = 0;
@@ -136,10 +130,10 @@ struct CudaAttentionPlan final : AttentionPlan {
     return chooses_block_lines() && problem.options.tau > 0 &&
            !SelectsEveryBlock(problem.options);
   }
+  // The last queries' attention is summed by columns and diagonals (measure_lines.h).
+  bool measures_lines() const { return scorer == Scorer::kLines; }
   // Block columns and block distances are chosen (choose_lines.h).
-  bool chooses_block_lines() const {
-    return scorer == Scorer::kLines && !chooses_key_lines;
-  }
+  bool chooses_block_lines() const { return measures_lines() && !chooses_key_lines; }
   // Means of key blocks are computed.
   bool pools_keys() const { return selects && !chooses_key_lines; }
   int num_bands() const { return scorer == Scorer::kBands ? kBands : 1; }

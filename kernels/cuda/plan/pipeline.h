@@ -15,7 +15,6 @@
 #include "cuda/selection/list_spans.h"
 #include "cuda/selection/measure_bands.h"
 #include "cuda/selection/measure_coverage.h"
-#include "cuda/selection/measure_key_lines.h"
 #include "cuda/selection/measure_lines.h"
 #include "cuda/selection/order_tiles.h"
 #include "cuda/selection/score_keys.h"
@@ -49,9 +48,9 @@ void EnqueueSelectBlocks(const CudaAttentionPlan& plan, const SelectionParams& p
   }
 }
 
+// Enqueues the kernels that sum the last queries' attention by columns and diagonals.
 template <class Element, int kHeadDim, class Launcher>
-void EnqueueSelectLines(const CudaAttentionPlan& plan, const SelectionParams& params,
-                        Launcher& launch) {
+void EnqueueMeasureLines(const SelectionParams& params, Launcher& launch) {
   const int64_t heads = params.num_heads;
   const int64_t chunks = heads * params.lines.total_chunks;
   const int64_t bytes = LinesSharedBytes(kHeadDim, params.chunk_blocks);
@@ -59,6 +58,13 @@ void EnqueueSelectLines(const CudaAttentionPlan& plan, const SelectionParams& pa
   launch.template Run<WeighLines>(heads * params.num_sequences * WeighProxies::kParts,
                                   WeighProxies::kSharedBytes, params);
   launch.template Run<ShareLines<Element, kHeadDim>>(chunks, bytes, params);
+}
+
+template <class Element, int kHeadDim, class Launcher>
+void EnqueueSelectLines(const CudaAttentionPlan& plan, const SelectionParams& params,
+                        Launcher& launch) {
+  const int64_t heads = params.num_heads;
+  EnqueueMeasureLines<Element, kHeadDim>(params, launch);
   launch.template Run<ChooseLines<Element>>(
       heads * params.num_sequences,
       ChooseLinesSharedBytes(params.logit_stride, params.head_dim), params);
@@ -160,13 +166,7 @@ void EnqueueOrder(const CudaAttentionPlan& plan, const RunParams& run,
 template <class Element, int kHeadDim, class Launcher>
 void EnqueueKeyLines(const SelectionParams& params, Launcher& launch) {
   const int64_t heads = params.num_heads;
-  const int64_t key_blocks = heads * params.total_key_blocks;
-  launch.template Run<SumKeyLines<Element, kHeadDim>>(
-      key_blocks, KeyLineScoresBytes(kHeadDim), params);
-  launch.template Run<WeighKeyLines>(heads * params.num_sequences,
-                                     WeighKeyLines::kSharedBytes, params);
-  launch.template Run<ShareKeyLines<Element, kHeadDim>>(
-      key_blocks, KeyLinesSharedBytes(kHeadDim), params);
+  EnqueueMeasureLines<Element, kHeadDim>(params, launch);
   launch.template Run<ChooseKeyLines>(2 * heads * params.num_sequences,
                                       ChooseKeyLines::kSharedBytes, params);
   using Gather = GatherColumns<Element, kHeadDim>;

@@ -126,7 +126,13 @@ void SetSelection(const CudaAttentionPlan& plan, const AttentionTensors& tensors
 
 void SetLines(const CudaAttentionPlan& plan, const Placer& at, LineParams& lines) {
   const AttentionOptions& options = plan.problem.options;
+  constexpr int32_t kPublishedWidth = 128;  // head dim of minference's published scale
+  const int32_t width = plan.chooses_key_lines && options.as_published
+                            ? kPublishedWidth
+                            : plan.geometry.head_dim;
   lines.total_chunks = plan.total_line_chunks;
+  lines.num_queries = plan.chooses_key_lines ? kKeyLineQueries : kProxies;
+  lines.scale_log2 = kLog2E / std::sqrt(static_cast<float>(width));
   lines.has_grid = plan.has_grid() ? 1 : 0;
   lines.gamma = options.gamma;
   lines.tau = options.tau;
@@ -170,19 +176,10 @@ void SetKeyLines(const CudaAttentionPlan& plan, const Placer& at,
                  KeyLineParams& lines) {
   if (!plan.chooses_key_lines) return;
   const AttentionOptions& options = plan.problem.options;
-  constexpr int32_t kPublishedWidth = 128;  // head dim of the published scale
-  const int32_t width = options.as_published ? kPublishedWidth : plan.geometry.head_dim;
   lines.vertical_tokens = options.vertical_tokens;
   lines.slash_tokens = options.slash_tokens;
   lines.total_gathered = plan.total_gathered;
-  lines.scale_log2 = kLog2E / std::sqrt(static_cast<float>(width));
-  at(lines.block_max, plan.key_lines_at.block_max);
-  at(lines.block_sum, plan.key_lines_at.block_sum);
-  at(lines.shift, plan.key_lines_at.shift);
-  at(lines.weight, plan.key_lines_at.weight);
-  at(lines.columns, plan.key_lines_at.columns);
   at(lines.distances, plan.key_lines_at.distances);
-  at(lines.diagonals, plan.key_lines_at.diagonals);
   at(lines.chosen, plan.key_lines_at.chosen);
   at(lines.column_bits, plan.key_lines_at.column_bits);
   at(lines.distance_bits, plan.key_lines_at.distance_bits);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/primitives/primitives.h"
+#include "cuda/selection/diagonals.h"
 #include "cuda/selection/mass_cut.h"
 #include "cuda/selection/sequences.h"
 #include "cuda/tiles/warp_sums.h"
@@ -41,12 +42,12 @@ class ChooseKeyLines {
     if (distances) {
       masses_ = lines.distances + first_block_ * kBlockTokens;
       forced_ = kForcedDistances;
-      SumDistances();
+      StoreDistances();
       SyncThreads();
       const int count = NumDistances(lines.slash_tokens, sequence_.k_len);
       Choose(Cut(count), count, lines.distance_bits, nullptr);
     } else {
-      masses_ = lines.columns + first_block_ * kBlockTokens;
+      masses_ = params_.lines.columns + first_block_ * kBlockTokens;
       forced_ = kForcedColumns;
       const int count = NumColumns(lines.vertical_tokens, sequence_.k_len);
       Choose(Cut(count), count, lines.column_bits,
@@ -56,21 +57,14 @@ class ChooseKeyLines {
     }
   }
 
-  // Adds the sums of key blocks, at most two per distance, in rising order.
-  PBS_DEVICE void SumDistances() const {
-    const int last = sequence_.k_len - 1;
-    const int queries = sequence_.q_len < kLineQueries ? sequence_.q_len : kLineQueries;
-    const int first = sequence_.k_len - queries;  // position
+  // Diagonals in the order of their distances. Those of sorted keys behind the query
+  // would count as distance 0, which is chosen in any case.
+  PBS_DEVICE void StoreDistances() const {
     for (int distance = ThreadIndex(); distance < Padded(); distance += kThreads) {
-      float sum = 0;
-      const int low = first > distance ? first - distance : 0;
-      for (int block = low / kBlockTokens; block * kBlockTokens <= last - distance;
-           ++block) {
-        const int nearest = first - block * kBlockTokens - (kBlockTokens - 1);
-        sum += LoadGlobal(params_.key_lines.diagonals +
-                          (first_block_ + block) * kDiagonals + distance - nearest);
-      }
-      StoreGlobal(masses_ + distance, sum);
+      const int diagonal = sequence_.k_len - 1 - distance;
+      const float mass =
+          diagonal < 0 ? 0.0f : MassOfDiagonal(params_, sequence_, head_, diagonal);
+      StoreGlobal(masses_ + distance, mass);
     }
   }
 

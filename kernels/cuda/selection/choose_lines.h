@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/primitives/primitives.h"
+#include "cuda/selection/diagonals.h"
 #include "cuda/selection/mass_cut.h"
 #include "cuda/selection/mass_within.h"
 #include "cuda/selection/sequences.h"
@@ -66,20 +67,11 @@ class ChooseLines {
     }
   }
 
-  PBS_DEVICE int64_t FirstSlot() const {
-    return (int64_t{head_} * params_.total_key_blocks + sequence_.key_block_begin) *
-           kBlockTokens;
+  PBS_DEVICE float* Columns() const {
+    return params_.lines.columns + FirstLine(params_, sequence_, head_);
   }
-  PBS_DEVICE float* Columns() const { return params_.lines.columns + FirstSlot(); }
-  PBS_DEVICE float* Diagonals() const { return params_.lines.diagonals + FirstSlot(); }
-
-  // What the tiles of a chunk add to a diagonal behind the chunk's keys.
-  PBS_DEVICE float Rest(int chunk, int index) const {
-    return LoadGlobal(params_.lines.rest +
-                      (int64_t{head_} * params_.lines.total_chunks +
-                       sequence_.line_chunk_begin + chunk) *
-                          kProxies +
-                      index);
+  PBS_DEVICE float* Diagonals() const {
+    return params_.lines.diagonals + FirstLine(params_, sequence_, head_);
   }
 
   // Adds to each chunk's diagonals what the chunk before has of them.
@@ -87,8 +79,7 @@ class ChooseLines {
     const int keys = params_.chunk_blocks * kBlockTokens;  // of a chunk
     for (int x = keys + ThreadIndex(); x < blocks_ * kBlockTokens; x += kThreads) {
       if (x % keys >= kProxies) continue;
-      StoreGlobal(Diagonals() + x,
-                  LoadGlobal(Diagonals() + x) + Rest(x / keys - 1, x % keys));
+      StoreGlobal(Diagonals() + x, MassOfDiagonal(params_, sequence_, head_, x));
     }
   }
 
@@ -102,7 +93,9 @@ class ChooseLines {
       StoreGlobal(Diagonals() + x, 0.0f);
     }
     const int last_chunk = (blocks_ - 1) / params_.chunk_blocks;
-    for (int i = ThreadIndex(); i < kProxies; i += 32) sum += Rest(last_chunk, i);
+    for (int i = ThreadIndex(); i < kProxies; i += 32) {
+      sum += RestOfChunk(params_, sequence_, head_, last_chunk, i);
+    }
     sum = SumOfWarp(sum);
     if (ThreadIndex() != 0) return;
     float* last = Diagonals() + sequence_.k_len - 1;

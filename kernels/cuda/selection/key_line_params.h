@@ -8,12 +8,11 @@
 
 namespace pbs::cuda {
 
-constexpr int kLineQueries = 64;  // last queries, whose attention chooses
+constexpr int kKeyLineQueries = 64;  // last queries, whose attention chooses
 constexpr int kForcedColumns = 30;
 constexpr int kForcedDistances = 100;
 constexpr int kColumnsMin = 30;
 constexpr int kDistancesMin = 50;
-constexpr int kDiagonals = 191;  // of a key block: 128 + 64 - 1 distances
 
 // Of a sequence of `k_len` keys; wanted: by the options.
 PBS_HOST_DEVICE constexpr int NumColumns(int wanted, int k_len) {
@@ -29,20 +28,10 @@ struct KeyLineParams {
   int32_t vertical_tokens;
   int32_t slash_tokens;
   int32_t total_gathered;  // blocks of gathered columns of all sequences, one head
-  float scale_log2;        // of the logits that choose
 
-  // Of the last queries and a key block: largest logit, in units of log2, and sum,
-  // [num_heads, total_key_blocks, kLineQueries]. Of a query: shift and weight,
-  // [num_heads, num_sequences, kLineQueries].
-  float* block_max;
-  float* block_sum;
-  float* shift;
-  float* weight;
-  // Masses by key slot and by distance, [num_heads, total_key_blocks, 128], and sums by
-  // block, [num_heads, total_key_blocks, kDiagonals].
-  float* columns;
+  // Masses by distance, [num_heads, total_key_blocks, 128]; those by key slot are
+  // LineParams::columns.
   float* distances;
-  float* diagonals;
   // Chosen columns, ascending: [num_heads, total_gathered, 128]. Bits of chosen columns
   // and distances: [num_heads, total_key_blocks, 4].
   int32_t* chosen;

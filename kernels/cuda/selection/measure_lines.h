@@ -1,13 +1,14 @@
 // The attention of the last queries of a sequence, summed by key slot (columns) and by
-// distance between query and key (diagonals), for flexprefill (arXiv 2502.20766). It
-// has three kernels: sums over each chunk of keys, the weight of each query, the sums
-// of the probabilities.
+// distance between query and key (diagonals), for minference and flexprefill (arXiv
+// 2502.20766). It has three kernels: sums over each chunk of keys, the weight of each
+// query, the sums of the probabilities.
 //
 // The last query is in the last row of a tile, so that column and row of a score give
 // its diagonal: slot + 127 - row.
 #pragma once
 
 #include "cuda/primitives/primitives.h"
+#include "cuda/selection/diagonals.h"
 #include "cuda/selection/score_keys.h"
 #include "cuda/selection/sequences.h"
 #include "cuda/selection/slot_keys.h"
@@ -33,6 +34,12 @@ struct alignas(128) LinesShared {
   PBS_DEVICE float* diagonals() { return reinterpret_cast<float*>(this + 1); }
 };
 
+// Row of a tile where the queries of a sequence begin.
+PBS_DEVICE int FirstLineRow(const SelectionParams& params, const SequenceRecord& s) {
+  const int queries = params.lines.num_queries;
+  return kProxies - (s.q_len < queries ? s.q_len : queries);
+}
+
 // A chunk of key slots of one sequence, scored with the last queries of one head by 128
 // threads.
 template <class Element, int kHeadDim>
@@ -51,6 +58,7 @@ class LineChunk {
             params.sequences, params.num_sequences, place.item)),
         sequence_(LoadGlobal(params.sequences + sequence_index_)),
         first_block_((place.item - sequence_.line_chunk_begin) * params.chunk_blocks),
+        first_row_(FirstLineRow(params, sequence_)),
         keys_(SlotKeysOf(params, sequence_, sequence_index_,
                          place.head / Members(params))) {}
 
@@ -63,23 +71,17 @@ class LineChunk {
   }
   // First slot of the chunk, over all heads and sequences.
   PBS_DEVICE int64_t first_slot() const {
-    return (int64_t{head_} * params_.total_key_blocks + sequence_.key_block_begin +
-            first_block_) *
-           kBlockTokens;
+    return FirstLine(params_, sequence_, head_) + int64_t{first_block_} * kBlockTokens;
   }
-  // Factor that converts logits to base two.
-  PBS_DEVICE static float ScaleLog2() {
-    return kLog2E / Sqrt(static_cast<float>(kHeadDim));
-  }
-
   // Calls use(first key of the chunk, scores) for every kScoredKeys keys.
+  // Tells of scores that are not finite.
   template <class Use>
   PBS_DEVICE void Score(Use&& use) {
     const int first_query = sequence_.q_len - kProxies;  // may be negative
     s_.q.template Load<128>(
         params_.q.data + params_.q.strides.Offset(sequence_index_, sequence_.q_begin,
                                                   head_, first_query),
-        params_.q.strides.row, first_query < 0 ? -first_query : 0, kProxies);
+        params_.q.strides.row, first_row_, kProxies);
     PBS_NO_UNROLL
     for (int key = 0; key < num_keys(); key += kScoredKeys) {
       SyncThreads();  // nobody reads the last keys, or the shares in their place
@@ -92,18 +94,26 @@ class LineChunk {
       Scores scores = {};
       MultiplyKeys<Element, kRowTiles>(s_.q, ThreadIndex() / 32 * 32, s_.keys(),
                                        ThreadIndex() % 32, scores);
-      Mask(slot, scores);
+      if (!Mask(slot, scores)) StoreGlobal(params_.non_finite, 1);
       use(key, scores);
     }
   }
 
  private:
   // Scores of queries before the key become -inf. All queries see what lies before the
-  // segment of the first one.
-  PBS_DEVICE void Mask(int slot, Scores& scores) const {
+  // segment of the first one. False when a score that a query sees is not finite.
+  PBS_DEVICE bool Mask(int slot, Scores& scores) const {
     const int segment_end = (slot / params_.segment_size + 1) * params_.segment_size;
     const int first_position = sequence_.k_len - kProxies;
-    if (segment_end <= first_position) return;
+    float zero = 0;  // NaN after a score that is not finite
+    if (segment_end <= first_position) {
+      PBS_UNROLL
+      for (int t = 0; t < kRowTiles; ++t) {
+        PBS_UNROLL
+        for (int i = 0; i < kScoredKeys / 2; ++i) zero += 0.0f * scores[t][i];
+      }
+      return zero == 0;
+    }
     PBS_UNROLL
     for (int column = 0; column < kScoredKeys / 4; ++column) {
       const int at = column / 2 * 4 + column % 2;  // index of row pair 0
@@ -113,12 +123,16 @@ class LineChunk {
       for (int t = 0; t < kRowTiles; ++t) {
         PBS_UNROLL
         for (int r = 0; r < 2; ++r) {
+          float& score = scores[t][at + 2 * r];
           if (position > first_position + ProxyRow(t, r)) {
-            scores[t][at + 2 * r] = -kInfinity;
+            score = -kInfinity;
+          } else {
+            zero += 0.0f * score;
           }
         }
       }
     }
+    return zero == 0;
   }
 
   // Original position of the key in a slot; after all queries when there is none.
@@ -137,6 +151,7 @@ class LineChunk {
   const int sequence_index_;
   const SequenceRecord sequence_;
   const int first_block_;
+  const int first_row_;
   const SlotKeys keys_;
 };
 
@@ -155,10 +170,10 @@ struct SumLines {
     chunk.Score([&](int, auto& scores) {
       PBS_UNROLL
       for (int t = 0; t < Chunk::kRowTiles; ++t) {
-        sums[t].template Add<true>(chunk.ScaleLog2(), scores[t]);
+        sums[t].template Add<true>(params.lines.scale_log2, scores[t]);
       }
     });
-    StoreChunkSums(params, sums, chunk.ScaleLog2());
+    StoreChunkSums(params, sums, params.lines.scale_log2);
   }
 };
 
@@ -170,14 +185,14 @@ struct WeighLines {
     const GridPlace place = PlaceInGrid(params.num_sequences * WeighProxies::kParts);
     const SequenceRecord s =
         LoadGlobal(params.sequences + place.item / WeighProxies::kParts);
-    const int num_queries = s.q_len < kProxies ? s.q_len : kProxies;
+    const int first_row = FirstLineRow(params, s);
     WeighProxies::Weigh(
         params, place,
         {.first = int64_t{place.head} * params.lines.total_chunks + s.line_chunk_begin,
          .count = LineChunks(s, params.chunk_blocks),
-         .begin_row = kProxies - num_queries,
+         .begin_row = first_row,
          .end_row = kProxies,
-         .mean_of = num_queries});
+         .mean_of = kProxies - first_row});
   }
 };
 
@@ -259,7 +274,8 @@ class ShareLines {
       for (int i = 0; i < kScoredKeys / 2; ++i) {
         const int r = i / 2 % 2;
         const float share =
-            weight_[t][r] * Exp2(scores[t][i] * Chunk::ScaleLog2() - shift_[t][r]);
+            weight_[t][r] *
+            Exp2(scores[t][i] * params_.lines.scale_log2 - shift_[t][r]);
         StoreShared(shares_ + ShareAt(ProxyRow(t, r),
                                       i / 4 * 8 + ThreadIndex() % 4 * 2 + i % 2),
                     share);

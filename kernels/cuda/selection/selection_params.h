@@ -67,21 +67,24 @@ struct GridCut {
   int32_t padding;
 };
 
-// The lines of flexprefill: columns are key slots, diagonals distances between query
-// and key. Diagonal x is the distance k_len - 1 - x. Arrays by key block have those of
-// all sequences side by side.
+// The attention of the last queries by lines: columns are key slots, diagonals
+// distances between query and key. Diagonal x is the distance k_len - 1 - x. Arrays by
+// key block have those of all sequences side by side. minference chooses single lines
+// (key_line_params.h), flexprefill blocks of them, by the fields from has_grid on.
 struct LineParams {
   int32_t total_chunks;  // of chunk_blocks key blocks
-  int32_t has_grid;      // heads may select by block means
-  float gamma;
-  float tau;
-  int32_t zero_is_far;  // as published, a block without mass makes the distance NaN
+  int32_t num_queries;   // at most kProxies; fewer where a sequence has fewer
+  float scale_log2;      // converts logits to base two
 
   // [num_heads, total_key_blocks, 128] mean probability of each key slot and diagonal.
   float* columns;
   float* diagonals;
   float* rest;  // [num_heads, total_chunks, 128] of diagonals behind the chunk's keys
 
+  int32_t has_grid;  // heads may select by block means
+  float gamma;
+  float tau;
+  int32_t zero_is_far;  // as published, a block without mass makes the distance NaN
   // What a head keeps: [num_heads, 2, total_key_blocks] block columns and block
   // distances; [num_heads, num_sequences] whether it also keeps blocks of its grid.
   uint8_t* kept;
@@ -219,15 +222,6 @@ constexpr int kBlockValuesBytes = 2 * 16 * 3 * 8;
 PBS_HOST_DEVICE constexpr int64_t ChooseLinesSharedBytes(int logit_stride,
                                                          int head_dim) {
   return kBlockValuesBytes + (int64_t{3} * logit_stride + head_dim) * 4;
-}
-// Bytes of shared memory of measure_key_lines.h: queries and keys; and with
-// probabilities.
-constexpr int kLineStride = kBlockTokens + 4;  // floats between rows of probabilities
-PBS_HOST_DEVICE constexpr int64_t KeyLineScoresBytes(int head_dim) {
-  return int64_t{kLineQueries + kScoredKeys} * head_dim * 2;
-}
-PBS_HOST_DEVICE constexpr int64_t KeyLinesSharedBytes(int head_dim) {
-  return KeyLineScoresBytes(head_dim) + int64_t{kLineQueries} * kLineStride * 4;
 }
 // Bytes of shared memory of list_spans.h: a part of each key block for both groups.
 PBS_HOST_DEVICE constexpr int64_t SpansSharedBytes(int logit_stride) {

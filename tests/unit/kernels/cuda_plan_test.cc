@@ -194,9 +194,9 @@ TEST(CudaPlanSpec, MemoryOfColumnsAndDiagonalsAt128KIsWhatTheTablesSay) {
   EXPECT_EQ((*plan)->total_entries, entries);
   EXPECT_EQ(memory.lists_bytes, (2 + 8) * entries + 32 * kBlocks * (2 + 2 + 4) +
                                     2 * 32 * kTokens / 8 + 32 * 1024 * 4);
-  // Masses by key and by distance, and sums of 64 queries and 191 diagonals per block.
-  EXPECT_EQ(memory.pooled_bytes,
-            32 * kBlocks * 4 * (2 * 64 + 2 * 128 + 191) + 2 * 32 * 64 * 4);
+  // Masses by key, by diagonal and by distance; per chunk of 8 blocks, two sums of the
+  // queries and the diagonals behind it; per query, shift and weight.
+  EXPECT_EQ(memory.pooled_bytes, 32 * 128 * 4 * (3 * kBlocks + 3 * kBlocks / 8 + 2));
   EXPECT_LT((*plan)->workspace_bytes, 900 << 20);
 }
 
