@@ -7,7 +7,7 @@ namespace pbs::emulator {
 namespace {
 
 // Lists of parts of blocks, and gathered columns: of two blocks, then with blocks that
-// are read whole, then of sorted keys.
+// are read whole, then of sorted keys, then beside means.
 std::vector<AttentionProblem> LineProblems() {
   return {{{4, 2, 64, {{300, 900}, {400, 410}}},
            DType::kBF16,
@@ -31,7 +31,13 @@ std::vector<AttentionProblem> LineProblems() {
             .permute = true,
             .as_published = true,
             .vertical_tokens = 200,
-            .slash_tokens = 110}}};
+            .slash_tokens = 110}},
+          {{2, 2, 64, {{200, 1400}, {150, 700}}},
+           DType::kBF16,
+           {.method = Method::kMInference,
+            .mean_correction = true,
+            .vertical_tokens = 34,
+            .slash_tokens = 52}}};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ MASS_CUT = "cuda/selection/mass_cut.h"
 BLOCK_VALUES = "cuda/tiles/block_values.h"
 TILES = "cuda/selection/order_tiles.h"
 COVERAGE = "cuda/selection/measure_coverage.h"
+CORRECT = "cuda/attention/correct_by_means.h"
 SLOTS = "cuda/selection/slot_keys.h"
 LINES = "cuda/selection/measure_lines.h"
 CHOOSE = "cuda/selection/choose_lines.h"
@@ -43,6 +44,9 @@ KEY_LINE_MUTANTS = [
     ("gathered_blocks_unread", TILES, "      tile.list_begin -= Gathered(row, at);\n", ""),
     ("parts_unmasked", TILES, "      tile.num_masked = tile.list_count;  // all may be read in part\n", ""),
     ("gathered_keys_behind_the_sequence", TILES, "params_.gathered != nullptr ? INT32_MAX : at.s.k_len", "at.s.k_len"),
+    ("means_of_blocks_with_columns", CORRECT, "block < blocks && !HasColumns(tile, block)", "block < blocks"),
+    ("means_without_those_of_the_first_head", CORRECT, "params_.attention.column_bits + tile.head *", "params_.attention.column_bits + 0 *"),
+    ("means_of_the_next_block_with_columns", CORRECT, "KeyBlockBegin(tile) + block", "KeyBlockBegin(tile) + block + 1"),
     ("columns_not_covered", COVERAGE, "bool reads = is_column && block <", "bool reads = is_column && 0 >"),
     ("parts_of_the_first_group_covered", COVERAGE, "Position(row) / kRowGroup % kGroupsOfTile", "0"),
 ]

@@ -108,6 +108,8 @@ struct PipelineInputs {
     };
     if (problem.options.mean_correction) {
       add(v, kv_layout, geometry.num_kv_heads, false);
+      return;  // the means of keys are rounded: where they are large, logits are far
+               // off
     }
     if (scorer == Scorer::kNone || scorer == Scorer::kMeans) return;
     if (problem.options.scope == Scope::kQueryHead) return;

@@ -1,6 +1,7 @@
 // Spec: pbs-prefilld on a device with memory of its own: the CUDA backend over an
 // emulated device, in the place of libpbs_cuda.so. Servers are processes.
 #include <gmock/gmock.h>
+#include <google/protobuf/text_format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -190,22 +191,20 @@ TEST_F(CudaBesideCpuSpec, HandsOverWhatTheCpuServerDoes) {
 
 // Inputs of one head group in bf16, and where o goes.
 struct RawAttention final : client::TensorTarget {
-  static constexpr int64_t kTokens = 300;
-
-  RawAttention() {
+  explicit RawAttention(int64_t tokens = 300) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     for (v1::TensorName tensor : {v1::Q, v1::K, v1::V}) {
       v1::TensorSpec spec;
       spec.set_tensor(tensor);
       spec.set_dtype(v1::BF16);
-      for (int64_t axis : {int64_t{1}, int64_t{2}, kTokens, int64_t{64}}) {
+      for (int64_t axis : {int64_t{1}, int64_t{2}, tokens, int64_t{64}}) {
         spec.add_shape(axis);
       }
       auto& bytes = data[tensor];
-      bytes.resize(2 * kTokens * 64 * 2);
+      bytes.resize(static_cast<size_t>(2 * tokens * 64 * 2));
       auto* values = reinterpret_cast<bf16*>(bytes.data());
-      for (int64_t i = 0; i < 2 * kTokens * 64; ++i) {
+      for (int64_t i = 0; i < 2 * tokens * 64; ++i) {
         values[i] = ToBf16(normal(random));
       }
       inputs.push_back({spec, bytes});
@@ -228,25 +227,55 @@ struct RawAttention final : client::TensorTarget {
   std::map<v1::TensorName, std::vector<std::byte>> results;
 };
 
+std::vector<std::byte> FloatsOf(const std::vector<std::byte>& bytes) {
+  std::vector<std::byte> wide(bytes.size() * 2);
+  ConvertElements(bytes.data(), DType::kBF16, wide.data(), DType::kF32,
+                  static_cast<int64_t>(bytes.size() / 2));
+  return wide;
+}
+
 TEST_F(CudaBesideCpuSpec, AttendsWhatTheCpuServerDoes) {
-  RawAttention actual, expected;
-  const auto stats = device.client->Attend(actual.header, actual.inputs, actual);
-  ASSERT_TRUE(stats.ok()) << stats.status();
-  const auto cpu_stats = cpu.client->Attend(expected.header, expected.inputs, expected);
-  ASSERT_TRUE(cpu_stats.ok()) << cpu_stats.status();
-  EXPECT_EQ(stats->backend(), "cuda");
-  EXPECT_EQ(stats->executed_blocks(), cpu_stats->executed_blocks());
-  EXPECT_EQ(stats->coverage_rows(), 2 * 4);
-  EXPECT_NEAR(stats->coverage(), cpu_stats->coverage(), 1e-4);
-  EXPECT_LE(Difference(actual.results[v1::LSE], expected.results[v1::LSE]), 1e-4);
-  const auto floats = [](const std::vector<std::byte>& bytes) {
-    std::vector<std::byte> wide(bytes.size() * 2);
-    ConvertElements(bytes.data(), DType::kBF16, wide.data(), DType::kF32,
-                    static_cast<int64_t>(bytes.size() / 2));
-    return wide;
-  };
-  EXPECT_LE(Difference(floats(actual.results[v1::O]), floats(expected.results[v1::O])),
-            1e-2);
+  // On a device the means of the correction are rounded to bf16.
+  constexpr double kCorrectedLseMax = 2e-3;
+  constexpr double kLseMax = 1e-4;
+  constexpr const char* kOptions[] = {
+      "pbs { segment_size: 128 threshold: 0.7 }",
+      "pbs { segment_size: 128 threshold: 0.3 } mean_correction: true",
+      "mean_pooling { threshold: 0.3 } window_blocks: 2",
+      "xattention { threshold: 0.3 } coverage_min: 0.565",
+      "xattention { threshold: 0.3 } dense_tail_blocks: 1 mean_correction: true",
+      "flexprefill { gamma: 0.3 tau: 0 } coverage_min: 0.7",
+      "minference { vertical_tokens: 34 slash_tokens: 50 } mean_correction: true",
+      "prism { threshold: 0.3 } sink_blocks: 1",
+      "flashprefill { alpha: 1 } permutation { segment_size: 128 }"};
+  for (const char* options : kOptions) {
+    SCOPED_TRACE(options);
+    RawAttention actual(700);
+    ASSERT_TRUE(google::protobuf::TextFormat::ParseFromString(
+        options, actual.header.mutable_options()));
+    actual.header.mutable_options()->set_coverage_rows(4);
+    RawAttention expected(700);
+    expected.header = actual.header;
+    const auto stats = device.client->Attend(actual.header, actual.inputs, actual);
+    ASSERT_TRUE(stats.ok()) << stats.status();
+    const auto cpu_stats =
+        cpu.client->Attend(expected.header, expected.inputs, expected);
+    ASSERT_TRUE(cpu_stats.ok()) << cpu_stats.status();
+    EXPECT_EQ(stats->backend(), "cuda");
+    EXPECT_EQ(stats->executed_blocks(), cpu_stats->executed_blocks());
+    EXPECT_LT(stats->lower_density(), 1) << "it selects every block";
+    EXPECT_EQ(stats->coverage_rows(), 2 * 4);
+    EXPECT_NEAR(stats->coverage(), cpu_stats->coverage(), 1e-4);
+    EXPECT_EQ(cpu_stats->guarded_heads_size(),
+              actual.header.options().coverage_min() > 0 ? 1 : 0);
+    EXPECT_THAT(stats->guarded_heads(),
+                testing::ElementsAreArray(cpu_stats->guarded_heads()));
+    EXPECT_LE(Difference(actual.results[v1::LSE], expected.results[v1::LSE]),
+              actual.header.options().mean_correction() ? kCorrectedLseMax : kLseMax);
+    EXPECT_LE(
+        Difference(FloatsOf(actual.results[v1::O]), FloatsOf(expected.results[v1::O])),
+        1e-2);
+  }
 }
 
 TEST(CudaDaemonSpec, EveryDeviceHasAReplicaAndTheyShareTheWork) {

@@ -84,6 +84,10 @@ class CorrectByMeans {
     return first_row_ + WarpRow() + t * 16 + lane_ / 4;
   }
 
+  PBS_DEVICE int KeyBlockBegin(const AttentionTile& tile) const {
+    return LoadGlobal(&params_.sequences[tile.sequence].key_block_begin);
+  }
+
   PBS_DEVICE void LoadQueries() const {
     const RowOperand& q = params_.q;
     const AttentionTile tile = LoadShared(&s_.tile);
@@ -97,9 +101,8 @@ class CorrectByMeans {
   // for.
   PBS_DEVICE void LoadMeans(MeanOperand operand, int first, int blocks) const {
     const AttentionTile tile = LoadShared(&s_.tile);
-    const int64_t row = FirstMean(params_, tile.order_head, operand) +
-                        LoadGlobal(&params_.sequences[tile.sequence].key_block_begin) +
-                        first;
+    const int64_t row =
+        FirstMean(params_, tile.order_head, operand) + KeyBlockBegin(tile) + first;
     Means& target = operand == MeanOperand::kKeys ? s_.keys : s_.values;
     target.template Load<kThreads>(params_.means + row * kHeadDim, kHeadDim, 0,
                                    blocks - first);
@@ -110,13 +113,24 @@ class CorrectByMeans {
     const AttentionTile tile = LoadShared(&s_.tile);
     const int end = (blocks + kMeansTogether - 1) / kMeansTogether * kMeansTogether;
     for (int block = ThreadIndex(); block < end; block += kThreads) {
-      StoreShared(s_.joins() + block, static_cast<uint8_t>(block < blocks ? 1 : 0));
+      const bool joins = block < blocks && !HasColumns(tile, block);
+      StoreShared(s_.joins() + block, static_cast<uint8_t>(joins ? 1 : 0));
     }
     SyncThreads();
     for (int i = ThreadIndex(); i < tile.list_count; i += kThreads) {
       const int block = ListEntry(params_.attention, tile.list_begin, i);
       if (block < blocks) StoreShared(s_.joins() + block, uint8_t{0});
     }
+  }
+
+  // Whether columns of a block are chosen. Then every row of a tile that does not list
+  // the block reads them: it comes before the last spans of both groups of rows.
+  PBS_DEVICE bool HasColumns(const AttentionTile& tile, int block) const {
+    if (params_.attention.column_bits == nullptr) return false;
+    const auto* words = reinterpret_cast<const Words4*>(
+        params_.attention.column_bits + tile.head * params_.attention.column_stride);
+    const Words4 chosen = LoadGlobal(words + KeyBlockBegin(tile) + block);
+    return (chosen.words[0] | chosen.words[1] | chosen.words[2] | chosen.words[3]) != 0;
   }
 
   // The state that attention left: weights relative to exp(lse), which add up to 1.

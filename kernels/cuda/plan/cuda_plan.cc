@@ -34,14 +34,7 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.block_size != kBlockTokens) {
     return Unsupported("block_size", std::to_string(problem.options.block_size), "128");
   }
-  PBS_RETURN_IF_ERROR(CheckMethods(problem.options, kCudaMethods, "cuda"));
-  // A block may be read in part, so no mean stands for what is not read of it.
-  const Method method = problem.options.method;
-  if (problem.options.mean_correction && TraitsOf(method).rule == Rule::kLargestLines) {
-    return Unsupported("mean_correction", "true",
-                       ("false for " + std::string(MethodName(method))).c_str());
-  }
-  return OkStatus();
+  return CheckMethods(problem.options, kCudaMethods, "cuda");
 }
 
 int32_t CeilDiv(int32_t value, int32_t divisor) {

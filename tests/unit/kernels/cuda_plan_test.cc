@@ -52,13 +52,6 @@ INSTANTIATE_TEST_SUITE_P(
         RefusedCase{
             "small_blocks", [](auto& p) { p.options.block_size = 64; },
             "block_size 64 is not supported by the cuda backend, which has 128"},
-        RefusedCase{"corrected_minference",
-                    [](auto& p) {
-                      p.options = DefaultOptions(Method::kMInference);
-                      p.options.mean_correction = true;
-                    },
-                    "mean_correction true is not supported by the cuda backend, which "
-                    "has false for minference"},
         RefusedCase{"columns_of_all_keys",
                     [](auto& p) {
                       p = Problem(1 << 20, {.method = Method::kMInference,
