@@ -2,7 +2,7 @@
 """Shows that the emulator catches each planted defect of mutants.py.
 
     python3 tests/emulator/check_mutants.py --build FOLDER [--compiler g++] [--jobs N]
-        [--only TEXT]
+        [--only TEXT ...]
 
 Builds the programs of mutants.py from the sources as they are, which must pass, and once
 per mutant from a copy with that defect, which must not. The build FOLDER has the
@@ -101,7 +101,12 @@ def main() -> int:
     parser.add_argument("--compiler", default="g++")
     parser.add_argument("--build", type=pathlib.Path, required=True)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="", help="only defects with this in their name")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        help="only defects with one of these in their name or file",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         arguments.prelude = compile_prelude(arguments, pathlib.Path(work))
@@ -114,14 +119,14 @@ def run_all(arguments: argparse.Namespace) -> int:
         (programs, mutant)
         for programs, planted in PROGRAMS.items()
         for mutant in planted
-        if arguments.only in mutant[0]
+        if any(text in part for text in arguments.only for part in mutant[:2])
     ]
     names = [mutant[0] for planted in PROGRAMS.values() for mutant in planted]
     if twice := {name for name in names if names.count(name) > 1}:
         print(f"two defects have one name: {', '.join(sorted(twice))}")
         return 1
     if not mutants:
-        print(f"no defect has {arguments.only} in its name")
+        print(f"no defect has {' or '.join(arguments.only)} in its name or file")
         return 1
     for program in {program: None for programs, _ in mutants for program in programs}:
         with tempfile.TemporaryDirectory() as work:

@@ -320,25 +320,34 @@ TEST(SharedMemorySpec, ColumnsAndDiagonalsFitASmallDevice) {
   EXPECT_LE(LargestSharedBytes<256>(lines, device), device.shared_bytes_max);
 }
 
+AttentionProblem SparseProblem(Method method) {
+  AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16,
+                           DefaultOptions(method)};
+  if (method == Method::kMInference) problem.options.slash_tokens = 200;
+  return problem;
+}
+
+StatusCode CodeOfReport(const AttentionProblem& problem, PipelineInputs& inputs) {
+  const auto plan = cuda::MakeCudaPlan(problem, {});
+  EXPECT_TRUE(plan.ok());
+  GlobalMemory::Clear();
+  inputs.Allow();
+  const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
+  EXPECT_TRUE(run.fault().ok()) << run.fault().ToString();
+  AttentionReport report;
+  return run.Report({}, &report).code();
+}
+
 TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
   for (const Method method : cuda::kCudaMethods) {
     if (!TraitsOf(method).Selects()) continue;
     SCOPED_TRACE(MethodName(method));
-    AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16,
-                             DefaultOptions(method)};
-    if (method == Method::kMInference) problem.options.slash_tokens = 200;
-    const auto plan = cuda::MakeCudaPlan(problem, {});
-    ASSERT_TRUE(plan.ok());
+    const AttentionProblem problem = SparseProblem(method);
     PipelineInputs inputs(problem, 3);
     for (DeviceArray<uint16_t>* array : {&inputs.q, &inputs.k}) {
       std::fill_n(array->data(), array->bytes() / 2, ToBf16(3e19f).bits);
     }
-    GlobalMemory::Clear();
-    inputs.Allow();
-    const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
-    ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
-    AttentionReport report;
-    EXPECT_EQ(run.Report({}, &report).code(), StatusCode::kInvalidArgument);
+    EXPECT_EQ(CodeOfReport(problem, inputs), StatusCode::kInvalidArgument);
   }
 }
 
@@ -347,21 +356,12 @@ TEST(OverflowSpec, AScoreOfMinusInfinityIsRefusedWhereLinesAreMeasured) {
   for (const Method method : {Method::kFlexPrefill, Method::kMInference}) {
     for (const int32_t key : {5, 590}) {  // before the last queries, and among them
       SCOPED_TRACE(testing::Message() << MethodName(method) << ", key " << key);
-      AttentionProblem problem{Shape(1, 1, 64, {{600, 600}}), DType::kBF16,
-                               DefaultOptions(method)};
-      if (method == Method::kMInference) problem.options.slash_tokens = 200;
-      const auto plan = cuda::MakeCudaPlan(problem, {});
-      ASSERT_TRUE(plan.ok());
+      const AttentionProblem problem = SparseProblem(method);
       PipelineInputs inputs(problem, 3);
       std::fill_n(inputs.q.data(), inputs.q.bytes() / 2, ToBf16(3e19f).bits);
       std::fill_n(inputs.k.data(), inputs.k.bytes() / 2, ToBf16(0).bits);
       std::fill_n(inputs.k.data() + key * 64, 64, ToBf16(-3e19f).bits);
-      GlobalMemory::Clear();
-      inputs.Allow();
-      const PipelineRun<cuda::Bf16Element, 64> run(**plan, inputs.Tensors(), 1);
-      ASSERT_TRUE(run.fault().ok()) << run.fault().ToString();
-      AttentionReport report;
-      EXPECT_EQ(run.Report({}, &report).code(), StatusCode::kInvalidArgument);
+      EXPECT_EQ(CodeOfReport(problem, inputs), StatusCode::kInvalidArgument);
     }
   }
 }
