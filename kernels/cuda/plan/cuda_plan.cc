@@ -6,8 +6,16 @@
 #include <memory>
 #include <string>
 
+#include "methods/vertical_slash.h"
+
 namespace pbs::cuda {
 namespace {
+
+// Device code has its own copies of what minference chooses (methods/vertical_slash.h).
+static_assert(kKeyLineQueries == kLineQueries && kRowGroup == pbs::kRowGroup &&
+              kForcedColumns == pbs::kForcedColumns &&
+              kForcedDistances == pbs::kForcedDistances &&
+              kColumnsMin == pbs::kColumnsMin && kDistancesMin == pbs::kDistancesMin);
 
 // A group's logits stay below this much shared memory.
 constexpr int32_t kLogitBytesMax = 64 << 10;

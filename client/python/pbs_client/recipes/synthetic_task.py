@@ -18,7 +18,7 @@ from pbs_client.prefill_options import Logits
 from pbs_client.recipes.base import Inputs, Outcome, Recipe, mean
 
 COVERAGE_ROWS = 16
-SETTINGS = {
+SETTINGS: dict[str, Attention | None] = {
     "dense": Attention(Dense()),
     "pbs": Attention(Pbs(), dense_fallback=False),
     "pbs, threshold .95": Attention(Pbs(threshold=0.95), dense_fallback=False),
@@ -38,6 +38,7 @@ SETTINGS = {
     "mean_pooling, tail 1": Attention(
         MeanPooling(), dense_tail_blocks=1, dense_fallback=False
     ),
+    "the server's default": None,
 }
 
 

@@ -12,11 +12,13 @@ from pbs_client.options import Attention, Dense, MeanPooling, Pbs
 from pbs_client.recipes.base import Inputs, Outcome, Recipe
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-SETTINGS = {
+DEFAULT = "the server's default"
+SETTINGS: dict[str, Attention | None] = {
     "dense": Attention(Dense()),
     "mean_pooling": Attention(MeanPooling(), dense_fallback=False),
     "pbs": Attention(Pbs(), dense_fallback=False),
     "pbs with fallback": Attention(Pbs(), dense_fallback=True),
+    DEFAULT: None,
 }
 
 
@@ -55,7 +57,8 @@ def run(inputs: Inputs) -> Outcome:
         {"rounds": inputs.rounds},
         (
             f"At {lengths[-1]} tokens pbs takes dense's time divided by "
-            f"{longest['pbs']:.2f}, mean_pooling by {longest['mean_pooling']:.2f}.",
+            f"{longest['pbs']:.2f}, mean_pooling by {longest['mean_pooling']:.2f}, the "
+            f"server's default by {longest[DEFAULT]:.2f}.",
         ),
     )
 
