@@ -7,7 +7,7 @@ GUARD = "cuda/selection/guard_heads.h"
 
 CORRECTION_MUTANTS = [
     ("listed_blocks_count_as_means_too", CORRECT, "      if (block < blocks) StoreShared(s_.joins() + block, uint8_t{0});\n", ""),
-    ("means_behind_the_last_block_join", CORRECT, "static_cast<uint8_t>(block < blocks ? 1 : 0)", "uint8_t{1}"),
+    ("means_behind_the_last_block_join", CORRECT, "block < blocks && !HasColumns(tile, block)", "block >= blocks || !HasColumns(tile, block)"),
     ("means_of_one_key", CORRECT, "joins ? raised : -kInfinity", "joins ? 0.0f : -kInfinity"),
     ("means_of_the_first_step_join", CORRECT, "first + i / 4 * 8", "i / 4 * 8"),
     ("means_of_the_first_step_again", CORRECT, "LoadMeans(MeanOperand::kKeys, next, blocks)", "LoadMeans(MeanOperand::kKeys, 0, blocks)"),

@@ -55,7 +55,7 @@ KEY_LINE_MUTANTS = [
 BLOCK_LINE_MUTANTS = [
     ("values_of_blocks_overwritten_while_read", BLOCK_VALUES, "    turn_ ^= 1;\n", ""),
     ("keys_behind_the_query_seen", LINES, "position > first_position + ProxyRow(t, r)", "position > first_position + kProxies"),
-    ("segment_of_the_first_query_unmasked", LINES, "if (segment_end <= first_position) return;", "if (segment_end <= sequence_.k_len) return;"),
+    ("segment_of_the_first_query_unmasked", LINES, "if (segment_end <= first_position) {", "if (segment_end <= sequence_.k_len) {"),
     ("keys_overwritten_by_shares", LINES, "      SyncThreads();  // nobody reads the keys, in whose place the shares are\n", ""),
     ("shares_of_others_not_awaited", LINES, "      StoreShares(scores);\n      SyncThreads();\n", "      StoreShares(scores);\n"),
     ("line_keys_overwritten_while_multiplied", LINES, "      SyncThreads();  // nobody reads the last keys, or the shares in their place\n", ""),
