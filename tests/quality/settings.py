@@ -78,7 +78,7 @@ GRID = {
         _each("threshold", 0.95, 0.9),
         _each("threshold", 0.8),
         (
-            *_near("threshold", 0.9, 0.85, 0.8),
+            *_near("threshold", 0.95, 0.9, 0.85, 0.8),
             *_near("threshold", 0.9, window_blocks=2),
             *_near("threshold", 0.9, permute=True),
             *_near("threshold", 0.95, 0.93, **HALF_BLOCKS),
