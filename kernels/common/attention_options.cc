@@ -380,16 +380,4 @@ Status ValidateOptions(const AttentionOptions& options) {
   return CheckGiven(options);
 }
 
-Status CheckMethods(const AttentionOptions& options, std::span<const Method> methods,
-                    std::string_view backend) {
-  std::string names;
-  for (Method method : methods) {
-    if (method == options.method) return OkStatus();
-    names += (names.empty() ? "" : ", ") + std::string(MethodName(method));
-  }
-  return Unimplemented("method " + std::string(MethodName(options.method)) +
-                       " is not supported by the " + std::string(backend) +
-                       " backend, which has " + names);
-}
-
 }  // namespace pbs

@@ -204,17 +204,14 @@ void GatherBlock(const AttentionRun& run, const Unit& unit, const ConstRows& sou
             0u);
 }
 
-// Mean of a gathered block into its column of the packed block means. With means of
-// queries, a short block is divided by block_size all the same.
+// Mean of a gathered block into its column of the packed block means.
 void PoolKeys(const AttentionRun& run, const Unit& unit, int32_t block,
               const uint32_t* rows, float* mean) {
   const CpuAttentionPlan& plan = run.plan;
   const AttentionGeometry& g = plan.geometry;
   const SequenceGeometry& s = run.Sequence(unit);
   const int32_t keys = std::min(g.block_size, s.k_len - block * g.block_size);
-  const Scorer scorer = TraitsOf(plan.problem.options.method).scorer;
-  const bool by_length = scorer == Scorer::kRows || scorer == Scorer::kLines;
-  MeanOfRows(run, rows, keys, by_length ? keys : g.block_size, mean);
+  MeanOfRows(run, rows, keys, plan.scorer.means_by_length ? keys : g.block_size, mean);
   StoreColumn(run.kernels, static_cast<int32_t>(RoundUp(s.num_key_blocks, kLanePad)),
               block, g.head_dim, mean, run.Pooled(unit) + plan.Pooled(s).keys);
 }
@@ -268,8 +265,8 @@ void PackBlock(AttentionRun& run, const Unit& unit, int32_t block, int worker) {
   GatherBlock(run, unit, run.tensors.k, block, rows);
   if (plan.SelectsBlocks(unit) && run.RanDense(unit) == 0) {
     auto* row = reinterpret_cast<float*>(rows + run.BlockWords());
-    if (plan.pools_keys) PoolKeys(run, unit, block, rows, row);
-    if (plan.folds_keys) FoldKeys(run, unit, block, rows, row);
+    if (plan.scorer.key_means) PoolKeys(run, unit, block, rows, row);
+    if (plan.scorer.folded_keys) FoldKeys(run, unit, block, rows, row);
   }
   const int32_t keys =
       std::min(g.block_size, run.Sequence(unit).k_len - block * g.block_size);

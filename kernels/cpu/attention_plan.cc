@@ -44,7 +44,7 @@ void ExtendPrefixes(const CpuAttentionPlan& plan, const Unit& unit, Wave& wave) 
   extend(wave.query_blocks, selected ? blocks : 0);
   extend(
       wave.select_items,
-      selected ? CeilDiv(s.num_query_blocks, plan.select_tile) * plan.num_members : 0);
+      selected ? CeilDiv(s.num_query_blocks, plan.scorer.tile) * plan.num_members : 0);
   extend(wave.query_tiles, static_cast<int64_t>(s.num_query_blocks) * plan.tile_groups *
                                plan.tiles_per_block);
   ++wave.num_units;
@@ -193,13 +193,13 @@ ScoringLayout CpuAttentionPlan::Scoring(const SequenceGeometry& s) const {
 PooledLayout CpuAttentionPlan::Pooled(const SequenceGeometry& s) const {
   PooledLayout layout;
   const int64_t means = RoundUp(s.num_key_blocks, kLanePad) * geometry.head_dim;
-  layout.queries = layout.keys + (pools_keys ? means : 0);
+  layout.queries = layout.keys + (scorer.key_means ? means : 0);
   const int64_t query_means =
       static_cast<int64_t>(num_members) * s.num_query_blocks * geometry.head_dim;
-  layout.bands = layout.queries + (pools_queries ? query_means : 0);
+  layout.bands = layout.queries + (scorer.query_means ? query_means : 0);
   layout.folded = RoundUp(layout.bands + 2 * num_members, kLanePad);
   const int64_t folded = FoldedColumns(s) * problem.options.stride * geometry.head_dim;
-  layout.columns = RoundUp(layout.folded + (folds_keys ? folded : 0), kLanePad);
+  layout.columns = RoundUp(layout.folded + (scorer.folded_keys ? folded : 0), kLanePad);
   const int64_t gathered =
       int64_t{2} * num_members * GatheredBlocks(s) * geometry.block_size * depth;
   layout.size = layout.columns + (gathers ? gathered : 0);
@@ -218,18 +218,14 @@ std::unique_ptr<CpuAttentionPlan> MakeCpuPlan(const AttentionProblem& problem,
   plan->query_tile = std::min(g.block_size, kQueryTile);
   plan->tiles_per_block = g.block_size / plan->query_tile;
   plan->tile_groups = static_cast<int32_t>(CeilDiv(plan->num_members, kSharedTiles));
-  const Scorer scorer = TraitsOf(problem.options.method).scorer;
-  plan->select_tile = SelectTile(problem.options);
+  plan->scorer = NeedsOf(problem.options);
   plan->gathers = TraitsOf(problem.options.method).rule == Rule::kLargestLines &&
                   !problem.options.use_given_lists;
   if (plan->gathers) {
     plan->query_tile = std::min(plan->query_tile, kRowGroup);
     plan->tiles_per_block = g.block_size / plan->query_tile;
   }
-  plan->folds_keys = scorer == Scorer::kAntidiagonal;
   plan->corrects = problem.options.mean_correction;
-  plan->pools_keys = scorer != Scorer::kNone && !plan->folds_keys && !plan->gathers;
-  plan->pools_queries = plan->pools_keys && scorer != Scorer::kRows;
   plan->num_workers = num_workers;
   plan->sampled_before.push_back(0);
   for (const SequenceGeometry& s : g.sequences) {

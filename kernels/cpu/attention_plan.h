@@ -73,6 +73,16 @@ struct Wave {
   std::vector<int64_t> query_tiles;   // x groups of kSharedTiles members
 };
 
+// What a scorer reads beside queries and keys, and how much of a head an item has.
+struct ScorerNeeds {
+  int32_t tile = 1;        // query blocks of an item
+  bool key_means = false;  // of blocks
+  bool query_means = false;
+  bool means_by_length =
+      false;  // a short block of keys has its own length, else block_size
+  bool folded_keys = false;  // strided, `stride` of them side by side
+};
+
 struct CpuAttentionPlan final : AttentionPlan {
   OperandFormat format;
   int32_t depth = 0;        // words of a row of head_dim elements
@@ -80,11 +90,7 @@ struct CpuAttentionPlan final : AttentionPlan {
   int32_t tiles_per_block = 0;
   int32_t query_tile = 0;   // rows
   int32_t tile_groups = 0;  // groups of members, per query block
-  int32_t select_tile = 0;  // query blocks of one item of the scorer
-  // What the scorer reads.
-  bool pools_keys = false;
-  bool pools_queries = false;
-  bool folds_keys = false;
+  ScorerNeeds scorer;
   bool corrects = false;  // adds the means of unselected blocks
   bool gathers = false;   // reads chosen columns, and parts of the listed blocks
   int32_t num_workers = 0;

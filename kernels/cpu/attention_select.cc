@@ -12,12 +12,15 @@ namespace {
 
 constexpr int32_t kMeansTile = 16;
 constexpr int32_t kBandsTile = 16;
+constexpr int32_t kWholeHead = std::numeric_limits<int32_t>::max();
 // Strided query rows of an item of XAttention: enough to reuse each panel of keys.
 constexpr int32_t kAntidiagonalRows = 64;
 
 using SelectFunction = void (*)(AttentionRun&, const Unit&, const SelectItem&, int);
 
+// What a scorer needs, and how it selects.
 struct CpuScorer {
+  ScorerNeeds needs;
   SelectFunction select = nullptr;
   int64_t (*words)(const CpuAttentionPlan&, const SequenceGeometry&) = nullptr;
 };
@@ -25,18 +28,31 @@ struct CpuScorer {
 CpuScorer ScorerOf(const AttentionOptions& options) {
   switch (TraitsOf(options.method).scorer) {
     case Scorer::kMeans:
-      return {SelectByMeans, MeansWords};
+      return {{.tile = kMeansTile, .key_means = true, .query_means = true},
+              SelectByMeans,
+              MeansWords};
     case Scorer::kBands:
-      return {SelectByBands, BandsWords};
+      return {{.tile = kBandsTile, .key_means = true, .query_means = true},
+              SelectByBands,
+              BandsWords};
     case Scorer::kRows:
-      return {SelectByRows, RowsWords};
+      return {{.key_means = true, .means_by_length = true}, SelectByRows, RowsWords};
     case Scorer::kAntidiagonal:
-      return {SelectByAntidiagonals, AntidiagonalsWords};
+      return {
+          {.tile = std::max(1, kAntidiagonalRows * options.stride / options.block_size),
+           .folded_keys = true},
+          SelectByAntidiagonals,
+          AntidiagonalsWords};
     case Scorer::kLines:
       if (TraitsOf(options.method).rule == Rule::kLargestLines) {
-        return {SelectByVerticalSlash, VerticalSlashWords};
+        return {{.tile = kWholeHead}, SelectByVerticalSlash, VerticalSlashWords};
       }
-      return {SelectByLines, LinesWords};
+      return {{.tile = kWholeHead,
+               .key_means = true,
+               .query_means = true,
+               .means_by_length = true},
+              SelectByLines,
+              LinesWords};
     case Scorer::kNone:
       break;
   }
@@ -89,7 +105,7 @@ void StoreFullLists(AttentionRun& run, const Unit& unit, const SelectItem& item,
 
 SelectItem ItemAt(const AttentionRun& run, const Unit& unit, int64_t index) {
   const int32_t blocks = run.Sequence(unit).num_query_blocks;
-  const int32_t tile = run.plan.select_tile;
+  const int32_t tile = run.plan.scorer.tile;
   const int64_t tiles = (int64_t{blocks} + tile - 1) / tile;
   const auto first = static_cast<int32_t>(index % tiles * tile);
   return {.member = static_cast<int32_t>(index / tiles),
@@ -99,22 +115,7 @@ SelectItem ItemAt(const AttentionRun& run, const Unit& unit, int64_t index) {
 
 }  // namespace
 
-int32_t SelectTile(const AttentionOptions& options) {
-  switch (TraitsOf(options.method).scorer) {
-    case Scorer::kMeans:
-      return kMeansTile;
-    case Scorer::kBands:
-      return kBandsTile;
-    case Scorer::kAntidiagonal:
-      return std::max(1, kAntidiagonalRows * options.stride / options.block_size);
-    case Scorer::kLines:
-      return std::numeric_limits<int32_t>::max();  // a head's lines serve all its rows
-    case Scorer::kRows:
-    case Scorer::kNone:
-      break;
-  }
-  return 1;
-}
+ScorerNeeds NeedsOf(const AttentionOptions& options) { return ScorerOf(options).needs; }
 
 int64_t SelectWords(const CpuAttentionPlan& plan, const SequenceGeometry& s) {
   return ScorerOf(plan.problem.options).words(plan, s);
@@ -216,9 +217,9 @@ void SelectBlocks(AttentionRun& run, const Wave& wave) {
   };
   for_each_selecting([&](const Unit& unit) {
     FindFirstBlock(run, unit);
-    if (plan.pools_keys) ClearPooledPadding(run, unit);
+    if (plan.scorer.key_means) ClearPooledPadding(run, unit);
   });
-  if (plan.pools_queries) {
+  if (plan.scorer.query_means) {
     run.ForEach(wave, wave.query_blocks,
                 [&](const Unit& unit, int64_t index, int worker) {
                   const int32_t blocks = run.Sequence(unit).num_query_blocks;

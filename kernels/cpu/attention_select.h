@@ -45,8 +45,8 @@ class ItemScratch {
   uint32_t* next_;
 };
 
-// Query blocks of one item of the plan's scorer.
-int32_t SelectTile(const AttentionOptions& options);
+// Of the scorer of a method.
+ScorerNeeds NeedsOf(const AttentionOptions& options);
 // Words of scratch that an item of the sequence takes.
 int64_t SelectWords(const CpuAttentionPlan& plan, const SequenceGeometry& s);
 

@@ -90,7 +90,6 @@ CpuAttention::CpuAttention(ThreadPool& pool, Isa isa, bool use_pairs)
 StatusOr<std::unique_ptr<AttentionPlan>> CpuAttention::Plan(
     const AttentionProblem& problem) const {
   PBS_RETURN_IF_ERROR(ValidateProblem(problem));
-  PBS_RETURN_IF_ERROR(CheckMethods(problem.options, kCpuMethods, "cpu"));
   // A block of 16 keys is half a vector of pairs.
   const bool pairs = use_pairs_ && problem.dtype == DType::kBF16 &&
                      problem.options.block_size >= 2 * kLanePad;

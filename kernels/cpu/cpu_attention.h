@@ -7,7 +7,6 @@
 // Threading: one Run() at a time. Memory: Run() uses only the workspace.
 #pragma once
 
-#include <array>
 #include <deque>
 #include <memory>
 
@@ -20,12 +19,6 @@ namespace pbs::cpu {
 
 // The table of `isa`. Call its functions only when IsSupported(isa).
 const TileKernels& KernelsFor(Isa isa);
-
-// The methods that this backend runs.
-inline constexpr std::array kCpuMethods = {Method::kDense,       Method::kPbs,
-                                           Method::kMeanPooling, Method::kXAttention,
-                                           Method::kMInference,  Method::kFlexPrefill,
-                                           Method::kPrism,       Method::kFlashPrefill};
 
 class CpuAttention final : public AttentionBackend {
  public:

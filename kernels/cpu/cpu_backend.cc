@@ -76,7 +76,7 @@ CpuBackend::CpuBackend(int32_t num_threads, Isa isa, bool bf16_products,
             .bf16_speedup = bf16_speedup,
             .head_dims = {kHeadDims.begin(), kHeadDims.end()},
             .dtypes = {DType::kF32, DType::kF16, DType::kBF16},
-            .methods = {kCpuMethods.begin(), kCpuMethods.end()}} {}
+            .methods = {kMethods.begin(), kMethods.end()}} {}
 
 DType CpuBackend::ComputeDType(DType stored) const {
   return stored == DType::kBF16 && bf16_products_ ? DType::kBF16 : DType::kF32;

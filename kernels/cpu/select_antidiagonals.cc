@@ -29,7 +29,7 @@ struct Sizes {
       : stride(plan.problem.options.stride),
         per_block(plan.geometry.block_size / stride),
         depth(int64_t{stride} * plan.geometry.head_dim),
-        rows(plan.select_tile * per_block),
+        rows(plan.scorer.tile * per_block),
         chunks(static_cast<int32_t>((plan.FoldedColumns(s) + kChunkCols - 1) /
                                     kChunkCols)) {}
 

@@ -100,7 +100,7 @@ double BandShare(const ColumnSquares& squares, const Band& band, int32_t num_blo
 
 int64_t MeansWords(const CpuAttentionPlan& plan, const SequenceGeometry& s) {
   const int64_t padded = PaddedBlocks(s);
-  return padded * plan.select_tile + 2 * RoundUp(s.num_key_blocks, kLanePad) +
+  return padded * plan.scorer.tile + 2 * RoundUp(s.num_key_blocks, kLanePad) +
          RoundUp(s.num_key_blocks / 4 + 1, kLanePad);
 }
 
@@ -110,7 +110,7 @@ void SelectByMeans(AttentionRun& run, const Unit& unit, const SelectItem& item,
   const SequenceGeometry& s = run.Sequence(unit);
   const int32_t padded = PaddedBlocks(s);
   ItemScratch scratch(run, worker);
-  float* logits = scratch.Floats(int64_t{padded} * run.plan.select_tile);
+  float* logits = scratch.Floats(int64_t{padded} * run.plan.scorer.tile);
   const std::span<uint64_t> sort_keys = scratch.SortKeys(s.num_key_blocks);
   const std::span<uint8_t> keep = scratch.Keep(s.num_key_blocks);
   const float* queries = PooledQueries(run, unit, item.member) +
@@ -134,8 +134,8 @@ void SelectByMeans(AttentionRun& run, const Unit& unit, const SelectItem& item,
 }
 
 int64_t BandsWords(const CpuAttentionPlan& plan, const SequenceGeometry& s) {
-  const int64_t queries = int64_t{plan.select_tile} * plan.geometry.head_dim;
-  return MeansWords(plan, s) + PaddedBlocks(s) * plan.select_tile + queries;
+  const int64_t queries = int64_t{plan.scorer.tile} * plan.geometry.head_dim;
+  return MeansWords(plan, s) + PaddedBlocks(s) * plan.scorer.tile + queries;
 }
 
 void MeasureBands(AttentionRun& run, const Unit& unit, int32_t member) {
@@ -162,7 +162,7 @@ void SelectByBands(AttentionRun& run, const Unit& unit, const SelectItem& item,
   const int32_t head_dim = run.plan.geometry.head_dim;
   const SequenceGeometry& s = run.Sequence(unit);
   const int32_t padded = PaddedBlocks(s);
-  const int64_t tile = run.plan.select_tile;
+  const int64_t tile = run.plan.scorer.tile;
   ItemScratch scratch(run, worker);
   float* masked = scratch.Floats(tile * head_dim);
   float* logits = scratch.Floats(kNumBands * tile * padded);

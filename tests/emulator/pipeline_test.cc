@@ -339,7 +339,7 @@ StatusCode CodeOfReport(const AttentionProblem& problem, PipelineInputs& inputs)
 }
 
 TEST(OverflowSpec, ScoresThatAreNotFiniteAreRefusedInTheReport) {
-  for (const Method method : cuda::kCudaMethods) {
+  for (const Method method : kMethods) {
     if (!TraitsOf(method).Selects()) continue;
     SCOPED_TRACE(MethodName(method));
     const AttentionProblem problem = SparseProblem(method);

@@ -74,7 +74,7 @@ std::vector<Case> TableCases(uint32_t seed) {
   };
   for (const int32_t head_dim : {64, 96, 128, 256}) {
     for (const DType dtype : {DType::kBF16, DType::kF16}) {
-      for (const Method method : cuda::kCudaMethods) {
+      for (const Method method : kMethods) {
         add({{4, 2, head_dim, {{900, 900}, {130, 700}, {1, 1}}},
              dtype,
              SparseOptions(method, 0.6f)});
@@ -112,7 +112,7 @@ Case RandomCase(uint32_t seed) {
   problem.shape.num_kv_heads = pick(1, 2, 3);
   problem.shape.num_heads = problem.shape.num_kv_heads * pick(1, 2, 4);
   problem.shape.head_dim = pick(64, 96, 128, 256);
-  const Method method = cuda::kCudaMethods[random() % cuda::kCudaMethods.size()];
+  const Method method = kMethods[random() % kMethods.size()];
   AttentionOptions& options = problem.options;
   options = SparseOptions(method, pick(0.2f, 0.7f, 0.95f, 1.0f));
   if (HasOption(method, "permute")) options.permute = pick(true, false);

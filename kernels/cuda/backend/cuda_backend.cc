@@ -79,7 +79,7 @@ CudaBackend::CudaBackend(std::unique_ptr<Driver> driver)
             .device_bytes_free = driver_->info().memory_bytes_free,
             .head_dims = {kCudaHeadDims.begin(), kCudaHeadDims.end()},
             .dtypes = {DType::kF16, DType::kBF16},
-            .methods = {kCudaMethods.begin(), kCudaMethods.end()}} {}
+            .methods = {kMethods.begin(), kMethods.end()}} {}
 
 CudaBackend::~CudaBackend() = default;
 

@@ -6,16 +6,8 @@
 #include <memory>
 #include <string>
 
-#include "methods/vertical_slash.h"
-
 namespace pbs::cuda {
 namespace {
-
-// Device code has its own copies of what minference chooses (methods/vertical_slash.h).
-static_assert(kKeyLineQueries == kLineQueries && kRowGroup == pbs::kRowGroup &&
-              kForcedColumns == pbs::kForcedColumns &&
-              kForcedDistances == pbs::kForcedDistances &&
-              kColumnsMin == pbs::kColumnsMin && kDistancesMin == pbs::kDistancesMin);
 
 // A group's logits stay below this much shared memory.
 constexpr int32_t kLogitBytesMax = 64 << 10;
@@ -42,7 +34,7 @@ Status CheckSupported(const AttentionProblem& problem) {
   if (problem.options.block_size != kBlockTokens) {
     return Unsupported("block_size", std::to_string(problem.options.block_size), "128");
   }
-  return CheckMethods(problem.options, kCudaMethods, "cuda");
+  return OkStatus();
 }
 
 int32_t CeilDiv(int32_t value, int32_t divisor) {

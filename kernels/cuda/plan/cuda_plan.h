@@ -20,10 +20,6 @@
 namespace pbs::cuda {
 
 inline constexpr std::array<int32_t, 4> kCudaHeadDims = {64, 96, 128, 256};
-inline constexpr std::array kCudaMethods = {
-    Method::kDense,      Method::kPbs,         Method::kMeanPooling,
-    Method::kXAttention, Method::kMInference,  Method::kFlexPrefill,
-    Method::kPrism,      Method::kFlashPrefill};
 
 // Facts about the plan's device, and choices for it.
 struct DeviceTraits {

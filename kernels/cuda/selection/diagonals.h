@@ -17,11 +17,11 @@ PBS_DEVICE int64_t FirstLine(const SelectionParams& params,
 PBS_DEVICE float RestOfChunk(const SelectionParams& params,
                              const SequenceRecord& sequence, int head, int chunk,
                              int index) {
-  return LoadGlobal(params.lines.rest +
-                    (int64_t{head} * params.lines.total_chunks +
-                     sequence.line_chunk_begin + chunk) *
-                        kProxies +
-                    index);
+  return LoadGlobal(
+      params.lines.rest +
+      (int64_t{head} * params.lines.total_chunks + sequence.line_chunk_begin + chunk) *
+          kProxies +
+      index);
 }
 
 // Mass of diagonal `x` >= 0, as two chunks of keys have it.

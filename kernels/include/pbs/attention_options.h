@@ -221,8 +221,4 @@ std::string CanonicalText(const AttentionOptions& options);
 // default although the method does not have it.
 Status ValidateOptions(const AttentionOptions& options);
 
-// For backends: Unimplemented when the method is not one of `methods`, which it names.
-Status CheckMethods(const AttentionOptions& options, std::span<const Method> methods,
-                    std::string_view backend);
-
 }  // namespace pbs

@@ -9,6 +9,7 @@
 #include <ostream>
 #include <utility>
 
+#include "methods/vertical_slash.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::cuda {
@@ -172,6 +173,19 @@ TEST(CudaPlanSpec, MemoryAt128KAnd512KIsWhatTheTablesSay) {
 
 // 1,000 columns are eight blocks. Beside the copies of keys and values, per query head:
 // these blocks, 8 + 2 bytes per entry, and a bit per key for columns and for distances.
+TEST(CudaPlanSpec, ColumnsAndDistancesAreAsManyAsOnTheCpu) {
+  EXPECT_EQ(kKeyLineQueries, kLineQueries);
+  EXPECT_EQ(kRowGroup, pbs::kRowGroup);
+  EXPECT_EQ(kForcedColumns, pbs::kForcedColumns);
+  EXPECT_EQ(kForcedDistances, pbs::kForcedDistances);
+  for (const int32_t wanted : {1, 29, 31, 49, 51, 1000}) {
+    for (const int32_t k_len : {10, 40, 2000}) {
+      EXPECT_EQ(NumColumns(wanted, k_len), pbs::NumColumns(wanted, k_len));
+      EXPECT_EQ(NumDistances(wanted, k_len), pbs::NumDistances(wanted, k_len));
+    }
+  }
+}
+
 TEST(CudaPlanSpec, MemoryOfColumnsAndDiagonalsAt128KIsWhatTheTablesSay) {
   constexpr int64_t kTokens = 128 << 10;
   constexpr int64_t kBlocks = kTokens / 128;
