@@ -383,6 +383,11 @@ INSTANTIATE_TEST_SUITE_P(
                     2,
                     "--profile and --method exclude each other"},
         RefusalCase{"value_of_another_type", "[1]", {"--stride", "x"}, 2, "--stride"},
+        RefusalCase{"value_of_more_bits",
+                    "[1]",
+                    {"--method", "minference", "--vertical-tokens", "99999999999"},
+                    2,
+                    "99999999999 not in range [-2147483648 - 2147483647]"},
         RefusalCase{"tokens_and_ticket", "[1]", {"--ticket", "x"}, 2, "--ticket"}),
     testing_support::CaseName());
 
@@ -461,6 +466,28 @@ INSTANTIATE_TEST_SUITE_P(
                    {"--method", "flashprefill", "--alpha", "1", "--sink-blocks", "19"},
                    true}),
     testing_support::CaseName());
+
+TEST_F(DecodeSpec, ReportsCoverageAndTheHeadsThatItMadeDense) {
+  for (const bool guards : {false, true}) {
+    std::vector<std::string> arguments = {"--tokens",           PromptFile(600),
+                                          "--block-size",       "32",
+                                          "--method",           "pbs",
+                                          "--threshold",        "0.3",
+                                          "--coverage-rows",    "4",
+                                          "--no-dense-fallback"};
+    if (guards) arguments.insert(arguments.end(), {"--coverage-min", "1"});
+    const ProcessResult result = Decode(arguments);
+    ASSERT_EQ(result.exit_status, 0) << result.err;
+    const auto report = nlohmann::json::parse(result.out);
+    if (guards) {
+      EXPECT_EQ(report["coverage"], 1.0);
+      EXPECT_GT(report["guarded_heads"], 0);
+    } else {
+      EXPECT_LT(report["coverage"], 1.0);
+      EXPECT_EQ(report["guarded_heads"], 0);
+    }
+  }
+}
 
 TEST_F(DecodeSpec, RefusesWhatIsNoTicket) {
   for (const char* text :

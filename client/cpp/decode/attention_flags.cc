@@ -27,10 +27,8 @@ bool Is(const OptionTraits& option, std::string_view name) {
   return option.name == name;
 }
 
-// Options of Attend, and what this program does not report.
 bool IsOfPrefill(const OptionTraits& option) {
-  return !Is(option, "use_given_order") && !Is(option, "use_given_lists") &&
-         !Is(option, "coverage_rows");
+  return !Is(option, "use_given_order") && !Is(option, "use_given_lists");
 }
 
 bool HasField(const google::protobuf::Descriptor& message, const OptionTraits& option) {
@@ -152,6 +150,9 @@ void AttentionFlags::AddOption(CLI::App& app, const OptionTraits& option) {
       for (Scope scope : kScopes) scopes.emplace_back(ScopeName(scope));
       return app.add_option_function<std::string>(flag, keep, help)
           ->check(CLI::IsMember(scopes));
+    } else if constexpr (std::is_same_v<Value, int32_t>) {
+      return app.add_option_function<Value>(flag, keep, help)
+          ->check(CLI::Range(INT32_MIN, INT32_MAX, "INT"));
     } else {
       return app.add_option_function<Value>(flag, keep, help);
     }

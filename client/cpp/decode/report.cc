@@ -24,6 +24,15 @@ std::vector<Stage> StagesOf(const v1::StageSeconds& stages) {
           {"mlp", stages.mlp()}};
 }
 
+// Heads of all layers that coverage_min made read every block.
+int GuardedHeads(const v1::PrefillStats& stats) {
+  int guarded = 0;
+  for (const v1::HeadStats& heads : stats.layer_heads()) {
+    guarded += heads.guarded_size();
+  }
+  return guarded;
+}
+
 std::string PrefillLines(const Outcome& outcome) {
   const v1::PrefillStats& stats = *outcome.prefill;
   std::string text = absl::StrFormat(
@@ -34,6 +43,11 @@ std::string PrefillLines(const Outcome& outcome) {
     if (seconds == 0) continue;
     absl::StrAppendFormat(&text, "  %-8s%8.3f s %5.1f %%\n", name, seconds,
                           100 * seconds / outcome.prefill_seconds);
+  }
+  if (stats.layer_heads_size() > 0) {
+    absl::StrAppendFormat(
+        &text, "  coverage %.4f of the attention of sampled rows, %d heads guarded\n",
+        stats.coverage(), GuardedHeads(stats));
   }
   if (stats.fallback_layers() > 0) {
     absl::StrAppendFormat(&text, "  dense fallback in %d of %d layers\n",
@@ -91,6 +105,10 @@ std::string JsonReport(const Outcome& outcome, bool checksums) {
     line["density"] = stats.density();
     line["layer_density"] =
         std::vector<double>(stats.layer_density().begin(), stats.layer_density().end());
+    if (stats.layer_heads_size() > 0) {  // coverage was measured
+      line["coverage"] = stats.coverage();
+      line["guarded_heads"] = GuardedHeads(stats);
+    }
     line["backend"] = stats.backend();
     line["isa"] = stats.isa();
     line["stages"] = nlohmann::json::object();
