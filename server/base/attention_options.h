@@ -26,8 +26,8 @@ struct AttentionProfile {
 
 // Built-in options of a Prefill that names no method, the best first: a server takes
 // the first that its backend runs. docs/BENCHMARKS.md, "Quality of a trained model",
-// chose the first by its rule. The second is as near to it as a backend without blocks
-// of 64 tokens can be.
+// chose them by its rule: the first of all settings, the second of those with blocks of
+// 128 tokens.
 std::vector<AttentionProfile> DefaultProfiles();
 AttentionProfile DefaultProfile();  // the first
 

@@ -151,6 +151,7 @@ TEST_F(CudaBesideCpuSpec, TheDefaultAttentionIsTheBestThatTheBackendRuns) {
   ASSERT_TRUE(of_device.ok() && of_cpu.ok());
   EXPECT_EQ(of_cpu->default_attention().xattention().block_size(), 64);
   EXPECT_EQ(of_device->default_attention().xattention().block_size(), 128);
+  EXPECT_FLOAT_EQ(of_device->default_attention().xattention().threshold(), 0.9f);
   EXPECT_EQ(of_device->default_attention().window_blocks(), 4);
   EXPECT_EQ(of_device->default_attention().dense_tail_blocks(), 2);
   EXPECT_TRUE(of_device->default_attention().mean_correction());
