@@ -175,7 +175,10 @@ def _draw_panel(
 
 
 def readme_table(results: dict[str, Any]) -> str:
-    """A row per method: losses, density and time at the two longest lengths."""
+    """A row per method: losses, density and time at the two longest lengths.
+
+    n is that of the longest.
+    """
     lengths = [str(length) for length in results["lengths"][-2:]]
     choice = results["choice"]
     rows = []
@@ -185,13 +188,14 @@ def readme_table(results: dict[str, Any]) -> str:
             label = f"**{name}** (the default)"
         elif name == PAPER:
             label = f"{name} (the paper's)"
-        row = [label]
+        last = results["settings"][name]["lengths"].get(lengths[-1])
+        row = [label, COLUMNS["n"](last) if last else ""]
         for length in lengths:
             figures = results["settings"][name]["lengths"].get(length)
             row += _short(figures) if figures else ["", "", ""]
         rows.append([*row, "no" if name in choice["failed"] else "yes"])
     columns = [f"{what}, {n}" for n in lengths for what in ("NLL", "density", "CPU time")]
-    return table(["setting", *columns, "holds"], rows)
+    return table(["setting", "n", *columns, "holds"], rows)
 
 
 def _short(figures: Figures) -> list[str]:
