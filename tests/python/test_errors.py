@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import grpc
+import numpy as np
 import pbs_client
 import pytest
 from fake_server import fake_server
@@ -98,20 +99,51 @@ def test_a_server_that_is_not_there_is_unavailable():
         client.info()
 
 
-def test_a_server_that_does_not_answer_is_given_up():
-    def wait_for_cancel(requests, context):
-        ended = threading.Event()
-        context.add_callback(ended.set)
-        ended.wait()
-        return
-        yield b""
+def wait_for_cancel(requests, context):
+    ended = threading.Event()
+    context.add_callback(ended.set)
+    ended.wait()
+    return
+    yield b""
 
+
+LATE = {
+    "a call with one reply": (lambda c, t: c.models(timeout=t), "ListModels"),
+    "a stream of replies": (lambda c, t: c.prefill("m", [1], timeout=t), "Prefill"),
+    "a stream both ways": (
+        lambda c, t: c.attend(Q, Q, Q, "dense", timeout=t), "Attend"
+    ),
+}  # fmt: skip
+Q = np.ones((1, 1, 4, 32), np.float32)
+
+
+@pytest.mark.parametrize(("call", "name"), LATE.values(), ids=LATE)
+def test_a_call_that_is_not_answered_ends_and_says_its_time_limit(call, name):
+    handlers = dict.fromkeys(
+        (MODELS, "/pbs.v1.Prefill/Prefill", "/pbs.v1.Attention/Attend"), wait_for_cancel
+    )
     with (
-        fake_server({MODELS: wait_for_cancel}) as target,
+        fake_server(handlers) as target,
         pbs_client.Client(target) as client,
-        pytest.raises(pbs_client.DeadlineExceededError),
+        pytest.raises(pbs_client.DeadlineExceededError) as caught,
     ):
-        client.models(timeout=0.2)
+        call(client, 0.2)
+    assert caught.value.message == f"{name} did not end within its time limit of 0.2 s"
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("needs 9 s, 8 s are left", "needs 9 s, 8 s are left"),
+        (
+            "the deadline passed while the request ran",
+            "ListModels did not end within its time limit of 30 s: "
+            "the deadline passed while the request ran",
+        ),
+    ],
+)
+def test_a_server_that_is_out_of_time_keeps_its_figures_or_gets_the_limit(said, message):
+    assert call_failing(grpc.StatusCode.DEADLINE_EXCEEDED, said).message == message
 
 
 def test_a_method_the_server_lacks_is_unimplemented():

@@ -6,11 +6,11 @@ parses replies.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -25,6 +25,7 @@ _KEEPALIVE_MS = 30_000
 _KEEPALIVE_TIMEOUT_MS = 20_000
 _RECONNECT_BACKOFF_MS_MIN = 100
 _RECONNECT_BACKOFF_MS_MAX = 2_000
+_JOIN_SECONDS_MAX = 5.0  # of a thread that reads requests
 
 Metadata = Sequence[tuple[str, str]]
 
@@ -113,37 +114,94 @@ class Transport:
                 wait_for_ready=wait_for_ready,
             )
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            raise from_rpc_error(error, path, timeout) from None
         return bytes(reply)
 
-    @contextlib.contextmanager
     def receive(
         self,
         path: str,
         request: bytes,
         timeout: float | None,
         wait_for_ready: bool = False,
-    ) -> Iterator[Iterator[bytes]]:
-        """One request and a stream of replies, which the end of the block cancels."""
+    ) -> Stream:
+        """One request and a stream of replies."""
         call = self._channel.unary_stream(path)(
             request,
             timeout=_grpc_timeout(timeout),
             metadata=self._metadata,
             wait_for_ready=wait_for_ready,
         )
-        with _cancelled_at_exit(call):
-            yield _messages_of(call)
+        return Stream(call, path, timeout)
 
-    @contextlib.contextmanager
     def exchange(
         self, path: str, requests: Iterator[bytes], timeout: float | None
-    ) -> Iterator[Iterator[bytes]]:
+    ) -> Stream:
         """A stream of requests, which another thread reads, and a stream of replies."""
+        uploads = _Uploads(requests)
         call = self._channel.stream_stream(path)(
-            requests, timeout=_grpc_timeout(timeout), metadata=self._metadata
+            uploads, timeout=_grpc_timeout(timeout), metadata=self._metadata
         )
-        with _cancelled_at_exit(call):
-            yield _messages_of(call)
+        return Stream(call, path, timeout, uploads)
+
+
+class Stream:
+    """A call under way, for a `with` block over its replies. Its end ends the call.
+
+    Nothing refers to gRPC's call after that, not even a raised PbsError. gRPC's call
+    takes a lock when it is collected. At the exit of the interpreter that could wait
+    forever, because a thread that was stopped there may hold the lock.
+    """
+
+    def __init__(
+        self,
+        call: Any,
+        path: str,
+        timeout: float | None,
+        uploads: _Uploads | None = None,
+    ) -> None:
+        self._call, self._uploads = call, uploads
+        self._messages = _messages_of(call, path, timeout)
+
+    def __enter__(self) -> Iterator[bytes]:
+        return self._messages
+
+    def __exit__(self, *_: object) -> None:
+        call, self._call = self._call, None
+        call.cancel()  # of no effect once the call has ended
+        self._messages.close()
+        if self._uploads is not None:
+            self._uploads.end()
+
+
+class _Uploads:
+    """The requests of one call, for the thread of gRPC that reads them."""
+
+    def __init__(self, requests: Iterator[bytes]) -> None:
+        self._requests = requests
+        self._thread: threading.Thread | None = None
+        self._begun = threading.Event()
+        self._ended = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._thread is None:
+            self._thread = threading.current_thread()
+            self._begun.set()
+        if self._ended:
+            raise StopIteration
+        return next(self._requests)
+
+    def end(self) -> None:
+        """Ends the requests and the thread; to call when the call has ended.
+
+        A callback of the caller may keep the thread. Then this gives up after
+        _JOIN_SECONDS_MAX.
+        """
+        self._ended = True
+        if self._begun.wait(_JOIN_SECONDS_MAX) and self._thread is not None:
+            self._thread.join(_JOIN_SECONDS_MAX)
 
 
 def check_target(target: str) -> None:
@@ -204,16 +262,14 @@ def channel_options(target: str) -> dict[str, Any]:
     return options
 
 
-@contextlib.contextmanager
-def _cancelled_at_exit(call: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        call.cancel()  # of no effect once the call has ended
-
-
-def _messages_of(call: Any) -> Iterator[bytes]:
+def _messages_of(
+    call: Any, path: str, timeout: float | None
+) -> Generator[bytes, None, None]:
     try:
         yield from call
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+        return
+    except grpc.RpcError as error:  # this is the call itself
+        failure = from_rpc_error(error, path, timeout)
+        error.__traceback__ = None  # its frames refer to the call
+    del call  # the traceback of the failure refers to this frame
+    raise failure

@@ -19,6 +19,7 @@ Arguments that cannot be sent raise ValueError or TypeError before any traffic.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
@@ -130,14 +131,41 @@ _CLASS_BY_CODE: dict[grpc.StatusCode, type[PbsError]] = {
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
-def from_rpc_error(error: Any) -> PbsError:
-    """The PbsError of a failed call (a grpc.RpcError that is also a grpc.Call)."""
+# When a call's time has run out, gRPC itself says only this.
+_OUT_OF_TIME = re.compile(r"(stream removed \()?deadline exceeded\)?", re.IGNORECASE)
+_DEADLINE_PASSED = "the deadline "  # the server begins so, and names no figure
+
+
+def from_rpc_error(error: Any, path: str, timeout: Any) -> PbsError:
+    """The PbsError of a failed call.
+
+    Args:
+        error: a grpc.RpcError that is also a grpc.Call.
+        path: /service/method of the call.
+        timeout: its time limit in seconds, for the message; None is no limit.
+    """
     code = error.code()
     message = error.details() or "no message"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
+        message = _with_limit(message, path.rpartition("/")[2], timeout)
     if code is grpc.StatusCode.DATA_LOSS:
         return CorruptDataError(message)
     kind = _CLASS_BY_CODE.get(code, InternalError)
     return kind(message, code, _retry_after(error.trailing_metadata()))
+
+
+def _with_limit(message: str, call: str, timeout: Any) -> str:
+    """What is said of a call without time left, with its name and its time limit."""
+    limit = f"{call} did not end within its time limit of {_seconds(timeout)} s"
+    if _OUT_OF_TIME.fullmatch(message):
+        return limit
+    return f"{limit}: {message}" if message.startswith(_DEADLINE_PASSED) else message
+
+
+def _seconds(timeout: Any) -> str:
+    """A time limit for people, in milliseconds below a second, else in tenths."""
+    text = f"{float(timeout):.{3 if timeout < 1 else 1}f}"
+    return text.rstrip("0").rstrip(".")
 
 
 def _retry_after(trailing_metadata: Any) -> float | None:
