@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 
 from pbs_client import _messages, _wire, dtypes
+from pbs_client._arguments import checked
 from pbs_client._kv_receiver import KvReceiver, KvShape
 from pbs_client.errors import CorruptDataError, NotFoundError
 from pbs_client.kv import Array, KvCache, KvTicket, Span
@@ -102,11 +103,11 @@ def make_request(
     tenant_salt: str,
     request_id: str,
 ) -> Any:
-    """The PrefillRequest message. Errors as token_ids()."""
+    """The PrefillRequest message. Errors as token_ids() and checked()."""
     request = _messages.PrefillRequest(
         model=model,
         token_ids=token_ids(tokens),
-        priority=priority,
+        priority=checked("int", "priority", priority),
         tenant_salt=tenant_salt,
         request_id=request_id,
     )

@@ -1,6 +1,6 @@
 """Arguments of Client.attend() and Client.attend_synthetic().
 
-The server checks ranges; its errors name value and limit.
+Types are checked here. The server checks ranges; its errors name value and limit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pbs_client import dtypes
-from pbs_client._arguments import int_tuple
+from pbs_client._arguments import Uint64, check_fields, int_tuple
 from pbs_client.block_lists import BlockLists
 from pbs_client.kv import Array
 
@@ -87,10 +87,16 @@ class Timing:
     Attributes:
         warmup: extra runs before, which are not timed, 0 .. 100.
         repetitions: runs to time, 0 (= 1) .. 1000.
+
+    Raises:
+        TypeError, ValueError: as check_fields().
     """
 
     warmup: int = 0
     repetitions: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Synthetic:
 
     Raises:
         ValueError: dtype is not one of the three.
+        TypeError, ValueError: as check_fields().
     """
 
     num_heads: int
@@ -117,10 +124,11 @@ class Synthetic:
     head_dim: int
     batch: int = 1
     dtype: Any = "f32"
-    seed: int = 0
+    seed: Uint64 = 0
     white_noise: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         dtypes.float_dtype(self.dtype)
 
     def fill(self, header: Any) -> None:

@@ -25,7 +25,7 @@ import grpc
 import numpy as np
 
 from pbs_client import _attend, _checksum, _health, _messages, _prefill, _wire, dtypes
-from pbs_client._arguments import expect
+from pbs_client._arguments import checked, expect
 from pbs_client._attend import AttendResult, ProgressCallback
 from pbs_client._capture import capture_heads
 from pbs_client._kv_receiver import KvReceiver, LayerCallback
@@ -195,7 +195,7 @@ class Client:
             v: k's shape and dtype.
             method: Dense(), Pbs(...), another method of options.py, the name of one
                 with its defaults, such as "dense", or Attention(...) for further
-                options; None is the server's default profile.
+                options; None is pbs, as is an Attention without a method.
             want: results to return, of "o", "lse", "order", "lists", "block_mask".
             packed: bounds of the sequences in packed tensors.
             given: key order and blocks to use instead of the method's own.
@@ -281,7 +281,7 @@ class Client:
         Args:
             model: its name; "" when the server has one model.
             tokens: ids, 1 .. ModelInfo.tokens_max of them, each below vocab_size.
-            method: as attend().
+            method: as attend(), but None is the server's default profile.
             delivery: Inline(...): the cache in the result; Lease(...): the server holds
                 it for fetch(); "inline" or "lease": one of these with its defaults;
                 None or "none": no cache.
@@ -427,7 +427,7 @@ class Client:
             model: as prefill().
             tokens: as prefill().
             layers: their indices, ascending.
-            method: attention of all layers; with "dense" the heads are the model's own.
+            method: as prefill(), of all layers; with "dense" the heads are the model's own.
             dtype: as KvFormat.
             timeout: seconds, for all of it.
             progress: see ProgressCallback.
@@ -449,7 +449,7 @@ class Client:
         """Extends the lease to `ttl_seconds` (None: the server's default) from now."""
         request = _messages.RenewRequest(ticket=ticket.to_message())
         if ttl_seconds is not None:
-            request.ttl_seconds = ttl_seconds
+            request.ttl_seconds = checked("int", "ttl_seconds", ttl_seconds)
         payload = request.SerializeToString()
         reply = self._transport.unary("/pbs.v1.KvSource/Renew", payload, timeout)
         return KvLease.from_message(_wire.parse(_messages.KvLease, reply))

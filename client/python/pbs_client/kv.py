@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pbs_client import _messages, dtypes
+from pbs_client._arguments import check_fields
 from pbs_client.errors import CorruptDataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -225,6 +226,7 @@ class KvFormat:
 
     Raises:
         ValueError: dtype or layout is none of these.
+        TypeError: as check_fields().
     """
 
     dtype: Any = None
@@ -232,6 +234,7 @@ class KvFormat:
     checksums: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.dtype is not None:
             dtypes.float_dtype(self.dtype)
         if self.layout not in LAYOUTS:

@@ -1,10 +1,12 @@
 """Attention methods and their options in a request.
 
 Every field may be None: the server then uses its documented default (in brackets
-below). The server checks ranges; its errors name option, value and limit.
+below). Types are checked when a value is made; errors are those of check_fields(). The
+server checks ranges; its errors name option, value and limit.
 
 A method is a dataclass here and a message of the protocol, NAME and NAMEOptions, whose
-fields have the same names. So one dataclass is all that a further method needs.
+fields have the same names. A further method needs a dataclass here, its name in
+__init__.py, and a flag in cli/attention.py for each field of a new name.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pbs_client import _messages
+from pbs_client._arguments import check_fields, checked
 
 _WIRE = _messages.AttentionOptions.DESCRIPTOR
 # The message of each method, by its name.
@@ -38,11 +41,13 @@ class Method:
         selects: the method selects blocks, so it takes block lists and the options that
             Attention has for such methods.
         permutes: the method sorts keys without Attention.permute.
+        lacks: options of Attention that the method does not have, although it selects.
     """
 
     name: ClassVar[str] = ""
     selects: ClassVar[bool] = False
     permutes: ClassVar[bool] = False
+    lacks: ClassVar[frozenset[str]] = frozenset()
     block_size: int | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -54,6 +59,7 @@ class Method:
                 cls.permutes = "use_given_order" in message.fields_by_name
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_scope(self)
 
     def fill(self, options: Any) -> None:
@@ -136,6 +142,8 @@ class MInference(Method):
         slash_tokens: diagonals to keep, in tokens, 1 .. 1048576 [6096]; a sequence of
             at most this many tokens runs dense.
     """
+
+    lacks: ClassVar[frozenset[str]] = frozenset({"coverage_min"})
 
     block_size: int | None = None
     vertical_tokens: int | None = None
@@ -229,6 +237,7 @@ class Permute:
     scope: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_scope(self)
 
 
@@ -272,8 +281,10 @@ class Attention:
             PrefillStats.threshold tells [None: it may not].
 
     Raises:
-        ValueError: the method or permute is none of these, or profile is given with a
-            method or head_thresholds.
+        ValueError: the method or permute is none of these, profile or head_thresholds
+            is empty, or profile is given with a method, head_thresholds or
+            as_published.
+        TypeError, ValueError: as check_fields(), also for each of head_thresholds.
     """
 
     method: Method | str | None = None
@@ -291,9 +302,14 @@ class Attention:
     threshold_min: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         method_of(self.method)
-        for name in ("method", "head_thresholds"):
-            if self.profile is not None and getattr(self, name) is not None:
+        if self.profile == "":
+            raise ValueError("Attention.profile is empty; None is no profile")
+        if self.head_thresholds is not None:
+            object.__setattr__(self, "head_thresholds", _rows(self.head_thresholds))
+        for name in ("method", "head_thresholds", "as_published"):
+            if self.profile is not None and getattr(self, name):
                 raise ValueError(f"profile {self.profile!r} and {name} exclude each other")
         if not isinstance(self.permute, (Permute, bool, type(None))):
             raise ValueError(f"permute {self.permute!r} is not Permute(...)")
@@ -344,6 +360,23 @@ def attention_of(method: Method | str | Attention | None) -> Attention:
         ValueError: it is no method.
     """
     return method if isinstance(method, Attention) else Attention(method)
+
+
+def _rows(values: Any) -> tuple[tuple[float, ...], ...]:
+    """head_thresholds as tuples. TypeError, ValueError: it is no table of float32."""
+    name = "Attention.head_thresholds"
+    try:
+        rows = tuple(tuple(row) for row in values)
+    except TypeError:
+        raise TypeError(
+            f"{name} is not a table of numbers, [num_layers][num_heads]"
+        ) from None
+    if not rows:
+        raise ValueError(f"{name} is empty; None is the method's threshold")
+    return tuple(
+        tuple(checked("float", f"{name}[{i}][{j}]", x) for j, x in enumerate(row))
+        for i, row in enumerate(rows)
+    )
 
 
 def _check_scope(options: Any) -> None:

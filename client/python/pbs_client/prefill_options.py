@@ -1,6 +1,6 @@
 """Arguments of Client.prefill(): the delivery of the cache, and the logits.
 
-The server checks ranges; its errors name value and limit.
+Types are checked here. The server checks ranges; its errors name value and limit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Union
 
 from pbs_client import dtypes
-from pbs_client._arguments import int_tuple
+from pbs_client._arguments import check_fields, int_tuple
 from pbs_client._kv_receiver import LAYOUT_NUMBERS
 from pbs_client.kv import Array
 
@@ -27,12 +27,14 @@ class Inline:
 
     Raises:
         ValueError: dtype is not one of the three.
+        TypeError: as check_fields().
     """
 
     dtype: Any = None
     checksums: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.dtype is not None:
             dtypes.float_dtype(self.dtype)
 
@@ -58,6 +60,7 @@ class Lease:
 
     Raises:
         ValueError: capture_query_layers is not a list of integers.
+        TypeError, ValueError: as check_fields().
     """
 
     ttl_seconds: int | None = None
@@ -65,6 +68,7 @@ class Lease:
     capture_query_layers: Sequence[int] | Array = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         layers = int_tuple("capture_query_layers", self.capture_query_layers)
         object.__setattr__(self, "capture_query_layers", layers)
 
@@ -86,6 +90,7 @@ class Logits:
 
     Raises:
         ValueError: positions is not a list of integers.
+        TypeError, ValueError: as check_fields().
     """
 
     top: int = 0
@@ -93,7 +98,8 @@ class Logits:
     all_of_last_token: bool = False
 
     def __post_init__(self) -> None:
-        positions = int_tuple("positions", self.positions)
+        check_fields(self)
+        positions = int_tuple("positions", self.positions, "Uint32")
         object.__setattr__(self, "positions", positions)
 
     def fill(self, request: Any) -> None:
