@@ -55,18 +55,22 @@ CALLS = {
     "an attend that is refused after its header": (refused_after_the_header, attend),
     "an attend that is refused after its upload": (refused_after_the_upload, attend),
     "an attend that runs out of time": (
-        never_answered, lambda client: attend(client, timeout=0.2)
+        never_answered,
+        lambda client: attend(client, timeout=0.2),
     ),
     "an attend with a wrong reply": (
-        replies(AttendResponse(header={}), AttendResponse(header={})), attend
+        replies(AttendResponse(header={}), AttendResponse(header={})),
+        attend,
     ),
     "a prefill that is refused": (
-        refused_at_once, lambda client: client.prefill("m", [1, 2])
+        refused_at_once,
+        lambda client: client.prefill("m", [1, 2]),
     ),
     "a prefill that runs out of time": (
-        never_answered, lambda client: client.prefill("m", [1, 2], timeout=0.2)
+        never_answered,
+        lambda client: client.prefill("m", [1, 2], timeout=0.2),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -244,6 +244,26 @@ REFUSALS = [
             "--as-published",
         )
     ),
+    *(
+        (
+            f"--method {method} --coverage-min 0.5 --coverage-rows 16",
+            "--coverage-min 0.5 is an option of pbs, mean_pooling, xattention, "
+            f"flexprefill, prism and flashprefill; --method {method} does not have it",
+        )
+        for method in ("dense", "minference")
+    ),
+    (
+        "--method minference --vertical-tokens 99999999999",
+        "--vertical-tokens 99999999999 is outside [-2147483648, 2147483647]",
+    ),
+    (
+        "--method pbs --threshold 1e-50",
+        "--threshold 1e-50 would be 0 as a float32, which is at least 1.4e-45",
+    ),
+    (
+        "--method pbs --threshold 1e39",
+        "--threshold 1e+39 is beyond a float32, at most 3.4028235e+38",
+    ),
     ("--stride 8", "--stride needs --method xattention"),
     (
         "--threshold 0.5",
@@ -265,6 +285,32 @@ REFUSALS = [
 def test_an_option_that_the_method_lacks_exits_with_2(command, flags, message, capsys):
     assert main(f"{COMMANDS[command]} {flags}".split()) == 2
     assert capsys.readouterr().err == f"pbs-client: {message}\n"
+
+
+PROFILE_REFUSALS = {
+    # flags; what the message says
+    "--profile=": "--profile is empty; `pbs-client models` lists the profiles",
+    "--profile paper --method pbs": "--profile and --method exclude each other",
+    "--profile paper --as-published": "--profile and --as-published exclude each other",
+    "--profile paper --threshold 0.5": "--profile and --threshold exclude each other",
+    "--profile paper --scope kv_head": "--profile and --scope exclude each other",
+}
+
+
+@pytest.mark.parametrize("command", ["prefill", "generate"])
+@pytest.mark.parametrize(
+    ("flags", "message"), PROFILE_REFUSALS.items(), ids=PROFILE_REFUSALS
+)
+def test_what_a_profile_does_not_go_with_exits_with_2(command, flags, message, capsys):
+    assert main(f"{COMMANDS[command]} {flags}".split()) == 2
+    assert capsys.readouterr().err == f"pbs-client: {message}\n"
+
+
+def test_a_profile_may_be_changed_and_sorted():
+    flags = "--profile mine --sink-blocks 1 --permute --segment-size 512"
+    parsed = make_parser().parse_args(f"prefill --tokens x {flags}".split())
+    expected = Attention(profile="mine", sink_blocks=1, permute=Permute(512))
+    assert attention_from(parsed) == expected
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pbs_client._arguments import checked
 from pbs_client.options import METHODS, SCOPES, Attention, Method, Permute
 
 
@@ -148,8 +149,8 @@ _OF_SELECTION = (
         "coverage_min",
         float,
         "SHARE",
-        "not minference: a head whose --coverage-rows rows keep less than this share of "
-        "the attention mass reads every block, 0..1 [0]",
+        "a head whose --coverage-rows rows keep less than this share of the attention "
+        "mass reads every block, 0..1 [0]",
     ),
     _Flag(
         "dense_tail_blocks",
@@ -224,7 +225,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "In a prefill without --method they change the server's default profile.",
     )
     for flag in _OF_SELECTION:
-        flag.add(group, flag.text)
+        lacking = ", ".join(n for n, kind in METHODS.items() if flag.name in kind.lacks)
+        flag.add(group, f"not {lacking}: {flag.text}" if lacking else flag.text)
     group = parser.add_argument_group("options of every method")
     for flag in _OF_ALL:
         flag.add(group, flag.text)
@@ -241,17 +243,17 @@ def attention_from(arguments: argparse.Namespace) -> Attention:
     """The attention that the parsed arguments ask for.
 
     Raises:
-        ValueError: the method does not have an option that is given, or the option
-            needs a method.
+        ValueError: the method does not have an option that is given, the option needs
+            a method or excludes another, or its value cannot be sent.
     """
     given = {
-        flag.name: getattr(arguments, flag.name)
+        flag.name: checked(flag.kind.__name__, flag.option, value)
         for flag in _FLAGS
-        if getattr(arguments, flag.name, None) is not None
+        if (value := getattr(arguments, flag.name, None)) is not None
     }
     kind = METHODS[arguments.method] if arguments.method else None
-    if kind is not None and "profile" in given:
-        raise ValueError("--profile and --method exclude each other")
+    if "profile" in given:
+        _check_profile(given, kind)
     for flag in _FLAGS:
         if flag.name in given and flag not in _OF_PREFILL:
             _check(flag, given, kind)
@@ -259,6 +261,30 @@ def attention_from(arguments: argparse.Namespace) -> Attention:
     if "permute" in given:
         given["permute"] = Permute(**_taken(Permute, given))
     return Attention(method, **_taken(Attention, given))
+
+
+def _check_profile(given: dict[str, Any], kind: type[Method] | None) -> None:
+    """ValueError for a profile without a name, or with what belongs to a method."""
+    if not given["profile"]:
+        raise ValueError("--profile is empty; `pbs-client models` lists the profiles")
+    options = ["--method"] if kind is not None else []
+    options += [
+        flag.option
+        for flag in _FLAGS
+        if flag.name in given and _needs_method(flag) and not _sorts(flag, given)
+    ]
+    if options:
+        raise ValueError(f"--profile and {options[0]} exclude each other")
+
+
+def _needs_method(flag: _Flag) -> bool:
+    """Whether the option cannot change a profile."""
+    return flag.name not in _fields(Attention) or flag.name == "as_published"
+
+
+def _sorts(flag: _Flag, given: dict[str, Any]) -> bool:
+    """Whether the option is one of --permute, which is given."""
+    return "permute" in given and flag.name in _fields(Permute)
 
 
 def _taken(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +295,7 @@ def _taken(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def _check(flag: _Flag, given: dict[str, Any], kind: type[Method] | None) -> None:
     """ValueError unless the method, None for the server's profile, has the option."""
-    sorts = "permute" in given and flag.name in _fields(Permute)
+    sorts = _sorts(flag, given)
     if kind is not None:
         if _has(kind, flag.name) or (sorts and _has(kind, "permute")):
             return
@@ -277,7 +303,7 @@ def _check(flag: _Flag, given: dict[str, Any], kind: type[Method] | None) -> Non
             f"{flag.given(given[flag.name])} is an option of "
             f"{_owners(flag.name, 'and')}; --method {kind.name} does not have it"
         )
-    if sorts or (flag.name in _fields(Attention) and flag.name != "as_published"):
+    if sorts or not _needs_method(flag):
         return
     raise ValueError(f"{flag.option} needs --method {_owners(flag.name, 'or')}")
 
@@ -288,7 +314,9 @@ def _has(kind: type[Method], name: str) -> bool:
         return name in _fields(kind)
     if name == "permute":
         return kind.selects and not kind.permutes
-    return kind.selects or any(flag.name == name for flag in _OF_ALL)
+    if any(flag.name == name for flag in _OF_ALL):
+        return True
+    return kind.selects and name not in kind.lacks
 
 
 def _owners(name: str, word: str) -> str:
