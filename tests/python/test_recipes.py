@@ -210,6 +210,24 @@ def test_what_a_recipe_lacks_is_named_by_its_flag(name, flag, capsys):
     assert f"recipe {name} needs {flag}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "identity --heads x --model recall",
+            "recipe identity does not take --model; it takes --heads",
+        ),
+        (
+            "ttft --model recall --tokens x --heads y",
+            "recipe ttft does not take --heads; it takes --model and --tokens",
+        ),
+    ],
+)
+def test_an_input_that_a_recipe_does_not_take_is_refused(words, message, capsys):
+    assert main(["recipe", *words.split(), "--server", NOBODY]) == 2
+    assert capsys.readouterr().err == f"pbs-client: {message}\n"
+
+
 def test_a_recipe_with_a_model_and_no_prompt_names_the_flag(inputs):
     with pytest.raises(RecipeError, match="needs --tokens FILE"):
         check_inputs(RECIPES["ttft"], Inputs(inputs.client, model="recall"))

@@ -11,6 +11,7 @@ from pbs_client.capture import read as read_capture
 from pbs_client.cli.files import read_tokens
 from pbs_client.client import Client
 from pbs_client.recipes import (
+    INPUT_FLAGS,
     RECIPES,
     check_inputs,
     find_recipe,
@@ -80,6 +81,12 @@ def recipe(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
         raise ValueError(f"name one of {', '.join(RECIPES)}, or give --list")
     chosen = find_recipe(arguments.name)
+    for name in INPUT_FLAGS:
+        if getattr(arguments, name) and name not in chosen.needs:
+            takes = " and ".join(f"--{need}" for need in chosen.needs)
+            raise ValueError(
+                f"recipe {chosen.name} does not take --{name}; it takes {takes}"
+            )
     with Client(arguments.server) as client:
         inputs = Inputs(
             client,

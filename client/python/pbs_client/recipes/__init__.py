@@ -39,7 +39,8 @@ _MODULES = (
 )
 RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in _MODULES}
 
-_FLAGS = {
+# How an input is given on the command line.
+INPUT_FLAGS = {
     "heads": "--heads FILE (`pbs-client capture` writes one)",
     "model": "--model NAME",
     "tokens": "--tokens FILE",
@@ -59,7 +60,7 @@ def check_inputs(recipe: Recipe, inputs: Inputs) -> None:
     """RecipeError names the flags of what is missing."""
     for need in recipe.needs:
         if not getattr(inputs, need):
-            raise RecipeError(f"recipe {recipe.name} needs {_FLAGS[need]}")
+            raise RecipeError(f"recipe {recipe.name} needs {INPUT_FLAGS[need]}")
 
 
 def run_recipe(recipe: Recipe, inputs: Inputs, folder: Path, plot: bool = True) -> Any:
