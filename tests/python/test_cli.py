@@ -123,6 +123,34 @@ def test_a_tokens_file_that_is_none_exits_with_2(tmp_path, capsys, content, mess
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "attend --input x --output",
+        "prefill --tokens TOKENS --kv",
+        "capture --tokens TOKENS --layers 0 --output",
+        "calibrate --prompts x --budget 0.1 --output",
+    ],
+)
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("none", "folder {} does not exist"),
+        ("tokens.json", "{} is not a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_made_is_refused_before_any_work(
+    tmp_path, capsys, words, folder, message
+):
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text("[1, 2]")
+    path = tmp_path / folder / "out.file"
+    command = words.replace("TOKENS", str(tokens)).split()
+    assert main([*command, str(path), "--server", NOBODY]) == 2
+    reason = message.format(path.parent)
+    assert capsys.readouterr().err == f"pbs-client: cannot write {path}: {reason}\n"
+
+
+@pytest.mark.parametrize(
     ("words", "seconds"),
     [
         ("info", 30),

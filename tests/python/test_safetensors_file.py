@@ -252,3 +252,18 @@ def test_a_folder_is_an_error_and_stays(tmp_path):
     with pytest.raises(IsADirectoryError):
         safetensors_file.write(tmp_path, TENSORS)
     assert tmp_path.is_dir()
+
+
+def test_a_folder_that_does_not_exist_is_named_and_not_a_temporary_file(tmp_path):
+    path = tmp_path / "none" / "t.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        safetensors_file.write(path, {"x": np.zeros(1, np.float32)})
+    said = f"cannot write {path}: folder {path.parent} does not exist"
+    assert str(caught.value) == said
+
+
+def test_another_error_of_a_new_file_names_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / ("x" * 255)  # no room for the name of a temporary file
+    with pytest.raises(OSError, match="File name too long") as caught:
+        safetensors_file.write(path, {"x": np.zeros(1, np.float32)})
+    assert caught.value.filename == str(path)

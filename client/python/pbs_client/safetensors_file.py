@@ -115,6 +115,7 @@ def write(
 
     Raises:
         ValueError: a dtype that the format lacks.
+        OSError: from the system; a folder that does not exist is named.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     # Largest elements first, so that every tensor is aligned.
@@ -147,13 +148,36 @@ def _output(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     target = path.resolve()
+    check_folder(target)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with part.open("xb") as file:
+        with _created(part, path) as file:
             yield file
         part.replace(target)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # replaced, or never made
+            part.unlink()
+
+
+def _created(part: Path, path: Path) -> BinaryIO:
+    """A new file `part`. Errors name `path`, which the caller knows."""
+    try:
+        return part.open("xb")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """FileNotFoundError, NotADirectoryError: no file can be made at `path`."""
+    folder = Path(path).resolve().parent
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"cannot write {os.fspath(path)}: folder {folder} does not exist"
+        )
+    if not folder.is_dir():
+        raise NotADirectoryError(
+            f"cannot write {os.fspath(path)}: {folder} is not a folder"
+        )
 
 
 def _is_replaceable(path: Path) -> bool:

@@ -15,7 +15,7 @@ from pbs_client._prefill import find_model
 from pbs_client.calibration import Calibrator
 from pbs_client.cli.attention import attention_from
 from pbs_client.cli.commands import print_line
-from pbs_client.cli.files import TOKENS_FILE_BYTES_MAX
+from pbs_client.cli.files import TOKENS_FILE_BYTES_MAX, check_output
 from pbs_client.client import Client
 from pbs_client.options import Pbs
 
@@ -32,6 +32,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     )
     name = arguments.name or Path(arguments.output).stem
     calibration.check_name(name)
+    check_output(arguments.output)
     prompts = read_prompts(arguments.prompts)
     check_prompts = prompts[1::_HELD_OUT_EVERY]
     prompts = prompts[::_HELD_OUT_EVERY]

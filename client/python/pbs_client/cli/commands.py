@@ -16,7 +16,7 @@ from pbs_client.attend_options import Given, Packed, Timing
 from pbs_client.block_lists import flat_mask
 from pbs_client.capture import read as read_capture
 from pbs_client.cli.attention import attention_from
-from pbs_client.cli.files import read_tokens
+from pbs_client.cli.files import check_output, read_tokens
 from pbs_client.cli.progress import ProgressBar
 from pbs_client.client import Client
 from pbs_client.errors import PbsError
@@ -62,6 +62,7 @@ def models(arguments: argparse.Namespace) -> None:
 def attend(arguments: argparse.Namespace) -> None:
     """`pbs-client attend`."""
     attention = attention_from(arguments)
+    check_output(arguments.output)
     tensors = _read_tensors(arguments)
     with Client(arguments.server) as client, ProgressBar() as bar:
         begin = time.monotonic()
@@ -94,6 +95,7 @@ def attend(arguments: argparse.Namespace) -> None:
 def prefill(arguments: argparse.Namespace) -> None:
     """`pbs-client prefill`."""
     attention, tokens = attention_from(arguments), read_tokens(arguments.tokens)
+    check_output(arguments.kv)
     delivery: Delivery | None = None
     if arguments.lease:
         delivery = Lease(arguments.ttl)
@@ -218,6 +220,7 @@ class _StageClock:
 
 def capture(arguments: argparse.Namespace) -> None:
     """`pbs-client capture`."""
+    check_output(arguments.output)
     tokens = read_tokens(arguments.tokens)
     with Client(arguments.server) as client, ProgressBar() as bar:
         begin = time.monotonic()

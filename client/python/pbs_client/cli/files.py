@@ -1,9 +1,11 @@
-"""Files that the commands of `pbs-client` read."""
+"""Files that the commands of `pbs-client` read and write."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from pbs_client.safetensors_file import check_folder
 
 TOKENS_FILE_BYTES_MAX = 64 << 20
 
@@ -21,3 +23,9 @@ def read_tokens(path: str) -> list[int]:
     if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
         raise ValueError(f"{path} is not a JSON list of integers")
     return tokens
+
+
+def check_output(path: str | None) -> None:
+    """Before the work: OSError when no file can be made at `path`. None is no file."""
+    if path is not None and not Path(path).exists():
+        check_folder(path)
