@@ -26,7 +26,7 @@ from pbs_client.calibration import (
     divergence,
 )
 from pbs_client.cli import main
-from pbs_client.cli.calibrate import PROMPTS_MAX, read_prompts
+from pbs_client.cli.calibrate import PROMPTS_MAX, over_budget, read_prompts
 from real_server import RECALL_MODEL, refused_start, running_server
 
 LADDER = (0.3, 0.5, 0.7, 0.9)
@@ -189,6 +189,28 @@ def test_flags_out_of_range_are_wrong_usage(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["calibrate", "--prompts", "x", "--output", "y", *flags.split()])
     assert caught.value.code == 2
+
+
+def test_a_profile_over_its_budget_on_the_check_is_told_with_a_next_step():
+    found = {"lost_mass_budget": 0.02, "check_prompts": 3, "lost_mass": 0.029}
+    assert over_budget(found) == (
+        "warning: the profile loses 0.029 of the attention mass on the 3 prompts of the "
+        "check, more than --budget 0.02; calibrate with more prompts, which are like "
+        "those to serve, or with a --budget of 0.014"
+    )
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"lost_mass_budget": 0.02, "check_prompts": 3, "lost_mass": 0.02},
+        {"lost_mass_budget": 0.02, "check_prompts": 0},
+        {"lost_mass_budget": 0.0, "check_prompts": 1, "lost_mass": 1e-8},
+    ],
+    ids=["kept", "not checked", "nothing lost"],
+)
+def test_a_profile_that_keeps_its_budget_has_no_warning(found):
+    assert over_budget(found) is None
 
 
 # ---- with a server

@@ -86,6 +86,7 @@ part of the profile.
 
 Every prompt is prefilled once for each of --thresholds. With two prompts or more, every
 second one is kept apart, and the profile is measured on these beside dense attention.
+A warning on stderr says when it loses more than --budget there.
 
 reads:   --prompts, on each line a JSON list of token ids of one prompt
 writes:  --output, the profile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pbs_client.options import Pbs
 
 PROMPTS_MAX = 1024
 _HELD_OUT_EVERY = 2  # the second of every two prompts is for the check
+_ROUNDING = 1e-5  # of a lost mass: dense attention may measure a little above 0
 
 
 def calibrate(arguments: argparse.Namespace) -> None:
@@ -67,6 +69,9 @@ def calibrate(arguments: argparse.Namespace) -> None:
         profile = calibrator.to_message(name, chosen, found)
     text = json_format.MessageToJson(profile, preserving_proto_field_name=True)
     Path(arguments.output).write_text(text + "\n")
+    warning = over_budget(found)
+    if warning:
+        print(f"pbs-client: {warning}", file=sys.stderr)
     print_line(
         {
             "step": "profile",
@@ -78,6 +83,26 @@ def calibrate(arguments: argparse.Namespace) -> None:
             "uniform_predicted_density": uniform.density,
             "output": arguments.output,
         }
+    )
+
+
+def over_budget(found: dict[str, Any]) -> str | None:
+    """What to say of a profile that lost more than its budget on the check's prompts.
+
+    Args:
+        found: lost_mass_budget, and of a check check_prompts and lost_mass.
+
+    Returns:
+        None when the budget was kept or nothing was checked.
+    """
+    lost, budget = found.get("lost_mass", 0.0), found["lost_mass_budget"]
+    if lost <= budget + _ROUNDING:
+        return None
+    return (
+        f"warning: the profile loses {lost:.3g} of the attention mass on the "
+        f"{found['check_prompts']} prompts of the check, more than --budget {budget:g}; "
+        "calibrate with more prompts, which are like those to serve, or with a --budget "
+        f"of {budget * budget / lost:.2g}"
     )
 
 
