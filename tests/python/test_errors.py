@@ -146,6 +146,21 @@ def test_a_server_that_is_out_of_time_keeps_its_figures_or_gets_the_limit(said, 
     assert call_failing(grpc.StatusCode.DEADLINE_EXCEEDED, said).message == message
 
 
+@pytest.mark.parametrize(
+    ("timeout", "text"),
+    [
+        (3600, "3600 s"),
+        (np.float32(59.9987), "60 s"),
+        (1.25, "1.2 s"),
+        (0.0001, "0.0001 s"),
+        (0, "0 s"),
+    ],
+)
+def test_a_time_limit_is_said_for_people(timeout, text):
+    error = errors.with_limit("Deadline Exceeded", "Attend", timeout)
+    assert error == f"Attend did not end within its time limit of {text}"
+
+
 def test_a_method_the_server_lacks_is_unimplemented():
     with (
         fake_server({}) as target,

@@ -147,14 +147,14 @@ def from_rpc_error(error: Any, path: str, timeout: Any) -> PbsError:
     code = error.code()
     message = error.details() or "no message"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
-        message = _with_limit(message, path.rpartition("/")[2], timeout)
+        message = with_limit(message, path.rpartition("/")[2], timeout)
     if code is grpc.StatusCode.DATA_LOSS:
         return CorruptDataError(message)
     kind = _CLASS_BY_CODE.get(code, InternalError)
     return kind(message, code, _retry_after(error.trailing_metadata()))
 
 
-def _with_limit(message: str, call: str, timeout: Any) -> str:
+def with_limit(message: str, call: str, timeout: Any) -> str:
     """What is said of a call without time left, with its name and its time limit."""
     limit = f"{call} did not end within its time limit of {_seconds(timeout)} s"
     if _OUT_OF_TIME.fullmatch(message):
@@ -163,9 +163,11 @@ def _with_limit(message: str, call: str, timeout: Any) -> str:
 
 
 def _seconds(timeout: Any) -> str:
-    """A time limit for people, in milliseconds below a second, else in tenths."""
-    text = f"{float(timeout):.{3 if timeout < 1 else 1}f}"
-    return text.rstrip("0").rstrip(".")
+    """A time limit for people, to a tenth from a second on."""
+    seconds = float(timeout)
+    if seconds < 1:
+        return f"{seconds:.3g}"
+    return f"{seconds:.1f}".removesuffix(".0")
 
 
 def _retry_after(trailing_metadata: Any) -> float | None:
