@@ -29,18 +29,8 @@ from pbs_client.errors import (
     UnimplementedError,
 )
 from pbs_client.kv import KvCache, KvDescriptor, KvFormat, KvLease, KvPart, KvTicket
-from pbs_client.options import (
-    Attention,
-    Dense,
-    FlashPrefill,
-    FlexPrefill,
-    MeanPooling,
-    MInference,
-    Pbs,
-    Permute,
-    Prism,
-    XAttention,
-)
+from pbs_client.options import *  # noqa: F403  Attention and the methods
+from pbs_client.options import __all__ as _options
 from pbs_client.prefill_options import Inline, Lease, Logits
 from pbs_client.results import (
     Admitted,
@@ -58,7 +48,6 @@ __all__ = [
     "Admitted",
     "AttendResult",
     "AttendStats",
-    "Attention",
     "BlockGrid",
     "BlockLists",
     "CallCancelledError",
@@ -67,10 +56,7 @@ __all__ = [
     "Client",
     "CorruptDataError",
     "DeadlineExceededError",
-    "Dense",
     "FailedPreconditionError",
-    "FlashPrefill",
-    "FlexPrefill",
     "Given",
     "HeadsOfLayer",
     "Inline",
@@ -85,17 +71,12 @@ __all__ = [
     "LayerProgress",
     "Lease",
     "Logits",
-    "MInference",
-    "MeanPooling",
     "ModelInfo",
     "NotFoundError",
     "Packed",
-    "Pbs",
     "PbsError",
-    "Permute",
     "PrefillResult",
     "PrefillStats",
-    "Prism",
     "ResourceExhaustedError",
     "ServerInfo",
     "StageSeconds",
@@ -104,6 +85,6 @@ __all__ = [
     "TokenLogit",
     "UnavailableError",
     "UnimplementedError",
-    "XAttention",
     "__version__",
 ]
+__all__ += _options

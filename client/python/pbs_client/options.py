@@ -5,8 +5,8 @@ below). Types are checked when a value is made; errors are those of check_fields
 server checks ranges; its errors name option, value and limit.
 
 A method is a dataclass here and a message of the protocol, NAME and NAMEOptions, whose
-fields have the same names. A further method needs a dataclass here, its name in
-__init__.py, and a flag in cli/attention.py for each field of a new name.
+fields have the same names. A further method needs a dataclass and its name here, and a
+flag in cli/attention.py for each field of a new name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,20 @@ import numpy as np
 
 from pbs_client import _messages
 from pbs_client._arguments import check_fields, checked
+
+# What the package has of this file.
+__all__ = [
+    "Attention",
+    "Dense",
+    "FlashPrefill",
+    "FlexPrefill",
+    "MInference",
+    "MeanPooling",
+    "Pbs",
+    "Permute",
+    "Prism",
+    "XAttention",
+]
 
 _WIRE = _messages.AttentionOptions.DESCRIPTOR
 # The message of each method, by its name.
