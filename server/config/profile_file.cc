@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "pbs/attention.h"
 #include "pbs/v1/profile.pb.h"
@@ -83,8 +84,11 @@ absl::StatusOr<Profile> ParseProfile(absl::string_view json,
   const auto status = google::protobuf::util::JsonStringToMessage(
       google::protobuf::StringPiece(json.data(), json.size()), &wire);
   if (status.ok()) return Decode(wire, model);
-  const auto message = status.message();
-  return absl::InvalidArgumentError(absl::string_view(message.data(), message.size()));
+  // Of several lines, which show the place in the text.
+  const std::string message(status.message().data(), status.message().size());
+  return absl::InvalidArgumentError(
+      absl::StrCat("it is not the JSON of a profile: ",
+                   absl::CHexEscape(message.substr(0, message.find('\n')))));
 }
 
 absl::StatusOr<Profile> LoadProfile(const std::string& path,

@@ -87,7 +87,9 @@ TEST_P(RefusedProfileSpec, NamesFieldValueAndLimit) {
 INSTANTIATE_TEST_SUITE_P(
     Cases, RefusedProfileSpec,
     testing::Values(
-        RefusedCase{"no_json", "{", ""},
+        RefusedCase{"no_json", "{", "it is not the JSON of a profile: Unexpected end"},
+        RefusedCase{"no_object", "[]", "it is not the JSON of a profile: "},
+        RefusedCase{"bytes", "\x01\xFF{", "it is not the JSON of a profile: "},
         RefusedCase{"unknown_field", R"({"nam": "x"})", "nam"},
         RefusedCase{"no_name", Json(R"({"pbs": {}})", kLayers, ""),
                     "name \"\" is not 1 to 64 of [A-Za-z0-9._-]"},
