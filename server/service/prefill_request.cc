@@ -41,6 +41,7 @@ absl::StatusOr<std::vector<int32_t>> DecodeTokens(const v1::PrefillRequest& requ
   for (int32_t i = 0; i < count; ++i) {
     const uint32_t token = request.token_ids(i);
     if (token >= static_cast<uint32_t>(limits.vocab_size)) {
+      // Without the id: the message is logged, and no log has a part of a prompt.
       return absl::InvalidArgumentError(absl::StrCat(
           "token_ids[", i, "] is not below vocab_size ", limits.vocab_size));
     }
