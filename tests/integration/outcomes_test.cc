@@ -52,7 +52,7 @@ void EndIt(TestNode& node, grpc::ClientContext& context,
   if (end != End::kCaller && end != End::kCallersClock) return;
   context.TryCancel();
   // Behind the news on the same connection; some more for the thread that has it.
-  constexpr int kRoundTrips = 50;
+  constexpr int kRoundTrips = 400;
   auto stub = v1::Prefill::NewStub(channel);
   for (int i = 0; i < kRoundTrips; ++i) {
     grpc::ClientContext other;
