@@ -13,31 +13,32 @@ from typing import Any
 import numpy as np
 
 from pbs_client.kv import Array
-from pbs_client.options import Attention, Dense, MeanPooling, Pbs
+from pbs_client.options import Attention, Dense, MeanPooling, Method, Pbs
 from pbs_client.prefill_options import Logits
 from pbs_client.recipes.base import Inputs, Outcome, Recipe, mean
 
 COVERAGE_ROWS = 16
+
+
+def _only(method: Method, **options: Any) -> Attention:
+    """The method with these options alone: a prefill has a dense tail by default."""
+    return Attention(
+        method, **{"dense_tail_blocks": 0, "dense_fallback": False, **options}
+    )
+
+
 SETTINGS: dict[str, Attention | None] = {
     "dense": Attention(Dense()),
-    "pbs": Attention(Pbs(), dense_fallback=False),
-    "pbs, threshold .95": Attention(Pbs(threshold=0.95), dense_fallback=False),
-    "pbs, query_head": Attention(Pbs(scope="query_head"), dense_fallback=False),
-    "pbs, tail 1": Attention(Pbs(), dense_tail_blocks=1, dense_fallback=False),
-    "pbs, corrected": Attention(Pbs(), mean_correction=True, dense_fallback=False),
-    "pbs, sink 1, window 2": Attention(
-        Pbs(), sink_blocks=1, window_blocks=2, dense_fallback=False
-    ),
-    "pbs, guarded heads": Attention(
-        Pbs(), coverage_rows=COVERAGE_ROWS, coverage_min=0.9, dense_fallback=False
-    ),
-    "pbs, tail 1, corrected": Attention(
-        Pbs(), dense_tail_blocks=1, mean_correction=True, dense_fallback=False
-    ),
-    "mean_pooling": Attention(MeanPooling(), dense_fallback=False),
-    "mean_pooling, tail 1": Attention(
-        MeanPooling(), dense_tail_blocks=1, dense_fallback=False
-    ),
+    "pbs": _only(Pbs()),
+    "pbs, threshold .95": _only(Pbs(threshold=0.95)),
+    "pbs, query_head": _only(Pbs(scope="query_head")),
+    "pbs, tail 2": _only(Pbs(), dense_tail_blocks=2),
+    "pbs, corrected": _only(Pbs(), mean_correction=True),
+    "pbs, sink 1, window 2": _only(Pbs(), sink_blocks=1, window_blocks=2),
+    "pbs, guarded heads": _only(Pbs(), coverage_rows=COVERAGE_ROWS, coverage_min=0.9),
+    "pbs, tail 2, corrected": _only(Pbs(), dense_tail_blocks=2, mean_correction=True),
+    "mean_pooling": _only(MeanPooling()),
+    "mean_pooling, tail 2": _only(MeanPooling(), dense_tail_blocks=2),
     "the server's default": None,
 }
 
