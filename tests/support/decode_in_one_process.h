@@ -19,9 +19,9 @@ namespace pbs::testing_support {
 // What one process that does everything, with dense attention, decodes after a prompt
 // and the tokens behind it.
 inline std::vector<int32_t> DecodeInOneProcess(const std::string& folder,
-                                        std::span<const int32_t> prompt,
-                                        std::span<const int32_t> then_tokens,
-                                        size_t num_new_tokens) {
+                                               std::span<const int32_t> prompt,
+                                               std::span<const int32_t> then_tokens,
+                                               size_t num_new_tokens) {
   const auto backend = *CreateCpuBackend({.num_threads = 1});
   const auto model = *Model::Load(folder, {}, *backend);
   const auto num_tokens = static_cast<int32_t>(prompt.size());
