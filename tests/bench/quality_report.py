@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from report import PAGE, README, RESULTS, ROOT, fill, save, source, table
 
 sys.path.insert(0, str(ROOT / "tests/quality"))
+from rule import PROMPTS_MIN  # noqa: E402
 from summary import PAPER, best_of_methods  # noqa: E402
 
 NAME = "quality_model"
@@ -25,6 +26,7 @@ HARNESS = "quality_lm_eval"
 # Of a setting's name: what it adds to its method, and the marker of that.
 ADDED = (("block 64", "^"), ("window", "D"), ("tail", "s"))
 PLAIN = ("as the method is", "o")
+TOO_FEW = f"fewer than {PROMPTS_MIN}"  # ends a reason of rule.failures()
 Figures = dict[str, Any]  # of one setting at one length
 
 
@@ -62,6 +64,14 @@ COLUMNS: dict[str, Callable[[Figures], str]] = {
 }
 
 
+def holds(reasons: list[str]) -> str:
+    """Whether the rule accepts what has these reasons against it."""
+    if not reasons:
+        return "yes"
+    too_few = all(x.endswith(("not measured", TOO_FEW)) for x in reasons)
+    return "too few prompts" if too_few else "no"
+
+
 def quality_table(results: dict[str, Any]) -> str:
     """A row per setting and length, and what the rule says."""
     failed = (results["choice"] or {}).get("failed", {})
@@ -69,8 +79,8 @@ def quality_table(results: dict[str, Any]) -> str:
     for name, setting in results["settings"].items():
         for length, figures in setting["lengths"].items():
             reasons = [x for x in failed.get(name, []) if x.startswith(f"{length}:")]
-            holds = "no" if reasons else "yes"
-            rows.append([name, length, *(show(figures) for show in COLUMNS.values()), holds])
+            shown = [show(figures) for show in COLUMNS.values()]
+            rows.append([name, length, *shown, holds(reasons)])
     return table(["setting", "L", *COLUMNS, "holds"], rows)
 
 
@@ -193,7 +203,7 @@ def readme_table(results: dict[str, Any]) -> str:
         for length in lengths:
             figures = results["settings"][name]["lengths"].get(length)
             row += _short(figures) if figures else ["", "", ""]
-        rows.append([*row, "no" if name in choice["failed"] else "yes"])
+        rows.append([*row, holds(choice["failed"].get(name, []))])
     columns = [f"{what}, {n}" for n in lengths for what in ("NLL", "density", "CPU time")]
     return table(["setting", "n", *columns, "holds"], rows)
 
