@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -35,6 +36,17 @@ def fake_server(
         yield f"127.0.0.1:{port}"
     finally:
         server.stop(grace=None).wait()
+
+
+def never_answered(
+    requests: Iterator[bytes], context: grpc.ServicerContext
+) -> Iterator[bytes]:
+    """A handler that waits until the caller is gone."""
+    ended = threading.Event()
+    context.add_callback(ended.set)
+    ended.wait()
+    return
+    yield b""
 
 
 def forward(channel: grpc.Channel, method: str) -> Handler:

@@ -12,7 +12,7 @@ import threading
 import grpc
 import numpy as np
 import pytest
-from fake_server import fake_server, replies
+from fake_server import fake_server, never_answered, replies
 from pbs_client import Client, PbsError, _messages
 
 ATTEND = "/pbs.v1.Attention/Attend"
@@ -34,14 +34,6 @@ def refused_after_the_upload(requests, context):
     for _ in requests:
         pass
     yield from refused_at_once(requests, context)
-
-
-def never_answered(requests, context):
-    ended = threading.Event()
-    context.add_callback(ended.set)
-    ended.wait()
-    return
-    yield b""
 
 
 def attend(client: Client, **arguments):

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pbs_client
 import pytest
-from fake_server import fake_server
+from fake_server import fake_server, never_answered
 from google.protobuf import duration_pb2
 from pbs_client import _messages, _transport, errors
 
@@ -99,14 +99,6 @@ def test_a_server_that_is_not_there_is_unavailable():
         client.info()
 
 
-def wait_for_cancel(requests, context):
-    ended = threading.Event()
-    context.add_callback(ended.set)
-    ended.wait()
-    return
-    yield b""
-
-
 LATE = {
     "a call with one reply": (lambda c, t: c.models(timeout=t), "ListModels"),
     "a stream of replies": (lambda c, t: c.prefill("m", [1], timeout=t), "Prefill"),
@@ -120,7 +112,7 @@ Q = np.ones((1, 1, 4, 32), np.float32)
 @pytest.mark.parametrize(("call", "name"), LATE.values(), ids=LATE)
 def test_a_call_that_is_not_answered_ends_and_says_its_time_limit(call, name):
     handlers = dict.fromkeys(
-        (MODELS, "/pbs.v1.Prefill/Prefill", "/pbs.v1.Attention/Attend"), wait_for_cancel
+        (MODELS, "/pbs.v1.Prefill/Prefill", "/pbs.v1.Attention/Attend"), never_answered
     )
     with (
         fake_server(handlers) as target,
