@@ -28,6 +28,7 @@ from pbs_client import _attend, _checksum, _health, _messages, _prefill, _wire, 
 from pbs_client._arguments import checked, expect
 from pbs_client._attend import AttendResult, ProgressCallback
 from pbs_client._capture import capture_heads
+from pbs_client._homes import Homes
 from pbs_client._kv_receiver import KvReceiver, LayerCallback
 from pbs_client._kv_transfer import FetchPlan, run_fetch
 from pbs_client._lease_keeper import LeaseKeeper
@@ -63,7 +64,11 @@ CHUNK_BYTES_MAX = 4 << 20  # every server accepts it
 
 
 class Client:
-    """A connection to one server. It connects on first use; close it, or use `with`."""
+    """A connection to one server. It connects on first use; close it, or use `with`.
+
+    Calls about a leased cache go to the server that its ticket names, KvTicket.endpoint,
+    with the same credentials, metadata and channel options.
+    """
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class Client:
         metadata: Metadata = (),
         chunk_bytes: int = CHUNK_BYTES,
         channel_options: Sequence[tuple[str, Any]] = (),
+        follow_endpoints: bool = True,
     ) -> None:
         """Prepares the connection, without network traffic.
 
@@ -82,6 +88,8 @@ class Client:
             metadata: pairs to send with every call, such as an authorization header.
             chunk_bytes: bytes of an upload's chunks, 1 .. 4 MiB.
             channel_options: gRPC channel arguments; they override this client's.
+            follow_endpoints: False: calls about a leased cache go to target, too, as
+                through a port forward to the one server that gave the ticket.
 
         Raises:
             ValueError: target or chunk_bytes is invalid.
@@ -92,7 +100,12 @@ class Client:
             )
         _checksum.warn_if_slow()
         self._chunk_bytes = chunk_bytes
-        self._transport = Transport(target, credentials, metadata, channel_options)
+
+        def connect(address: str) -> Transport:
+            return Transport(address, credentials, metadata, channel_options)
+
+        self._transport = connect(target)
+        self._homes = Homes(self._transport, connect if follow_endpoints else None)
 
     def __enter__(self) -> Client:
         return self
@@ -107,7 +120,7 @@ class Client:
 
     def close(self) -> None:
         """Cancels calls under way and closes the connection."""
-        self._transport.close()
+        self._homes.close()
 
     # ---- about the server
 
@@ -329,7 +342,8 @@ class Client:
             FailedPreconditionError: a digest in the ticket differs from the cache's.
         """
         request = ticket.to_message().SerializeToString()
-        reply = self._transport.unary("/pbs.v1.KvSource/Describe", request, timeout)
+        home = self._homes.of(ticket)
+        reply = home.unary("/pbs.v1.KvSource/Describe", request, timeout)
         return KvDescriptor.from_message(_wire.parse(_messages.KvDescriptor, reply))
 
     def fetch(
@@ -369,8 +383,9 @@ class Client:
         descriptor = self.describe(ticket, timeout=_control_seconds(deadline))
         plan = FetchPlan.of(descriptor, part or KvPart(), kv_format or KvFormat())
         with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
+            home = self._homes.of(ticket)
             return plan.cache(
-                run_fetch(self._transport, plan, resumes, deadline, on_layer, progress)
+                run_fetch(home, plan, resumes, deadline, on_layer, progress)
             )
 
     def fetch_queries(
@@ -404,9 +419,8 @@ class Client:
         descriptor = self.describe(ticket, timeout=_control_seconds(deadline))
         plan = FetchPlan.of_queries(descriptor, layer, kv_format or KvFormat())
         with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
-            fetched = run_fetch(
-                self._transport, plan, RESUMES, deadline, None, progress
-            )
+            home = self._homes.of(ticket)
+            fetched = run_fetch(home, plan, RESUMES, deadline, None, progress)
         ((queries,),) = fetched.finish()
         return queries
 
@@ -451,7 +465,8 @@ class Client:
         if ttl_seconds is not None:
             request.ttl_seconds = checked("int", "ttl_seconds", ttl_seconds)
         payload = request.SerializeToString()
-        reply = self._transport.unary("/pbs.v1.KvSource/Renew", payload, timeout)
+        home = self._homes.of(ticket)
+        reply = home.unary("/pbs.v1.KvSource/Renew", payload, timeout)
         return KvLease.from_message(_wire.parse(_messages.KvLease, reply))
 
     def release(
@@ -460,7 +475,8 @@ class Client:
         """Frees the cache at once. The ticket is then NOT_FOUND."""
         request = _messages.ReleaseRequest(ticket=ticket.to_message())
         payload = request.SerializeToString()
-        self._transport.unary("/pbs.v1.KvSource/Release", payload, timeout)
+        home = self._homes.of(ticket)
+        home.unary("/pbs.v1.KvSource/Release", payload, timeout)
 
     # ---- parts
 

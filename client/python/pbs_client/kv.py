@@ -28,12 +28,15 @@ class KvTicket:
         model_digest: weights, architecture, rotary embedding and dtype.
         sparsity_digest: "exact", or a digest of the method and options that made the
             cache and of the request's tenant salt, if any.
+        endpoint: HOST:PORT of the server that holds the cache; "" is the server that
+            the client is connected to.
     """
 
     handle: str
     epoch: int
     model_digest: str = ""
     sparsity_digest: str = ""
+    endpoint: str = ""
 
     @classmethod
     def from_message(cls, message: Any) -> KvTicket:
@@ -43,6 +46,7 @@ class KvTicket:
             message.epoch,
             message.model_digest,
             message.sparsity_digest,
+            message.endpoint,
         )
 
     def to_message(self) -> Any:
@@ -65,9 +69,12 @@ class KvTicket:
         """
         value = json.loads(text)
         names = ("handle", "epoch", "model_digest", "sparsity_digest")
-        if not isinstance(value, Mapping) or set(value) != set(names):
-            raise ValueError(f"a ticket is a JSON object of {', '.join(names)}")
-        for name in names:
+        if not isinstance(value, Mapping) or set(value) - {"endpoint"} != set(names):
+            raise ValueError(
+                f"a ticket is a JSON object of {', '.join(names)} and, optionally, "
+                "endpoint"
+            )
+        for name in value:
             if not isinstance(value[name], str):
                 raise ValueError(f"ticket field {name} is not a string")
         if not value["epoch"].isdecimal() or int(value["epoch"]) >= 1 << 64:
