@@ -1,10 +1,12 @@
 #include "server/base/connection_acceptor.h"
 
 #include <fcntl.h>
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 
@@ -24,6 +26,8 @@ namespace {
 // When accept() fails for want of something: until somebody else gives it back.
 constexpr int kPauseMillis = 50;
 constexpr absl::Duration kSayInterval = absl::Minutes(1);
+// Between two looks at what is not acknowledged; the kernel does not wake for it.
+constexpr absl::Duration kLookInterval = absl::Milliseconds(2);
 
 FileDescriptor OpenSpare() {
   return FileDescriptor(open("/dev/null", O_RDONLY | O_CLOEXEC));
@@ -54,6 +58,14 @@ class ConnectionAcceptor::OpenConnections {
   }
   void Add(int number) { open_.push_back({number, InodeOf(number)}); }
 
+  bool AllAcknowledged() const {
+    return std::none_of(open_.begin(), open_.end(), [](const Entry& entry) {
+      int bytes = 0;
+      return InodeOf(entry.number) == entry.inode &&
+             ioctl(entry.number, SIOCOUTQ, &bytes) == 0 && bytes > 0;
+    });
+  }
+
  private:
   struct Entry {
     int number;
@@ -76,19 +88,30 @@ ConnectionAcceptor::ConnectionAcceptor(Listener listener,
       options_(options),
       take_(std::move(take)),
       on_full_(std::move(on_full)),
+      open_(std::make_unique<OpenConnections>(options.connections_max)),
       spare_(OpenSpare()),
       stop_(eventfd(0, EFD_CLOEXEC)) {
   PBS_CHECK(stop_.is_open());
   thread_ = std::thread([this] { Run(); });
 }
 
-ConnectionAcceptor::~ConnectionAcceptor() {
+ConnectionAcceptor::~ConnectionAcceptor() { Stop(); }
+
+void ConnectionAcceptor::Stop() {
+  if (!thread_.joinable()) return;
   eventfd_write(stop_.get(), 1);
   thread_.join();
 }
 
+bool ConnectionAcceptor::AwaitAcknowledged(absl::Time until) const {
+  while (!open_->AllAcknowledged()) {
+    if (absl::Now() >= until) return false;
+    absl::SleepFor(kLookInterval);
+  }
+  return true;
+}
+
 void ConnectionAcceptor::Run() {
-  OpenConnections open(options_.connections_max);
   std::vector<pollfd> waits = {{stop_.get(), POLLIN, 0}};
   for (const FileDescriptor& socket : listener_.sockets) {
     waits.push_back({socket.get(), POLLIN, 0});
@@ -98,23 +121,23 @@ void ConnectionAcceptor::Run() {
     if (waits.front().revents != 0) return;
     bool pause = false;
     for (size_t i = 1; i < waits.size(); ++i) {
-      if (waits[i].revents != 0) pause |= !AcceptAll(waits[i].fd, open);
+      if (waits[i].revents != 0) pause |= !AcceptAll(waits[i].fd);
     }
     if (pause) poll(waits.data(), 1, kPauseMillis);
   }
 }
 
-bool ConnectionAcceptor::AcceptAll(int listener, OpenConnections& open) {
+bool ConnectionAcceptor::AcceptAll(int listener) {
   while (true) {
     FileDescriptor connection(
         accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
     if (connection.is_open()) {
-      if (!open.HasRoom()) {
+      if (!open_->HasRoom()) {
         CountRefusal();
         continue;
       }
       Tune(connection.get(), options_.unacknowledged_max);
-      open.Add(connection.get());
+      open_->Add(connection.get());
       take_(std::move(connection), listener);
       continue;
     }

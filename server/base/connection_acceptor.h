@@ -5,12 +5,13 @@
 // closed at once, so that its peer can try another server. It accepts again as soon as
 // other connections have closed.
 //
-// Threading: one thread of its own, which calls `take` and `on_full`. Destroy it from
-// another thread. Memory: 16 bytes per open connection.
+// Threading: one thread of its own, which calls `take` and `on_full`. Stop and destroy it
+// from another thread. Memory: 16 bytes per open connection.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <thread>
 
 #include "absl/time/time.h"
@@ -34,12 +35,18 @@ class ConnectionAcceptor {
 
   ConnectionAcceptor(Listener listener, const AcceptorOptions& options, Take take,
                      OnFull on_full);
-  // Stops accepting and closes the sockets. `take` is not called afterwards.
+  // Calls Stop() and closes the sockets.
   ~ConnectionAcceptor();
   ConnectionAcceptor(const ConnectionAcceptor&) = delete;
   ConnectionAcceptor& operator=(const ConnectionAcceptor&) = delete;
 
   int32_t port() const { return listener_.port; }
+
+  // Stops accepting. `take` is not called afterwards.
+  void Stop();
+  // After Stop(): waits until the peers have acknowledged all bytes that were sent on
+  // connections that are still open. False when they have not by `until`.
+  bool AwaitAcknowledged(absl::Time until) const;
 
  private:
   class OpenConnections;
@@ -47,7 +54,7 @@ class ConnectionAcceptor {
   void Run();
   // Accepts all waiting connections of `listener`; false when the process or the system
   // is out of a resource, so that a pause is due.
-  bool AcceptAll(int listener, OpenConnections& open);
+  bool AcceptAll(int listener);
   void RefuseOne(int listener);
   void CountRefusal();
 
@@ -55,11 +62,13 @@ class ConnectionAcceptor {
   const AcceptorOptions options_;
   const Take take_;
   const OnFull on_full_;
+  // Of `thread_` until Stop()
+  const std::unique_ptr<OpenConnections> open_;
   // Closed to accept and close a connection when no descriptor is free
   FileDescriptor spare_;
   int64_t refused_ = 0;
   absl::Time said_ = absl::InfinitePast();
-  FileDescriptor stop_;  // an eventfd that the destructor writes
+  FileDescriptor stop_;  // an eventfd that Stop() writes
   std::thread thread_;   // last: it uses all of the above
 };
 

@@ -1,5 +1,6 @@
 #include "server/service/server.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -243,12 +244,22 @@ int32_t GrpcServer::CutUploads() {
       absl::UnavailableError("the server is shutting down"));
 }
 
+// A reply whose last bytes are on their way is lost if its connection closes while the
+// peer still sends: the system then resets it. So the peers first get what was sent, and
+// then the time to answer gRPC's goodbye, behind which no byte is left.
 void GrpcServer::Shutdown(absl::Duration grace) {
+  constexpr absl::Duration kGoodbyeMax = absl::Seconds(1);
+  if (impl_->acceptor == nullptr) return;  // was shut down
+  const absl::Time until = absl::Now() + grace;
   impl_->health.EndWatches();
   impl_->context.open_calls.WaitForNone(grace);
   impl_->context.SetStopping();
+  impl_->acceptor->Stop();
+  impl_->acceptor->AwaitAcknowledged(until);
+  const absl::Time now = absl::Now();
+  impl_->server->Shutdown(
+      absl::ToChronoTime(now + std::clamp(until - now, absl::ZeroDuration(), kGoodbyeMax)));
   impl_->acceptor.reset();
-  impl_->server->Shutdown(absl::ToChronoTime(absl::Now()));
 }
 
 }  // namespace pbs::server

@@ -61,7 +61,8 @@ class GrpcServer {
   // Ends the uploads under way with UNAVAILABLE; returns how many were admitted.
   int32_t CutUploads();
 
-  // Cancels calls that are open after `grace`; returns when all calls have ended.
+  // Cancels calls that are open after `grace`; returns when all calls have ended. Peers
+  // that do not answer gRPC's goodbye delay it by at most a second of the grace.
   void Shutdown(absl::Duration grace);
 
  private:

@@ -6,16 +6,20 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <deque>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "server/base/descriptors.h"
 #include "tests/support/tcp_socket.h"
 
@@ -49,6 +53,7 @@ class Keeper {
     kept_.pop_front();
     return first;
   }
+  ConnectionAcceptor& acceptor() { return acceptor_; }
   std::vector<int64_t> said() {
     const std::lock_guard lock(mutex_);
     return said_;
@@ -108,6 +113,40 @@ TEST(ConnectionAcceptorSpec, AnotherFileWithTheNumberOfAConnectionDoesNotCount) 
   ASSERT_GE(dup3(other.get(), theirs.get(), O_CLOEXEC), 0);
   const FileDescriptor second = keeper.Connect();
   EXPECT_TRUE(keeper.WaitForOne().is_open());
+}
+
+TEST(ConnectionAcceptorSpec, WaitsUntilPeersHaveWhatWasSent) {
+  Keeper keeper(2);
+  const FileDescriptor ours = keeper.Connect();
+  FileDescriptor theirs = keeper.WaitForOne();
+  keeper.acceptor().Stop();
+  // As much as the kernel takes: the peer's buffer is full, and this end's.
+  const std::string bytes(1 << 20, 'x');
+  size_t sent = 0;
+  while (true) {
+    const ssize_t count = send(theirs.get(), bytes.data(), bytes.size(), MSG_DONTWAIT);
+    if (count < 0) break;
+    sent += static_cast<size_t>(count);
+  }
+  EXPECT_FALSE(keeper.acceptor().AwaitAcknowledged(absl::Now()));
+  size_t received = 0;
+  std::string buffer(1 << 20, '\0');
+  while (received < sent) {
+    const ssize_t count = recv(ours.get(), buffer.data(), buffer.size(), 0);
+    ASSERT_GT(count, 0);
+    received += static_cast<size_t>(count);
+  }
+  EXPECT_TRUE(
+      keeper.acceptor().AwaitAcknowledged(absl::Now() + absl::Seconds(30)));
+}
+
+TEST(ConnectionAcceptorSpec, DoesNotWaitForAConnectionThatClosed) {
+  Keeper keeper(2);
+  const FileDescriptor ours = keeper.Connect();
+  FileDescriptor theirs = keeper.WaitForOne();
+  keeper.acceptor().Stop();
+  theirs.Close();
+  EXPECT_TRUE(keeper.acceptor().AwaitAcknowledged(absl::Now()));
 }
 
 [[noreturn]] void RunOutOfDescriptorsAndRecover() {
