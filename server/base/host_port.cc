@@ -54,6 +54,10 @@ bool HostPort::IsLoopback() const {
          (IsIpv4(host) && absl::StartsWith(host, "127."));
 }
 
+bool HostPort::IsEveryAddress() const { return host == "0.0.0.0" || host == "::"; }
+
+bool IsIpAddress(const std::string& text) { return IsIpv4(text) || IsIpv6(text); }
+
 absl::StatusOr<HostPort> ParseHostPort(absl::string_view text) {
   const size_t colon = text.rfind(':');
   if (colon == absl::string_view::npos) return Bad(text, "no port");

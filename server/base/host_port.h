@@ -19,7 +19,12 @@ struct HostPort {
   std::string ToString() const;
   // Reachable from this machine only.
   bool IsLoopback() const;
+  // "0.0.0.0" or "::": every address of this machine.
+  bool IsEveryAddress() const;
 };
+
+// IPv4, or IPv6 without brackets.
+bool IsIpAddress(const std::string& text);
 
 // "127.0.0.1:50051", "localhost:0", "[::1]:50051", "prefill-0.example:50051". The
 // message of InvalidArgument does not name the field; the caller adds it.

@@ -60,6 +60,7 @@ struct ServerSettings {
   // or, when it names no method, DefaultProfiles() with what it sets.
   std::vector<AttentionProfile> default_attentions;
   std::string metrics_listen = "127.0.0.1:9464";  // "": off
+  std::string advertise;                          // see AdvertisedEndpoint()
   BackendChoice backend = BackendChoice::kAuto;
   bool vllm_metrics = false;
   std::vector<ModelSettings> models;

@@ -62,6 +62,16 @@ constexpr std::array kLogLevels = {"debug", "info", "warning", "error"};
 void CheckAddresses(const v1::ServerConfig& config, Checker& check) {
   const auto listen = ParseHostPort(config.listen());
   if (!listen.ok()) check.Add(absl::StrCat("listen ", listen.status().message()));
+  if (!config.advertise().empty()) {
+    const auto advertise = ParseHostPort(config.advertise());
+    if (!advertise.ok()) {
+      check.Add(absl::StrCat("advertise ", advertise.status().message()));
+    } else if (advertise->IsEveryAddress()) {
+      check.Add(absl::StrCat("advertise \"", config.advertise(),
+                             "\" stands for every address; it must name one at which "
+                             "decode tiers reach this server"));
+    }
+  }
   if (config.metrics_listen().empty()) return;
   const auto metrics = ParseHostPort(config.metrics_listen());
   if (!metrics.ok()) {

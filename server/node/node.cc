@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -12,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "server/backend/make_backend.h"
 #include "server/backend/memory_budget.h"
+#include "server/base/advertise.h"
 #include "server/base/descriptors.h"
 #include "server/base/host_port.h"
 #include "server/base/mutex.h"
@@ -123,6 +125,12 @@ absl::Status Node::Listen() {
   PBS_ABSL_ASSIGN_OR_RETURN(
       server_, GrpcServer::Create(options, {engine_, leases_, ledger_, metrics_, log_,
                                             clock_, timers_}));
+  const char* const pod_ip = std::getenv(kPodIpVariable);
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      std::string endpoint,
+      AdvertisedEndpoint(settings_.advertise, pod_ip == nullptr ? "" : pod_ip,
+                         settings_.service.listen, server_->port()));
+  leases_.SetEndpoint(std::move(endpoint));
   timer_thread_ = std::make_unique<TimerThread>(timers_);
   for (const std::string& address :
        {settings_.service.listen, settings_.metrics_listen}) {
@@ -272,6 +280,7 @@ void Node::LogServing() const {
   const std::string models = absl::StrJoin(
       models_, ",", [](std::string* out, const auto& model) { *out += model->name; });
   log_.Info("serving", {{"listen", address},
+                        {"endpoint", leases_.endpoint()},
                         {"metrics", metrics},
                         {"models", models},
                         {"backend", info.name},

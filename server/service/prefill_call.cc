@@ -121,7 +121,8 @@ absl::Status PrefillCall::ReplyWithExisting(const LeaseView& lease) {
   v1::Done done = *lease.done;
   done.set_lease_expires_unix_ms(absl::ToUnixMillis(lease.expires));
   MutexLock lock(mutex_);
-  events_.push_back(EncodeAdmitted(&lease.ticket, Admission{}));
+  events_.push_back(EncodeAdmitted(&lease.ticket, Admission{}, lease.kv->cache().shape(),
+                                   service_.parts.leases.epoch()));
   events_.push_back(EncodeDoneEvent(done));
   admitted_ = true;
   ending_ = true;
@@ -205,8 +206,9 @@ absl::Status PrefillCall::Submit() {
 absl::Status PrefillCall::Admit(const Admission& admission) {
   MutexLock lock(mutex_);
   job_ = admission.id;
-  events_.push_front(
-      EncodeAdmitted(lease_.valid() ? &lease_.ticket() : nullptr, admission));
+  events_.push_front(EncodeAdmitted(lease_.valid() ? &lease_.ticket() : nullptr,
+                                    admission, kv_->cache().shape(),
+                                    service_.parts.leases.epoch()));
   admitted_ = true;
   loop_.Wake();
   return failure_.value_or(absl::OkStatus());

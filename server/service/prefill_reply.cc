@@ -8,6 +8,7 @@
 #include "proto/wire/messages.h"
 #include "server/base/attention_options.h"
 #include "server/service/stage_seconds.h"
+#include "server/transfer/kv_format.h"
 
 namespace pbs::server {
 namespace {
@@ -100,13 +101,19 @@ int64_t PrefillResultBytes(const PrefillSpec& spec, int32_t vocab_size,
          kFixed;
 }
 
-grpc::ByteBuffer EncodeAdmitted(const v1::KvTicket* ticket,
-                                const Admission& admission) {
+grpc::ByteBuffer EncodeAdmitted(const v1::KvTicket* ticket, const Admission& admission,
+                                const KvShape& shape, uint64_t epoch) {
   v1::PrefillEvent event;
   v1::Admitted& admitted = *event.mutable_admitted();
   if (ticket != nullptr) *admitted.mutable_ticket() = *ticket;
   admitted.set_queue_position(admission.queue_position);
   admitted.set_predicted_seconds(admission.predicted_seconds);
+  v1::KvShape& wire_shape = *admitted.mutable_shape();
+  wire_shape.set_num_layers(shape.num_layers);
+  wire_shape.set_num_kv_heads(shape.num_kv_heads);
+  wire_shape.set_head_dim(shape.head_dim);
+  wire_shape.set_dtype(EncodeDType(shape.dtype));
+  admitted.set_epoch(epoch);
   return wire::EncodeMessage(event);
 }
 

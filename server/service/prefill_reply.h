@@ -33,7 +33,9 @@ v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
 int64_t PrefillResultBytes(const PrefillSpec& spec, int32_t vocab_size,
                            int32_t num_layers);
 
-grpc::ByteBuffer EncodeAdmitted(const v1::KvTicket* ticket, const Admission& admission);
+// `shape` is that of the cache, `epoch` that of its chunks. No `ticket` without a lease.
+grpc::ByteBuffer EncodeAdmitted(const v1::KvTicket* ticket, const Admission& admission,
+                                const KvShape& shape, uint64_t epoch);
 grpc::ByteBuffer EncodeLayerDone(int32_t layer, double density, double seconds);
 grpc::ByteBuffer EncodeDoneEvent(const v1::Done& done);
 

@@ -103,6 +103,16 @@ LeaseStore::~LeaseStore() {
   }
 }
 
+void LeaseStore::SetEndpoint(std::string endpoint) {
+  MutexLock lock(mutex_);
+  endpoint_ = std::move(endpoint);
+}
+
+std::string LeaseStore::endpoint() const {
+  MutexLock lock(mutex_);
+  return endpoint_;
+}
+
 absl::StatusOr<int32_t> LeaseStore::CheckTtl(std::optional<int32_t> ttl_seconds) const {
   const int32_t ttl = ttl_seconds.value_or(options_.ttl_seconds_default);
   if (ttl < 1 || ttl > options_.ttl_seconds_max) {
@@ -224,6 +234,7 @@ v1::KvTicket LeaseStore::MakeTicket(const std::string& handle,
   ticket.set_epoch(epoch_);
   ticket.set_model_digest(lease.request.model_digest);
   ticket.set_sparsity_digest(lease.request.sparsity_digest);
+  ticket.set_endpoint(endpoint_);
   return ticket;
 }
 

@@ -129,6 +129,10 @@ class LeaseStore {
   const LeaseOptions& options() const { return options_; }
   uint64_t epoch() const { return epoch_; }
 
+  // Where decode tiers reach the leases: KvTicket.endpoint of later tickets.
+  void SetEndpoint(std::string endpoint);
+  std::string endpoint() const;
+
   // InvalidArgument (ttl outside [1, ttl_seconds_max]; key in use by another request),
   // Aborted (the key's prefill runs), ResourceExhausted (leases_max held). An existing
   // lease is renewed for the request's ttl.
@@ -168,7 +172,8 @@ class LeaseStore {
   };
   using LeaseMap = std::unordered_map<std::string, std::shared_ptr<Lease>>;
 
-  v1::KvTicket MakeTicket(const std::string& handle, const Lease& lease) const;
+  v1::KvTicket MakeTicket(const std::string& handle, const Lease& lease) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   LeaseView MakeView(const std::string& handle, const Lease& lease) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::StatusOr<int32_t> CheckTtl(std::optional<int32_t> ttl_seconds) const;
@@ -192,6 +197,7 @@ class LeaseStore {
   TimerQueue& timers_;
   KvMetrics& metrics_;
   mutable Mutex mutex_;
+  std::string endpoint_ ABSL_GUARDED_BY(mutex_);
   LeaseMap leases_ ABSL_GUARDED_BY(mutex_);
   std::unordered_map<std::string, std::string> handle_of_key_ ABSL_GUARDED_BY(mutex_);
   absl::AnyInvocable<void()> when_empty_ ABSL_GUARDED_BY(mutex_);

@@ -65,6 +65,10 @@ absl::StatusOr<v1::KvTicket> ReadTicket(const std::string& path) {
                             ToAbsl(object.String("model_digest")));
   PBS_ABSL_ASSIGN_OR_RETURN(const std::string sparsity_digest,
                             ToAbsl(object.String("sparsity_digest")));
+  std::string endpoint;
+  if (root.contains("endpoint")) {
+    PBS_ABSL_ASSIGN_OR_RETURN(endpoint, ToAbsl(object.String("endpoint")));
+  }
   uint64_t epoch_number = 0;
   if (!absl::SimpleAtoi(epoch, &epoch_number)) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": epoch ", Quoted(epoch),
@@ -75,6 +79,7 @@ absl::StatusOr<v1::KvTicket> ReadTicket(const std::string& path) {
   ticket.set_epoch(epoch_number);
   ticket.set_model_digest(model_digest);
   ticket.set_sparsity_digest(sparsity_digest);
+  ticket.set_endpoint(endpoint);
   return ticket;
 }
 

@@ -99,7 +99,8 @@ std::string JsonReport(const Outcome& outcome, bool checksums) {
                           {{"handle", ticket.handle()},
                            {"epoch", std::to_string(ticket.epoch())},
                            {"model_digest", ticket.model_digest()},
-                           {"sparsity_digest", ticket.sparsity_digest()}}}};
+                           {"sparsity_digest", ticket.sparsity_digest()},
+                           {"endpoint", ticket.endpoint()}}}};
   if (outcome.prefill.has_value()) {
     const v1::PrefillStats& stats = *outcome.prefill;
     line["density"] = stats.density();

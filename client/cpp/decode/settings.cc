@@ -41,6 +41,9 @@ void AddConnection(CLI::App& app, Settings& settings, Raw& raw) {
                      "instead of a prompt: a file with the ticket of a held cache, as "
                      "printed by pbs-client prefill --lease");
   tokens->excludes(ticket);
+  app.add_flag("--ignore-endpoint", settings.ignore_endpoint,
+               "fetch from --server, not from where the ticket says, as through a port "
+               "forward");
   app.add_option("--then-tokens", settings.then_tokens_path,
                  "a file with a JSON list of token ids to feed after the prompt");
 }

@@ -134,23 +134,24 @@ def find_model(models: Sequence[ModelInfo], name: str) -> ModelInfo:
     )
 
 
-def inline_shape(
-    request: Any,
-    models: Sequence[ModelInfo],
-    epoch: int,
-    inline: Inline,
-) -> KvShape:
-    """The shape of an inline cache. NotFoundError as find_model()."""
-    model = find_model(models, request.model)
-    dtype = model.kv_dtype if inline.dtype is None else inline.dtype
+def _inline_shape(admitted: Any, num_tokens: int, inline: Inline) -> KvShape:
+    """The shape of an inline cache. CorruptDataError when `admitted` has none."""
+    shape = admitted.shape
+    for name in ("num_layers", "num_kv_heads", "head_dim"):
+        if getattr(shape, name) < 1:
+            raise CorruptDataError(f"`admitted` has {name} {getattr(shape, name)}")
+    held = dtypes.from_wire(shape.dtype)
+    dtype = held if inline.dtype is None else dtypes.float_dtype(inline.dtype)
+    if dtype not in dtypes.FLOAT_DTYPES.values():
+        raise CorruptDataError(f"`admitted` has unknown dtype {shape.dtype}")
     return KvShape(
-        layers=Span(0, model.num_layers),
-        tokens=Span(0, len(request.token_ids)),
-        heads=Span(0, model.num_kv_heads),
-        head_dim=model.head_dim,
-        dtype=dtypes.float_dtype(dtype),
+        layers=Span(0, shape.num_layers),
+        tokens=Span(0, num_tokens),
+        heads=Span(0, shape.num_kv_heads),
+        head_dim=shape.head_dim,
+        dtype=dtype,
         layout=INLINE_LAYOUT,
-        epoch=epoch,
+        epoch=admitted.epoch,
         checksums=inline.checksums,
     )
 
@@ -158,20 +159,23 @@ def inline_shape(
 def read_events(
     events: Iterator[bytes],
     callbacks: PrefillCallbacks,
-    receiver: KvReceiver | None,
+    num_tokens: int,
+    delivery: Delivery | None,
 ) -> PrefillResult:
     """Reads the stream to its end.
 
     Args:
         events: serialized PrefillEvents.
         callbacks: callbacks of progress.
-        receiver: takes the KV chunks; None when chunks are an error.
+        num_tokens: of the prompt.
+        delivery: of the request. KV chunks are an error unless it is Inline().
 
     Raises:
         CorruptDataError: an event must not come now, or bytes are missing or wrong.
         PbsError: the stream failed.
     """
     done: Any = None
+    receiver: KvReceiver | None = None
     for event in events:
         member, body = _wire.decode_oneof(event, "PrefillEvent")
         if done is not None:
@@ -180,14 +184,19 @@ def read_events(
             receiver.add(_wire.decode_kv_chunk(body))
         elif member == _LAYER:
             _report_layer(_wire.parse(_messages.LayerDone, body), callbacks)
-        elif member == _ADMITTED:
-            _report_admitted(_wire.parse(_messages.Admitted, body), callbacks)
+        elif member == _ADMITTED and receiver is None:
+            admitted = _wire.parse(_messages.Admitted, body)
+            if isinstance(delivery, Inline):
+                receiver = KvReceiver(_inline_shape(admitted, num_tokens, delivery))
+            _report_admitted(admitted, callbacks)
         elif member == _DONE:
             done = _wire.parse(_messages.Done, body)
         else:
             raise CorruptDataError(f"unexpected member {member} of PrefillEvent")
     if done is None:
         raise CorruptDataError("the stream ended without `done`")
+    if isinstance(delivery, Inline) and receiver is None:
+        raise CorruptDataError("`done` came without `admitted`")
     return _result(done, None if receiver is None else _cache(receiver, done))
 
 

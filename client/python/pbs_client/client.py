@@ -29,7 +29,7 @@ from pbs_client._arguments import checked, expect
 from pbs_client._attend import AttendResult, ProgressCallback
 from pbs_client._capture import capture_heads
 from pbs_client._homes import Homes
-from pbs_client._kv_receiver import KvReceiver, LayerCallback
+from pbs_client._kv_receiver import LayerCallback
 from pbs_client._kv_transfer import FetchPlan, run_fetch
 from pbs_client._lease_keeper import LeaseKeeper
 from pbs_client._prefill import PrefillCallbacks, PrefillResult
@@ -52,7 +52,7 @@ from pbs_client.kv import (
     KvTicket,
 )
 from pbs_client.options import Attention, Method, attention_of, method_of
-from pbs_client.prefill_options import Delivery, Inline, Logits, delivery_of
+from pbs_client.prefill_options import Delivery, Logits, delivery_of
 from pbs_client.results import Admitted, LayerProgress, ModelInfo, ServerInfo
 
 CONTROL_TIMEOUT_SECONDS = 30.0  # info, models, health, describe, renew, release
@@ -319,16 +319,11 @@ class Client:
             request_id=request_id,
         )
         deadline = Deadline(timeout)
-        receiver = None
-        if isinstance(delivery, Inline) and request.token_ids:
-            info = self.info(timeout=_control_seconds(deadline))
-            models = self.models(timeout=_control_seconds(deadline))
-            shape = _prefill.inline_shape(request, models, info.epoch, delivery)
-            receiver = KvReceiver(shape)
         path, payload = "/pbs.v1.Prefill/Prefill", request.SerializeToString()
         with self._transport.receive(path, payload, deadline.left()) as events:
             callbacks = PrefillCallbacks(on_admitted, on_layer)
-            return _prefill.read_events(events, callbacks, receiver)
+            num_tokens = len(request.token_ids)
+            return _prefill.read_events(events, callbacks, num_tokens, delivery)
 
     # ---- leased KV caches
 

@@ -65,6 +65,16 @@ class LeaseStoreSpec : public testing::Test {
       metrics_};
 };
 
+TEST_F(LeaseStoreSpec, TicketsSayWhereTheirCacheIs) {
+  store_.SetEndpoint("node-7:50051");
+  v1::KvTicket ticket = Hold(Request());
+  EXPECT_EQ(ticket.endpoint(), "node-7:50051");
+  EXPECT_EQ(store_.Find(ticket)->ticket.endpoint(), "node-7:50051");
+  // Whoever rewrote the address on the way reached this server all the same.
+  ticket.set_endpoint("localhost:9000");
+  EXPECT_TRUE(store_.Release(ticket).ok());
+}
+
 TEST_F(LeaseStoreSpec, ATicketIs128RandomBitsAndTheEpoch) {
   const v1::KvTicket first = Hold(Request()), second = Hold(Request());
   EXPECT_THAT(first.handle(), testing::MatchesRegex("[0-9a-f]{32}"));

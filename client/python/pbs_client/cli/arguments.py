@@ -183,6 +183,12 @@ def _connection(parser: argparse.ArgumentParser, timeout_seconds: float) -> None
         help="time limit; the server refuses a request at once when it cannot meet it "
         "(%(default)s)",
     )
+    group.add_argument(
+        "--ignore-endpoint",
+        action="store_true",
+        help="fetch caches from --server, not from where their tickets say, as through "
+        "a port forward",
+    )
 
 
 def _attend(parser: argparse.ArgumentParser) -> None:

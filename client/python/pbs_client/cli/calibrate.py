@@ -16,8 +16,8 @@ from pbs_client._prefill import find_model
 from pbs_client.calibration import Calibrator
 from pbs_client.cli.attention import attention_from
 from pbs_client.cli.commands import print_line
+from pbs_client.cli.connection import connect
 from pbs_client.cli.files import TOKENS_FILE_BYTES_MAX, check_output
-from pbs_client.client import Client
 from pbs_client.options import Pbs
 
 PROMPTS_MAX = 1024
@@ -38,7 +38,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompts)
     check_prompts = prompts[1::_HELD_OUT_EVERY]
     prompts = prompts[::_HELD_OUT_EVERY]
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         model = find_model(client.models(), arguments.model)
         calibrator = Calibrator(
             client,

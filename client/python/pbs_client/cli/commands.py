@@ -16,6 +16,7 @@ from pbs_client.attend_options import Given, Packed, Timing
 from pbs_client.block_lists import flat_mask
 from pbs_client.capture import read as read_capture
 from pbs_client.cli.attention import attention_from
+from pbs_client.cli.connection import connect
 from pbs_client.cli.files import check_output, read_tokens
 from pbs_client.cli.progress import ProgressBar
 from pbs_client.client import Client
@@ -30,7 +31,7 @@ _RELEASE_TIMEOUT_SECONDS = 5.0
 
 def info(arguments: argparse.Namespace) -> None:
     """`pbs-client info`."""
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         found = client.info(timeout=arguments.timeout)
     line: dict[str, Any] = to_json(found)
     del line["default_profile"]
@@ -50,7 +51,7 @@ def _profile(profile: Attention) -> dict[str, Any] | None:
 
 def models(arguments: argparse.Namespace) -> None:
     """`pbs-client models`."""
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         for model in client.models(timeout=arguments.timeout):
             profiles = [
                 {**to_json(profile), "attention": _profile(profile.attention)}
@@ -64,7 +65,7 @@ def attend(arguments: argparse.Namespace) -> None:
     attention = attention_from(arguments)
     check_output(arguments.output)
     tensors = _read_tensors(arguments)
-    with Client(arguments.server) as client, ProgressBar() as bar:
+    with connect(arguments) as client, ProgressBar() as bar:
         begin = time.monotonic()
         result = client.attend(
             tensors["q"],
@@ -102,7 +103,7 @@ def prefill(arguments: argparse.Namespace) -> None:
     elif arguments.kv:
         delivery = Inline(arguments.kv_dtype)
     layers: list[dict[str, Any]] = []
-    with Client(arguments.server) as client, ProgressBar() as bar:
+    with connect(arguments) as client, ProgressBar() as bar:
         begin = time.monotonic()
         result = client.prefill(
             arguments.model,
@@ -160,7 +161,7 @@ def generate(arguments: argparse.Namespace) -> None:
         arguments.model_path, dtype=arguments.dtype, device=arguments.device
     )
     clock.stage("load_model")
-    with Client(arguments.server) as client, ProgressBar() as bar:
+    with connect(arguments) as client, ProgressBar() as bar:
         hf.check_same_model(model, find_model(client.models(), arguments.model))
         result = client.prefill(
             arguments.model,
@@ -222,7 +223,7 @@ def capture(arguments: argparse.Namespace) -> None:
     """`pbs-client capture`."""
     check_output(arguments.output)
     tokens = read_tokens(arguments.tokens)
-    with Client(arguments.server) as client, ProgressBar() as bar:
+    with connect(arguments) as client, ProgressBar() as bar:
         begin = time.monotonic()
         found = client.capture(
             arguments.model,

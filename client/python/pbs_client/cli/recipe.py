@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from pbs_client.capture import read as read_capture
+from pbs_client.cli.connection import connect
 from pbs_client.cli.files import read_tokens
-from pbs_client.client import Client
 from pbs_client.recipes import (
     INPUT_FLAGS,
     RECIPES,
@@ -87,7 +87,7 @@ def recipe(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"recipe {chosen.name} does not take --{name}; it takes {takes}"
             )
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         inputs = Inputs(
             client,
             heads=read_capture(arguments.heads) if arguments.heads else None,

@@ -102,6 +102,7 @@ TEST(ConfigDefaults, AreThoseOfTheDocumentation) {
       R"pb(
         listen: "127.0.0.1:50051"
         metrics_listen: "127.0.0.1:9464"
+        advertise: ""
         backend: "auto"
         reflection: false
         drain_seconds_max: 60
@@ -259,6 +260,13 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(
         ViolationCase{"listen", [](auto& c) { c.set_listen("nowhere"); },
                       "listen \"nowhere\" is not host:port: no port"},
+        ViolationCase{"advertise", [](auto& c) { c.set_advertise("node 7:1"); },
+                      "advertise \"node 7:1\" is not host:port: host is no name, IPv4 "
+                      "address or [IPv6 address]"},
+        ViolationCase{"advertise_everything",
+                      [](auto& c) { c.set_advertise("0.0.0.0:50051"); },
+                      "advertise \"0.0.0.0:50051\" stands for every address; it must "
+                      "name one at which decode tiers reach this server"},
         ViolationCase{"metrics_listen", [](auto& c) { c.set_metrics_listen("x"); },
                       "metrics_listen \"x\" is not host:port: no port"},
         ViolationCase{"same_port",
