@@ -8,9 +8,9 @@
 //
 // Threading: all methods are safe from any thread and never block on work. The executor
 // thread calls the listener. For a job that never ran, the thread that cancelled it
-// calls it, or the timers' thread at its deadline. A backend's thread may call
-// OnKvReady. Calls come one at a time per job; they must not block or call back into
-// the job. OnDone may come before Submit returns.
+// calls it, or the timers' thread at its deadline. Calls come one at a time per job;
+// they must not block or call back into the job. OnDone may come before Submit returns.
+// A backend's thread may publish layers in the job's HeldKv.
 // Memory: a job's bytes are reserved before it is accepted (ReserveAttend/-Prefill).
 // The job owns the reservation, so that finishing, failing or dropping the job gives
 // the bytes back. Bytes of tensors that are being copied to a device come back when the
@@ -129,10 +129,8 @@ struct PrefillResult {
 class PrefillListener {
  public:
   virtual ~PrefillListener() = default;
-  // K and V of the layer are published in the job's HeldKv.
-  virtual void OnKvReady(int32_t layer) = 0;
-  // Attention and MLP of the layer have run. On a device the next layer's OnKvReady()
-  // may come first.
+  // Attention and MLP of the layer have run. Its K and V are published in the job's
+  // HeldKv, on a device perhaps a little later.
   virtual void OnLayerDone(int32_t layer, double density, double seconds) = 0;
   virtual void OnDone(absl::StatusOr<PrefillResult> result) = 0;
 };

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "pbs/check.h"
 
 namespace pbs::server {
@@ -27,6 +28,17 @@ bool HeldKv::finished() const {
 absl::Status HeldKv::status() const {
   MutexLock lock(mutex_);
   return status_;
+}
+
+absl::Status HeldKv::EndedEarly() const {
+  return absl::UnavailableError(absl::StrCat("the prefill of this ticket ended early: ",
+                                             absl::StatusCodeToString(status_.code())));
+}
+
+absl::Status HeldKv::readable() const {
+  MutexLock lock(mutex_);
+  if (!closed_.ok()) return closed_;
+  return status_.ok() ? absl::OkStatus() : EndedEarly();
 }
 
 void HeldKv::Publish(int32_t layers) {
@@ -52,10 +64,35 @@ void HeldKv::Finish(absl::Status status) {
   for (Waiter& waiter : ready) waiter.callback();
 }
 
+void HeldKv::Close(absl::Status reason) {
+  std::vector<Waiter> ready;
+  {
+    MutexLock lock(mutex_);
+    PBS_CHECK(!reason.ok());
+    if (!closed_.ok()) return;
+    closed_ = std::move(reason);
+    ready = TakeReadyWaiters();
+  }
+  for (Waiter& waiter : ready) waiter.callback();
+}
+
+void HeldKv::Abandon() {
+  absl::Status reason;
+  {
+    MutexLock lock(mutex_);
+    reason = EndedEarly();
+  }
+  Close(std::move(reason));
+}
+
+bool HeldKv::IsReady(int32_t layer) const {
+  return finished_ || !closed_.ok() || layer < layers_ready_;
+}
+
 WaiterId HeldKv::WhenReady(int32_t layer, absl::AnyInvocable<void()> callback) {
   {
     MutexLock lock(mutex_);
-    if (!finished_ && layer >= layers_ready_) {
+    if (!IsReady(layer)) {
       waiters_.push_back({++last_waiter_, layer, std::move(callback)});
       return last_waiter_;
     }
@@ -81,8 +118,7 @@ std::vector<HeldKv::Waiter> HeldKv::TakeReadyWaiters() {
   std::vector<Waiter> ready;
   std::vector<Waiter> waiting;
   for (Waiter& waiter : waiters_) {
-    const bool is_ready = finished_ || waiter.layer < layers_ready_;
-    (is_ready ? ready : waiting).push_back(std::move(waiter));
+    (IsReady(waiter.layer) ? ready : waiting).push_back(std::move(waiter));
   }
   waiters_ = std::move(waiting);
   return ready;

@@ -154,8 +154,6 @@ void PrefillTask::SetAside() { group_->SetAside(); }
 void PrefillTask::OnHeld(int32_t layer) {
   if (layer == 0) result_.time_to_first_layer_seconds = SecondsSinceAdmission();
   job_.kv->Publish(layer + 1);
-  MutexLock lock(listener_mutex_);
-  listener_.OnKvReady(layer);
 }
 
 void PrefillTask::OnLayerDone(const LayerReport& report, bool is_first) {
@@ -173,7 +171,6 @@ void PrefillTask::OnLayerDone(const LayerReport& report, bool is_first) {
     parts_.metrics.flops_dense.Increment(attention.dense_flops);
     parts_.metrics.Density(attention.method_run).Observe(attention.Density());
   }
-  MutexLock lock(listener_mutex_);
   listener_.OnLayerDone(report.layer, attention.Density(), report.seconds);
 }
 

@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "server/base/clock.h"
-#include "server/base/mutex.h"
 #include "server/engine/cost_model.h"
 #include "server/engine/engine.h"
 #include "server/engine/job.h"
@@ -95,7 +94,6 @@ class PrefillTask final : public Job, private PrefillGroup::Prompt {
   Work run_work_;                // work of the group
   PrefillResult result_;
   absl::Status status_;   // error of this prompt in a run that succeeded
-  Mutex listener_mutex_;  // calls come one at a time
 };
 
 }  // namespace pbs::server

@@ -15,9 +15,6 @@
 namespace pbs::server {
 namespace {
 
-// One chunk that gRPC sends and one that is being made.
-constexpr int64_t kBuffersPerCall = 2;
-
 PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model,
                        const CallDeadline& deadline) {
   const ModelConfig& config = model.model().config();
@@ -43,7 +40,9 @@ PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model,
 
 PrefillCall::PrefillCall(ServiceContext& service, grpc::CallbackServerContext& context,
                          const grpc::ByteBuffer& request)
-    : StreamCall(service, context, Rpc::kPrefill), transfer_(service) {
+    : StreamCall(service, context, Rpc::kPrefill),
+      stream_(service, [this] { loop_.Wake(); }),
+      lease_end_([this] { OnKvEnded(); }) {
   Start();
   if (absl::Status status = Open(context, request); !status.ok()) Fail(status);
 }
@@ -143,7 +142,7 @@ absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
   const int64_t result_bytes = ResultBytes();
   const int64_t buffer_bytes =
       is_inline
-          ? kBuffersPerCall * KvExporter::BufferBytes(shape, whole, spec_.inline_format)
+          ? KvStream::BufferBytes(shape, whole, spec_.inline_format)
           : 0;
   PBS_ABSL_ASSIGN_OR_RETURN(
       PrefillReservation reserved,
@@ -158,19 +157,24 @@ absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
                          reserved.workspace.host.bytes() +
                          reserved.workspace.device.bytes() + reserved.reply.bytes();
   kv_ = reserved.kv;
-  buffers_ = reserved.reply.Split(buffer_bytes);
+  ByteReservation buffers = reserved.reply.Split(buffer_bytes);
   result_bytes_ = std::move(reserved.reply);
   if (is_inline) {
     PBS_ABSL_ASSIGN_OR_RETURN(
-        exporter_, KvExporter::Create(kv_, service_.parts.leases.epoch(), whole,
-                                      spec_.inline_format));
+        std::unique_ptr<KvExporter> exporter,
+        KvExporter::Create(kv_, service_.parts.leases.epoch(), whole,
+                           spec_.inline_format));
+    stream_.Open(kv_, std::move(exporter), std::move(buffers));
   }
   return reserved;
 }
 
 absl::Status PrefillCall::Submit() {
   PBS_ABSL_ASSIGN_OR_RETURN(PrefillReservation reserved, Reserve());
-  if (lease_.valid()) lease_.Attach(kv_);
+  if (lease_.valid()) {
+    lease_.Attach(kv_);
+    lease_end_.Start(kv_, kNoLayer);
+  }
   PrefillJob job;
   job.terms = {spec_.request_id, deadline_.time(), spec_.priority};
   job.model = model_;
@@ -230,14 +234,11 @@ void PrefillCall::PushEvent(grpc::ByteBuffer event) {
   loop_.Wake();
 }
 
-void PrefillCall::OnKvReady(int32_t) {
-  // The holder does not want the cache any more: no point in filling it.
-  if (lease_.valid() && lease_.gone()) {
+// The holder does not want the cache any more: no point in filling it.
+void PrefillCall::OnKvEnded() {
+  if (!kv_->finished() && absl::IsNotFound(kv_->readable())) {
     Fail(absl::AbortedError("the lease was released while its prefill ran"));
-    return;
   }
-  if (exporter_ == nullptr) return;
-  MutexLock lock(mutex_);
   loop_.Wake();
 }
 
@@ -258,6 +259,7 @@ void PrefillCall::OnDone(absl::StatusOr<PrefillResult> result) {
 }
 
 bool PrefillCall::LetGo() {
+  if (!stream_.LetGo() || !lease_end_.Stop()) return false;
   MutexLock lock(mutex_);
   return !job_runs_;
 }
@@ -271,36 +273,38 @@ NextWrite PrefillCall::NextMessage() {
       events_.pop_front();
       return next;
     }
-    if (ending_) return NextWrite::End(absl::OkStatus());
   }
-  if (auto chunk = NextChunk()) return NextWrite::Message(*std::move(chunk));
+  if (stream_.is_open() && !stream_.done()) {
+    auto chunk = stream_.Next();
+    // A prefill that failed says so itself.
+    if (!chunk.ok() || !chunk->has_value()) return NextWrite::Wait();
+    return NextWrite::Message(wire::EncodeKvEvent(**chunk));
+  }
+  return NextResult();
+}
+
+// `done` and, after it, the end.
+NextWrite PrefillCall::NextResult() {
   std::optional<PrefillResult> result;
   {
     MutexLock lock(mutex_);
-    // All layers are ready when the result is, so no chunk is left behind.
-    if (!result_.has_value() || (exporter_ != nullptr && !exporter_->done())) {
-      return NextWrite::Wait();
-    }
+    if (!ending_ && !result_.has_value()) return NextWrite::Wait();
     result.swap(result_);
   }
-  return FinishResult(*std::move(result));
-}
-
-std::optional<grpc::ByteBuffer> PrefillCall::NextChunk() {
-  if (exporter_ == nullptr || exporter_->done()) return std::nullopt;
-  if (exporter_->layer() >= kv_->layers_ready()) return std::nullopt;
-  const wire::KvChunk chunk = exporter_->Next();
-  transfer_.AddChunk(chunk.payload.size());
-  return wire::EncodeKvEvent(chunk);
+  if (result.has_value()) return FinishResult(*std::move(result));
+  return lease_end_.Stop() ? NextWrite::End(absl::OkStatus()) : NextWrite::Wait();
 }
 
 NextWrite PrefillCall::FinishResult(PrefillResult result) {
-  if (exporter_ != nullptr) facts_.send_seconds = transfer_.Complete();
+  if (stream_.is_open()) facts_.send_seconds = stream_.Complete();
   v1::Done done = EncodeDone(spec_, result, facts_, service_.options.backend);
   grpc::ByteBuffer event;
   if (lease_.valid()) {
     auto stored = lease_.Complete(std::move(done), std::move(result_bytes_));
-    if (!stored.ok()) return NextWrite::End(std::move(stored).status());
+    if (!stored.ok()) {
+      Fail(std::move(stored).status());
+      return NextWrite::Wait();
+    }
     event = EncodeDoneEvent(**stored);
   } else {
     event = EncodeDoneEvent(done);
@@ -311,12 +315,11 @@ NextWrite PrefillCall::FinishResult(PrefillResult result) {
 }
 
 void PrefillCall::Release(const absl::Status& status) {
-  if (!status.ok()) transfer_.Fail(status);
-  exporter_.reset();
+  if (!status.ok()) stream_.Fail(status);
+  stream_.Close();
   kv_.reset();
   lease_ = {};
   result_bytes_.Reset();
-  buffers_.Reset();
 }
 
 }  // namespace pbs::server

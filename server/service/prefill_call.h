@@ -16,12 +16,12 @@
 #include <grpcpp/grpcpp.h>
 
 #include "server/engine/engine.h"
+#include "server/service/kv_stream.h"
+#include "server/service/kv_wait.h"
 #include "server/service/prefill_reply.h"
 #include "server/service/prefill_request.h"
 #include "server/service/service_context.h"
 #include "server/service/stream_call.h"
-#include "server/service/transfer_record.h"
-#include "server/transfer/kv_exporter.h"
 #include "server/transfer/lease_store.h"
 
 namespace pbs::server {
@@ -50,7 +50,6 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
 
   using StreamCall::OnDone;  // gRPC's, beside the listener's
   // PrefillListener, called on the executor's thread.
-  void OnKvReady(int32_t layer) override;
   void OnLayerDone(int32_t layer, double density, double seconds) override;
   void OnDone(absl::StatusOr<PrefillResult> result) override;
 
@@ -59,10 +58,13 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   bool LetGo() override;
   void OnFailed(const absl::Status& status) override;
   void Release(const absl::Status& status) override;
-  std::optional<grpc::ByteBuffer> NextChunk();
+  // When the prefill has finished or its lease has ended.
+  void OnKvEnded();
+  NextWrite NextResult();
   NextWrite FinishResult(PrefillResult result);
 
-  TransferRecord transfer_;
+  KvStream stream_;    // open with inline delivery
+  KvWait lease_end_;   // with delivery by lease
 
   const ServedModel* model_ = nullptr;
   PrefillSpec spec_;
@@ -71,9 +73,7 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   bool threshold_lowered_ = false;
   PendingLease lease_;
   ByteReservation result_bytes_;
-  ByteReservation buffers_;
   std::shared_ptr<HeldKv> kv_;  // shared with job, lease and chunks being sent
-  std::unique_ptr<KvExporter> exporter_;
 
   bool job_runs_ ABSL_GUARDED_BY(mutex_) = false;
   bool admitted_ ABSL_GUARDED_BY(mutex_) = false;  // nothing is sent before it is true

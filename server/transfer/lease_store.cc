@@ -1,7 +1,6 @@
 #include "server/transfer/lease_store.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -40,7 +39,6 @@ PendingLease& PendingLease::operator=(PendingLease&& other) noexcept {
     Abandon();
     store_ = std::exchange(other.store_, nullptr);
     ticket_ = std::move(other.ticket_);
-    end_ = std::move(other.end_);
   }
   return *this;
 }
@@ -96,10 +94,14 @@ LeaseStore::LeaseStore(const LeaseOptions& options, uint64_t epoch, const Clock&
       metrics_(metrics) {}
 
 LeaseStore::~LeaseStore() {
-  MutexLock lock(mutex_);
-  for (const auto& [handle, lease] : leases_) {
-    lease->end->store(LeaseEnd::kGone);
+  LeaseMap left;
+  {
+    MutexLock lock(mutex_);
+    left.swap(leases_);
+  }
+  for (const auto& [handle, lease] : left) {
     timers_.Cancel(lease->timer);
+    if (lease->kv != nullptr) lease->kv->Close(NotFound());
   }
 }
 
@@ -152,14 +154,12 @@ absl::StatusOr<BegunLease> LeaseStore::Begin(const LeaseRequest& request) {
   auto lease = std::make_shared<Lease>();
   lease->request = request;
   lease->ttl_seconds = ttl;
-  lease->end = std::make_shared<std::atomic<LeaseEnd>>(LeaseEnd::kNone);
   if (!request.idempotency_key.empty()) {
     handle_of_key_.emplace(request.idempotency_key, handle);
   }
   BegunLease begun;
   begun.pending.store_ = this;
   begun.pending.ticket_ = MakeTicket(handle, *lease);
-  begun.pending.end_ = lease->end;
   leases_.emplace(handle, std::move(lease));
   metrics_.leases.Set(static_cast<double>(leases_.size()));
   return begun;
@@ -198,8 +198,9 @@ absl::Status LeaseStore::Release(const v1::KvTicket& ticket) {
   {
     MutexLock lock(mutex_);
     PBS_ABSL_ASSIGN_OR_RETURN(const auto entry, Locate(ticket));
-    removed = Remove(entry, LeaseEnd::kGone);
+    removed = Remove(entry);
   }
+  removed->kv->Close(NotFound());
   NotifyIfEmpty();
   return absl::OkStatus();
 }
@@ -244,8 +245,7 @@ LeaseView LeaseStore::MakeView(const std::string& handle, const Lease& lease) co
           lease.kv,
           lease.done,
           lease.expires,
-          lease.ttl_seconds,
-          lease.end};
+          lease.ttl_seconds};
 }
 
 absl::StatusOr<LeaseStore::LeaseMap::iterator> LeaseStore::Locate(
@@ -269,10 +269,8 @@ void LeaseStore::StartTime(const std::string& handle, Lease& lease) {
   lease.timer = timers_.At(lease.expires, [this, handle] { Expire(handle); });
 }
 
-std::shared_ptr<LeaseStore::Lease> LeaseStore::Remove(LeaseMap::iterator entry,
-                                                      LeaseEnd end) {
+std::shared_ptr<LeaseStore::Lease> LeaseStore::Remove(LeaseMap::iterator entry) {
   std::shared_ptr<Lease> lease = std::move(entry->second);
-  lease->end->store(end);
   timers_.Cancel(lease->timer);
   handle_of_key_.erase(lease->request.idempotency_key);
   leases_.erase(entry);
@@ -289,8 +287,9 @@ void LeaseStore::Expire(const std::string& handle) {
     if (entry == leases_.end()) return;
     if (entry->second->expires > clock_.Now()) return;  // renewed meanwhile
     metrics_.lease_expired.Increment();
-    removed = Remove(entry, LeaseEnd::kGone);
+    removed = Remove(entry);
   }
+  removed->kv->Close(NotFound());
   NotifyIfEmpty();
 }
 
@@ -300,8 +299,9 @@ void LeaseStore::Abandon(const std::string& handle) {
     MutexLock lock(mutex_);
     const auto entry = leases_.find(handle);
     if (entry == leases_.end()) return;
-    removed = Remove(entry, LeaseEnd::kAbandoned);
+    removed = Remove(entry);
   }
+  if (removed->kv != nullptr) removed->kv->Abandon();
   NotifyIfEmpty();
 }
 

@@ -15,11 +15,10 @@
 // Threading: safe from any thread. Expiry runs on the timer queue's thread, which must
 // have stopped before the store is destroyed.
 // Memory: at most leases_max entries. A cache is charged where it is allocated. On
-// release and expiry the store drops its reference at once; readers see `end` and drop
-// theirs.
+// release and expiry the store closes the cache and drops its reference at once; readers
+// learn of it and drop theirs.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -57,13 +56,6 @@ struct LeaseRequest {
   std::string fingerprint;             // equal requests have equal ones
 };
 
-// The state of a lease for its readers.
-enum class LeaseEnd : uint8_t {
-  kNone,
-  kGone,       // released or expired
-  kAbandoned,  // its prefill ended early
-};
-
 // A snapshot of a lease.
 struct LeaseView {
   v1::KvTicket ticket;
@@ -72,8 +64,6 @@ struct LeaseView {
   std::shared_ptr<const v1::Done> done;  // null while the prefill runs
   absl::Time expires;                    // InfiniteFuture while it runs
   int32_t ttl_seconds = 0;
-  // A reader checks it and stops. Shared because it outlives the lease.
-  std::shared_ptr<const std::atomic<LeaseEnd>> end;
 };
 
 class LeaseStore;
@@ -88,10 +78,9 @@ class PendingLease {
 
   bool valid() const { return store_ != nullptr; }
   const v1::KvTicket& ticket() const { return ticket_; }
-  // True when its holder released it while the prefill runs.
-  bool gone() const { return end_->load() != LeaseEnd::kNone; }
 
-  // From here on the ticket finds the lease.
+  // From here on the ticket finds the lease. Its end, also while the prefill runs,
+  // closes `kv` with NotFound().
   void Attach(std::shared_ptr<HeldKv> kv);
   // Stores the result with ticket and expiry filled in, starts the lease's time and
   // returns what was stored. `bytes` is the charge for the result, held as long as the
@@ -105,7 +94,6 @@ class PendingLease {
 
   LeaseStore* store_ = nullptr;
   v1::KvTicket ticket_;
-  std::shared_ptr<const std::atomic<LeaseEnd>> end_;
 };
 
 // Either a new lease or, by its idempotency key, an existing complete one.
@@ -168,7 +156,6 @@ class LeaseStore {
     absl::Time expires = absl::InfiniteFuture();
     TimerId timer = 0;
     int64_t bytes_to_export = 0;
-    std::shared_ptr<std::atomic<LeaseEnd>> end;
   };
   using LeaseMap = std::unordered_map<std::string, std::shared_ptr<Lease>>;
 
@@ -182,9 +169,9 @@ class LeaseStore {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void StartTime(const std::string& handle, Lease& lease)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Removes and returns the lease; the caller destroys it after it has released the
-  // lock.
-  std::shared_ptr<Lease> Remove(LeaseMap::iterator entry, LeaseEnd end)
+  // Removes and returns the lease; the caller closes its cache and destroys it after it
+  // has released the lock, because readers may call back.
+  std::shared_ptr<Lease> Remove(LeaseMap::iterator entry)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Expire(const std::string& handle);
   void Abandon(const std::string& handle);

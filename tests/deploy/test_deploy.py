@@ -63,9 +63,9 @@ def default_port(field: str) -> int:
 
 
 def server_config_class():
-    """pbs.v1.ServerConfig from the committed descriptor set of the wire contract."""
+    """pbs.v1.ServerConfig from the committed descriptor set of the configuration."""
     files = descriptor_pb2.FileDescriptorSet.FromString(
-        (ROOT / "proto/pbs_v1.binpb").read_bytes()
+        (ROOT / "proto/server_config.binpb").read_bytes()
     )
     pool = descriptor_pool.DescriptorPool()
     for file in files.file:

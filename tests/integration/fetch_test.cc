@@ -257,10 +257,10 @@ TEST_F(FollowSpec, ReleaseWhileThePrefillRunsEndsBothAndFrees) {
   ASSERT_TRUE(node_.engine.executor().RunOneStep());
   ASSERT_TRUE(Eventually([&] { return layers_fetched_ == 1; }));
   ASSERT_TRUE(node_.NewClient()->Release(ticket_).ok());
+  EXPECT_EQ(fetch_.get(), LeaseStore::NotFound());  // at once, before the next layer
   ASSERT_TRUE(StepUntilPrefillEnds());
   EXPECT_EQ(prefill_.get().status(),
             absl::AbortedError("the lease was released while its prefill ran"));
-  EXPECT_EQ(fetch_.get(), LeaseStore::NotFound());
   EXPECT_TRUE(node_.NothingHeld());
 }
 

@@ -13,6 +13,7 @@ from pbs_client import _messages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMITTED = REPOSITORY / "proto" / "pbs_v1.binpb"
+CONFIG = REPOSITORY / "proto" / "server_config.binpb"
 CHECK = REPOSITORY / "tests" / "structure" / "check_wire_compat.py"
 UPDATE = REPOSITORY / "scripts" / "update_descriptor_set.sh"
 
@@ -35,12 +36,18 @@ def test_the_package_carries_the_committed_descriptor_set():
     assert packaged == COMMITTED.read_bytes()
 
 
-def test_protoc_makes_the_committed_descriptor_set_from_the_proto_files(tmp_path):
-    fresh = tmp_path / "fresh.binpb"
-    subprocess.run([UPDATE, "--output", fresh], check=True)
-    assert own_files(fresh) == own_files(COMMITTED), (
-        "run scripts/update_descriptor_set.sh"
-    )
+def test_protoc_makes_the_committed_descriptor_sets_from_the_proto_files(tmp_path):
+    subprocess.run([UPDATE, "--output", tmp_path], check=True)
+    for committed in (COMMITTED, CONFIG):
+        assert own_files(tmp_path / committed.name) == own_files(committed), (
+            "run scripts/update_descriptor_set.sh"
+        )
+
+
+def test_the_configuration_of_the_server_is_not_part_of_the_wire():
+    file = "pbs/v1/server_config.proto"
+    assert file in own_files(CONFIG)
+    assert file not in own_files(COMMITTED)
 
 
 def test_message_classes_do_not_touch_the_default_pool():
@@ -71,7 +78,7 @@ def _repeat_a_field(files):
 
 
 def _rename_a_field(files):
-    _message(files, "ServerConfig").field[0].name = "address"
+    _message(files, "KvLease").field[0].name = "pass"
 
 
 def _drop_a_field(files):
@@ -107,7 +114,7 @@ def _stop_streaming_a_method(files):
         (_renumber_a_field, "pbs.v1.KvTicket.handle"),
         (_retype_a_field, "pbs.v1.KvTicket.epoch"),
         (_repeat_a_field, "pbs.v1.KvTicket.handle"),
-        (_rename_a_field, "pbs.v1.ServerConfig.listen"),
+        (_rename_a_field, "pbs.v1.KvLease.ticket"),
         (_drop_a_field, "pbs.v1.KvChunk.payload"),
         (_drop_presence, "pbs.v1.PbsOptions.block_size"),
         (_drop_a_message, "pbs.v1.Admitted"),

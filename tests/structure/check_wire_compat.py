@@ -3,7 +3,7 @@
 
     tests/structure/check_wire_compat.py OLD NEW
 
-Both are FileDescriptorSets (proto/pbs_v1.binpb; `protoc --descriptor_set_out`). What
+Both are FileDescriptorSets (proto/*.binpb; `protoc --descriptor_set_out`). What
 OLD has, NEW must have unchanged: messages, fields (number, name, type, label, oneof),
 enum values, and methods with their types and streaming. Additions are fine. Names
 count, because configuration files are protobuf JSON. Prints one line per violation.

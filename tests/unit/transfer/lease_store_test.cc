@@ -5,7 +5,6 @@
 #include <gtest/gtest.h>
 #include <prometheus/registry.h>
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -113,10 +112,8 @@ TEST_F(LeaseStoreSpec, TimeCountsFromCompletion) {
 TEST_F(LeaseStoreSpec, ExpiryFreesAndIsCounted) {
   const v1::KvTicket ticket = Hold(Request());
   const std::weak_ptr<HeldKv> cache = store_.Find(ticket)->kv;
-  const auto end = store_.Find(ticket)->end;
   Advance(absl::Seconds(60));
   EXPECT_TRUE(cache.expired());
-  EXPECT_EQ(end->load(), LeaseEnd::kGone);
   EXPECT_EQ(store_.size(), 0);
   EXPECT_EQ(metrics_.lease_expired.Value(), 1);
   EXPECT_EQ(metrics_.leases.Value(), 0);
@@ -150,6 +147,23 @@ TEST_F(LeaseStoreSpec, RenewWhileThePrefillRunsCountsFromCompletion) {
   ASSERT_TRUE(store_.Renew(pending.ticket(), 5).ok());
   ASSERT_TRUE(pending.Complete({}, {}).ok());
   EXPECT_EQ(store_.Find(pending.ticket())->expires, clock_.Now() + absl::Seconds(5));
+}
+
+TEST_F(LeaseStoreSpec, WhoReadsLearnsOfTheEndAtOnce) {
+  for (const bool expires : {false, true}) {
+    const v1::KvTicket ticket = Hold(Request());
+    const std::shared_ptr<HeldKv> reader = store_.Find(ticket)->kv;
+    int told = 0;
+    reader->WhenReady(kNoLayer, [&] { ++told; });
+    EXPECT_EQ(told, 0);
+    if (expires) {
+      Advance(absl::Seconds(60));
+    } else {
+      ASSERT_TRUE(store_.Release(ticket).ok());
+    }
+    EXPECT_EQ(told, 1);
+    EXPECT_EQ(reader->readable(), LeaseStore::NotFound());
+  }
 }
 
 TEST_F(LeaseStoreSpec, ReleaseFreesAtOnce) {
@@ -210,14 +224,14 @@ TEST_F(LeaseStoreSpec, ALongDigestIsCountedAndNotRepeated) {
 
 TEST_F(LeaseStoreSpec, ALeaseDroppedBeforeCompletionIsNoMore) {
   v1::KvTicket ticket;
-  std::shared_ptr<const std::atomic<LeaseEnd>> end;
+  std::shared_ptr<HeldKv> reader;
   {
     const PendingLease pending = Run(Request("key"));
     ticket = pending.ticket();
-    end = store_.Find(ticket)->end;
-    EXPECT_EQ(end->load(), LeaseEnd::kNone);
+    reader = store_.Find(ticket)->kv;
+    EXPECT_TRUE(reader->readable().ok());
   }
-  EXPECT_EQ(end->load(), LeaseEnd::kAbandoned);
+  EXPECT_TRUE(absl::IsUnavailable(reader->readable()));
   EXPECT_TRUE(absl::IsNotFound(store_.Find(ticket).status()));
   EXPECT_EQ(store_.size(), 0);
   EXPECT_FALSE(store_.Begin(Request("key"))->existing.has_value());
@@ -225,9 +239,12 @@ TEST_F(LeaseStoreSpec, ALeaseDroppedBeforeCompletionIsNoMore) {
 
 TEST_F(LeaseStoreSpec, ReleaseWhileThePrefillRunsAbortsIt) {
   PendingLease pending = Run(Request());
-  EXPECT_FALSE(pending.gone());
+  const std::shared_ptr<HeldKv> kv = store_.Find(pending.ticket())->kv;
+  bool told = false;
+  kv->WhenReady(kNoLayer, [&] { told = true; });
   ASSERT_TRUE(store_.Release(pending.ticket()).ok());
-  EXPECT_TRUE(pending.gone());
+  EXPECT_TRUE(told);
+  EXPECT_EQ(kv->readable(), LeaseStore::NotFound());
   EXPECT_EQ(pending.Complete({}, {}).status(),
             absl::AbortedError("the lease was released while its prefill ran"));
 }

@@ -91,15 +91,16 @@ TEST_F(DeviceMemorySpec, HeldCachesAndLogitsAreThoseOfACpu) {
 
 TEST_F(DeviceMemorySpec, LayersAreHeardOfInOrderAndAllBeforeTheEnd) {
   Open();
-  std::vector<std::string> held;
-  listener_.on_kv_ready = [&](int32_t layer) {
-    held.push_back("kv " + std::to_string(layer));
-  };
-  ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(30), listener_).ok());
+  std::vector<int32_t> held;
+  KvFollower follower([&](int32_t layer) { held.push_back(layer); });
+  PrefillJob job = MakeJob(30);
+  const std::shared_ptr<HeldKv> kv = job.kv;
+  follower.Follow(*kv);
+  ASSERT_TRUE(on_device_->SubmitPrefill(std::move(job), listener_).ok());
   RunDevice();
-  EXPECT_THAT(held, ElementsAre("kv 0", "kv 1", "kv 2"));
+  EXPECT_THAT(held, ElementsAre(0, 1, 2));
   EXPECT_EQ(listener_.events.back(), "done OK");
-  EXPECT_EQ(listener_.events.size(), 7u);
+  EXPECT_EQ(listener_.events.size(), 4u);
 }
 
 // Keys are even, values odd; layers 0, 1, 2.
@@ -122,25 +123,10 @@ TEST_F(DeviceMemorySpec,
   }
 }
 
-// What the engine's own thread tells, in order; keys and values come from another one.
-struct LayerRecorder final : PrefillListener {
-  void OnKvReady(int32_t) override {}
-  void OnLayerDone(int32_t layer, double, double) override {
-    events.push_back("layer " + std::to_string(layer));
-  }
-  void OnDone(absl::StatusOr<PrefillResult> done) override {
-    events.push_back("done " + absl::StatusCodeToString(done.status().code()));
-    result = std::move(done);
-  }
-
-  std::vector<std::string> events;
-  absl::StatusOr<PrefillResult> result = absl::UnknownError("not done");
-};
-
 // The host is a layer ahead: a step tells of the layer before.
 TEST_F(DeviceMemorySpec, LayersAreDoneInOrderOneStepLater) {
   Open();
-  LayerRecorder layers;
+  PrefillRecorder layers;
   ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(30), layers).ok());
   ASSERT_TRUE(on_device_->executor().RunOneStep());
   EXPECT_THAT(layers.events, ElementsAre());
@@ -154,7 +140,7 @@ TEST_F(DeviceMemorySpec, LayersAreDoneInOrderOneStepLater) {
 // Whoever comes between two of its layers uses the same marks and reports.
 TEST_F(DeviceMemorySpec, AnOvertakenPrefillIsSetAsideAndGivesTheSameBits) {
   Open();
-  LayerRecorder layers, alone, urgent;
+  PrefillRecorder layers, alone, urgent;
   ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(150, SmallPbs()), alone).ok());
   RunDevice();
   ASSERT_TRUE(on_device_->SubmitPrefill(MakeJob(150, SmallPbs()), layers).ok());
@@ -185,7 +171,7 @@ TEST_F(DeviceMemorySpec, WhatGoesWrongInALayerEndsThePrefillAndNobodyElse) {
     for (const bool overtaken : {false, true}) {
       SCOPED_TRACE(testing::Message()
                    << "layer " << layer << ", overtaken " << overtaken);
-      LayerRecorder wrong, urgent;
+      PrefillRecorder wrong, urgent;
       Open({.report_fails_at = layer + 1});
       PrefillJob job = MakeJob(30);
       const std::shared_ptr<HeldKv> kv = job.kv;

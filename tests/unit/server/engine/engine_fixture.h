@@ -43,10 +43,6 @@ struct TestModel {
 };
 
 struct PrefillRecorder final : PrefillListener {
-  void OnKvReady(int32_t layer) override {
-    events.push_back("kv " + std::to_string(layer));
-    if (on_kv_ready) on_kv_ready(layer);
-  }
   void OnLayerDone(int32_t layer, double, double) override {
     events.push_back("layer " + std::to_string(layer));
     if (on_layer_done) on_layer_done(layer);
@@ -57,10 +53,27 @@ struct PrefillRecorder final : PrefillListener {
     ++num_done;
   }
 
-  std::function<void(int32_t)> on_kv_ready, on_layer_done;
+  std::function<void(int32_t)> on_layer_done;
   std::vector<std::string> events;
   absl::StatusOr<PrefillResult> result = absl::UnknownError("not done");
   int num_done = 0;
+};
+
+// Calls `on_layer` for every layer of a cache as it is published.
+class KvFollower {
+ public:
+  explicit KvFollower(std::function<void(int32_t)> on_layer)
+      : on_layer_(std::move(on_layer)) {}
+  void Follow(HeldKv& kv, int32_t layer = 0) {
+    kv.WhenReady(layer, [this, &kv, layer] {
+      if (kv.layers_ready() <= layer) return;  // the prefill has finished
+      on_layer_(layer);
+      Follow(kv, layer + 1);
+    });
+  }
+
+ private:
+  const std::function<void(int32_t)> on_layer_;
 };
 
 struct AttendRecorder final : AttendListener {

@@ -18,7 +18,6 @@ namespace {
 class CountingListener final : public PrefillListener {
  public:
   explicit CountingListener(std::atomic<int>& done) : done_(done) {}
-  void OnKvReady(int32_t) override {}
   void OnLayerDone(int32_t, double, double) override {}
   void OnDone(absl::StatusOr<PrefillResult>) override {
     EXPECT_FALSE(called_.exchange(true));

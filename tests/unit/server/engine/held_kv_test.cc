@@ -45,6 +45,46 @@ TEST_F(HeldKvSpec, BeginsWithNothingReady) {
   EXPECT_TRUE(kv_->status().ok());
 }
 
+TEST_F(HeldKvSpec, MayBeReadUntilItIsClosed) {
+  kv_->Publish(2);
+  Wait(2, "layer");
+  Wait(kNoLayer, "end");
+  EXPECT_TRUE(kv_->readable().ok());
+  kv_->Close(absl::NotFoundError("gone"));
+  EXPECT_THAT(called_, ElementsAre("layer", "end"));
+  EXPECT_EQ(kv_->readable(), absl::NotFoundError("gone"));
+  EXPECT_EQ(Wait(3, "late"), 0);
+  EXPECT_EQ(called_.back(), "late");
+  // Its writer does not notice, and the first reason counts.
+  kv_->Publish(4);
+  kv_->Finish(absl::OkStatus());
+  kv_->Abandon();
+  EXPECT_EQ(kv_->readable(), absl::NotFoundError("gone"));
+  EXPECT_TRUE(kv_->status().ok());
+}
+
+TEST_F(HeldKvSpec, MayNotBeReadAfterItsPrefillFailed) {
+  kv_->Publish(1);
+  kv_->Finish(absl::InternalError("a device broke"));
+  EXPECT_EQ(kv_->readable(),
+            absl::UnavailableError("the prefill of this ticket ended early: INTERNAL"));
+}
+
+TEST_F(HeldKvSpec, MayNotBeReadWhenItsResultWasLost) {
+  kv_->Finish(absl::OkStatus());
+  EXPECT_TRUE(kv_->readable().ok());
+  kv_->Abandon();
+  EXPECT_TRUE(absl::IsUnavailable(kv_->readable()));
+}
+
+TEST_F(HeldKvSpec, NoLayerMeansTheEnd) {
+  Wait(kNoLayer, "end");
+  kv_->Publish(4);
+  EXPECT_THAT(called_, IsEmpty());
+  kv_->Finish(absl::OkStatus());
+  EXPECT_THAT(called_, ElementsAre("end"));
+}
+
 TEST_F(HeldKvSpec, GivesItsBytesBackWithItsLastOwner) {
   std::shared_ptr<HeldKv> reader = kv_;
   EXPECT_EQ(ledger_.bytes_held(), reader->cache().shape().bytes());

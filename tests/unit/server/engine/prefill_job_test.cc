@@ -38,7 +38,12 @@ class PrefillJobSpec : public EngineFixture {
 };
 
 TEST_F(PrefillJobSpec, PublishesLayerByLayerAndCompletesOnce) {
-  ASSERT_TRUE(engine_.SubmitPrefill(MakePrefill(20), listener_).ok());
+  PrefillJob job = MakePrefill(20);
+  KvFollower follower([&](int32_t layer) {
+    listener_.events.push_back("kv " + std::to_string(layer));
+  });
+  follower.Follow(*job.kv);
+  ASSERT_TRUE(engine_.SubmitPrefill(std::move(job), listener_).ok());
   RunAll();
   EXPECT_THAT(listener_.events, ElementsAre("kv 0", "layer 0", "kv 1", "layer 1",
                                             "kv 2", "layer 2", "done OK"));
@@ -209,7 +214,7 @@ TEST_F(PrefillJobSpec, ARefusedPrefillFreesEverythingAndTellsWhoFollowsItsCache)
 struct StopCase {
   const char* name;
   int steps;      // taken before the stop
-  int32_t in_kv;  // or inside this layer's OnKvReady
+  int32_t in_kv;  // or when this layer's keys and values are published
   const char* last_event_before;
 };
 
@@ -222,11 +227,11 @@ class StoppedPrefillSpec : public PrefillJobSpec,
     job.terms.deadline = deadline;
     kv_ = job.kv;
     JobId id = 0;
-    if (GetParam().in_kv >= 0) {
-      listener_.on_kv_ready = [&](int32_t layer) {
-        if (layer == GetParam().in_kv) stop(id);
-      };
-    }
+    KvFollower follower([&](int32_t layer) {
+      listener_.events.push_back("kv " + std::to_string(layer));
+      if (layer == GetParam().in_kv) stop(id);
+    });
+    follower.Follow(*kv_);
     id = engine_.SubmitPrefill(std::move(job), listener_)->id;
     RunSteps(GetParam().steps);
     if (GetParam().in_kv < 0) stop(id);
