@@ -79,11 +79,10 @@ Work AttendWork(const AttentionGeometry& geometry, int32_t runs) {
   return {0, pairs * geometry.num_heads * geometry.head_dim * runs};
 }
 
-AttendTask::AttendTask(const Parts& parts, AttendJob job,
-                       std::unique_ptr<AttentionPlan> plan, AttendListener& listener)
+AttendTask::AttendTask(const Parts& parts, AttendJob job, AttendListener& listener)
     : parts_(parts),
       job_(std::move(job)),
-      plan_(std::move(plan)),
+      plan_(std::move(job_.reservation.plan)),
       listener_(listener),
       num_runs_(NumRuns(job_)) {
   inputs_.q = {job_.q.bytes.data(), job_.q.layout};
@@ -122,7 +121,7 @@ absl::Status AttendTask::Allocate(const RunControl& control) {
   const AttentionGeometry& g = plan_->geometry;
   PBS_ABSL_ASSIGN_OR_RETURN(result_.o,
                             HostBytes::Allocate(OutputBytes(g, job_.problem.dtype)));
-  if (job_.want_lse) {
+  if (job_.wanted.lse) {
     PBS_ABSL_ASSIGN_OR_RETURN(result_.lse, HostBytes::Allocate(LseBytes(g)));
   }
   PBS_ABSL_ASSIGN_OR_RETURN(workspace_,
@@ -137,7 +136,7 @@ absl::Status AttendTask::Allocate(const RunControl& control) {
 AttentionTensors AttendTask::HostTensors() {
   AttentionTensors tensors = inputs_;
   tensors.o = {result_.o.data(), job_.o_layout};
-  if (job_.want_lse) tensors.lse = {result_.lse.data(), job_.lse_layout};
+  if (job_.wanted.lse) tensors.lse = {result_.lse.data(), job_.lse_layout};
   return tensors;
 }
 
@@ -155,8 +154,8 @@ absl::Status AttendTask::RunOnce(const RunControl& control, bool is_last) {
   PBS_ABSL_RETURN_IF_ERROR(
       ToAbsl(parts_.backend.Run(*plan_, device_ ? device_->tensors() : HostTensors(),
                                 workspace_.workspace(), control)));
-  const ReportRequest request = {.order = is_last && job_.want_order,
-                                 .lists = is_last && job_.want_lists};
+  const ReportRequest request = {.order = is_last && job_.wanted.order,
+                                 .lists = is_last && job_.wanted.lists};
   AttentionReport report;
   PBS_ABSL_RETURN_IF_ERROR(ToAbsl(
       parts_.backend.ReadReport(*plan_, workspace_.workspace(), request, &report)));

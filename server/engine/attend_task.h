@@ -34,10 +34,6 @@ struct AttendBytes {
   int64_t Tensors() const { return inputs + outputs; }
 };
 
-struct AttendWanted {
-  bool lse = false, order = false, lists = false;
-};
-
 AttendBytes BytesOfAttend(const AttentionPlan& plan, const AttendWanted& wanted);
 
 // Number of warm-ups and repetitions together.
@@ -58,9 +54,7 @@ class AttendTask final : public Job {
     DeviceUploads* uploads = nullptr;  // null where device memory is ordinary memory
   };
 
-  // `plan` is the backend's for job.problem.
-  AttendTask(const Parts& parts, AttendJob job, std::unique_ptr<AttentionPlan> plan,
-             AttendListener& listener);
+  AttendTask(const Parts& parts, AttendJob job, AttendListener& listener);
 
   void Start(const JobTiming& timing) override;
   absl::StatusOr<StepResult> Step(const RunControl& control) override;

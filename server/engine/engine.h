@@ -28,10 +28,12 @@
 #include "absl/status/statusor.h"
 #include "pbs/attention.h"
 #include "server/base/host_bytes.h"
+#include "server/engine/attend_wanted.h"
 #include "server/engine/byte_ledger.h"
 #include "server/engine/held_kv.h"
 #include "server/engine/job_terms.h"
 #include "server/engine/served_model.h"
+#include "server/model/prefill_plan.h"
 #include "server/model/sampling.h"
 
 namespace pbs::server {
@@ -55,6 +57,14 @@ struct JobReservation {
   }
 };
 
+// What a job may hold, and the plan of what it runs in it.
+struct AttendReservation : JobReservation {
+  std::unique_ptr<AttentionPlan> plan;
+};
+struct PrefillWorkspace : JobReservation {
+  std::optional<PrefillPlan> plan;
+};
+
 // ---- raw attention
 
 // A tensor in host memory with its layout.
@@ -65,15 +75,15 @@ struct HostRows {
 
 struct AttendJob {
   JobTerms terms;
-  AttentionProblem problem;  // valid
+  AttentionProblem problem;  // as it was reserved
   HostRows q, k, v;
   HostRows order;    // with use_given_order
   BlockLists lists;  // with use_given_lists
   RowLayout o_layout, lse_layout;
-  bool want_lse = false, want_order = false, want_lists = false;
+  AttendWanted wanted;  // as reserved
   int32_t warmup = 0;
   int32_t repetitions = 1;
-  JobReservation reservation;  // from ReserveAttend()
+  AttendReservation reservation;  // from ReserveAttend()
 };
 
 struct AttendIteration {
@@ -100,16 +110,12 @@ class AttendListener {
 struct PrefillJob {
   JobTerms terms;
   const ServedModel* model = nullptr;
-  std::vector<int32_t> tokens;  // valid for the model
-  AttentionOptions attention;   // valid
-  // PrefillProblem::head_thresholds. Those of a profile must live as long as the model,
-  // others until OnDone. Prompts share a run only with one and the same.
-  std::span<const float> head_thresholds = {};
-  std::vector<int32_t> logit_positions;
+  std::vector<int32_t> tokens;           // valid for the model, as many as reserved
+  std::vector<int32_t> logit_positions;  // as reserved
   int32_t top_logits = 0;  // k best of the last token and of logit_positions
   bool all_logits_last_token = false;
-  std::shared_ptr<HeldKv> kv;  // from ReservePrefill()
-  JobReservation reservation;  // workspace; from ReservePrefill()
+  std::shared_ptr<HeldKv> kv;    // from ReservePrefill()
+  PrefillWorkspace reservation;  // from ReservePrefill()
 };
 
 struct PrefillResult {
@@ -135,19 +141,22 @@ class PrefillListener {
   virtual void OnDone(absl::StatusOr<PrefillResult> result) = 0;
 };
 
-// What a prefill needs memory for.
+// What a prefill runs and needs memory for.
 struct PrefillNeeds {
   int32_t num_tokens = 0;
-  AttentionOptions attention = {};
-  int32_t num_logit_rows = 1;
-  int64_t reply_bytes = 0;  // what the caller will hold in addition
+  AttentionOptions attention = {};           // valid
+  std::vector<int32_t> logit_positions = {};  // beside the last token
+  int64_t reply_bytes = 0;                   // what the caller will hold in addition
   // Layers whose queries are captured, ascending, each below the model's layers
   std::vector<int32_t> query_layers = {};
+  // PrefillProblem::head_thresholds. Those of a profile must live as long as the model,
+  // others until OnDone. Prompts share a run only with one and the same.
+  std::span<const float> head_thresholds = {};
 };
 
 struct PrefillReservation {
   std::shared_ptr<HeldKv> kv;
-  JobReservation workspace;
+  PrefillWorkspace workspace;
   ByteReservation reply;
 };
 
@@ -155,19 +164,18 @@ class Engine {
  public:
   virtual ~Engine() = default;
 
-  // Charges everything an Attend needs: upload, workspace, results. Errors as
-  // ByteLedger::Reserve().
-  virtual absl::StatusOr<JobReservation> ReserveAttend(const AttentionProblem& problem,
-                                                       bool want_lse, bool want_order,
-                                                       bool want_lists) = 0;
-  // Charges and allocates the KV cache and captured queries. Charges the workspace and
-  // the reply. Errors as above.
+  // Plans an Attend and charges everything it needs: upload, workspace, results. Errors
+  // as Backend::Plan() and ByteLedger::Reserve().
+  virtual absl::StatusOr<AttendReservation> ReserveAttend(
+      const AttentionProblem& problem, const AttendWanted& wanted) = 0;
+  // Plans a prefill. Charges and allocates the KV cache and captured queries. Charges
+  // the workspace and the reply. Errors as PlanPrefill() and ByteLedger::Reserve().
   virtual absl::StatusOr<PrefillReservation> ReservePrefill(
       const ServedModel& model, const PrefillNeeds& needs) = 0;
 
   // Seconds until a prefill with these terms would be done, work ahead of it included,
   // on the device that would get it now; nullopt until similar work was measured.
-  // `head_thresholds` as in PrefillJob.
+  // `head_thresholds` as in PrefillNeeds.
   virtual std::optional<double> PredictPrefill(const ServedModel& model,
                                                int32_t num_tokens,
                                                const AttentionOptions& attention,

@@ -24,10 +24,10 @@ double LinearSeconds(const StageTimes& stages) {
 
 }  // namespace
 
-std::vector<int32_t> LogitRows(const PrefillJob& job) {
-  std::vector<int32_t> rows = job.logit_positions;
-  rows.push_back(static_cast<int32_t>(job.tokens.size()) - 1);
-  return rows;
+std::vector<int32_t> LogitRows(std::vector<int32_t> logit_positions,
+                               int32_t num_tokens) {
+  logit_positions.push_back(num_tokens - 1);
+  return logit_positions;
 }
 
 int64_t LogitScratchBytes(const Model& model) {
@@ -64,48 +64,48 @@ bool MayShareRun(const BatchLimits& limits, int32_t num_tokens,
          attention.coverage_rows == 0;
 }
 
-PrefillTask::PrefillTask(const Parts& parts, PrefillJob job, PrefillPlan plan,
-                         PrefillListener& listener)
+PrefillTask::PrefillTask(const Parts& parts, PrefillJob job, PrefillListener& listener)
     : parts_(parts),
       job_(std::move(job)),
-      plan_(std::move(plan)),
+      plan_(std::exchange(job_.reservation.plan, std::nullopt)),
+      attention_(plan_->problem.attention),
+      head_thresholds_(plan_->problem.head_thresholds),
       listener_(listener) {}
 
 int32_t PrefillTask::batch_tokens() const {
   const auto tokens = static_cast<int32_t>(job_.tokens.size());
   if (!job_.kv->queries().layers().empty()) return 0;
-  return MayShareRun(parts_.batch, tokens, job_.attention) ? tokens : 0;
+  return MayShareRun(parts_.batch, tokens, attention_) ? tokens : 0;
 }
 
 BatchKey PrefillTask::batch_key() const {
-  return {&parts_.model, job_.attention, job_.head_thresholds.data()};
+  return {&parts_.model, attention_, head_thresholds_.data()};
 }
 
 bool PrefillTask::RunWith(std::span<Job* const> others) {
   std::vector<PrefillTask*> tasks = {this};
   // Jobs of this one's key are of its class.
   for (Job* other : others) tasks.push_back(static_cast<PrefillTask*>(other));
-  PrefillProblem problem = {.num_tokens = 0,
-                            .attention = job_.attention,
-                            .head_thresholds = job_.head_thresholds};
+  PrefillProblem shared = {
+      .num_tokens = 0, .attention = attention_, .head_thresholds = head_thresholds_};
   std::vector<int32_t> first_logit_rows;
   GroupBytes charged;
   Work work;
   for (const PrefillTask* task : tasks) {
     const PrefillProblem& own = task->plan_->problem;
-    first_logit_rows.push_back(static_cast<int32_t>(problem.logit_rows.size()));
+    first_logit_rows.push_back(static_cast<int32_t>(shared.logit_rows.size()));
     for (int32_t row : own.logit_rows) {
-      problem.logit_rows.push_back(problem.num_tokens + row);
+      shared.logit_rows.push_back(shared.num_tokens + row);
     }
-    problem.num_tokens += own.num_tokens;
-    problem.prompt_tokens.push_back(own.num_tokens);
+    shared.num_tokens += own.num_tokens;
+    shared.prompt_tokens.push_back(own.num_tokens);
     charged.host +=
         task->job_.reservation.host.bytes() - LogitScratchBytes(parts_.model);
     charged.device += task->job_.reservation.device.bytes();
     work.linear += PrefillWork(own.num_tokens).linear;
     work.quadratic += PrefillWork(own.num_tokens).quadratic;
   }
-  auto plan = PlanPrefill(parts_.model, std::move(problem));
+  auto plan = PlanPrefill(parts_.model, std::move(shared));
   if (!plan.ok()) return false;
   const GroupBytes needed = BytesOfGroup(parts_.model, *plan, true);
   if (needed.host > charged.host || needed.device > charged.device) return false;
@@ -241,7 +241,7 @@ void PrefillTask::MeasureRun() {
   }
   parts_.metrics.batch_requests.Observe(static_cast<double>(group_->size()));
   parts_.costs.Measure(
-      PrefillCostKey(*job_.model, job_.attention, job_.head_thresholds), run_work_,
+      PrefillCostKey(*job_.model, attention_, head_thresholds_), run_work_,
       {LinearSeconds(stages), AttentionSeconds(stages)}, parts_.clock.Now());
 }
 

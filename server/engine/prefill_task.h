@@ -24,7 +24,8 @@ namespace pbs::server {
 
 // The rows whose logits a prefill computes: the requested positions, then the last
 // token.
-std::vector<int32_t> LogitRows(const PrefillJob& job);
+std::vector<int32_t> LogitRows(std::vector<int32_t> logit_positions,
+                               int32_t num_tokens);
 
 // Host memory to copy and sort the logits of one row.
 int64_t LogitScratchBytes(const Model& model);
@@ -54,9 +55,7 @@ class PrefillTask final : public Job, private PrefillGroup::Prompt {
     BatchLimits batch = {};
   };
 
-  // `plan` is the plan of the job, with its LogitRows().
-  PrefillTask(const Parts& parts, PrefillJob job, PrefillPlan plan,
-              PrefillListener& listener);
+  PrefillTask(const Parts& parts, PrefillJob job, PrefillListener& listener);
 
   int32_t batch_tokens() const override;
   BatchKey batch_key() const override;
@@ -87,6 +86,8 @@ class PrefillTask final : public Job, private PrefillGroup::Prompt {
   PrefillJob job_;
   // Plan of this prompt alone; until there is a group
   std::optional<PrefillPlan> plan_;
+  const AttentionOptions attention_;
+  const std::span<const float> head_thresholds_;
   PrefillListener& listener_;
   JobTiming timing_;
   std::shared_ptr<PrefillGroup> group_;

@@ -10,24 +10,38 @@
 
 namespace pbs::server {
 
-ReplicatedEngine::ReplicatedEngine(std::vector<EngineImpl*> replicas,
+namespace {
+
+// Counts a refused reservation and changes its code OutOfRange to InvalidArgument.
+absl::Status CountRefusal(EngineMetrics& metrics, const absl::Status& status) {
+  if (absl::IsResourceExhausted(status)) {
+    metrics.Rejected(RejectReason::kMemory).Increment();
+  }
+  if (!absl::IsOutOfRange(status)) return status;
+  metrics.Rejected(RejectReason::kTooLarge).Increment();
+  return absl::InvalidArgumentError(status.message());
+}
+
+}  // namespace
+
+ReplicatedEngine::ReplicatedEngine(std::vector<DeviceEngine*> replicas,
                                    EngineMetrics& metrics)
     : replicas_(std::move(replicas)), metrics_(metrics) {
   PBS_CHECK(!replicas_.empty());
 }
 
-std::vector<EngineImpl*> ReplicatedEngine::ByLoad() const {
+std::vector<DeviceEngine*> ReplicatedEngine::ByLoad() const {
   using Key = std::tuple<double, int32_t, int64_t>;
-  std::vector<std::pair<Key, EngineImpl*>> loads;
-  for (EngineImpl* replica : replicas_) {
-    const EngineImpl::Load load = replica->load();
+  std::vector<std::pair<Key, DeviceEngine*>> loads;
+  for (DeviceEngine* replica : replicas_) {
+    const DeviceEngine::Load load = replica->load();
     loads.push_back(
         {{load.backlog.seconds, load.backlog.jobs, load.device_bytes_held}, replica});
   }
   std::stable_sort(loads.begin(), loads.end(), [](const auto& left, const auto& right) {
     return left.first < right.first;
   });
-  std::vector<EngineImpl*> sorted;
+  std::vector<DeviceEngine*> sorted;
   for (const auto& [key, replica] : loads) sorted.push_back(replica);
   return sorted;
 }
@@ -35,7 +49,7 @@ std::vector<EngineImpl*> ReplicatedEngine::ByLoad() const {
 template <class Reservation, class Reserve>
 absl::StatusOr<Reservation> ReplicatedEngine::ReserveSomewhere(const Reserve& reserve) {
   absl::Status refusal;
-  for (EngineImpl* replica : ByLoad()) {
+  for (DeviceEngine* replica : ByLoad()) {
     absl::StatusOr<Reservation> reserved = reserve(*replica);
     if (reserved.ok()) return reserved;
     if (refusal.ok() || absl::IsResourceExhausted(reserved.status())) {
@@ -48,17 +62,16 @@ absl::StatusOr<Reservation> ReplicatedEngine::ReserveSomewhere(const Reserve& re
   return CountRefusal(metrics_, refusal);
 }
 
-absl::StatusOr<JobReservation> ReplicatedEngine::ReserveAttend(
-    const AttentionProblem& problem, bool want_lse, bool want_order, bool want_lists) {
-  return ReserveSomewhere<JobReservation>([&](EngineImpl& replica) {
-    return replica.TryReserveAttend(problem, {want_lse, want_order, want_lists});
-  });
+absl::StatusOr<AttendReservation> ReplicatedEngine::ReserveAttend(
+    const AttentionProblem& problem, const AttendWanted& wanted) {
+  return ReserveSomewhere<AttendReservation>(
+      [&](DeviceEngine& replica) { return replica.ReserveAttend(problem, wanted); });
 }
 
 absl::StatusOr<PrefillReservation> ReplicatedEngine::ReservePrefill(
     const ServedModel& model, const PrefillNeeds& needs) {
   return ReserveSomewhere<PrefillReservation>(
-      [&](EngineImpl& replica) { return replica.TryReservePrefill(model, needs); });
+      [&](DeviceEngine& replica) { return replica.ReservePrefill(model, needs); });
 }
 
 std::optional<double> ReplicatedEngine::PredictPrefill(
@@ -110,7 +123,7 @@ void ReplicatedEngine::Drain(absl::AnyInvocable<void()> on_idle) {
     MutexLock lock(waiting->mutex);
     waiting->replicas = replicas_.size();
   }
-  for (EngineImpl* replica : replicas_) {
+  for (DeviceEngine* replica : replicas_) {
     replica->Drain([waiting] {
       {
         MutexLock lock(waiting->mutex);
@@ -123,7 +136,7 @@ void ReplicatedEngine::Drain(absl::AnyInvocable<void()> on_idle) {
 
 int32_t ReplicatedEngine::Shutdown() {
   int32_t cut = 0;
-  for (EngineImpl* replica : replicas_) cut += replica->executor().Shutdown();
+  for (DeviceEngine* replica : replicas_) cut += replica->executor().Shutdown();
   return cut;
 }
 

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "server/engine/engine.h"
-#include "server/engine/engine_impl.h"
+#include "server/engine/device_engine.h"
 #include "server/telemetry/server_metrics.h"
 
 namespace pbs::server {
@@ -22,11 +22,10 @@ class ReplicatedEngine final : public Engine {
  public:
   // `replicas` in the order of their numbers (EngineParts::replica), at least one;
   // borrowed.
-  ReplicatedEngine(std::vector<EngineImpl*> replicas, EngineMetrics& metrics);
+  ReplicatedEngine(std::vector<DeviceEngine*> replicas, EngineMetrics& metrics);
 
-  absl::StatusOr<JobReservation> ReserveAttend(const AttentionProblem& problem,
-                                               bool want_lse, bool want_order,
-                                               bool want_lists) override;
+  absl::StatusOr<AttendReservation> ReserveAttend(const AttentionProblem& problem,
+                                                  const AttendWanted& wanted) override;
   absl::StatusOr<PrefillReservation> ReservePrefill(const ServedModel& model,
                                                     const PrefillNeeds& needs) override;
   std::optional<double> PredictPrefill(const ServedModel& model, int32_t num_tokens,
@@ -45,7 +44,7 @@ class ReplicatedEngine final : public Engine {
 
  private:
   // The replicas, least loaded first.
-  std::vector<EngineImpl*> ByLoad() const;
+  std::vector<DeviceEngine*> ByLoad() const;
   // Reserves at the first replica that has the memory. If none has: ResourceExhausted
   // when some replica may have it later.
   template <class Reservation, class Reserve>
@@ -54,7 +53,7 @@ class ReplicatedEngine final : public Engine {
   absl::StatusOr<Admission> WithId(absl::StatusOr<Admission> admission,
                                    int32_t replica) const;
 
-  const std::vector<EngineImpl*> replicas_;
+  const std::vector<DeviceEngine*> replicas_;
   EngineMetrics& metrics_;
 };
 

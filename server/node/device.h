@@ -20,7 +20,7 @@
 #include "server/config/server_settings.h"
 #include "server/engine/byte_ledger.h"
 #include "server/engine/cost_model.h"
-#include "server/engine/engine_impl.h"
+#include "server/engine/device_engine.h"
 #include "server/telemetry/server_metrics.h"
 
 namespace pbs::server {
@@ -42,7 +42,7 @@ class Device {
          const ServerSettings& settings, const Shared& shared);
 
   Backend& backend() const { return *backend_; }
-  EngineImpl& engine() { return engine_; }
+  DeviceEngine& engine() { return engine_; }
   // Its name in metrics and logs: the number.
   std::string name() const { return std::to_string(number_); }
   bool has_memory() const { return ledger_.has_value(); }
@@ -70,7 +70,7 @@ class Device {
   const Shared shared_;
   const std::unique_ptr<Backend> backend_;
   std::optional<ByteLedger> ledger_;  // none where device memory is ordinary memory
-  EngineImpl engine_;
+  DeviceEngine engine_;
 };
 
 // The longest prompt that the server accepts for a model.

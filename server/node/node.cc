@@ -32,9 +32,9 @@ constexpr int64_t kDescriptorsForOthers = 128;
 constexpr absl::Duration kTrimInterval = absl::Seconds(5);
 constexpr int64_t kTrimBytesMin = 32 << 20;  // resident since the last time
 
-std::vector<EngineImpl*> EnginesOf(
+std::vector<DeviceEngine*> EnginesOf(
     const std::vector<std::unique_ptr<Device>>& devices) {
-  std::vector<EngineImpl*> engines;
+  std::vector<DeviceEngine*> engines;
   for (const auto& device : devices) engines.push_back(&device->engine());
   return engines;
 }

@@ -78,9 +78,8 @@ absl::Status AttendCall::TakeHeader(const v1::AttendHeader& header) {
   limits.tokens_max = service_.options.limits.attend_tokens_max;
   PBS_ABSL_ASSIGN_OR_RETURN(spec_, DecodeAttendHeader(header, limits));
   PBS_ABSL_ASSIGN_OR_RETURN(
-      JobReservation reservation,
-      service_.parts.engine.ReserveAttend(spec_->problem, spec_->want_lse,
-                                          spec_->want_order, spec_->want_lists));
+      AttendReservation reservation,
+      service_.parts.engine.ReserveAttend(spec_->problem, spec_->wanted));
   terms_.request_id = header.request_id();
   terms_.deadline = deadline_.time();
   PBS_ABSL_ASSIGN_OR_RETURN(

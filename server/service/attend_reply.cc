@@ -43,9 +43,9 @@ AttendReply::AttendReply(const AttendSpec& spec, const BackendFacts& backend,
   std::vector<int64_t> rows =
       spec.packed ? std::vector<int64_t>{heads, g.total_q}
                   : std::vector<int64_t>{batch, heads, g.sequences[0].q_len};
-  if (spec.want_lse) AddTensor(v1::LSE, v1::F32, rows, held_->result.lse.data());
-  if (spec.want_order) AddOrder(spec, g);
-  if (spec.want_lists) AddLists(g);
+  if (spec.wanted.lse) AddTensor(v1::LSE, v1::F32, rows, held_->result.lse.data());
+  if (spec.wanted.order) AddOrder(spec, g);
+  if (spec.wanted.lists) AddLists(g);
   if (spec.want_o) {
     rows.push_back(dim);
     AddTensor(v1::O, EncodeDType(spec.problem.dtype), rows, held_->result.o.data());

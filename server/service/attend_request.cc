@@ -326,14 +326,14 @@ absl::Status DecodeWant(const v1::AttendHeader& header, AttendSpec& spec) {
         spec.want_o = true;
         break;
       case v1::LSE:
-        spec.want_lse = true;
+        spec.wanted.lse = true;
         break;
       case v1::ORDER:
-        spec.want_order = true;
+        spec.wanted.order = true;
         break;
       case v1::LIST_OFFSETS:
       case v1::LIST_INDICES:
-        spec.want_lists = true;
+        spec.wanted.lists = true;
         break;
       default:
         return absl::InvalidArgumentError(absl::StrCat(

@@ -14,6 +14,7 @@
 #include "pbs/attention.h"
 #include "pbs/v1/attention.pb.h"
 #include "server/base/attention_options.h"
+#include "server/engine/attend_wanted.h"
 
 namespace pbs::server {
 
@@ -43,7 +44,8 @@ struct AttendSpec {
   RowLayout q_layout, kv_layout, o_layout, lse_layout, order_layout;
   std::vector<UploadSpec> uploads;
   std::optional<GeneratorSpec> generator;  // generates q, k and v instead of an upload
-  bool want_o = false, want_lse = false, want_order = false, want_lists = false;
+  bool want_o = false;
+  AttendWanted wanted;
   bool allow_non_finite = false;
   int32_t warmup = 0;
   int32_t repetitions = 1;

@@ -35,7 +35,7 @@ void* SequenceStart(HostBytes& bytes, const RowLayout& layout, int32_t sequence,
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<AttendUpload>> AttendUpload::Create(
-    AttendSpec spec, JobReservation reservation,
+    AttendSpec spec, AttendReservation reservation,
     const std::shared_ptr<BlockCache>& blocks) {
   auto upload = std::unique_ptr<AttendUpload>(
       new AttendUpload(std::move(spec), std::move(reservation)));
@@ -129,9 +129,7 @@ absl::StatusOr<AttendJob> AttendUpload::MakeJob(JobTerms terms,
   job.v = {std::move(Find(v1::V).bytes), spec_.kv_layout};
   job.o_layout = spec_.o_layout;
   job.lse_layout = spec_.lse_layout;
-  job.want_lse = spec_.want_lse;
-  job.want_order = spec_.want_order;
-  job.want_lists = spec_.want_lists;
+  job.wanted = spec_.wanted;
   job.warmup = spec_.warmup;
   job.repetitions = spec_.repetitions;
   job.problem = spec_.problem;

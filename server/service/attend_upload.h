@@ -28,7 +28,7 @@ class AttendUpload {
   // `reservation` is the engine's for `spec`. Memory of tensors comes from `blocks` and
   // returns to it. ResourceExhausted when the system refuses the memory.
   static absl::StatusOr<std::unique_ptr<AttendUpload>> Create(
-      AttendSpec spec, JobReservation reservation,
+      AttendSpec spec, AttendReservation reservation,
       const std::shared_ptr<BlockCache>& blocks);
 
   // Copies a chunk to its place and checks the new elements. Errors as
@@ -59,7 +59,7 @@ class AttendUpload {
     int64_t scanned = 0;  // elements known to be finite
   };
 
-  AttendUpload(AttendSpec spec, JobReservation reservation)
+  AttendUpload(AttendSpec spec, AttendReservation reservation)
       : spec_(std::move(spec)), reservation_(std::move(reservation)) {}
 
   absl::Status Allocate(const std::shared_ptr<BlockCache>& blocks);
@@ -68,7 +68,7 @@ class AttendUpload {
   Input& Find(v1::TensorName tensor);
 
   AttendSpec spec_;
-  JobReservation reservation_;
+  AttendReservation reservation_;
   std::array<Input, 6> inputs_ = {{{v1::Q, {}},
                                    {v1::K, {}},
                                    {v1::V, {}},

@@ -150,9 +150,10 @@ absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
           *model_,
           {.num_tokens = facts_.prompt_tokens,
            .attention = spec_.attention,
-           .num_logit_rows = static_cast<int32_t>(spec_.logit_positions.size()) + 1,
+           .logit_positions = spec_.logit_positions,
            .reply_bytes = result_bytes + buffer_bytes,
-           .query_layers = spec_.query_layers}));
+           .query_layers = spec_.query_layers,
+           .head_thresholds = spec_.head_thresholds}));
   facts_.planned_bytes = shape.bytes() + reserved.kv->queries().bytes() +
                          reserved.workspace.host.bytes() +
                          reserved.workspace.device.bytes() + reserved.reply.bytes();
@@ -179,8 +180,6 @@ absl::Status PrefillCall::Submit() {
   job.terms = {spec_.request_id, deadline_.time(), spec_.priority};
   job.model = model_;
   job.tokens = std::move(spec_.tokens);
-  job.attention = spec_.attention;
-  job.head_thresholds = spec_.head_thresholds;
   job.logit_positions = spec_.logit_positions;
   job.top_logits = spec_.top_logits;
   job.all_logits_last_token = spec_.all_logits_last_token;

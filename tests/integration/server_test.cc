@@ -309,7 +309,7 @@ TEST(ListenSpec, ATakenAddressIsSaidSo) {
   ServiceOptions options;
   options.listen = node.address();
   const auto second =
-      GrpcServer::Create(options, {node.engine, node.leases, node.ledger, node.metrics,
+      GrpcServer::Create(options, {node.engines, node.leases, node.ledger, node.metrics,
                                    *node.log, node.clock, node.timers});
   const std::string port = std::to_string(node.server->port());
   EXPECT_EQ(
@@ -333,7 +333,7 @@ TEST_P(BadOptionSpec, IsRefusedWithItsRange) {
   options.listen = "127.0.0.1:0";
   GetParam().change(options);
   const auto server =
-      GrpcServer::Create(options, {node.engine, node.leases, node.ledger, node.metrics,
+      GrpcServer::Create(options, {node.engines, node.leases, node.ledger, node.metrics,
                                    *node.log, node.clock, node.timers});
   EXPECT_EQ(server.status(), absl::InvalidArgumentError(GetParam().message));
 }
@@ -357,7 +357,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST(LogSpec, AMessageIsCutAsTheClientsIs) {
   TestNode node;
-  const ServiceParts parts = {node.engine, node.leases, node.ledger, node.metrics,
+  const ServiceParts parts = {node.engines, node.leases, node.ledger, node.metrics,
                               *node.log,   node.clock,  node.timers};
   const CallRecord record(parts, Rpc::kFetch);
   const grpc::Status sent =

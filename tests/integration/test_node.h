@@ -22,7 +22,8 @@
 #include "client/cpp/client.h"
 #include "pbs/cpu_backend.h"
 #include "server/base/random_id.h"
-#include "server/engine/engine_impl.h"
+#include "server/engine/device_engine.h"
+#include "server/engine/replicated_engine.h"
 #include "server/service/server.h"
 #include "server/transfer/lease_store.h"
 #include "tests/support/kv_arrays.h"
@@ -92,7 +93,7 @@ class TestNode {
         leases(options.leases, RandomU64(), clock, timers, metrics.kv) {
     options.service.listen = "127.0.0.1:0";
     auto created = GrpcServer::Create(
-        options.service, {engine, leases, ledger, metrics, *log, clock, timers});
+        options.service, {engines, leases, ledger, metrics, *log, clock, timers});
     EXPECT_TRUE(created.ok()) << created.status();
     server = *std::move(created);
     if (options.ready) {
@@ -168,7 +169,8 @@ class TestNode {
   ServerMetrics metrics{registry};
   ByteLedger ledger;
   CostModel costs;
-  EngineImpl engine;
+  DeviceEngine engine;
+  ReplicatedEngine engines{{&engine}, metrics.engine};
   LeaseStore leases;
   std::unique_ptr<GrpcServer> server;
   std::optional<ExecutorThread> executor_thread;

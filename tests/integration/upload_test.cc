@@ -115,7 +115,7 @@ class UploadNodeSpec : public testing::Test {
     return options;
   }
   ServiceContext context_{Options(),
-                          {node_.engine, node_.leases, node_.ledger, node_.metrics,
+                          {node_.engines, node_.leases, node_.ledger, node_.metrics,
                            *node_.log, node_.clock, node_.timers}};
   AttentionService attention_{context_};
   std::promise<void> release_;

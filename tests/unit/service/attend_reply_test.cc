@@ -26,7 +26,7 @@ AttendSpec SpecOf(int32_t batch) {
   AttendSpec spec;
   spec.problem.shape = {kHeads, kHeads, 32,
                         std::vector<SequenceShape>(batch, {kKeys, kKeys})};
-  spec.want_order = spec.want_lists = true;
+  spec.wanted.order = spec.wanted.lists = true;
   return spec;
 }
 

@@ -76,7 +76,7 @@ TEST(DecodeAttendSpec, ReadsADenseBatch) {
                                                     {v1::K, 2 * 2 * 400 * 64 * 2},
                                                     {v1::V, 2 * 2 * 400 * 64 * 2}}));
   EXPECT_TRUE(spec->want_o);
-  EXPECT_FALSE(spec->want_lse || spec->want_order || spec->want_lists);
+  EXPECT_FALSE(spec->wanted.lse || spec->wanted.order || spec->wanted.lists);
   EXPECT_EQ(spec->repetitions, 1);
   EXPECT_FALSE(spec->problem.options.dense_fallback);
 }
@@ -101,8 +101,8 @@ TEST(DecodeAttendSpec, ReadsPackedSequences) {
   EXPECT_EQ(spec->problem.shape.sequences[1].k_len, 600);
   EXPECT_EQ(spec->q_layout.Offset(1, 100, 2, 5), 2 * 700 * 64 + 105 * 64);
   EXPECT_FALSE(spec->want_o);
-  EXPECT_TRUE(spec->want_lse);
-  EXPECT_TRUE(spec->want_lists);
+  EXPECT_TRUE(spec->wanted.lse);
+  EXPECT_TRUE(spec->wanted.lists);
 }
 
 TEST(DecodeAttendSpec, PackedKeysMayHaveLengthsOfTheirOwn) {

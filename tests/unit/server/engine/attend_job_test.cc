@@ -49,8 +49,8 @@ class AttendJobSpec : public EngineFixture {
     job.v = {Copy(tensors.v.data, k_bytes), tensors.v.layout};
     job.o_layout = tensors.o.layout;
     job.lse_layout = tensors.lse.layout;
-    job.want_lse = job.want_order = job.want_lists = want_all;
-    auto reserved = engine_.ReserveAttend(job.problem, want_all, want_all, want_all);
+    job.wanted = {want_all, want_all, want_all};
+    auto reserved = engine_.ReserveAttend(job.problem, job.wanted);
     EXPECT_TRUE(reserved.ok()) << reserved.status();
     job.reservation = *std::move(reserved);
     return job;
@@ -178,7 +178,7 @@ TEST_F(AttendJobSpec, ANumericErrorOfTheBackendIsAStatusAndFreesEverything) {
 TEST_F(AttendJobSpec, AProblemThatCannotBePlannedIsRefusedBeforeItIsCharged) {
   AttentionProblem problem = Problem(SmallPbs());
   problem.shape.head_dim = 80;
-  const auto reserved = engine_.ReserveAttend(problem, true, true, true);
+  const auto reserved = engine_.ReserveAttend(problem, {true, true, true});
   EXPECT_EQ(reserved.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(reserved.status().message()), HasSubstr("head_dim 80"));
 }

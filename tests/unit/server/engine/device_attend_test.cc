@@ -42,17 +42,17 @@ class DeviceAttendSpec : public EngineFixture {
     on_device_.reset();
     device_ = std::make_unique<DeviceBackend>(std::move(plan));
     on_device_ =
-        std::make_unique<EngineImpl>(EngineOptions{.queue_requests_max = kQueueMax},
+        std::make_unique<DeviceEngine>(EngineOptions{.queue_requests_max = kQueueMax},
                                      EngineParts{*device_, ledger_, clock_, timers_,
                                                  metrics_, costs_, &device_ledger_});
   }
   ~DeviceAttendSpec() override { EXPECT_EQ(device_ledger_.bytes_held(), 0); }
 
-  AttendJob MakeJob(EngineImpl& engine, uint32_t seed = 1) {
+  AttendJob MakeJob(DeviceEngine& engine, uint32_t seed = 1) {
     AttendJob job;
     job.problem.shape = {2, 1, kHeadDim, {{kTokens, kTokens}}};
     job.problem.options = SmallPbs();
-    job.want_lse = job.want_order = job.want_lists = true;
+    job.wanted = {true, true, true};
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     for (auto [rows, heads] : {std::pair{&job.q, 2}, {&job.k, 1}, {&job.v, 1}}) {
@@ -63,7 +63,7 @@ class DeviceAttendSpec : public EngineFixture {
     }
     job.o_layout = PackedLayout(kTokens, kHeadDim);
     job.lse_layout = PackedLayout(kTokens, 1);
-    job.reservation = *engine.ReserveAttend(job.problem, true, true, true);
+    job.reservation = *engine.ReserveAttend(job.problem, job.wanted);
     return job;
   }
   JobId Submit(AttendListener& listener, uint32_t seed = 1) {
@@ -72,7 +72,7 @@ class DeviceAttendSpec : public EngineFixture {
     EXPECT_TRUE(admission.ok()) << admission.status();
     return admission->id;
   }
-  static void Run(EngineImpl& engine) {
+  static void Run(DeviceEngine& engine) {
     while (engine.executor().RunOneStep()) {
     }
   }
@@ -83,7 +83,7 @@ class DeviceAttendSpec : public EngineFixture {
     reached.get_future().wait();
   }
   // Runs `job` on both engines; the CPU's result.
-  AttendResult ExpectTheCpusBits(const std::function<AttendJob(EngineImpl&)>& make) {
+  AttendResult ExpectTheCpusBits(const std::function<AttendJob(DeviceEngine&)>& make) {
     AttendRecorder actual, expected;
     EXPECT_TRUE(on_device_->SubmitAttend(make(*on_device_), actual).ok());
     Run(*on_device_);
@@ -102,25 +102,25 @@ class DeviceAttendSpec : public EngineFixture {
   static constexpr int64_t kDeviceBytesMax = 64 << 20;
   ByteLedger device_ledger_{kDeviceBytesMax};
   std::unique_ptr<DeviceBackend> device_;
-  std::unique_ptr<EngineImpl> on_device_;
+  std::unique_ptr<DeviceEngine> on_device_;
   AttendRecorder listener_;
 };
 
 TEST_F(DeviceAttendSpec, GivesTheCpusBits) {
   Open();
-  ExpectTheCpusBits([&](EngineImpl& engine) { return MakeJob(engine); });
+  ExpectTheCpusBits([&](DeviceEngine& engine) { return MakeJob(engine); });
 }
 
 TEST_F(DeviceAttendSpec, ReadsGivenOrdersAndLists) {
   Open();
   const AttendResult chosen =
-      ExpectTheCpusBits([&](EngineImpl& engine) { return MakeJob(engine); });
+      ExpectTheCpusBits([&](DeviceEngine& engine) { return MakeJob(engine); });
   const auto& order = chosen.report.order;
   const auto order_bytes = static_cast<int64_t>(order.size() * sizeof(int32_t));
-  const AttendResult again = ExpectTheCpusBits([&](EngineImpl& engine) {
+  const AttendResult again = ExpectTheCpusBits([&](DeviceEngine& engine) {
     AttendJob job = MakeJob(engine);
     job.problem.options.use_given_order = job.problem.options.use_given_lists = true;
-    job.reservation = *engine.ReserveAttend(job.problem, true, true, true);
+    job.reservation = *engine.ReserveAttend(job.problem, job.wanted);
     job.order = {*HostBytes::Allocate(order_bytes), PackedLayout(kTokens, 1)};
     std::memcpy(job.order.bytes.data(), order.data(), static_cast<size_t>(order_bytes));
     job.lists = chosen.report.lists;

@@ -34,7 +34,7 @@ class DeviceMemorySpec : public EngineFixture {
     model_.replicas.push_back(*Model::Load(folder_.path(), {}, *device_));
     model_.tokens_max = model_.model().config().max_tokens;
     on_device_ =
-        std::make_unique<EngineImpl>(EngineOptions{.queue_requests_max = kQueueMax},
+        std::make_unique<DeviceEngine>(EngineOptions{.queue_requests_max = kQueueMax},
                                      EngineParts{*device_, ledger_, clock_, timers_,
                                                  metrics_, costs_, &device_ledger_});
   }
@@ -44,9 +44,8 @@ class DeviceMemorySpec : public EngineFixture {
     PrefillJob job;
     job.model = &model_;
     job.tokens = Tokens(num_tokens);
-    job.attention = attention;
     job.all_logits_last_token = true;
-    auto reserved = on_device_->ReservePrefill(model_, {num_tokens, attention, 1});
+    auto reserved = on_device_->ReservePrefill(model_, {num_tokens, attention});
     EXPECT_TRUE(reserved.ok()) << reserved.status();
     job.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);
@@ -62,7 +61,7 @@ class DeviceMemorySpec : public EngineFixture {
   ByteLedger device_ledger_{kDeviceBytesMax};
   std::unique_ptr<DeviceBackend> device_;
   ServedModel model_;
-  std::unique_ptr<EngineImpl> on_device_;
+  std::unique_ptr<DeviceEngine> on_device_;
   PrefillRecorder listener_;
 };
 
@@ -215,8 +214,8 @@ TEST_F(DeviceMemorySpec, CancellingGivesBackBothKindsOfMemory) {
 
 TEST_F(DeviceMemorySpec, WhatCannotFitTheDeviceIsRefusedByItsLedger) {
   Open();
-  const auto refused = on_device_->ReservePrefill(model_, {8000, Dense(), 1});
-  EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
+  const auto refused = on_device_->ReservePrefill(model_, {8000, Dense()});
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kOutOfRange);
   EXPECT_EQ(ledger_.bytes_held(), 0);
 }
 

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "pbs/cpu_backend.h"
-#include "server/engine/engine_impl.h"
+#include "server/engine/device_engine.h"
 #include "tests/support/tiny_model.h"
 
 namespace pbs::server {
@@ -105,7 +105,6 @@ class EngineFixture : public testing::Test {
     PrefillJob job;
     job.model = &TestModel::Get();
     job.tokens = Tokens(num_tokens);
-    job.attention = attention;
     auto reserved = engine_.ReservePrefill(*job.model, {num_tokens, attention});
     EXPECT_TRUE(reserved.ok()) << reserved.status();
     job.kv = std::move(reserved->kv);
@@ -139,7 +138,7 @@ class EngineFixture : public testing::Test {
   ServerMetrics metrics_{registry_};
   ByteLedger ledger_{kBytesMax};
   CostModel costs_;
-  EngineImpl engine_{
+  DeviceEngine engine_{
       {.queue_requests_max = kQueueMax},
       {TestModel::TheBackend(), ledger_, clock_, timers_, metrics_, costs_}};
 };

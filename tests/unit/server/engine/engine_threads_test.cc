@@ -34,12 +34,11 @@ class EngineThreads : public EngineFixture {
   // Submits prefills, cancels some of them, follows the cache of others.
   void RunClient(int client) {
     for (int i = 0; i < kPrefillsPerClient; ++i) {
-      auto reserved = engine_.ReservePrefill(TestModel::Get(), {40, SmallPbs(), 1});
+      auto reserved = engine_.ReservePrefill(TestModel::Get(), {40, SmallPbs()});
       if (!reserved.ok()) continue;
       PrefillJob job;
       job.model = &TestModel::Get();
       job.tokens = Tokens(40);
-      job.attention = SmallPbs();
       job.terms.priority = i % 2;
       job.kv = reserved->kv;
       job.reservation = std::move(reserved->workspace);

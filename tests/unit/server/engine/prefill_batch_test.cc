@@ -27,7 +27,7 @@ class PrefillBatchSpec : public EngineFixture,
     model_.name = "tiny";
     model_.replicas.push_back(*Model::Load(folder_.path(), {}, backend));
     model_.tokens_max = model_.model().config().max_tokens;
-    batching_ = std::make_unique<EngineImpl>(
+    batching_ = std::make_unique<DeviceEngine>(
         EngineOptions{.queue_requests_max = 64, .batch = kLimits},
         EngineParts{backend, ledger_, clock_, timers_, metrics_, costs_,
                     device_ != nullptr ? &device_ledger_ : nullptr});
@@ -46,13 +46,11 @@ class PrefillBatchSpec : public EngineFixture,
     PrefillJob job;
     job.model = &model_;
     job.tokens = prompt.tokens = Tokens(num_tokens, seed);
-    job.attention = attention;
     job.all_logits_last_token = true;
     job.top_logits = 2;
     job.logit_positions = logit_positions;
-    auto reserved = batching_->ReservePrefill(
-        model_,
-        {num_tokens, attention, 1 + static_cast<int32_t>(logit_positions.size())});
+    auto reserved =
+        batching_->ReservePrefill(model_, {num_tokens, attention, logit_positions});
     ASSERT_TRUE(reserved.ok()) << reserved.status();
     job.kv = prompt.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);
@@ -70,14 +68,12 @@ class PrefillBatchSpec : public EngineFixture,
     PrefillJob job;
     job.model = &TestModel::Get();
     job.tokens = prompt.tokens;
-    job.attention = attention;
     job.all_logits_last_token = true;
     job.top_logits = 2;
     job.logit_positions = logit_positions;
     const auto num_tokens = static_cast<int32_t>(prompt.tokens.size());
-    auto reserved = engine_.ReservePrefill(
-        *job.model,
-        {num_tokens, attention, 1 + static_cast<int32_t>(logit_positions.size())});
+    auto reserved =
+        engine_.ReservePrefill(*job.model, {num_tokens, attention, logit_positions});
     job.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);
     const std::shared_ptr<HeldKv> kv = job.kv;
@@ -123,7 +119,7 @@ class PrefillBatchSpec : public EngineFixture,
   ByteLedger device_ledger_{kDeviceBytesMax};
   std::unique_ptr<testing_support::DeviceBackend> device_;
   ServedModel model_;
-  std::unique_ptr<EngineImpl> batching_;
+  std::unique_ptr<DeviceEngine> batching_;
   Submitted a_, b_, c_, d_;
 };
 

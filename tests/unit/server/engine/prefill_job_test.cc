@@ -53,7 +53,7 @@ TEST_F(PrefillJobSpec, PublishesLayerByLayerAndCompletesOnce) {
 TEST_F(PrefillJobSpec, GivesTheModelsOwnLogits) {
   PrefillJob job = MakePrefill(50);
   job.all_logits_last_token = true;
-  const std::vector<float> expected = LogitsOf(job.tokens, job.attention);
+  const std::vector<float> expected = LogitsOf(job.tokens, Dense());
   ASSERT_TRUE(engine_.SubmitPrefill(std::move(job), listener_).ok());
   RunAll();
   ASSERT_TRUE(listener_.result.ok()) << listener_.result.status();
@@ -66,7 +66,7 @@ TEST_F(PrefillJobSpec, GivesTheBestTokensOfTheLastAndOfAskedPositions) {
   PrefillJob job = MakePrefill(40);
   job.reservation.Reset();
   job.kv.reset();
-  auto reserved = engine_.ReservePrefill(*job.model, {40, job.attention, 2});
+  auto reserved = engine_.ReservePrefill(*job.model, {40, Dense(), {9}});
   ASSERT_TRUE(reserved.ok());
   job.kv = std::move(reserved->kv);
   job.reservation = std::move(reserved->workspace);
@@ -134,7 +134,7 @@ TEST_F(PrefillJobSpec, CountsTheWaitFromAdmission) {
 TEST_F(PrefillJobSpec, AnOvertakenPrefillGivesTheSameBits) {
   PrefillJob slow = MakePrefill(150, SmallPbs());
   slow.all_logits_last_token = true;
-  const std::vector<float> expected = LogitsOf(slow.tokens, slow.attention);
+  const std::vector<float> expected = LogitsOf(slow.tokens, SmallPbs());
   PrefillRecorder urgent_listener;
   ASSERT_TRUE(engine_.SubmitPrefill(std::move(slow), listener_).ok());
   RunSteps(1);
@@ -173,22 +173,20 @@ TEST_F(PrefillJobSpec, TheLastOwnerOfACacheFreesIt) {
   EXPECT_EQ(metrics_.kv.Held(Tier::kHost).Value(), 0);
 }
 
-TEST_F(PrefillJobSpec, WhatCouldNeverFitIsInvalidAndAllocatesNothing) {
+TEST_F(PrefillJobSpec, WhatCouldNeverFitIsOutOfRangeAndAllocatesNothing) {
   ByteLedger tiny(1000);
-  EngineImpl engine({},
+  DeviceEngine engine({},
                     {TestModel::TheBackend(), tiny, clock_, timers_, metrics_, costs_});
-  const auto refused = engine.ReservePrefill(TestModel::Get(), {100, Dense(), 1});
-  EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
+  const auto refused = engine.ReservePrefill(TestModel::Get(), {100, Dense()});
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kOutOfRange);
   EXPECT_THAT(std::string(refused.status().message()),
               HasSubstr("more than memory_bytes_max 1000"));
-  EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kTooLarge).Value(), 1);
 }
 
 TEST_F(PrefillJobSpec, WhatDoesNotFitNowSaysTryAgain) {
   const ByteReservation others = *ledger_.Reserve(kBytesMax - 1000);
-  const auto refused = engine_.ReservePrefill(TestModel::Get(), {100, Dense(), 1});
+  const auto refused = engine_.ReservePrefill(TestModel::Get(), {100, Dense()});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kMemory).Value(), 1);
 }
 
 TEST_F(PrefillJobSpec, AReservationForAnotherShapeIsOurFault) {

@@ -15,12 +15,11 @@ using testing::HasSubstr;
 
 class QueryCaptureSpec : public EngineFixture {
  protected:
-  static PrefillJob MakeJob(Engine& engine, const ServedModel& model,
+  static PrefillJob MakeJob(DeviceEngine& engine, const ServedModel& model,
                             int32_t num_tokens, std::vector<int32_t> layers) {
     PrefillJob job;
     job.model = &model;
     job.tokens = Tokens(num_tokens);
-    job.attention = Dense();
     auto reserved = engine.ReservePrefill(model, {.num_tokens = num_tokens,
                                                   .attention = Dense(),
                                                   .query_layers = std::move(layers)});
@@ -53,16 +52,16 @@ TEST_F(QueryCaptureSpec, QueriesAreChargedWithTheCacheAndFreedWithIt) {
   EXPECT_EQ(metrics_.kv.Held(Tier::kHost).Value(), 0);
 }
 
-TEST_F(QueryCaptureSpec, QueriesThatCouldNeverFitAreInvalidAndHoldNothing) {
+TEST_F(QueryCaptureSpec, QueriesThatCouldNeverFitAreOutOfRangeAndHoldNothing) {
   const Model& model = TestModel::Get().model();
   ByteLedger exact(MakePrefill(100).reservation.host.bytes() +
                    model.kv_shape(100).bytes());
-  EngineImpl engine(
+  DeviceEngine engine(
       {}, {TestModel::TheBackend(), exact, clock_, timers_, metrics_, costs_});
   EXPECT_TRUE(engine.ReservePrefill(TestModel::Get(), {100, Dense()}).ok());
   const auto refused = engine.ReservePrefill(
       TestModel::Get(), {.num_tokens = 100, .attention = Dense(), .query_layers = {1}});
-  EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kOutOfRange);
   EXPECT_THAT(std::string(refused.status().message()),
               HasSubstr("more than memory_bytes_max"));
   EXPECT_EQ(exact.bytes_held(), 0);
@@ -86,7 +85,7 @@ TEST_F(QueryCaptureSpec, ADeviceCapturesWhatTheCpuCaptures) {
   model.name = "tiny";
   model.replicas.push_back(*Model::Load(folder.path(), {}, device));
   model.tokens_max = model.model().config().max_tokens;
-  EngineImpl on_device({.queue_requests_max = 1}, {device, ledger_, clock_, timers_,
+  DeviceEngine on_device({.queue_requests_max = 1}, {device, ledger_, clock_, timers_,
                                                    metrics_, costs_, &device_ledger});
   PrefillJob job = MakeJob(on_device, model, 40, {0, 1, 2});
   PrefillJob same = MakeJob(engine_, TestModel::Get(), 40, {0, 1, 2});
@@ -109,7 +108,7 @@ TEST_F(QueryCaptureSpec, ADeviceCapturesWhatTheCpuCaptures) {
 }
 
 TEST_F(QueryCaptureSpec, APromptThatCapturesSharesNoRun) {
-  EngineImpl batching(
+  DeviceEngine batching(
       {.queue_requests_max = 4, .batch = {.tokens_max = 200, .prompt_tokens_max = 90}},
       {TestModel::TheBackend(), ledger_, clock_, timers_, metrics_, costs_});
   PrefillRecorder other;

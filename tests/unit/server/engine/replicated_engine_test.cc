@@ -24,11 +24,11 @@ class ReplicatedEngineSpec : public EngineFixture {
  protected:
   ReplicatedEngineSpec() {
     model_.name = "tiny";
-    std::vector<EngineImpl*> engines;
+    std::vector<DeviceEngine*> engines;
     for (int32_t i = 0; i < kReplicas; ++i) {
       auto& replica = replicas_[static_cast<size_t>(i)];
       model_.replicas.push_back(*Model::Load(folder_.path(), {}, replica.backend));
-      replica.engine = std::make_unique<EngineImpl>(
+      replica.engine = std::make_unique<DeviceEngine>(
           EngineOptions{.queue_requests_max = kQueueMax},
           EngineParts{replica.backend, ledger_, clock_, timers_, metrics_, costs_,
                       &replica.ledger, i});
@@ -45,8 +45,7 @@ class ReplicatedEngineSpec : public EngineFixture {
     PrefillJob job;
     job.model = &model_;
     job.tokens = Tokens(num_tokens);
-    job.attention = Dense();
-    auto reserved = replicated_->ReservePrefill(model_, {num_tokens, Dense(), 1});
+    auto reserved = replicated_->ReservePrefill(model_, {num_tokens, Dense()});
     EXPECT_TRUE(reserved.ok()) << reserved.status();
     job.kv = std::move(reserved->kv);
     job.reservation = std::move(reserved->workspace);
@@ -79,7 +78,7 @@ class ReplicatedEngineSpec : public EngineFixture {
   struct Replica {
     DeviceBackend backend;
     ByteLedger ledger{kDeviceBytesMax};
-    std::unique_ptr<EngineImpl> engine;
+    std::unique_ptr<DeviceEngine> engine;
   };
   testing_support::TinyModelFolder folder_;
   std::array<Replica, kReplicas> replicas_;
@@ -126,13 +125,13 @@ TEST_F(ReplicatedEngineSpec, ADeviceWithoutRoomIsPassedOver) {
   EXPECT_EQ(Submit(10, a_), 2);
   RunAllReplicas();
   auto filled_last = *replicas_[2].ledger.Reserve(kDeviceBytesMax);
-  const auto refused = replicated_->ReservePrefill(model_, {10, Dense(), 1});
+  const auto refused = replicated_->ReservePrefill(model_, {10, Dense()});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kMemory).Value(), 1);
 }
 
 TEST_F(ReplicatedEngineSpec, WhatFitsNoDeviceIsRefusedOnce) {
-  const auto refused = replicated_->ReservePrefill(model_, {2000, Dense(), 1});
+  const auto refused = replicated_->ReservePrefill(model_, {2000, Dense()});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(refused.status().message()),
               HasSubstr("memory_bytes_max 1048576"));
@@ -146,7 +145,7 @@ TEST_F(ReplicatedEngineSpec, WhatIsTooLargeForOneDeviceGoesToALargerOne) {
   EXPECT_EQ(metrics_.engine.Rejected(RejectReason::kTooLarge).Value(), 0);
   auto filled = *replicas_[1].ledger.Reserve(replicas_[1].ledger.bytes_max() -
                                              replicas_[1].ledger.bytes_held());
-  const auto later = replicated_->ReservePrefill(model_, {10, Dense(), 1});
+  const auto later = replicated_->ReservePrefill(model_, {10, Dense()});
   EXPECT_EQ(later.status().code(), absl::StatusCode::kResourceExhausted)
       << "one of them will have room";
   RunAllReplicas();
@@ -167,7 +166,7 @@ TEST_F(ReplicatedEngineSpec, RawAttentionTakesItsTurnToo) {
   problem.shape = {2, 1, 64, {{100, 100}}};
   problem.options = Dense();
   Submit(10, a_);
-  const auto reserved = replicated_->ReserveAttend(problem, false, false, false);
+  const auto reserved = replicated_->ReserveAttend(problem, {});
   ASSERT_TRUE(reserved.ok()) << reserved.status();
   EXPECT_EQ(reserved->replica, 1);
   RunAllReplicas();

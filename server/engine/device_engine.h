@@ -1,6 +1,6 @@
-// The engine on one backend, alone or as one of several replicas.
+// What the engine is on one device: one of its replicas.
 //
-//   Reserve*: plan and charge       Submit*: plan again, predict, hand to the executor
+//   Reserve*: plan and charge       Submit*: predict, hand to the executor
 //
 // Threading and memory: as Engine. The backend is used by the executor's thread; from
 // other threads only to plan, to allocate and to upload, which every backend allows.
@@ -47,12 +47,9 @@ struct EngineOptions {
   BatchLimits batch = {};
 };
 
-// Counts a refused reservation and changes its code OutOfRange to InvalidArgument.
-absl::Status CountRefusal(EngineMetrics& metrics, const absl::Status& status);
-
-class EngineImpl final : public Engine {
+class DeviceEngine {
  public:
-  EngineImpl(const EngineOptions& options, const EngineParts& parts);
+  DeviceEngine(const EngineOptions& options, const EngineParts& parts);
 
   // An ExecutorThread runs it; a test calls RunOneStep() itself.
   Executor& executor() { return executor_; }
@@ -64,28 +61,22 @@ class EngineImpl final : public Engine {
   };
   Load load() const;
 
-  // As Reserve*(), but a refusal is not counted, because another replica may accept the
-  // job. Bytes that could never fit are OutOfRange.
-  absl::StatusOr<JobReservation> TryReserveAttend(const AttentionProblem& problem,
+  // As those of Engine. A refusal is not counted, because another replica may accept the
+  // job, and bytes that could never fit are OutOfRange.
+  absl::StatusOr<AttendReservation> ReserveAttend(const AttentionProblem& problem,
                                                   const AttendWanted& wanted);
-  absl::StatusOr<PrefillReservation> TryReservePrefill(const ServedModel& model,
-                                                       const PrefillNeeds& needs);
-
-  absl::StatusOr<JobReservation> ReserveAttend(const AttentionProblem& problem,
-                                               bool want_lse, bool want_order,
-                                               bool want_lists) override;
   absl::StatusOr<PrefillReservation> ReservePrefill(const ServedModel& model,
-                                                    const PrefillNeeds& needs) override;
+                                                    const PrefillNeeds& needs);
+
+  // As those of Engine.
   std::optional<double> PredictPrefill(const ServedModel& model, int32_t num_tokens,
                                        const AttentionOptions& attention,
                                        std::span<const float> head_thresholds,
-                                       const JobTerms& terms) const override;
-  absl::StatusOr<Admission> SubmitAttend(AttendJob job,
-                                         AttendListener& listener) override;
-  absl::StatusOr<Admission> SubmitPrefill(PrefillJob job,
-                                          PrefillListener& listener) override;
-  void Cancel(JobId id, CancelReason reason) override { executor_.Cancel(id, reason); }
-  void Drain(absl::AnyInvocable<void()> on_idle) override {
+                                       const JobTerms& terms) const;
+  absl::StatusOr<Admission> SubmitAttend(AttendJob job, AttendListener& listener);
+  absl::StatusOr<Admission> SubmitPrefill(PrefillJob job, PrefillListener& listener);
+  void Cancel(JobId id, CancelReason reason) { executor_.Cancel(id, reason); }
+  void Drain(absl::AnyInvocable<void()> on_idle) {
     executor_.Drain(std::move(on_idle));
   }
 

@@ -1,4 +1,4 @@
-#include "server/engine/engine_impl.h"
+#include "server/engine/device_engine.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -28,7 +28,7 @@ absl::StatusOr<ByteReservation> Charge(ByteLedger& ledger, int64_t bytes) {
 
 }  // namespace
 
-EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
+DeviceEngine::DeviceEngine(const EngineOptions& options, const EngineParts& parts)
     : parts_(parts),
       batch_(options.batch),
       executor_({.queue_requests_max = options.queue_requests_max,
@@ -41,16 +41,7 @@ EngineImpl::EngineImpl(const EngineOptions& options, const EngineParts& parts)
       static_cast<double>(parts_.ledger.bytes_max()));
 }
 
-absl::Status CountRefusal(EngineMetrics& metrics, const absl::Status& status) {
-  if (absl::IsResourceExhausted(status)) {
-    metrics.Rejected(RejectReason::kMemory).Increment();
-  }
-  if (!absl::IsOutOfRange(status)) return status;
-  metrics.Rejected(RejectReason::kTooLarge).Increment();
-  return absl::InvalidArgumentError(status.message());
-}
-
-EngineImpl::Load EngineImpl::load() const {
+DeviceEngine::Load DeviceEngine::load() const {
   return {.backlog = executor_.backlog(),
           .device_bytes_held =
               has_device_memory() ? parts_.device_ledger->bytes_held() : 0};
@@ -58,19 +49,11 @@ EngineImpl::Load EngineImpl::load() const {
 
 // ---- raw attention
 
-absl::StatusOr<JobReservation> EngineImpl::ReserveAttend(
-    const AttentionProblem& problem, bool want_lse, bool want_order, bool want_lists) {
-  auto reserved = TryReserveAttend(problem, {want_lse, want_order, want_lists});
-  if (reserved.ok()) return reserved;
-  return CountRefusal(parts_.metrics.engine, reserved.status());
-}
-
-absl::StatusOr<JobReservation> EngineImpl::TryReserveAttend(
+absl::StatusOr<AttendReservation> DeviceEngine::ReserveAttend(
     const AttentionProblem& problem, const AttendWanted& wanted) {
-  PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<AttentionPlan> plan,
-                            ToAbsl(parts_.backend.Plan(problem)));
-  const AttendBytes bytes = BytesOfAttend(*plan, wanted);
-  JobReservation reservation;
+  AttendReservation reservation;
+  PBS_ABSL_ASSIGN_OR_RETURN(reservation.plan, ToAbsl(parts_.backend.Plan(problem)));
+  const AttendBytes bytes = BytesOfAttend(*reservation.plan, wanted);
   reservation.replica = parts_.replica;
   if (has_device_memory()) {
     PBS_ABSL_ASSIGN_OR_RETURN(reservation.device,
@@ -82,21 +65,20 @@ absl::StatusOr<JobReservation> EngineImpl::TryReserveAttend(
   return reservation;
 }
 
-absl::StatusOr<Admission> EngineImpl::SubmitAttend(AttendJob job,
+absl::StatusOr<Admission> DeviceEngine::SubmitAttend(AttendJob job,
                                                    AttendListener& listener) {
-  PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<AttentionPlan> plan,
-                            ToAbsl(parts_.backend.Plan(job.problem)));
+  PBS_CHECK(job.reservation.plan != nullptr);
   const JobTerms terms = job.terms;
   JobSize size;
   size.prediction = parts_.costs.Predict(AttendCostKey(job.problem),
-                                         AttendWork(plan->geometry, NumRuns(job)),
+                                         AttendWork(job.reservation.plan->geometry,
+                                                    NumRuns(job)),
                                          parts_.clock.Now());
   size.num_steps = NumRuns(job);
   const AttendTask::Parts task_parts = {parts_.backend, parts_.costs,
                                         parts_.metrics.engine, parts_.clock,
                                         uploads_ ? &*uploads_ : nullptr};
-  auto task = std::make_unique<AttendTask>(task_parts, std::move(job), std::move(plan),
-                                           listener);
+  auto task = std::make_unique<AttendTask>(task_parts, std::move(job), listener);
   const UploadId upload = uploads_ ? task->upload_id() : 0;
   absl::StatusOr<Admission> admission = executor_.Submit(terms, size, std::move(task));
   if (uploads_ && admission.ok()) uploads_->Begin(upload);
@@ -106,7 +88,7 @@ absl::StatusOr<Admission> EngineImpl::SubmitAttend(AttendJob job,
 // ---- prefill
 
 // The cache counts as held until its last owner lets go. shared_ptr: see held_kv.h.
-std::shared_ptr<HeldKv> EngineImpl::Hold(KvCache cache, CapturedQueries queries,
+std::shared_ptr<HeldKv> DeviceEngine::Hold(KvCache cache, CapturedQueries queries,
                                          ByteReservation bytes) {
   prometheus::Gauge& gauge = parts_.metrics.kv.Held(Tier::kHost);
   const auto held = static_cast<double>(bytes.bytes());
@@ -119,28 +101,22 @@ std::shared_ptr<HeldKv> EngineImpl::Hold(KvCache cache, CapturedQueries queries,
       });
 }
 
-absl::StatusOr<PrefillReservation> EngineImpl::ReservePrefill(
-    const ServedModel& model, const PrefillNeeds& needs) {
-  auto reserved = TryReservePrefill(model, needs);
-  if (reserved.ok()) return reserved;
-  return CountRefusal(parts_.metrics.engine, reserved.status());
-}
-
-const Model& EngineImpl::ReplicaOf(const ServedModel& served) const {
+const Model& DeviceEngine::ReplicaOf(const ServedModel& served) const {
   const Model& model = *served.replicas.at(static_cast<size_t>(parts_.replica));
   PBS_CHECK(&model.backend() == &parts_.backend);
   return model;
 }
 
-absl::StatusOr<PrefillReservation> EngineImpl::TryReservePrefill(
+absl::StatusOr<PrefillReservation> DeviceEngine::ReservePrefill(
     const ServedModel& served, const PrefillNeeds& needs) {
   const Model& model = ReplicaOf(served);
-  // Which rows does not matter to the plan's size.
-  const std::vector<int32_t> rows(static_cast<size_t>(needs.num_logit_rows), 0);
-  PBS_ABSL_ASSIGN_OR_RETURN(const PrefillPlan plan,
-                            ToAbsl(PlanPrefill(model, {.num_tokens = needs.num_tokens,
-                                                       .attention = needs.attention,
-                                                       .logit_rows = rows})));
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      PrefillPlan plan,
+      ToAbsl(PlanPrefill(
+          model, {.num_tokens = needs.num_tokens,
+                  .attention = needs.attention,
+                  .logit_rows = LogitRows(needs.logit_positions, needs.num_tokens),
+                  .head_thresholds = needs.head_thresholds})));
   const KvShape shape = model.kv_shape(needs.num_tokens);
   const QueryShape query_shape = model.query_shape(needs.num_tokens);
   const int64_t held_bytes =
@@ -149,7 +125,8 @@ absl::StatusOr<PrefillReservation> EngineImpl::TryReservePrefill(
   reservation.workspace.replica = parts_.replica;
   const bool may_share = needs.query_layers.empty() &&
                          MayShareRun(batch_, needs.num_tokens, needs.attention);
-  GroupBytes bytes = BytesOfGroup(model, plan, may_share);
+  const GroupBytes bytes = BytesOfGroup(model, plan, may_share);
+  reservation.workspace.plan = std::move(plan);
   const int64_t workspace = bytes.host + LogitScratchBytes(model);
   if (has_device_memory()) {
     PBS_ABSL_ASSIGN_OR_RETURN(reservation.workspace.device,
@@ -171,7 +148,7 @@ absl::StatusOr<PrefillReservation> EngineImpl::TryReservePrefill(
   return reservation;
 }
 
-JobSize EngineImpl::SizeOfPrefill(const ServedModel& model, int32_t num_tokens,
+JobSize DeviceEngine::SizeOfPrefill(const ServedModel& model, int32_t num_tokens,
                                   const AttentionOptions& attention,
                                   std::span<const float> head_thresholds) const {
   JobSize size;
@@ -184,7 +161,7 @@ JobSize EngineImpl::SizeOfPrefill(const ServedModel& model, int32_t num_tokens,
   return size;
 }
 
-std::optional<double> EngineImpl::PredictPrefill(const ServedModel& model,
+std::optional<double> DeviceEngine::PredictPrefill(const ServedModel& model,
                                                  int32_t num_tokens,
                                                  const AttentionOptions& attention,
                                                  std::span<const float> head_thresholds,
@@ -193,31 +170,26 @@ std::optional<double> EngineImpl::PredictPrefill(const ServedModel& model,
       terms, SizeOfPrefill(model, num_tokens, attention, head_thresholds));
 }
 
-absl::StatusOr<Admission> EngineImpl::SubmitPrefill(PrefillJob job,
+absl::StatusOr<Admission> DeviceEngine::SubmitPrefill(PrefillJob job,
                                                     PrefillListener& listener) {
   const Model& model = ReplicaOf(*job.model);
+  PBS_CHECK(job.reservation.plan.has_value());
+  const PrefillProblem& problem = job.reservation.plan->problem;
   const auto num_tokens = static_cast<int32_t>(job.tokens.size());
-  PBS_ABSL_ASSIGN_OR_RETURN(
-      PrefillPlan plan,
-      ToAbsl(PlanPrefill(model, {.num_tokens = num_tokens,
-                                 .attention = job.attention,
-                                 .logit_rows = LogitRows(job),
-                                 .head_thresholds = job.head_thresholds})));
-  const ByteReservation& reserved =
-      has_device_memory() ? job.reservation.device : job.reservation.host;
-  if (plan.workspace_bytes > reserved.bytes()) {
+  if (problem.num_tokens != num_tokens ||
+      problem.logit_rows != LogitRows(job.logit_positions, num_tokens)) {
     return absl::InternalError("the prefill was reserved with another shape");
   }
   const JobTerms terms = job.terms;
-  const JobSize size =
-      SizeOfPrefill(*job.model, num_tokens, job.attention, job.head_thresholds);
+  const JobSize size = SizeOfPrefill(*job.model, num_tokens, problem.attention,
+                                     problem.head_thresholds);
   const PrefillTask::Parts task_parts = {model, parts_.costs, parts_.metrics.engine,
                                          parts_.clock, batch_};
   const std::shared_ptr<HeldKv> kv = job.kv;
   absl::StatusOr<Admission> admission =
       executor_.Submit(terms, size,
                        std::make_unique<PrefillTask>(task_parts, std::move(job),
-                                                     std::move(plan), listener));
+                                                     listener));
   // Whoever follows the cache already must not wait for layers that will never come.
   if (!admission.ok()) kv->Finish(admission.status());
   return admission;
