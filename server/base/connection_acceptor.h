@@ -5,8 +5,8 @@
 // closed at once, so that its peer can try another server. It accepts again as soon as
 // other connections have closed.
 //
-// Threading: one thread of its own, which calls `take` and `on_full`. Stop and destroy it
-// from another thread. Memory: 16 bytes per open connection.
+// Threading: one thread of its own, which calls `take` and `on_full`. Stop and destroy
+// it from another thread. Memory: 16 bytes per open connection.
 #pragma once
 
 #include <cstdint>

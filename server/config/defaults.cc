@@ -1,7 +1,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "server/base/attention_options.h"
+#include "server/codec/attention_options.h"
 #include "server/config/server_settings.h"
 
 namespace pbs::server {

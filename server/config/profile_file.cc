@@ -11,11 +11,11 @@
 #include "absl/strings/str_cat.h"
 #include "pbs/attention.h"
 #include "pbs/v1/profile.pb.h"
-#include "server/base/attention_options.h"
 #include "server/base/status.h"
+#include "server/codec/attention_options.h"
+#include "server/codec/thresholds_digest.h"
 #include "server/config/names.h"
 #include "server/config/text_file.h"
-#include "server/transfer/thresholds_digest.h"
 
 namespace pbs::server {
 namespace {

@@ -9,7 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "pbs/check.h"
-#include "server/base/attention_options.h"
+#include "server/codec/attention_options.h"
 #include "server/config/device_list.h"
 
 namespace pbs::server {

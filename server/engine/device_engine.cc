@@ -66,14 +66,13 @@ absl::StatusOr<AttendReservation> DeviceEngine::ReserveAttend(
 }
 
 absl::StatusOr<Admission> DeviceEngine::SubmitAttend(AttendJob job,
-                                                   AttendListener& listener) {
+                                                     AttendListener& listener) {
   PBS_CHECK(job.reservation.plan != nullptr);
   const JobTerms terms = job.terms;
   JobSize size;
-  size.prediction = parts_.costs.Predict(AttendCostKey(job.problem),
-                                         AttendWork(job.reservation.plan->geometry,
-                                                    NumRuns(job)),
-                                         parts_.clock.Now());
+  size.prediction = parts_.costs.Predict(
+      AttendCostKey(job.problem),
+      AttendWork(job.reservation.plan->geometry, NumRuns(job)), parts_.clock.Now());
   size.num_steps = NumRuns(job);
   const AttendTask::Parts task_parts = {parts_.backend, parts_.costs,
                                         parts_.metrics.engine, parts_.clock,
@@ -89,7 +88,7 @@ absl::StatusOr<Admission> DeviceEngine::SubmitAttend(AttendJob job,
 
 // The cache counts as held until its last owner lets go. shared_ptr: see held_kv.h.
 std::shared_ptr<HeldKv> DeviceEngine::Hold(KvCache cache, CapturedQueries queries,
-                                         ByteReservation bytes) {
+                                           ByteReservation bytes) {
   prometheus::Gauge& gauge = parts_.metrics.kv.Held(Tier::kHost);
   const auto held = static_cast<double>(bytes.bytes());
   gauge.Increment(held);
@@ -149,8 +148,8 @@ absl::StatusOr<PrefillReservation> DeviceEngine::ReservePrefill(
 }
 
 JobSize DeviceEngine::SizeOfPrefill(const ServedModel& model, int32_t num_tokens,
-                                  const AttentionOptions& attention,
-                                  std::span<const float> head_thresholds) const {
+                                    const AttentionOptions& attention,
+                                    std::span<const float> head_thresholds) const {
   JobSize size;
   size.prompt_tokens = num_tokens;
   size.prediction =
@@ -161,17 +160,15 @@ JobSize DeviceEngine::SizeOfPrefill(const ServedModel& model, int32_t num_tokens
   return size;
 }
 
-std::optional<double> DeviceEngine::PredictPrefill(const ServedModel& model,
-                                                 int32_t num_tokens,
-                                                 const AttentionOptions& attention,
-                                                 std::span<const float> head_thresholds,
-                                                 const JobTerms& terms) const {
+std::optional<double> DeviceEngine::PredictPrefill(
+    const ServedModel& model, int32_t num_tokens, const AttentionOptions& attention,
+    std::span<const float> head_thresholds, const JobTerms& terms) const {
   return executor_.Predict(
       terms, SizeOfPrefill(model, num_tokens, attention, head_thresholds));
 }
 
 absl::StatusOr<Admission> DeviceEngine::SubmitPrefill(PrefillJob job,
-                                                    PrefillListener& listener) {
+                                                      PrefillListener& listener) {
   const Model& model = ReplicaOf(*job.model);
   PBS_CHECK(job.reservation.plan.has_value());
   const PrefillProblem& problem = job.reservation.plan->problem;
@@ -181,15 +178,13 @@ absl::StatusOr<Admission> DeviceEngine::SubmitPrefill(PrefillJob job,
     return absl::InternalError("the prefill was reserved with another shape");
   }
   const JobTerms terms = job.terms;
-  const JobSize size = SizeOfPrefill(*job.model, num_tokens, problem.attention,
-                                     problem.head_thresholds);
+  const JobSize size =
+      SizeOfPrefill(*job.model, num_tokens, problem.attention, problem.head_thresholds);
   const PrefillTask::Parts task_parts = {model, parts_.costs, parts_.metrics.engine,
                                          parts_.clock, batch_};
   const std::shared_ptr<HeldKv> kv = job.kv;
-  absl::StatusOr<Admission> admission =
-      executor_.Submit(terms, size,
-                       std::make_unique<PrefillTask>(task_parts, std::move(job),
-                                                     listener));
+  absl::StatusOr<Admission> admission = executor_.Submit(
+      terms, size, std::make_unique<PrefillTask>(task_parts, std::move(job), listener));
   // Whoever follows the cache already must not wait for layers that will never come.
   if (!admission.ok()) kv->Finish(admission.status());
   return admission;

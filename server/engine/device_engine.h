@@ -61,8 +61,8 @@ class DeviceEngine {
   };
   Load load() const;
 
-  // As those of Engine. A refusal is not counted, because another replica may accept the
-  // job, and bytes that could never fit are OutOfRange.
+  // As those of Engine. A refusal is not counted, because another replica may accept
+  // the job, and bytes that could never fit are OutOfRange.
   absl::StatusOr<AttendReservation> ReserveAttend(const AttentionProblem& problem,
                                                   const AttendWanted& wanted);
   absl::StatusOr<PrefillReservation> ReservePrefill(const ServedModel& model,

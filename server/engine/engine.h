@@ -144,9 +144,9 @@ class PrefillListener {
 // What a prefill runs and needs memory for.
 struct PrefillNeeds {
   int32_t num_tokens = 0;
-  AttentionOptions attention = {};           // valid
+  AttentionOptions attention = {};            // valid
   std::vector<int32_t> logit_positions = {};  // beside the last token
-  int64_t reply_bytes = 0;                   // what the caller will hold in addition
+  int64_t reply_bytes = 0;                    // what the caller will hold in addition
   // Layers whose queries are captured, ascending, each below the model's layers
   std::vector<int32_t> query_layers = {};
   // PrefillProblem::head_thresholds. Those of a profile must live as long as the model,

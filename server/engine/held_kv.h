@@ -60,8 +60,8 @@ class HeldKv {
 
   // Calls `callback` once, as soon as layer `layer` is ready, the prefill has finished
   // or the cache is closed; check readable(). When that is already the case it calls
-  // `callback` at once and returns 0. Callbacks that wait when this is destroyed are not
-  // called. kNoLayer is never ready.
+  // `callback` at once and returns 0. Callbacks that wait when this is destroyed are
+  // not called. kNoLayer is never ready.
   WaiterId WhenReady(int32_t layer, absl::AnyInvocable<void()> callback);
 
   // True when the callback will never run because of this call; false when it has run,

@@ -240,9 +240,9 @@ void PrefillTask::MeasureRun() {
     if (seconds > 0) parts_.metrics.StageTime(stage).Observe(seconds);
   }
   parts_.metrics.batch_requests.Observe(static_cast<double>(group_->size()));
-  parts_.costs.Measure(
-      PrefillCostKey(*job_.model, attention_, head_thresholds_), run_work_,
-      {LinearSeconds(stages), AttentionSeconds(stages)}, parts_.clock.Now());
+  parts_.costs.Measure(PrefillCostKey(*job_.model, attention_, head_thresholds_),
+                       run_work_, {LinearSeconds(stages), AttentionSeconds(stages)},
+                       parts_.clock.Now());
 }
 
 double PrefillTask::SecondsSinceAdmission() const {

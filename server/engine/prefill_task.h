@@ -94,7 +94,7 @@ class PrefillTask final : public Job, private PrefillGroup::Prompt {
   int32_t first_logit_row_ = 0;  // in the group's plan
   Work run_work_;                // work of the group
   PrefillResult result_;
-  absl::Status status_;   // error of this prompt in a run that succeeded
+  absl::Status status_;  // error of this prompt in a run that succeeded
 };
 
 }  // namespace pbs::server

@@ -12,8 +12,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "server/engine/engine.h"
 #include "server/engine/device_engine.h"
+#include "server/engine/engine.h"
 #include "server/telemetry/server_metrics.h"
 
 namespace pbs::server {

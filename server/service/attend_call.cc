@@ -9,8 +9,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/base/status.h"
-#include "server/service/request_limits.h"
-#include "server/service/wire_status.h"
+#include "server/codec/request_limits.h"
+#include "server/codec/wire_status.h"
 
 namespace pbs::server {
 

@@ -15,8 +15,8 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include "server/codec/attend_reply.h"
 #include "server/engine/engine.h"
-#include "server/service/attend_reply.h"
 #include "server/service/attend_upload.h"
 #include "server/service/service_context.h"
 #include "server/service/stream_call.h"

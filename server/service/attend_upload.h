@@ -17,9 +17,9 @@
 #include "absl/status/statusor.h"
 #include "proto/wire/messages.h"
 #include "server/base/block_cache.h"
+#include "server/codec/attend_request.h"
+#include "server/codec/chunk_assembler.h"
 #include "server/engine/engine.h"
-#include "server/service/attend_request.h"
-#include "server/transfer/chunk_assembler.h"
 
 namespace pbs::server {
 

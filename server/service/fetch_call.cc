@@ -5,7 +5,7 @@
 
 #include "proto/wire/messages.h"
 #include "server/base/status.h"
-#include "server/service/wire_status.h"
+#include "server/codec/wire_status.h"
 #include "server/transfer/kv_exporter.h"
 #include "server/transfer/lease_store.h"
 
@@ -43,10 +43,9 @@ absl::Status FetchCall::Open(const grpc::CallbackServerContext& context,
   PBS_ABSL_ASSIGN_OR_RETURN(
       const KvFormat format,
       DecodeKvFormat(request, service_.options.transport.chunk_bytes));
-  PBS_ABSL_ASSIGN_OR_RETURN(
-      std::unique_ptr<KvExporter> exporter,
-      KvExporter::Create(lease.kv, service_.parts.leases.epoch(), range, format,
-                         content));
+  PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<KvExporter> exporter,
+                            KvExporter::Create(lease.kv, service_.parts.leases.epoch(),
+                                               range, format, content));
   PBS_ABSL_ASSIGN_OR_RETURN(
       ByteReservation buffers,
       service_.Reserve(KvStream::BufferBytes(shape, range, format, content)));

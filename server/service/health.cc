@@ -8,8 +8,8 @@
 #include "absl/status/statusor.h"
 #include "proto/wire/messages.h"
 #include "server/base/status.h"
-#include "server/service/request_limits.h"
-#include "server/service/wire_status.h"
+#include "server/codec/request_limits.h"
+#include "server/codec/wire_status.h"
 #include "server/service/write_loop.h"
 
 namespace pbs::server {

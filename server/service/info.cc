@@ -5,10 +5,10 @@
 #include <vector>
 
 #include "absl/time/time.h"
-#include "server/base/attention_options.h"
+#include "server/codec/attention_options.h"
+#include "server/codec/kv_format.h"
+#include "server/codec/request_limits.h"
 #include "server/service/memory_formula.h"
-#include "server/service/request_limits.h"
-#include "server/transfer/kv_format.h"
 
 namespace pbs::server {
 

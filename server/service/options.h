@@ -7,8 +7,9 @@
 #include <vector>
 
 #include "pbs/limits.h"
-#include "server/base/attention_options.h"
-#include "server/transfer/kv_format.h"
+#include "server/codec/attention_options.h"
+#include "server/codec/backend_facts.h"
+#include "server/codec/kv_format.h"
 
 namespace pbs::server {
 
@@ -54,16 +55,6 @@ struct ServiceLimits {
   int32_t queue_requests_max = 64;      // waiting, in the engine of each device
   int32_t upload_seconds_max = 120;     // header to last chunk
   int32_t upload_requests_max = 32;     // uploads under way at once
-};
-
-// Facts about a backend for GetServerInfo.
-struct BackendFacts {
-  std::string name;    // "cpu"
-  std::string isa;     // "avx512"
-  std::string device;  // "Intel(R) Xeon(R) Processor, 16 threads"
-  std::vector<int32_t> head_dims;
-  std::vector<DType> dtypes;
-  std::vector<Method> methods;
 };
 
 struct ServiceOptions {

@@ -7,10 +7,10 @@
 
 #include "proto/wire/messages.h"
 #include "server/base/status.h"
+#include "server/codec/request_limits.h"
+#include "server/codec/sparsity_digest.h"
+#include "server/codec/wire_status.h"
 #include "server/engine/threshold_ladder.h"
-#include "server/service/request_limits.h"
-#include "server/service/wire_status.h"
-#include "server/transfer/sparsity_digest.h"
 
 namespace pbs::server {
 namespace {
@@ -120,7 +120,8 @@ absl::Status PrefillCall::ReplyWithExisting(const LeaseView& lease) {
   v1::Done done = *lease.done;
   done.set_lease_expires_unix_ms(absl::ToUnixMillis(lease.expires));
   MutexLock lock(mutex_);
-  events_.push_back(EncodeAdmitted(&lease.ticket, Admission{}, lease.kv->cache().shape(),
+  events_.push_back(EncodeAdmitted(&lease.ticket, Admission{},
+                                   lease.kv->cache().shape(),
                                    service_.parts.leases.epoch()));
   events_.push_back(EncodeDoneEvent(done));
   admitted_ = true;
@@ -141,19 +142,15 @@ absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
   const bool is_inline = spec_.delivery == Delivery::kInline;
   const int64_t result_bytes = ResultBytes();
   const int64_t buffer_bytes =
-      is_inline
-          ? KvStream::BufferBytes(shape, whole, spec_.inline_format)
-          : 0;
-  PBS_ABSL_ASSIGN_OR_RETURN(
-      PrefillReservation reserved,
-      service_.parts.engine.ReservePrefill(
-          *model_,
-          {.num_tokens = facts_.prompt_tokens,
-           .attention = spec_.attention,
-           .logit_positions = spec_.logit_positions,
-           .reply_bytes = result_bytes + buffer_bytes,
-           .query_layers = spec_.query_layers,
-           .head_thresholds = spec_.head_thresholds}));
+      is_inline ? KvStream::BufferBytes(shape, whole, spec_.inline_format) : 0;
+  PBS_ABSL_ASSIGN_OR_RETURN(PrefillReservation reserved,
+                            service_.parts.engine.ReservePrefill(
+                                *model_, {.num_tokens = facts_.prompt_tokens,
+                                          .attention = spec_.attention,
+                                          .logit_positions = spec_.logit_positions,
+                                          .reply_bytes = result_bytes + buffer_bytes,
+                                          .query_layers = spec_.query_layers,
+                                          .head_thresholds = spec_.head_thresholds}));
   facts_.planned_bytes = shape.bytes() + reserved.kv->queries().bytes() +
                          reserved.workspace.host.bytes() +
                          reserved.workspace.device.bytes() + reserved.reply.bytes();
@@ -161,10 +158,9 @@ absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
   ByteReservation buffers = reserved.reply.Split(buffer_bytes);
   result_bytes_ = std::move(reserved.reply);
   if (is_inline) {
-    PBS_ABSL_ASSIGN_OR_RETURN(
-        std::unique_ptr<KvExporter> exporter,
-        KvExporter::Create(kv_, service_.parts.leases.epoch(), whole,
-                           spec_.inline_format));
+    PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<KvExporter> exporter,
+                              KvExporter::Create(kv_, service_.parts.leases.epoch(),
+                                                 whole, spec_.inline_format));
     stream_.Open(kv_, std::move(exporter), std::move(buffers));
   }
   return reserved;

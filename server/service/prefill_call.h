@@ -15,11 +15,11 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include "server/codec/prefill_reply.h"
+#include "server/codec/prefill_request.h"
 #include "server/engine/engine.h"
 #include "server/service/kv_stream.h"
 #include "server/service/kv_wait.h"
-#include "server/service/prefill_reply.h"
-#include "server/service/prefill_request.h"
 #include "server/service/service_context.h"
 #include "server/service/stream_call.h"
 #include "server/transfer/lease_store.h"
@@ -63,8 +63,8 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   NextWrite NextResult();
   NextWrite FinishResult(PrefillResult result);
 
-  KvStream stream_;    // open with inline delivery
-  KvWait lease_end_;   // with delivery by lease
+  KvStream stream_;   // open with inline delivery
+  KvWait lease_end_;  // with delivery by lease
 
   const ServedModel* model_ = nullptr;
   PrefillSpec spec_;

@@ -15,10 +15,10 @@
 #include "server/base/connection_acceptor.h"
 #include "server/base/listener.h"
 #include "server/base/status.h"
+#include "server/codec/request_limits.h"
 #include "server/service/health.h"
 #include "server/service/memory_formula.h"
 #include "server/service/reflection.h"
-#include "server/service/request_limits.h"
 #include "server/service/service_context.h"
 #include "server/service/services.h"
 #include "server/service/unknown_methods.h"
@@ -245,8 +245,8 @@ int32_t GrpcServer::CutUploads() {
 }
 
 // A reply whose last bytes are on their way is lost if its connection closes while the
-// peer still sends: the system then resets it. So the peers first get what was sent, and
-// then the time to answer gRPC's goodbye, behind which no byte is left.
+// peer still sends: the system then resets it. So the peers first get what was sent,
+// and then the time to answer gRPC's goodbye, behind which no byte is left.
 void GrpcServer::Shutdown(absl::Duration grace) {
   constexpr absl::Duration kGoodbyeMax = absl::Seconds(1);
   if (impl_->acceptor == nullptr) return;  // was shut down
@@ -257,8 +257,8 @@ void GrpcServer::Shutdown(absl::Duration grace) {
   impl_->acceptor->Stop();
   impl_->acceptor->AwaitAcknowledged(until);
   const absl::Time now = absl::Now();
-  impl_->server->Shutdown(
-      absl::ToChronoTime(now + std::clamp(until - now, absl::ZeroDuration(), kGoodbyeMax)));
+  impl_->server->Shutdown(absl::ToChronoTime(
+      now + std::clamp(until - now, absl::ZeroDuration(), kGoodbyeMax)));
   impl_->acceptor.reset();
 }
 

@@ -6,12 +6,12 @@
 
 #include "proto/wire/messages.h"
 #include "server/base/status.h"
+#include "server/codec/wire_status.h"
 #include "server/service/attend_call.h"
 #include "server/service/call_record.h"
 #include "server/service/fetch_call.h"
 #include "server/service/info.h"
 #include "server/service/prefill_call.h"
-#include "server/service/wire_status.h"
 
 namespace pbs::server {
 namespace {

@@ -18,8 +18,8 @@
 #include "pbs/v1/kv.pb.h"
 #include "proto/wire/crc32c.h"
 #include "proto/wire/messages.h"
+#include "server/codec/kv_format.h"
 #include "server/engine/held_kv.h"
-#include "server/transfer/kv_format.h"
 
 namespace pbs::server {
 

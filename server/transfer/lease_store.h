@@ -15,8 +15,8 @@
 // Threading: safe from any thread. Expiry runs on the timer queue's thread, which must
 // have stopped before the store is destroyed.
 // Memory: at most leases_max entries. A cache is charged where it is allocated. On
-// release and expiry the store closes the cache and drops its reference at once; readers
-// learn of it and drop theirs.
+// release and expiry the store closes the cache and drops its reference at once;
+// readers learn of it and drop theirs.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Spec: server/transfer/chunk_assembler.h. Whatever chunks come, a tensor holds exactly
+// Spec: server/codec/chunk_assembler.h. Whatever chunks come, a tensor holds exactly
 // the bytes that were accepted for it, and nothing is written outside.
 //
 // Input: sizes of two tensors, then chunks {tensor, offset, size}.
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "server/transfer/chunk_assembler.h"
+#include "server/codec/chunk_assembler.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// Spec: server/service/prefill_request.h and attend_request.h. Whatever a client sends,
+// Spec: server/codec/prefill_request.h and attend_request.h. Whatever a client sends,
 // the validators answer with a status or with values that can be planned: no overflow,
 // no size past what the limits allow.
 //
@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "server/service/attend_request.h"
-#include "server/service/prefill_request.h"
+#include "server/codec/attend_request.h"
+#include "server/codec/prefill_request.h"
 
 namespace {
 

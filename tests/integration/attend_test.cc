@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "pbs/v1/attention.grpc.pb.h"
-#include "server/base/attention_options.h"
+#include "server/codec/attention_options.h"
 #include "tests/integration/test_node.h"
 #include "tests/support/attention_matrix.h"
 #include "tests/support/case_name.h"

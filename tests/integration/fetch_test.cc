@@ -304,7 +304,7 @@ class TransferRecordSpec : public testing::TestWithParam<TransferCase> {};
 TEST_P(TransferRecordSpec, CountsWhatHadBegunAndWasNotComplete) {
   TestNode node;
   const ServiceParts parts = {node.engines, node.leases, node.ledger, node.metrics,
-                              *node.log,   node.clock,  node.timers};
+                              *node.log,    node.clock,  node.timers};
   ServiceContext service({}, parts);
   if (GetParam().stopping) service.SetStopping();
   TransferRecord record(service);

@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "server/codec/sparsity_digest.h"
+#include "server/codec/thresholds_digest.h"
 #include "server/engine/prefill_task.h"
 #include "server/engine/threshold_ladder.h"
-#include "server/transfer/sparsity_digest.h"
-#include "server/transfer/thresholds_digest.h"
 #include "tests/integration/test_node.h"
 
 namespace pbs::server {

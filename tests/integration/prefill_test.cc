@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "server/codec/sparsity_digest.h"
 #include "server/model/prefill.h"
-#include "server/transfer/sparsity_digest.h"
 #include "tests/integration/test_node.h"
 #include "tests/support/case_name.h"
 

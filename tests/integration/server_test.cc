@@ -358,7 +358,7 @@ INSTANTIATE_TEST_SUITE_P(
 TEST(LogSpec, AMessageIsCutAsTheClientsIs) {
   TestNode node;
   const ServiceParts parts = {node.engines, node.leases, node.ledger, node.metrics,
-                              *node.log,   node.clock,  node.timers};
+                              *node.log,    node.clock,  node.timers};
   const CallRecord record(parts, Rpc::kFetch);
   const grpc::Status sent =
       record.End(absl::InvalidArgumentError(std::string(5'000'000, 'x')));

@@ -136,8 +136,7 @@ TEST(ConnectionAcceptorSpec, WaitsUntilPeersHaveWhatWasSent) {
     ASSERT_GT(count, 0);
     received += static_cast<size_t>(count);
   }
-  EXPECT_TRUE(
-      keeper.acceptor().AwaitAcknowledged(absl::Now() + absl::Seconds(30)));
+  EXPECT_TRUE(keeper.acceptor().AwaitAcknowledged(absl::Now() + absl::Seconds(30)));
 }
 
 TEST(ConnectionAcceptorSpec, DoesNotWaitForAConnectionThatClosed) {

@@ -43,8 +43,8 @@ class DeviceAttendSpec : public EngineFixture {
     device_ = std::make_unique<DeviceBackend>(std::move(plan));
     on_device_ =
         std::make_unique<DeviceEngine>(EngineOptions{.queue_requests_max = kQueueMax},
-                                     EngineParts{*device_, ledger_, clock_, timers_,
-                                                 metrics_, costs_, &device_ledger_});
+                                       EngineParts{*device_, ledger_, clock_, timers_,
+                                                   metrics_, costs_, &device_ledger_});
   }
   ~DeviceAttendSpec() override { EXPECT_EQ(device_ledger_.bytes_held(), 0); }
 

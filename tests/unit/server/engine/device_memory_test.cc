@@ -35,8 +35,8 @@ class DeviceMemorySpec : public EngineFixture {
     model_.tokens_max = model_.model().config().max_tokens;
     on_device_ =
         std::make_unique<DeviceEngine>(EngineOptions{.queue_requests_max = kQueueMax},
-                                     EngineParts{*device_, ledger_, clock_, timers_,
-                                                 metrics_, costs_, &device_ledger_});
+                                       EngineParts{*device_, ledger_, clock_, timers_,
+                                                   metrics_, costs_, &device_ledger_});
   }
   ~DeviceMemorySpec() override { EXPECT_EQ(device_ledger_.bytes_held(), 0); }
 

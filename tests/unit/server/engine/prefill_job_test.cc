@@ -175,8 +175,8 @@ TEST_F(PrefillJobSpec, TheLastOwnerOfACacheFreesIt) {
 
 TEST_F(PrefillJobSpec, WhatCouldNeverFitIsOutOfRangeAndAllocatesNothing) {
   ByteLedger tiny(1000);
-  DeviceEngine engine({},
-                    {TestModel::TheBackend(), tiny, clock_, timers_, metrics_, costs_});
+  DeviceEngine engine(
+      {}, {TestModel::TheBackend(), tiny, clock_, timers_, metrics_, costs_});
   const auto refused = engine.ReservePrefill(TestModel::Get(), {100, Dense()});
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kOutOfRange);
   EXPECT_THAT(std::string(refused.status().message()),

@@ -86,7 +86,7 @@ TEST_F(QueryCaptureSpec, ADeviceCapturesWhatTheCpuCaptures) {
   model.replicas.push_back(*Model::Load(folder.path(), {}, device));
   model.tokens_max = model.model().config().max_tokens;
   DeviceEngine on_device({.queue_requests_max = 1}, {device, ledger_, clock_, timers_,
-                                                   metrics_, costs_, &device_ledger});
+                                                     metrics_, costs_, &device_ledger});
   PrefillJob job = MakeJob(on_device, model, 40, {0, 1, 2});
   PrefillJob same = MakeJob(engine_, TestModel::Get(), 40, {0, 1, 2});
   const std::shared_ptr<HeldKv> actual = job.kv;

@@ -1,4 +1,4 @@
-#include "server/service/prefill_reply.h"
+#include "server/codec/prefill_reply.h"
 
 #include <bit>
 #include <cstddef>
@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "proto/wire/messages.h"
-#include "server/base/attention_options.h"
-#include "server/service/stage_seconds.h"
-#include "server/transfer/kv_format.h"
+#include "server/codec/attention_options.h"
+#include "server/codec/kv_format.h"
+#include "server/codec/stage_seconds.h"
 
 namespace pbs::server {
 namespace {

@@ -1,5 +1,5 @@
-// Spec: server/transfer/chunk_assembler.h.
-#include "server/transfer/chunk_assembler.h"
+// Spec: server/codec/chunk_assembler.h.
+#include "server/codec/chunk_assembler.h"
 
 #include <gtest/gtest.h>
 

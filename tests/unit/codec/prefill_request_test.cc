@@ -1,5 +1,5 @@
-// Spec: server/service/prefill_request.h.
-#include "server/service/prefill_request.h"
+// Spec: server/codec/prefill_request.h.
+#include "server/codec/prefill_request.h"
 
 #include <gtest/gtest.h>
 

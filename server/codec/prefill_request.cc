@@ -1,4 +1,4 @@
-#include "server/service/prefill_request.h"
+#include "server/codec/prefill_request.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -10,11 +10,11 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "server/base/attention_options.h"
 #include "server/base/status.h"
-#include "server/service/request_limits.h"
-#include "server/transfer/sha256.h"
-#include "server/transfer/thresholds_digest.h"
+#include "server/codec/attention_options.h"
+#include "server/codec/request_limits.h"
+#include "server/codec/sha256.h"
+#include "server/codec/thresholds_digest.h"
 
 namespace pbs::server {
 namespace {

@@ -1,5 +1,5 @@
 // Spec: profiles, thresholds of heads and threshold_min in
-// server/service/prefill_request.h.
+// server/codec/prefill_request.h.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "server/service/prefill_request.h"
+#include "server/codec/prefill_request.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::server {

@@ -1,4 +1,4 @@
-#include "server/transfer/chunk_assembler.h"
+#include "server/codec/chunk_assembler.h"
 
 #include <cstddef>
 #include <cstdint>

@@ -1,4 +1,4 @@
-#include "server/transfer/kv_format.h"
+#include "server/codec/kv_format.h"
 
 #include <algorithm>
 #include <cstdint>

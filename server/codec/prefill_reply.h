@@ -9,9 +9,9 @@
 #include <grpcpp/support/byte_buffer.h>
 
 #include "pbs/v1/prefill.pb.h"
+#include "server/codec/backend_facts.h"
+#include "server/codec/prefill_request.h"
 #include "server/engine/engine.h"
-#include "server/service/options.h"
-#include "server/service/prefill_request.h"
 
 namespace pbs::server {
 
@@ -33,7 +33,8 @@ v1::Done EncodeDone(const PrefillSpec& spec, const PrefillResult& result,
 int64_t PrefillResultBytes(const PrefillSpec& spec, int32_t vocab_size,
                            int32_t num_layers);
 
-// `shape` is that of the cache, `epoch` that of its chunks. No `ticket` without a lease.
+// `shape` is that of the cache, `epoch` that of its chunks. No `ticket` without a
+// lease.
 grpc::ByteBuffer EncodeAdmitted(const v1::KvTicket* ticket, const Admission& admission,
                                 const KvShape& shape, uint64_t epoch);
 grpc::ByteBuffer EncodeLayerDone(int32_t layer, double density, double seconds);

@@ -13,9 +13,9 @@
 #include "absl/strings/string_view.h"
 #include "pbs/attention.h"
 #include "pbs/v1/prefill.pb.h"
-#include "server/base/attention_options.h"
+#include "server/codec/attention_options.h"
+#include "server/codec/kv_format.h"
 #include "server/engine/profile.h"
-#include "server/transfer/kv_format.h"
 
 namespace pbs::server {
 

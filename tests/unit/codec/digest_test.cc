@@ -1,4 +1,4 @@
-// Spec: server/transfer/sha256.h and sparsity_digest.h.
+// Spec: server/codec/sha256.h and sparsity_digest.h.
 #include <gtest/gtest.h>
 
 #include <cstddef>
@@ -9,9 +9,9 @@
 #include <string_view>
 #include <vector>
 
-#include "server/transfer/sha256.h"
-#include "server/transfer/sparsity_digest.h"
-#include "server/transfer/thresholds_digest.h"
+#include "server/codec/sha256.h"
+#include "server/codec/sparsity_digest.h"
+#include "server/codec/thresholds_digest.h"
 #include "tests/support/case_name.h"
 
 namespace pbs::server {

@@ -1,4 +1,4 @@
-#include "server/service/attend_request.h"
+#include "server/codec/attend_request.h"
 
 #include <algorithm>
 #include <array>
@@ -11,11 +11,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "server/base/attention_options.h"
 #include "server/base/status.h"
-#include "server/service/request_limits.h"
-#include "server/transfer/chunk_assembler.h"
-#include "server/transfer/kv_format.h"
+#include "server/codec/attention_options.h"
+#include "server/codec/chunk_assembler.h"
+#include "server/codec/kv_format.h"
+#include "server/codec/request_limits.h"
 
 namespace pbs::server {
 namespace {

@@ -1,11 +1,11 @@
-#include "server/transfer/sparsity_digest.h"
+#include "server/codec/sparsity_digest.h"
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
 
 #include "absl/strings/str_format.h"
-#include "server/transfer/sha256.h"
+#include "server/codec/sha256.h"
 
 namespace pbs::server {
 namespace {

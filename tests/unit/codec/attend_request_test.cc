@@ -1,5 +1,5 @@
-// Spec: server/service/attend_request.h.
-#include "server/service/attend_request.h"
+// Spec: server/codec/attend_request.h.
+#include "server/codec/attend_request.h"
 
 #include <gtest/gtest.h>
 

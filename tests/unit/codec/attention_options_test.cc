@@ -1,5 +1,5 @@
-// Spec: server/base/attention_options.h.
-#include "server/base/attention_options.h"
+// Spec: server/codec/attention_options.h.
+#include "server/codec/attention_options.h"
 
 #include <gtest/gtest.h>
 

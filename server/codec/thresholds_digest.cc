@@ -1,9 +1,9 @@
-#include "server/transfer/thresholds_digest.h"
+#include "server/codec/thresholds_digest.h"
 
 #include <algorithm>
 #include <bit>
 
-#include "server/transfer/sha256.h"
+#include "server/codec/sha256.h"
 
 namespace pbs::server {
 

@@ -1,4 +1,4 @@
-#include "server/base/attention_options.h"
+#include "server/codec/attention_options.h"
 
 #include <cstdint>
 #include <string>

@@ -1,4 +1,4 @@
-#include "server/transfer/sha256.h"
+#include "server/codec/sha256.h"
 
 #include <algorithm>
 #include <array>

@@ -1,5 +1,5 @@
-// Spec: server/service/attend_reply.h.
-#include "server/service/attend_reply.h"
+// Spec: server/codec/attend_reply.h.
+#include "server/codec/attend_reply.h"
 
 #include <gtest/gtest.h>
 

@@ -17,9 +17,9 @@
 #include "absl/time/time.h"
 #include "pbs/v1/attention.pb.h"
 #include "server/base/clock.h"
+#include "server/codec/attend_request.h"
+#include "server/codec/backend_facts.h"
 #include "server/engine/engine.h"
-#include "server/service/attend_request.h"
-#include "server/service/options.h"
 
 namespace pbs::server {
 

@@ -13,7 +13,7 @@
 #include "absl/status/statusor.h"
 #include "pbs/attention.h"
 #include "pbs/v1/attention.pb.h"
-#include "server/base/attention_options.h"
+#include "server/codec/attention_options.h"
 #include "server/engine/attend_wanted.h"
 
 namespace pbs::server {
