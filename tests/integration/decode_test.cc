@@ -187,8 +187,8 @@ TEST_F(DecodeSpec, DecodesAgainFromATicketThatWasKept) {
 
 TEST_F(DecodeSpec, RefusesACorruptChunkOfValues) {
   GrpcProxy proxy(address_, CorruptValues);
-  const ProcessResult result =
-      Decode({"--server", proxy.address(), "--tokens", PromptFile(300)});
+  const ProcessResult result = Decode(
+      {"--server", proxy.address(), "--ignore-endpoint", "--tokens", PromptFile(300)});
   EXPECT_EQ(result.exit_status, 1);
   EXPECT_EQ(result.out, "");
   EXPECT_THAT(result.err, HasSubstr("DATA_LOSS"));
@@ -200,7 +200,8 @@ TEST_F(DecodeSpec, WithoutChecksumsACorruptChunkChangesTheAnswer) {
   const std::string prompt = PromptFile(300);
   const ProcessResult whole = Decode({"--tokens", prompt, "--checksums", "off"});
   const ProcessResult corrupt =
-      Decode({"--server", proxy.address(), "--tokens", prompt, "--checksums", "off"});
+      Decode({"--server", proxy.address(), "--ignore-endpoint", "--tokens", prompt,
+              "--checksums", "off"});
   ASSERT_EQ(whole.exit_status, 0) << whole.err;
   ASSERT_EQ(corrupt.exit_status, 0) << corrupt.err;
   EXPECT_NE(nlohmann::json::parse(corrupt.out)["tokens"],

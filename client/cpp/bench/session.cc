@@ -71,6 +71,7 @@ absl::Status Session::Connect() {
   for (int32_t i = 0; i < streams; ++i) {
     client::ClientOptions terms;
     terms.address = options_.server;
+    terms.follow_endpoints = false;  // what was named is measured
     terms.stream_window_bytes = options_.stream_window_bytes;
     auto connected = client::Client::Connect(terms);
     if (!connected.ok()) return connected.status();

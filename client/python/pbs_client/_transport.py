@@ -66,9 +66,9 @@ class Deadline:
         """Starts now; `timeout` as for seconds_of()."""
         self._end = time.monotonic() + seconds_of(timeout)
 
-    def left(self) -> float:
-        """Seconds left, at least 0; infinite without a limit."""
-        return max(0.0, self._end - time.monotonic())
+    def left(self, at_most: float = math.inf) -> float:
+        """Seconds left, 0 .. at_most; infinite without a limit."""
+        return max(0.0, min(self._end - time.monotonic(), at_most))
 
 
 class Transport:

@@ -66,8 +66,7 @@ CHUNK_BYTES_MAX = 4 << 20  # every server accepts it
 class Client:
     """A connection to one server. It connects on first use; close it, or use `with`.
 
-    Calls about a leased cache go to the server that its ticket names, KvTicket.endpoint,
-    with the same credentials, metadata and channel options.
+    Calls about a leased cache go to its ticket's endpoint, on the same terms.
     """
 
     def __init__(
@@ -88,8 +87,7 @@ class Client:
             metadata: pairs to send with every call, such as an authorization header.
             chunk_bytes: bytes of an upload's chunks, 1 .. 4 MiB.
             channel_options: gRPC channel arguments; they override this client's.
-            follow_endpoints: False: calls about a leased cache go to target, too, as
-                through a port forward to the one server that gave the ticket.
+            follow_endpoints: False: all calls go to target, as through a port forward.
 
         Raises:
             ValueError: target or chunk_bytes is invalid.
@@ -336,9 +334,8 @@ class Client:
             NotFoundError: the ticket is unknown, foreign, expired or released.
             FailedPreconditionError: a digest in the ticket differs from the cache's.
         """
-        request = ticket.to_message().SerializeToString()
-        home = self._homes.of(ticket)
-        reply = home.unary("/pbs.v1.KvSource/Describe", request, timeout)
+        request = ticket.to_message()
+        reply = self._ask(ticket, "Describe", request, timeout)
         return KvDescriptor.from_message(_wire.parse(_messages.KvDescriptor, reply))
 
     def fetch(
@@ -354,8 +351,7 @@ class Client:
     ) -> KvCache:
         """Copies a leased cache here. It follows a prefill that still runs.
 
-        The lease stays. The call renews it for its own time to live, so that it does
-        not end before the fetch.
+        The lease stays. The call renews it, so that it does not end before the fetch.
 
         Args:
             ticket: from prefill() or its on_admitted.
@@ -375,13 +371,12 @@ class Client:
         expect(KvPart, "part", part)
         expect(KvFormat, "kv_format", kv_format)
         deadline = Deadline(timeout)
-        descriptor = self.describe(ticket, timeout=_control_seconds(deadline))
+        descriptor = self.describe(ticket, timeout=deadline.left(CONTROL_TIMEOUT_SECONDS))
         plan = FetchPlan.of(descriptor, part or KvPart(), kv_format or KvFormat())
         with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
             home = self._homes.of(ticket)
-            return plan.cache(
-                run_fetch(home, plan, resumes, deadline, on_layer, progress)
-            )
+            got = run_fetch(home, plan, resumes, deadline, on_layer, progress)
+        return plan.cache(got)
 
     def fetch_queries(
         self,
@@ -402,8 +397,7 @@ class Client:
             progress: as fetch().
 
         Returns:
-            [heads, tokens, head_dim], or [tokens, heads, head_dim] in layout "NHD",
-            after rotation.
+            [heads, tokens, head_dim]; [tokens, heads, head_dim] in layout "NHD".
 
         Raises:
             ValueError: the layer was not captured.
@@ -411,7 +405,7 @@ class Client:
         """
         expect(KvFormat, "kv_format", kv_format)
         deadline = Deadline(timeout)
-        descriptor = self.describe(ticket, timeout=_control_seconds(deadline))
+        descriptor = self.describe(ticket, timeout=deadline.left(CONTROL_TIMEOUT_SECONDS))
         plan = FetchPlan.of_queries(descriptor, layer, kv_format or KvFormat())
         with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
             home = self._homes.of(ticket)
@@ -459,9 +453,7 @@ class Client:
         request = _messages.RenewRequest(ticket=ticket.to_message())
         if ttl_seconds is not None:
             request.ttl_seconds = checked("int", "ttl_seconds", ttl_seconds)
-        payload = request.SerializeToString()
-        home = self._homes.of(ticket)
-        reply = home.unary("/pbs.v1.KvSource/Renew", payload, timeout)
+        reply = self._ask(ticket, "Renew", request, timeout)
         return KvLease.from_message(_wire.parse(_messages.KvLease, reply))
 
     def release(
@@ -469,11 +461,16 @@ class Client:
     ) -> None:
         """Frees the cache at once. The ticket is then NOT_FOUND."""
         request = _messages.ReleaseRequest(ticket=ticket.to_message())
-        payload = request.SerializeToString()
-        home = self._homes.of(ticket)
-        home.unary("/pbs.v1.KvSource/Release", payload, timeout)
+        self._ask(ticket, "Release", request, timeout)
 
     # ---- parts
+
+    def _ask(
+        self, ticket: KvTicket, method: str, request: Any, timeout: float | None
+    ) -> bytes:
+        """The reply of the ticket's server to a call of KvSource."""
+        home, path = self._homes.of(ticket), f"/pbs.v1.KvSource/{method}"
+        return home.unary(path, request.SerializeToString(), timeout)
 
     def _grid(
         self,
@@ -501,8 +498,3 @@ class Client:
             for message in messages:
                 reply.add(message)
         return reply.result()
-
-
-def _control_seconds(deadline: Deadline) -> float:
-    """Time-out of a control call that must end before a deadline."""
-    return min(deadline.left(), CONTROL_TIMEOUT_SECONDS)
