@@ -25,7 +25,7 @@ from pbs_client.vllm.worker_side import WorkerSide, check_groups, spec_of
 
 
 @dataclass
-class LoadOrders(KVConnectorMetadata):
+class LoadOrders(KVConnectorMetadata):  # type: ignore[misc]
     """What the scheduler sends to the workers with a step."""
 
     orders: list[LoadOrder] = field(default_factory=list)

@@ -59,8 +59,8 @@ class AllowList:
         host, port = check_endpoint(endpoint)
         if not any(pattern.matches(host, port) for pattern in self._patterns):
             raise EndpointError(
-                "the ticket's endpoint is not in the connector's list of servers; if it "
-                "is a prefill server of yours, add it to kv_connector_extra_config "
+                "the ticket's endpoint is not in the connector's list of servers; if "
+                "it is a prefill server of yours, add it to kv_connector_extra_config "
                 "endpoints"
             )
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Protocol
 
 from pbs_client._transport import Deadline
 from pbs_client.client import Client
 from pbs_client.kv import Array, KvFormat, KvPart, KvTicket
-from pbs_client.vllm.connections import Connections
-from pbs_client.vllm.handoff import HandoffError, LoadCancelledError
-from pbs_client.vllm.loader import LoadOrder
+from pbs_client.vllm.handoff import HandoffError
+from pbs_client.vllm.loader import Cancellation, LoadOrder
 from pbs_client.vllm.parts import (
     EngineShape,
     check_descriptor,
@@ -39,38 +37,34 @@ class Blocks(Protocol):
 class Fetcher:
     """Loads orders of one rank. Threading: safe from many threads."""
 
-    def __init__(
-        self,
-        connections: Connections,
-        settings: Settings,
-        engine: EngineShape,
-        blocks: Blocks,
-    ) -> None:
-        self._connections = connections
+    def __init__(self, settings: Settings, engine: EngineShape, blocks: Blocks) -> None:
         self._settings = settings
         self._engine = engine
         self._blocks = blocks
 
-    def load(self, order: LoadOrder, cancelled: threading.Event) -> None:
+    def load(self, order: LoadOrder, cancellation: Cancellation) -> None:
         """Loads an order. A prefill that still runs is followed.
 
-        The blocks hold nothing valid until this returns.
+        The blocks hold nothing valid until this returns. The load has a connection of
+        its own, so that a cancellation ends it whatever the server does.
 
         Raises:
             HandoffError: the cache is not of this model or not as announced.
-            LoadCancelledError: `cancelled` was set.
+            LoadCancelledError: the load was cancelled.
             PbsError: as Client.fetch().
         """
         assert order.ticket is not None
-        with self._connections.client(order.ticket.endpoint) as client:
-            self._load(client, order.ticket, order, cancelled)
+        # The ticket's endpoint was checked; the client follows no other.
+        with Client(order.ticket.endpoint, follow_endpoints=False) as client:
+            cancellation.on_cancel(client.close)
+            self._load(client, order.ticket, order, cancellation)
 
     def _load(
         self,
         client: Client,
         ticket: KvTicket,
         order: LoadOrder,
-        cancelled: threading.Event,
+        cancellation: Cancellation,
     ) -> None:
         deadline = Deadline(self._settings.load_seconds_max)
         seconds = min(deadline.left(), self._settings.call_seconds_max)
@@ -81,19 +75,14 @@ class Fetcher:
                 raise HandoffError(f"the cache's {name} is not that of the ticket")
         slots = slots_of_tokens(order.blocks, order.tokens, self._blocks.block_size)
 
-        def check_cancelled(*_: object) -> None:
-            if cancelled.is_set():
-                raise LoadCancelledError
-
         def write(layer: int, k: Array, v: Array) -> None:
-            check_cancelled()
+            cancellation.check()
             self._blocks.write(layer, k, v, slots)
 
         heads, tokens = self._engine.heads, order.tokens
         for layers in groups_of_layers(
             self._engine, tokens.count, self._settings.load_bytes_max
         ):
-            check_cancelled()
             client.fetch(
                 ticket,
                 part=KvPart(
@@ -104,5 +93,4 @@ class Fetcher:
                 kv_format=KvFormat(self._engine.dtype),
                 timeout=deadline.left(),
                 on_layer=write,
-                progress=check_cancelled,
             )

@@ -129,8 +129,8 @@ def _check_request(request: Request) -> None:
     for what, is_so in refused.items():
         if is_so:
             raise HandoffError(
-                f"the request has {what}, which a prefill server does not know; send it "
-                "without kv_transfer_params"
+                f"the request has {what}, which a prefill server does not know; send "
+                "it without kv_transfer_params"
             )
 
 

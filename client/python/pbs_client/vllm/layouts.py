@@ -10,7 +10,7 @@ its shape and name; any other is refused when the engine starts, with both.
 | planes | [2, blocks, tokens, heads, dim] or [blocks, 2, ...] | see PLANES |
 
 vLLM 0.32 has the first two. Strides are arbitrary: NHD and HND are the same tensor with
-other strides. A tensor may have several of the kernel's blocks in one of the scheduler's.
+other strides. One block of the scheduler may be several consecutive ones of the tensor.
 
 Threading: several threads may write to different blocks.
 """

@@ -7,7 +7,6 @@ renewed after each half of its time, and released when the last request drops it
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -159,8 +158,9 @@ class Leases:
         """True when the server answered that it holds the lease no more."""
         try:
             with self._connections.client(ticket.endpoint) as client:
-                with contextlib.suppress(NotFoundError):
-                    client.release(ticket, timeout=self._seconds)
+                client.release(ticket, timeout=self._seconds)
+            return True
+        except NotFoundError:
             return True
         except PbsError:
             return False

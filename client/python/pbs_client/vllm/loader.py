@@ -53,8 +53,35 @@ class Results:
     failed_blocks: frozenset[int]
 
 
-# Loads an order; raises when it cannot. The event tells that the request has ended.
-Load = Callable[[LoadOrder, threading.Event], None]
+class Cancellation:
+    """Tells a load that its request has ended. Threading: safe from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_set = False
+        self._stop: Callable[[], None] = lambda: None
+
+    def check(self) -> None:
+        """LoadCancelledError once cancel() was called."""
+        if self._is_set:
+            raise LoadCancelledError
+
+    def cancel(self) -> None:
+        """Ends the load."""
+        with self._lock:
+            self._is_set = True
+            self._stop()
+
+    def on_cancel(self, stop: Callable[[], None]) -> None:
+        """Has cancel() also call `stop`, which ends what the load waits for."""
+        with self._lock:
+            self._stop = stop
+            if self._is_set:
+                stop()
+
+
+# Loads an order; raises when it cannot.
+Load = Callable[[LoadOrder, Cancellation], None]
 
 
 class Loader:
@@ -64,17 +91,24 @@ class Loader:
     Memory: one entry for each request to which vLLM has given blocks.
     """
 
-    def __init__(self, load: Load, num_threads: int) -> None:
+    def __init__(
+        self,
+        load: Load,
+        num_threads: int,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts the threads.
 
         Args:
             load: loads one order, in one of the threads.
             num_threads: loads at a time.
+            prepare: called at the start of each thread.
         """
         self._load = load
+        self._prepare = prepare
         self._orders: queue.SimpleQueue[LoadOrder | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._cancelled: dict[str, threading.Event] = {}  # of loads without a result
+        self._cancellations: dict[str, Cancellation] = {}  # of loads under way
         self._ended: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._threads = [
@@ -87,15 +121,16 @@ class Loader:
     def submit(self, order: LoadOrder) -> None:
         """Queues an order."""
         with self._lock:
-            self._cancelled[order.request_id] = threading.Event()
+            self._cancellations[order.request_id] = Cancellation()
         self._orders.put(order)
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends the loads of requests that have ended; their results still come."""
         with self._lock:
-            for request_id in request_ids:
-                if request_id in self._cancelled:
-                    self._cancelled[request_id].set()
+            found = [self._cancellations.get(request_id) for request_id in request_ids]
+        for cancellation in found:
+            if cancellation is not None:
+                cancellation.cancel()
 
     def take(self) -> Results:
         """The results since the last call."""
@@ -108,43 +143,51 @@ class Loader:
     def close(self, seconds_max: float) -> None:
         """Cancels all loads and waits for the threads, each for at most the time."""
         with self._lock:
-            for cancelled in self._cancelled.values():
-                cancelled.set()
+            request_ids = list(self._cancellations)
+        self.cancel(request_ids)
         for _ in self._threads:
             self._orders.put(None)
         for thread in self._threads:
             thread.join(seconds_max)
 
     def _run(self) -> None:
+        self._prepare()
         while True:
             order = self._orders.get()
             if order is None:
                 return
             with self._lock:
-                cancelled = self._cancelled[order.request_id]
+                cancellation = self._cancellations[order.request_id]
             is_loaded = False
             try:
-                self._attempt(order, cancelled)
+                cancellation.check()
+                if order.refusal:
+                    raise HandoffError(order.refusal)
+                self._load(order, cancellation)
                 is_loaded = True
-            except LoadCancelledError:
-                _log.info("load of request %s: it has ended", order.request_id)
-            except (HandoffError, PbsError) as error:
-                _log.warning("load of request %s failed: %s", order.request_id, error)
-            except Exception:  # the engine must go on
-                _log.exception("load of request %s failed", order.request_id)
+            except Exception as error:  # the engine must go on
+                _report(order, cancellation, error)
             finally:
                 self._end(order, is_loaded)
 
-    def _attempt(self, order: LoadOrder, cancelled: threading.Event) -> None:
-        if cancelled.is_set():
-            raise LoadCancelledError
-        if order.refusal:
-            raise HandoffError(order.refusal)
-        self._load(order, cancelled)
-
     def _end(self, order: LoadOrder, is_loaded: bool) -> None:
         with self._lock:
-            del self._cancelled[order.request_id]
+            del self._cancellations[order.request_id]
             self._ended.add(order.request_id)
             if not is_loaded:
                 self._failed_blocks.update(order.blocks)
+
+
+def _report(order: LoadOrder, cancellation: Cancellation, error: Exception) -> None:
+    try:
+        cancellation.check()
+    except LoadCancelledError:
+        _log.info("load of request %s: the request has ended", order.request_id)
+        return
+    is_expected = isinstance(error, (HandoffError, PbsError))
+    _log.warning(
+        "load of request %s failed: %s",
+        order.request_id,
+        error if is_expected else type(error).__name__,
+        exc_info=None if is_expected else error,
+    )

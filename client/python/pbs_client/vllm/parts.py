@@ -106,8 +106,8 @@ def groups_of_layers(
     layer_bytes = tokens * engine.layer_token_bytes
     if layer_bytes > bytes_max:
         raise HandoffError(
-            f"a layer of the cache has {layer_bytes} bytes, more than {bytes_max}; raise "
-            "kv_connector_extra_config load_bytes_max"
+            f"a layer of the cache has {layer_bytes} bytes, more than {bytes_max}; "
+            "raise kv_connector_extra_config load_bytes_max"
         )
     step = bytes_max // layer_bytes
     layers = engine.layers

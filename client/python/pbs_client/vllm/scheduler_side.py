@@ -1,13 +1,13 @@
 """The scheduler's side: which requests load what, and how long their leases live.
 
-vLLM calls on_new_request() when a request arrives, matched_tokens() whenever it could be
-scheduled, allocated() when it has blocks, take_orders() at the end of each step, loaded()
-with the workers' results, and finished() when the request ends in any way, an abort
-included. A request that was preempted starts again at matched_tokens().
+vLLM calls on_new_request() when a request arrives, matched_tokens() whenever it could
+be scheduled, allocated() when it has blocks, take_orders() at the end of each step,
+loaded() with the workers' results, and finished() when the request ends in any way, an
+abort included. A request that was preempted starts again at matched_tokens().
 
 A hand-off that is refused is not loaded. With the policy "recompute" vLLM computes the
-prompt. With "fail" the request asks for a load that the workers report as failed, so that
-vLLM ends it as after any failed load.
+prompt. With "fail" the request asks for a load that the workers report as failed, so
+that vLLM ends it as after any failed load.
 
 Threading: one thread, vLLM's scheduler. No method waits for the network or raises.
 """
@@ -54,8 +54,9 @@ class EnginePolicy:
 class _Entry:
     """A request with a hand-off."""
 
-    handoff: Handoff | None  # None: it could not be read
+    handoff: Handoff | None = None  # None: it could not be read
     refusal: str = ""
+    is_checked: bool = False
     holds_lease: bool = False
     is_over: bool = False  # nothing is loaded any more
     begin: int = 0  # the first token to load, of the last matched_tokens()
@@ -75,44 +76,42 @@ class SchedulerSide:
         self._orders: list[LoadOrder] = []
 
     def on_new_request(self, request: Request) -> None:
-        """Reads and checks the request's hand-off, if it has one."""
-        entry = _Entry(None)
+        """Reads the request's hand-off, if it has one, and keeps its lease.
+
+        vLLM also announces requests that it has refused itself, and ends them at once.
+        """
+        entry = _Entry()
         try:
             entry.handoff = read_handoff(request.kv_transfer_params, self._settings)
-            if entry.handoff is None:
-                return
+        except HandoffError as error:
+            self._refuse(request, entry, str(error))
+        except Exception as error:  # the engine must go on
+            name = type(error).__name__
+            self._refuse(request, entry, f"it could not be read: {name}")
+        if entry.handoff is None and not entry.refusal:
+            return
+        self._entries[request.request_id] = entry
+        if entry.handoff is not None:
             self._leases.hold(entry.handoff.ticket)
             entry.holds_lease = True
-            check_handoff(
-                entry.handoff, request, self._settings, self._policy.prefix_caching
-            )
-        except HandoffError as error:
-            entry.refusal = str(error)
-        except Exception as error:  # the engine must go on
-            entry.refusal = f"the hand-off could not be read: {type(error).__name__}"
-        self._entries[request.request_id] = entry
-        if entry.refusal:
-            request_id = request.request_id
-            _log.warning("hand-off of request %s: %s", request_id, entry.refusal)
-            self._drop_lease(entry)
 
     def matched_tokens(self, request: Request, num_computed: int) -> int:
         """The number of tokens to load beyond those that vLLM has."""
         entry = self._entries.get(request.request_id)
         if entry is None or entry.is_over:
             return 0
+        self._check_once(request, entry)
         entry.begin = num_computed
         # vLLM computes one token at least, because it needs its logits.
         most = request.num_tokens - 1 - num_computed
-        if entry.refusal:
+        if entry.handoff is None or entry.refusal:
             return min(1, max(0, most)) if self._policy.fails else 0
-        assert entry.handoff is not None
         return max(0, min(entry.handoff.tokens - num_computed, most))
 
     def allocated(
         self, request: Request, blocks: Sequence[int], num_tokens: int
     ) -> None:
-        """vLLM has given a request its blocks, and waits for num_tokens to load."""
+        """A request has got its blocks and waits until num_tokens are loaded."""
         entry = self._entries.get(request.request_id)
         if entry is None:
             return
@@ -137,9 +136,7 @@ class SchedulerSide:
         orders, self._orders = self._orders, []
         return orders
 
-    def loaded(
-        self, request_ids: Iterable[str], failed_blocks: Iterable[int]
-    ) -> None:
+    def loaded(self, request_ids: Iterable[str], failed_blocks: Iterable[int]) -> None:
         """Loads have ended on every rank, or failed on any."""
         failed = frozenset(failed_blocks)
         if failed:
@@ -147,17 +144,33 @@ class SchedulerSide:
                 if entry.blocks & failed:
                     self._end(entry)
         for request_id in request_ids:
-            entry = self._entries.get(request_id)
-            if entry is not None:
-                entry.blocks = frozenset()
+            ended = self._entries.get(request_id)
+            if ended is not None:
+                ended.blocks = frozenset()
                 if self._settings.release == "load":
-                    self._end(entry)
+                    self._end(ended)
 
     def finished(self, request_id: str) -> None:
         """The request has ended: done, failed or aborted."""
         entry = self._entries.pop(request_id, None)
         if entry is not None:
             self._drop_lease(entry)
+
+    def _check_once(self, request: Request, entry: _Entry) -> None:
+        if entry.is_checked or entry.handoff is None:
+            return
+        entry.is_checked = True
+        try:
+            check_handoff(
+                entry.handoff, request, self._settings, self._policy.prefix_caching
+            )
+        except HandoffError as error:
+            self._refuse(request, entry, str(error))
+
+    def _refuse(self, request: Request, entry: _Entry, reason: str) -> None:
+        entry.refusal = reason
+        _log.warning("hand-off of request %s: %s", request.request_id, reason)
+        self._drop_lease(entry)
 
     def _end(self, entry: _Entry) -> None:
         entry.is_over = True

@@ -30,7 +30,7 @@ class Settings:
     Attributes:
         endpoints: servers that the connector may connect to; see AllowList.
         server: HOST:PORT of tickets without an endpoint; it is also allowed.
-        model_digest: that every cache must have; "" accepts any with the engine's sizes.
+        model_digest: that every cache must have; "" accepts any of the engine's sizes.
         dedicated: the engine serves requests of one approximate method only, so that
             its prefix cache may hold approximate caches without a salt.
         release: "finish": the lease is held until the request ends, and a request that

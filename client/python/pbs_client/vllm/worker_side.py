@@ -1,17 +1,18 @@
 """The worker's side: the shape of the engine, and the loads of one rank.
 
-Threading: the engine's thread; the loader's threads write to the blocks of requests that
-wait for them, which no step of the engine touches.
+Threading: the engine's thread; the loader's threads write to the blocks of requests
+that wait for them, which no step of the engine touches.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from pbs_client.vllm.connections import Connections
 from pbs_client.vllm.fetching import Fetcher
 from pbs_client.vllm.layouts import DTYPES, BlockSizes, LayerCache, PagedBlocks
 from pbs_client.vllm.loader import Loader, LoadOrder, Results
@@ -41,8 +42,6 @@ class WorkerSide:
             ValueError: the engine's model or caches cannot be loaded.
         """
         self._seconds = settings.call_seconds_max
-        self._failed_blocks: frozenset[int] = frozenset()
-        self._connections = Connections()
         layers = {_layer_index(name): name for name in kv_caches}
         spec = spec_of(kv_cache_config)
         engine = _engine_shape(vllm_config, layers, spec)
@@ -58,8 +57,8 @@ class WorkerSide:
             for index, name in layers.items()
         }
         blocks = PagedBlocks(caches, sizes)
-        fetcher = Fetcher(self._connections, settings, engine, blocks)
-        self._loader = Loader(fetcher.load, settings.load_threads)
+        fetcher = Fetcher(settings, engine, blocks)
+        self._loader = Loader(fetcher.load, settings.load_threads, leave_engine_cpu)
 
     def submit(self, orders: Iterable[LoadOrder]) -> None:
         """Starts loads."""
@@ -72,8 +71,7 @@ class WorkerSide:
         return self._loader.take()
 
     def close(self) -> None:
-        """Ends loads and connections."""
-        self._connections.close()
+        """Ends all loads."""
         self._loader.close(self._seconds)
 
 
@@ -94,16 +92,27 @@ def check_groups(kv_cache_config: Any, vllm_config: Any) -> None:
         )
     if spec.dtype not in DTYPES:
         raise ValueError(
-            f"vLLM's KV cache is of {spec.dtype}; the connector writes float32, float16 "
-            "and bfloat16, so start vLLM with --kv-cache-dtype auto"
+            f"vLLM's KV cache is of {spec.dtype}; the connector writes float32, "
+            "float16 and bfloat16, so start vLLM with --kv-cache-dtype auto"
         )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
         if size != 1:
             raise ValueError(
-                f"{name} is {size}; the connector loads whole sequences, so it must be 1"
+                f"{name} is {size}; the connector loads whole sequences: set it to 1"
             )
+
+
+def leave_engine_cpu() -> None:
+    """Lets this thread run on all CPUs of the parent process.
+
+    On the CPU, vLLM binds its thread to one CPU, and threads that it starts inherit
+    that: loads would then run in turn with the engine.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        cpus = os.sched_getaffinity(os.getppid()) | os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cpus)
 
 
 def spec_of(kv_cache_config: Any) -> Any:
