@@ -29,7 +29,7 @@ if $python; then
   python_environment "$repo/.venv" pytest h2
   say "Python client tests"
   PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin \
-    "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m "not peers"
+    "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m "not peers and not vllm"
 fi
 
 if $peers; then

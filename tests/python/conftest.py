@@ -16,6 +16,19 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
+@pytest.fixture(
+    scope="session",
+    params=["llama, fail", "qwen2, recompute", "recall, fail, two ranks"],
+)
+def world(request, tmp_path_factory):
+    """A model behind a server and behind vLLM: vllm_world.World."""
+    import vllm_world
+
+    folder = tmp_path_factory.mktemp("world")
+    with vllm_world.running_world(request.param, folder) as running:
+        yield running
+
+
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[Client]:
     with Client(server.target) as connected:

@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
+from eventually import WAIT_SECONDS_MAX, until
 from fake_server import fake_server, never_answered, replies
 from kv_chunks import EPOCH, Cache
 from pbs_client import Client, KvTicket, Lease, NotFoundError, PbsError, _messages
@@ -27,18 +27,10 @@ FETCH = "/pbs.v1.KvSource/Fetch"
 RENEW = "/pbs.v1.KvSource/Renew"
 RELEASE = "/pbs.v1.KvSource/Release"
 
-WAIT_SECONDS_MAX = 30  # only a failure takes so long
+CALL_SECONDS_MAX = 5.0
 PROMPT = np.random.default_rng(5).integers(16, 1000, 100).tolist()
 RECALL = EngineShape(2, 2, 64, Span(0, 2), Span(0, 2), "f32")
 SETTINGS = Settings.from_extra_config({"endpoints": ["127.0.0.1:*"]})
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for a condition."""
-    pause, end = threading.Event(), time.monotonic() + WAIT_SECONDS_MAX
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        pause.wait(0.02)
 
 
 def is_held(client: Client, ticket: KvTicket) -> bool:
@@ -60,7 +52,7 @@ def ticket(server, client) -> KvTicket:
 @pytest.fixture
 def leases():
     connections = Connections()
-    made = Leases(connections, 5.0)
+    made = Leases(connections, CALL_SECONDS_MAX)
     yield made
     made.close()
     connections.close()
@@ -152,10 +144,13 @@ def test_a_server_that_hangs_does_not_hold_up_the_leases_of_another(
     leases, client, ticket
 ):
     with fake_server({DESCRIBE: never_answered}) as target:
-        leases.hold(KvTicket("0" * 32, EPOCH, "m", "exact", target))
+        for number in range(100):
+            leases.hold(KvTicket(f"{number:032x}", EPOCH, "m", "exact", target))
         leases.hold(ticket)
+        begin = time.monotonic()
         leases.drop(ticket)
         until(lambda: not is_held(client, ticket))
+        assert time.monotonic() - begin < CALL_SECONDS_MAX
 
 
 def test_connections_are_bounded_and_reused():
@@ -238,6 +233,14 @@ def test_a_cache_that_is_not_as_expected_is_not_loaded(
     with pytest.raises(HandoffError, match=message):
         fetcher.load(order_of(ticket, **changes), Cancellation())
     assert blocks.written == {}
+
+
+def test_a_server_whose_keys_are_rotated_otherwise_is_refused(ticket):
+    same = dataclasses.replace(RECALL, rope_factor=1.0)
+    assert sorted(load(order_of(ticket), same).written) == [0, 1]
+    other = dataclasses.replace(RECALL, rope_factor=1.139)
+    with pytest.raises(HandoffError, match=r"by 1, vLLM by 1\.139"):
+        load(order_of(ticket), other)
 
 
 @pytest.mark.parametrize(

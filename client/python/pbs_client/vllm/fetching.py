@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from pbs_client._prefill import find_model
 from pbs_client._transport import Deadline
 from pbs_client.client import Client
 from pbs_client.kv import Array, KvFormat, KvPart, KvTicket
@@ -12,10 +13,13 @@ from pbs_client.vllm.loader import Cancellation, LoadOrder
 from pbs_client.vllm.parts import (
     EngineShape,
     check_descriptor,
+    check_rotary,
     groups_of_layers,
     slots_of_tokens,
 )
 from pbs_client.vllm.settings import Settings
+
+KNOWN_SERVERS_MAX = 1024  # whose factor of rotary positions is remembered
 
 
 class Blocks(Protocol):
@@ -41,6 +45,7 @@ class Fetcher:
         self._settings = settings
         self._engine = engine
         self._blocks = blocks
+        self._same_rotary: set[tuple[str, int, str]] = set()  # endpoint, epoch, model
 
     def load(self, order: LoadOrder, cancellation: Cancellation) -> None:
         """Loads an order. A prefill that still runs is followed.
@@ -73,6 +78,7 @@ class Fetcher:
         for name in ("model_digest", "sparsity_digest"):
             if getattr(kv.ticket, name) != getattr(ticket, name):
                 raise HandoffError(f"the cache's {name} is not that of the ticket")
+        self._check_rotary(client, ticket, kv.model, seconds)
         slots = slots_of_tokens(order.blocks, order.tokens, self._blocks.block_size)
 
         def write(layer: int, k: Array, v: Array) -> None:
@@ -94,3 +100,16 @@ class Fetcher:
                 timeout=deadline.left(),
                 on_layer=write,
             )
+
+    def _check_rotary(
+        self, client: Client, ticket: KvTicket, model: str, seconds: float
+    ) -> None:
+        """Compares the factor of rotary positions, once for each server process."""
+        factor = self._engine.rope_factor
+        key = (ticket.endpoint, ticket.epoch, model)
+        if factor is None or key in self._same_rotary:
+            return
+        check_rotary(find_model(client.models(timeout=seconds), model), factor)
+        if len(self._same_rotary) >= KNOWN_SERVERS_MAX:
+            self._same_rotary.clear()
+        self._same_rotary.add(key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from pbs_client.errors import NotFoundError, PbsError
 from pbs_client.kv import KvTicket
 from pbs_client.vllm.connections import Connections
 
-CALLS_AT_ONCE = 4
+CALLS_AT_ONCE = 16
+CALLS_PER_SERVER = 2  # one that hangs must not hold up the leases of others
 RELEASE_TRIES = 3
 PAUSE_SECONDS_MIN = 0.25  # between renewals
 RETRY_SECONDS = 1.0  # after a failed call
@@ -35,7 +37,7 @@ class _Lease:
     users: int
     due: float  # of the next call, on the monotonic clock
     tries_left: int = RELEASE_TRIES
-    is_called: bool = False  # a call about it is under way
+    is_called: bool = False  # a call about it is under way or queued
     is_gone: bool = False  # the server has no such lease
 
 
@@ -105,13 +107,24 @@ class Leases:
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
-                waiting = [x for x in self._leases.values() if not x.is_called]
-                for lease in waiting:
-                    if lease.due <= now:
-                        lease.is_called = True
-                        self._calls.submit(self._call, lease)
-                dues = [lease.due for lease in waiting if not lease.is_called]
-                self._changed.wait(min([*dues, now + IDLE_SECONDS_MAX]) - now)
+                due = self._start_calls(now)
+                self._changed.wait(max(0.0, min(due, now + IDLE_SECONDS_MAX) - now))
+
+    def _start_calls(self, now: float) -> float:
+        """Starts the calls that are due; gives the time of the next."""
+        calls = Counter(x.ticket.endpoint for x in self._leases.values() if x.is_called)
+        next_due = NEVER
+        for lease in self._leases.values():
+            # The end of a call wakes the thread for what waits for its server.
+            if lease.is_called or calls[lease.ticket.endpoint] >= CALLS_PER_SERVER:
+                continue
+            if lease.due <= now:
+                lease.is_called = True
+                calls[lease.ticket.endpoint] += 1
+                self._calls.submit(self._call, lease)
+            else:
+                next_due = min(next_due, lease.due)
+        return next_due
 
     def _call(self, lease: _Lease) -> None:
         """Releases a lease without users, renews any other."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pbs_client.kv import Array, KvDescriptor, Span
+from pbs_client.results import ModelInfo
 from pbs_client.vllm.handoff import HandoffError
 
 
@@ -20,6 +21,8 @@ class EngineShape:
         layers: of this pipeline rank.
         heads: KV heads of this tensor-parallel rank.
         dtype: short name of the elements in vLLM's cache.
+        rope_factor: by which cosines and sines are multiplied; None: by nothing, with
+            any server.
     """
 
     num_layers: int
@@ -28,6 +31,7 @@ class EngineShape:
     layers: Span
     heads: Span
     dtype: str
+    rope_factor: float | None = None
 
     @property
     def layer_token_bytes(self) -> int:
@@ -92,6 +96,17 @@ def check_descriptor(kv: KvDescriptor, engine: EngineShape, tokens: int) -> None
     if kv.num_tokens != tokens:
         raise HandoffError(
             f"the cache has {kv.num_tokens} tokens, kv_transfer_params tokens {tokens}"
+        )
+
+
+def check_rotary(model: ModelInfo, rope_factor: float) -> None:
+    """HandoffError when the server's keys were rotated with another factor."""
+    there = model.rope_attention_factor
+    if abs(there - rope_factor) > 1e-6 * rope_factor:
+        raise HandoffError(
+            f"the prefill server multiplies rotary positions by {there:.6g}, vLLM by "
+            f"{rope_factor:.6g}; if the model's config.json has attn_factor, start the "
+            "server with models[].yarn_attn_factor ignored"
         )
 
 

@@ -14,8 +14,9 @@ Threading: one thread, vLLM's scheduler. No method waits for the network or rais
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,13 +82,8 @@ class SchedulerSide:
         vLLM also announces requests that it has refused itself, and ends them at once.
         """
         entry = _Entry()
-        try:
+        with self._refusing(request, entry):
             entry.handoff = read_handoff(request.kv_transfer_params, self._settings)
-        except HandoffError as error:
-            self._refuse(request, entry, str(error))
-        except Exception as error:  # the engine must go on
-            name = type(error).__name__
-            self._refuse(request, entry, f"it could not be read: {name}")
         if entry.handoff is None and not entry.refusal:
             return
         self._entries[request.request_id] = entry
@@ -160,17 +156,24 @@ class SchedulerSide:
         if entry.is_checked or entry.handoff is None:
             return
         entry.is_checked = True
-        try:
+        with self._refusing(request, entry):
             check_handoff(
                 entry.handoff, request, self._settings, self._policy.prefix_caching
             )
-        except HandoffError as error:
-            self._refuse(request, entry, str(error))
 
-    def _refuse(self, request: Request, entry: _Entry, reason: str) -> None:
-        entry.refusal = reason
-        _log.warning("hand-off of request %s: %s", request.request_id, reason)
-        self._drop_lease(entry)
+    @contextlib.contextmanager
+    def _refusing(self, request: Request, entry: _Entry) -> Iterator[None]:
+        """Refuses the hand-off when the block raises."""
+        try:
+            yield
+        except HandoffError as error:
+            entry.refusal = str(error)
+        except Exception as error:  # the engine must go on
+            entry.refusal = f"it could not be read: {type(error).__name__}"
+        if entry.refusal:
+            request_id = request.request_id
+            _log.warning("hand-off of request %s: %s", request_id, entry.refusal)
+            self._drop_lease(entry)
 
     def _end(self, entry: _Entry) -> None:
         entry.is_over = True

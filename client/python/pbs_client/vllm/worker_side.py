@@ -84,7 +84,11 @@ def check_groups(kv_cache_config: Any, vllm_config: Any) -> None:
             "models with one; it cannot serve hybrid models"
         )
     spec = groups[0].kv_cache_spec
-    if type(spec).__name__ != "FullAttentionSpec" or spec.sliding_window is not None:
+    if (
+        type(spec).__name__ != "FullAttentionSpec"
+        or spec.sliding_window is not None
+        or spec.attention_chunk_size is not None
+    ):
         window = getattr(spec, "sliding_window", None)
         raise ValueError(
             f"the model's KV cache is a {type(spec).__name__} with sliding window "
@@ -148,7 +152,18 @@ def _engine_shape(
         layers=layers_of_rank(layers, num_layers),
         heads=heads,
         dtype=DTYPES[spec.dtype],
+        rope_factor=_rope_factor(model.hf_text_config),
     )
+
+
+def _rope_factor(config: Any) -> float | None:
+    """The factor that yarn has in vLLM, which reads it as transformers does."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return float(ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[1])
 
 
 def _layer_index(name: str) -> int:
