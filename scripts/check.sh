@@ -194,7 +194,7 @@ gate_vllm() {
     "$venv/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
     touch "$venv/complete"
   fi
-  python_environment "$venv" pytest
+  python_environment "$venv" pytest h2
   say "tests/python -m vllm"
   "$venv/bin/python" -m pytest -q -rs -p no:cacheprovider tests/python -m vllm
   say "vLLM answers from our caches as from its own"
