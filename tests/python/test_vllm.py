@@ -18,7 +18,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: scripts/check.sh vllm
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from vllm_server import BLOCK_SIZE, SLOTS, in_threads  # noqa: E402
+from vllm_server import BLOCK_SIZE, RUNNING, SLOTS, in_threads  # noqa: E402
 from vllm_world import params_of  # noqa: E402
 
 sys.path.insert(0, str(REPOSITORY / "tests/quality"))
@@ -44,6 +44,15 @@ def test_greedy_tokens_equal_those_of_vllms_own_prefill(world, count):
     assert answer.tokens == world.expected(prompt)
     assert answer.cached_tokens == count - 1  # all but the token that it must compute
     until(lambda: not world.is_held(ticket))
+
+
+@pytest.mark.parametrize("count", [BLOCK_SIZE, BLOCK_SIZE + 1, 257])
+def test_a_cache_without_the_last_token_serves_as_well(world, count):
+    prompt = world.prompt(count, count)
+    _, params = world.handoff(prompt[:-1])
+    answer = world.vllm.complete(prompt, params)
+    assert answer.tokens == world.expected(prompt)
+    assert answer.cached_tokens == count - 1
 
 
 @pytest.mark.parametrize("count", [1, 33, 992])
@@ -172,14 +181,14 @@ def test_a_lease_outlives_the_time_that_its_request_waits(world):
         for index in range(SLOTS):
             other = world.prompt(150 + index, 20)
             others.enter_context(world.vllm.request(other, None, 2000))
-        until(lambda: world.vllm.metric("vllm:num_requests_running") == SLOTS)
+        until(lambda: world.vllm.metric(RUNNING) == SLOTS)
         ticket, params = world.handoff(prompt, ttl_seconds=1)
         waiting = others.enter_context(contextlib.ExitStack())
         request = waiting.enter_context(world.vllm.request(prompt, params))
         end = time.monotonic() + 3  # three times its time
         until(lambda: time.monotonic() > end or not world.is_held(ticket))
         assert world.is_held(ticket)
-        assert world.vllm.metric("vllm:num_requests_running") == SLOTS
+        assert world.vllm.metric(RUNNING) == SLOTS
         kept = waiting.pop_all()
     with kept:  # the others have hung up
         answer = world.vllm.answer(request)

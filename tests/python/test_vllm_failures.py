@@ -17,7 +17,7 @@ from real_server import RECALL_MODEL
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed: scripts/check.sh vllm")
 
-from vllm_server import connector, refused_start  # noqa: E402
+from vllm_server import RUNNING, SLOTS, connector, refused_start  # noqa: E402
 from vllm_world import World, params_of  # noqa: E402
 
 FETCH = "/pbs.v1.KvSource/Fetch"
@@ -239,6 +239,25 @@ def test_an_abort_while_loading_ends_the_load_and_releases_the_lease(world):
         assert ended.wait(WAIT_SECONDS_MAX)  # the client hung up
         until(lambda: not world.is_held(ticket))
     assert world.vllm.complete(prompt).tokens == world.expected(prompt)
+    until(world.is_idle)
+
+
+@BOTH_POLICIES
+def test_many_aborts_at_any_time_leave_nothing_behind(world):
+    """Four rounds of requests whose clients hang up, then one that stays."""
+    for round_number, num_running in enumerate((0, 1, 4, SLOTS)):
+        prompts = [world.prompt(300 + 16 * round_number + i, 200) for i in range(16)]
+        tickets = [world.handoff(prompt) for prompt in prompts]
+        with contextlib.ExitStack() as requests:
+            for prompt, (_, params) in zip(prompts, tickets):
+                requests.enter_context(world.vllm.request(prompt, params, 500))
+            until(lambda least=num_running: world.vllm.metric(RUNNING) >= least)
+        until(lambda held=tickets: not any(world.is_held(t) for t, _ in held))
+    prompt = world.prompt(299, 300)
+    _, params = world.handoff(prompt)
+    answer = world.vllm.complete(prompt, params)
+    assert answer.tokens == world.expected(prompt)
+    assert answer.cached_tokens == len(prompt) - 1
     until(world.is_idle)
 
 

@@ -29,6 +29,7 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
 }
+RUNNING = "vllm:num_requests_running"
 SLOTS = 8  # requests that run at a time
 BLOCK_SIZE = 32  # the smallest of vLLM on a CPU
 

@@ -183,9 +183,7 @@ def _packed_writer(cache: LayerCache, sizes: BlockSizes) -> Writer:
     keys, values = joined.chunk(2, dim=2)
 
     def write(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-        _custom_ops.cpu_attn_reshape_and_cache(
-            k.contiguous(), v.contiguous(), keys, values, slots, isa
-        )
+        _custom_ops.cpu_attn_reshape_and_cache(k, v, keys, values, slots, isa)
 
     return write
 
