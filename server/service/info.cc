@@ -119,6 +119,7 @@ v1::KvDescriptor DescribeKv(const LeaseView& lease) {
   wire.set_num_query_heads(queries.shape().num_heads);
   wire.set_query_bytes(queries.bytes());
   if (lease.done != nullptr) wire.set_first_token_id(lease.done->first_token_id());
+  wire.set_prompt_digest(lease.prompt_digest);
   return wire;
 }
 

@@ -7,6 +7,7 @@
 
 #include "proto/wire/messages.h"
 #include "server/base/status.h"
+#include "server/codec/prompt_digest.h"
 #include "server/codec/request_limits.h"
 #include "server/codec/sparsity_digest.h"
 #include "server/codec/wire_status.h"
@@ -97,6 +98,7 @@ absl::StatusOr<bool> PrefillCall::BeginLease() {
   wanted.model = model_->name;
   wanted.model_digest = facts_.model_digest;
   wanted.sparsity_digest = facts_.sparsity_digest;
+  wanted.prompt_digest = PromptDigest(spec_.tokens);
   wanted.ttl_seconds = spec_.ttl_seconds;
   wanted.idempotency_key = spec_.idempotency_key;
   wanted.fingerprint = fingerprint_;

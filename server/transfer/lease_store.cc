@@ -245,7 +245,8 @@ LeaseView LeaseStore::MakeView(const std::string& handle, const Lease& lease) co
           lease.kv,
           lease.done,
           lease.expires,
-          lease.ttl_seconds};
+          lease.ttl_seconds,
+          lease.request.prompt_digest};
 }
 
 absl::StatusOr<LeaseStore::LeaseMap::iterator> LeaseStore::Locate(

@@ -51,6 +51,7 @@ struct LeaseRequest {
   std::string model;
   std::string model_digest;
   std::string sparsity_digest;
+  std::string prompt_digest;
   std::optional<int32_t> ttl_seconds;  // counted from Complete()
   std::string idempotency_key;         // "" = none
   std::string fingerprint;             // equal requests have equal ones
@@ -64,6 +65,7 @@ struct LeaseView {
   std::shared_ptr<const v1::Done> done;  // null while the prefill runs
   absl::Time expires;                    // InfiniteFuture while it runs
   int32_t ttl_seconds = 0;
+  std::string prompt_digest;
 };
 
 class LeaseStore;

@@ -26,6 +26,7 @@ from pbs_client import (
     safetensors_file,
 )
 from pbs_client.cli import main
+from pbs_client.kv_params import prompt_digest
 from real_server import RECALL_MODEL
 
 KvChunk = _messages._message_class("pbs.v1.KvChunk")
@@ -182,6 +183,7 @@ def test_a_lease_is_described_and_renewed(client, lease):
     assert (described.num_layers, described.layers_ready) == (LAYERS, LAYERS)
     assert (described.num_kv_heads, described.head_dim) == (KV_HEADS, HEAD_DIM)
     assert described.num_tokens == len(PROMPT)
+    assert described.prompt_digest == prompt_digest(PROMPT)
     rows = LAYERS * KV_HEADS * len(PROMPT)
     assert described.bytes == 2 * rows * HEAD_DIM * described.dtype.itemsize
     renewed = client.renew(lease, 300)

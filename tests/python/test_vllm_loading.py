@@ -14,6 +14,7 @@ from fake_server import fake_server, never_answered, replies
 from kv_chunks import EPOCH, Cache
 from pbs_client import Client, KvTicket, Lease, NotFoundError, PbsError, _messages
 from pbs_client.kv import Span
+from pbs_client.kv_params import prompt_digest
 from pbs_client.vllm.connections import CONNECTIONS_MAX, Connections
 from pbs_client.vllm.fetching import Fetcher
 from pbs_client.vllm.handoff import HandoffError, LoadCancelledError
@@ -74,7 +75,14 @@ def order_of(ticket: KvTicket, begin: int = 0, **changes) -> LoadOrder:
     """To load the tokens from `begin` on, but the last."""
     tokens = Span(begin, len(PROMPT) - 1 - begin)
     blocks = tuple(range(10, 10 + -(-tokens.end // 32) - tokens.begin // 32))
-    made = LoadOrder("r", tokens, blocks, len(PROMPT), ticket=ticket)
+    made = LoadOrder(
+        "r",
+        tokens,
+        blocks,
+        len(PROMPT),
+        ticket=ticket,
+        prompt_digest=prompt_digest(PROMPT),
+    )
     return dataclasses.replace(made, **changes)
 
 
@@ -223,6 +231,7 @@ def test_a_cache_is_converted_to_the_engines_dtype(ticket):
         ({"head_dim": 32}, {}, "head_dim 64"),
         ({"num_kv_heads": 1}, {}, "KV heads 2"),
         ({}, {"prompt_tokens": 101}, "100 tokens"),
+        ({}, {"prompt_digest": prompt_digest([1] * 100)}, "of another prompt's cache"),
     ],
 )
 def test_a_cache_that_is_not_as_expected_is_not_loaded(

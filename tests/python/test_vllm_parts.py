@@ -34,6 +34,7 @@ DESCRIPTOR = KvDescriptor(
     dtype=np.dtype(np.float32),
     bytes=1,
     first_token=1,
+    prompt_digest="sha256:a",
 )
 
 
@@ -72,7 +73,7 @@ def test_layers_that_are_no_range_of_the_model_are_refused(indices):
 
 
 def test_the_cache_of_the_engines_model_is_accepted():
-    check_descriptor(DESCRIPTOR, ENGINE, 100)
+    check_descriptor(DESCRIPTOR, ENGINE, 100, "sha256:a")
 
 
 @pytest.mark.parametrize(
@@ -82,11 +83,13 @@ def test_the_cache_of_the_engines_model_is_accepted():
         ({"num_kv_heads": 4}, "KV heads 4"),
         ({"head_dim": 128}, "head_dim 128"),
         ({"num_tokens": 99}, "99 tokens"),
+        ({"prompt_digest": "sha256:b"}, "of another prompt's cache"),
     ],
 )
 def test_the_cache_of_another_model_is_refused_by_name(changes, message):
     with pytest.raises(HandoffError, match=message):
-        check_descriptor(dataclasses.replace(DESCRIPTOR, **changes), ENGINE, 100)
+        changed = dataclasses.replace(DESCRIPTOR, **changes)
+        check_descriptor(changed, ENGINE, 100, "sha256:a")
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ class KvDescriptor:
         query_layers: layers whose queries were captured.
         num_query_heads: heads of these; 0 without any.
         query_bytes: bytes of these at the server.
+        prompt_digest: kv_params.prompt_digest() of the prompt's ids.
     """
 
     ticket: KvTicket
@@ -116,6 +117,7 @@ class KvDescriptor:
     query_layers: tuple[int, ...] = ()
     num_query_heads: int = 0
     query_bytes: int = 0
+    prompt_digest: str = ""
 
     @classmethod
     def from_message(cls, message: Any) -> KvDescriptor:
@@ -149,6 +151,7 @@ class KvDescriptor:
             query_layers=layers,
             num_query_heads=message.num_query_heads,
             query_bytes=message.query_bytes,
+            prompt_digest=message.prompt_digest,
             **{name: getattr(message, name) for name in sizes},
         )
 

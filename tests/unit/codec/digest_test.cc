@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "server/codec/prompt_digest.h"
 #include "server/codec/sha256.h"
 #include "server/codec/sparsity_digest.h"
 #include "server/codec/thresholds_digest.h"
@@ -213,6 +214,15 @@ TEST(SparsityDigestSpec, WhatIsOnlyMeasuredDoesNotChangeIt) {
   AttentionOptions options;
   options.coverage_rows = 64;
   EXPECT_EQ(SparsityDigest(options, 10'000, ""), SparsityDigest({}, 10'000, ""));
+}
+
+// Checked with Python's hashlib.
+TEST(PromptDigestSpec, IsTheSha256OfTheIds) {
+  EXPECT_EQ(PromptDigest({}),
+            "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  const std::vector<int32_t> prompt = {1, 2, 3};
+  EXPECT_EQ(PromptDigest(prompt),
+            "sha256:4636993d3e1da4e9d6b8f87b79e8f7c6d018580d52661950eabc3845c5897a4d");
 }
 
 }  // namespace

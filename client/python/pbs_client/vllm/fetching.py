@@ -74,7 +74,7 @@ class Fetcher:
         deadline = Deadline(self._settings.load_seconds_max)
         seconds = min(deadline.left(), self._settings.call_seconds_max)
         kv = client.describe(ticket, timeout=seconds)
-        check_descriptor(kv, self._engine, order.prompt_tokens)
+        check_descriptor(kv, self._engine, order.prompt_tokens, order.prompt_digest)
         for name in ("model_digest", "sparsity_digest"):
             if getattr(kv.ticket, name) != getattr(ticket, name):
                 raise HandoffError(f"the cache's {name} is not that of the ticket")

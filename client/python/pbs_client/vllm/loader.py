@@ -30,6 +30,7 @@ class LoadOrder:
         prompt_tokens: of the whole cache.
         refusal: why it must fail without any traffic; "" to load.
         ticket: of the cache; None with a refusal. Not shown: who knows it can fetch.
+        prompt_digest: of the ids that the cache must be of.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class LoadOrder:
     prompt_tokens: int = 0
     refusal: str = ""
     ticket: KvTicket | None = field(default=None, repr=False)
+    prompt_digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,10 @@ def layers_of_rank(indices: Iterable[int], num_layers: int) -> Span:
     return span
 
 
-def check_descriptor(kv: KvDescriptor, engine: EngineShape, tokens: int) -> None:
-    """HandoffError when a cache is not of this model, or has other tokens."""
+def check_descriptor(
+    kv: KvDescriptor, engine: EngineShape, tokens: int, prompt_digest: str
+) -> None:
+    """HandoffError when a cache is not of this model or of another prompt."""
     expected = {
         "layers": (kv.num_layers, engine.num_layers),
         "KV heads": (kv.num_kv_heads, engine.num_kv_heads),
@@ -97,6 +99,8 @@ def check_descriptor(kv: KvDescriptor, engine: EngineShape, tokens: int) -> None
         raise HandoffError(
             f"the cache has {kv.num_tokens} tokens, kv_transfer_params tokens {tokens}"
         )
+    if kv.prompt_digest != prompt_digest:
+        raise HandoffError("the ticket is of another prompt's cache")
 
 
 def check_rotary(model: ModelInfo, rope_factor: float) -> None:

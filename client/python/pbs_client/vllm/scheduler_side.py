@@ -123,6 +123,7 @@ class SchedulerSide:
             prompt_tokens=0 if entry.handoff is None else entry.handoff.tokens,
             refusal=entry.refusal,
             ticket=None if entry.handoff is None else entry.handoff.ticket,
+            prompt_digest="" if entry.handoff is None else entry.handoff.prompt_digest,
         )
         entry.blocks = frozenset(order.blocks)
         self._orders.append(order)
