@@ -40,6 +40,7 @@ from pbs_client.kv_params import KvTransferParams
 from pbs_client.results import TokenLogit, token_logits
 
 PREPARING_MAX = 2  # bodies that are decoded at once: a decoded one is large
+CUT_SECONDS_MAX = 5.0  # for requests to end that were told to
 CLIENT_GONE = 499  # in logs and metrics, for a client that left
 
 
@@ -117,6 +118,7 @@ class Gateway:
             ThreadPoolExecutor(1, "metrics") as scraping,
         ):
             self._preparing = preparing
+            self._cut = asyncio.get_running_loop().create_future()
             self._node_metrics = NodeMetrics(settings.node_metrics, scraping)
             self._node = Node(
                 settings.node, settings.model, settings.aliases, settings.requests_max
@@ -125,6 +127,22 @@ class Gateway:
                 yield
             finally:
                 await self._node.close()
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes no more work and lets requests finish; whether all did.
+
+        After `seconds`, those that are left get 503, and their prefills are cancelled.
+        """
+        self.admission.draining = True
+        log.event("draining", requests=self.admission.running)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.admission.idle(), seconds)
+            return True
+        log.event("drain_cut", "warning", requests=self.admission.running)
+        self._cut.set_result(None)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.admission.idle(), CUT_SECONDS_MAX)
+        return False
 
     # ---- about the gateway
 
@@ -236,11 +254,29 @@ class Gateway:
         work = asyncio.get_running_loop().run_in_executor(
             self._preparing, self._preparer.prepare, api, raw, served, request_id
         )
-        prepared: Prepared = await _before_gone(
-            work, gone, self.settings.request_seconds_max
-        )
+        limit = self.settings.request_seconds_max
+        prepared: Prepared = await self._before_gone(work, gone, limit)
         self._metrics.prepare_seconds.observe(time.monotonic() - begin)
         return prepared
+
+    async def _before_gone(
+        self,
+        work: asyncio.Future[Any],
+        gone: asyncio.Future[None],
+        timeout: float | None = None,
+    ) -> Any:
+        """The result of `work`, unless it is not needed or not waited for any more."""
+        waits: set[asyncio.Future[Any]] = {work, gone, self._cut}
+        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if work.done() and not gone.done():
+            return work.result()
+        work.add_done_callback(_retrieve)
+        if gone.done():
+            raise ClientGoneError
+        if self._cut.done():
+            raise unavailable("the gateway stops before the prefill has ended")
+        work.cancel()
+        raise RefusedError(504, f"no time was left after {timeout:.0f} s; allow more")
 
     async def _run(
         self,
@@ -253,7 +289,7 @@ class Gateway:
     ) -> None:
         """Waits for the prefill and delivers the reply; else frees the cache."""
         try:
-            done = await _before_gone(call.result(), gone, None)
+            done = await self._before_gone(call.result(), gone)
             answer = self._answer_of(prepared, done, call.ticket, record["request_id"])
             response = _json(200, api.reply(answer))
             response.headers["x-request-id"] = record["request_id"]
@@ -334,23 +370,6 @@ async def _until_gone(request: Request) -> None:
     """Waits until the client has closed its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _before_gone(
-    work: asyncio.Future[Any], gone: asyncio.Future[None], timeout: float | None
-) -> Any:
-    """The result of `work`. Raises ClientGoneError when the client leaves first."""
-    waits: set[asyncio.Future[Any]] = {work, gone}
-    await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    if gone.done():
-        work.add_done_callback(_retrieve)
-        raise ClientGoneError
-    if not work.done():
-        work.cancel()
-        raise RefusedError(
-            504, f"no time was left after {timeout:.0f} s; allow more time"
-        )
-    return work.result()
 
 
 async def _deliver(response: Response, send: Send, gone: asyncio.Future[None]) -> None:

@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     log.set_up(arguments.log_level)
-    disable_created_metrics()  # a second series for every counter
+    # A second series for every counter is of no use.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         check_target(arguments.node)
         if arguments.node_metrics:
@@ -228,22 +229,10 @@ async def _serve(gateway: Gateway, listener: socket.socket, drain_seconds: int) 
     log.event("serving", listen=address, node=node)
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    finished = await _drain(gateway, drain_seconds)
+    finished = await gateway.drain(drain_seconds)
     server.should_exit = True
     await serving
     return 0 if finished else 1
-
-
-async def _drain(gateway: Gateway, seconds: int) -> bool:
-    """Lets requests finish; whether all did."""
-    gateway.admission.draining = True
-    log.event("draining", requests=gateway.admission.running)
-    try:
-        await asyncio.wait_for(gateway.admission.idle(), seconds)
-    except asyncio.TimeoutError:
-        log.event("drain_cut", "warning", requests=gateway.admission.running)
-        return False
-    return True
 
 
 def _on_signals(stop: asyncio.Event, server: uvicorn.Server) -> None:
