@@ -23,6 +23,7 @@ from gateway_process import (
 )
 from pbs_client import Client, _messages
 from pbs_client._transport import channel_options
+from pbs_client.gateway.cli import listen_at
 from pbs_client.kv_params import KvTransferParams
 from real_server import RECALL_MODEL, RunningServer, running_server
 
@@ -415,6 +416,11 @@ def test_a_busy_port_is_named():
         message = said(*NODE, "--listen", address, code=1)
     assert f"--listen {address}" in message
     assert "choose another" in message
+
+
+def test_a_small_reply_is_not_held_back_by_nagles_algorithm():
+    with listen_at("127.0.0.1:0") as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # by which asyncio decides
 
 
 @pytest.mark.parametrize("listen", ["nowhere", "127.0.0.1:x", "127.0.0.1:70000"])

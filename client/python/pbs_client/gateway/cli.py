@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pbs-gateway: {error}", file=sys.stderr)
         return _USAGE
     try:
-        listener = _listen(arguments.listen)
+        listener = listen_at(arguments.listen)
     except (OSError, ValueError) as error:
         print(
             f"pbs-gateway: --listen {arguments.listen}: {error}; choose another address",
@@ -180,15 +180,23 @@ def _number(text: str) -> int:
     return value
 
 
-def _listen(address: str) -> socket.socket:
+def listen_at(address: str) -> socket.socket:
+    """A listening socket. ValueError, OSError: it cannot be had."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65_535:
         raise ValueError("it is not HOST:PORT")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server(
-        (host, int(port)), family=family, backlog=CONNECTIONS_MAX
-    )
+    # asyncio turns Nagle's algorithm off only where it reads that the protocol is TCP.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, int(port)))
+        listener.listen(CONNECTIONS_MAX)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 class _Server(uvicorn.Server):
