@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from gateway_process import RunningGateway, running_gateway
 from pbs_client import Client
 from real_server import RECALL_MODEL, RunningServer, running_server
 
@@ -33,3 +35,48 @@ def world(request, tmp_path_factory):
 def client(server: RunningServer) -> Iterator[Client]:
     with Client(server.target) as connected:
         yield connected
+
+
+# ---- pbs-gateway; its packages are imported where a test uses it
+
+
+@pytest.fixture(scope="session")
+def gateway_node() -> Iterator[RunningServer]:
+    """A server with the bundled model and metrics, for gateways."""
+    flags = ("--model", f"recall={RECALL_MODEL}", "--metrics-listen", "127.0.0.1:0")
+    with running_server(*flags) as running:
+        yield running
+
+
+@pytest.fixture
+def node_client(gateway_node: RunningServer) -> Iterator[Client]:
+    with Client(gateway_node.target) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_tokenizer import make
+
+    return make(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def gateway(
+    gateway_node: RunningServer, tokenizer_folder: Path
+) -> Iterator[RunningGateway]:
+    """A gateway with a tokenizer, a second name of the model, and small limits."""
+    flags = (
+        *("--tokenizer", str(tokenizer_folder), "--node-metrics", gateway_node.metrics),
+        *("--served-model-name", "team/recall", "--prompt-tokens-max", "8000"),
+        *("--body-bytes-max", "100000"),
+    )
+    with running_gateway(gateway_node.target, *flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def ids_only(gateway_node: RunningServer) -> Iterator[RunningGateway]:
+    """A gateway without a tokenizer."""
+    with running_gateway(gateway_node.target) as running:
+        yield running

@@ -22,11 +22,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gateway_process import RunningGateway, eventually, read_reply, running_gateway
+from gateway_process import eventually, read_reply
 from pbs_client import Client
 from pbs_client.kv_params import KvTransferParams, prompt_digest
-from real_server import RECALL_MODEL, RunningServer, running_server
-from tiny_tokenizer import make as make_tokenizer
 from tokenizers import Tokenizer
 
 pytestmark = pytest.mark.peers
@@ -137,26 +135,6 @@ def running_router(prefill: str, decode: str, log: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[RunningServer]:
-    with running_server(
-        "--model", f"recall={RECALL_MODEL}", "--metrics-listen", "127.0.0.1:0"
-    ) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def gateway(node, folder) -> Iterator[RunningGateway]:
-    flags = ("--tokenizer", str(folder), "--node-metrics", node.metrics)
-    with running_gateway(node.target, *flags) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def decode() -> Iterator[DecodeWorker]:
     with decode_worker() as worker:
         yield worker
@@ -214,7 +192,7 @@ ROUTED = {
 
 @pytest.mark.parametrize("name", ROUTED)
 def test_the_decode_worker_gets_what_it_fetches_the_cache_by(
-    name, router, gateway, decode, node, folder
+    name, router, gateway, decode, gateway_node, tokenizer_folder
 ):
     path, body, prompt = ROUTED[name]
     sent = {"model": "recall", "max_tokens": 9, **body}
@@ -227,7 +205,7 @@ def test_the_decode_worker_gets_what_it_fetches_the_cache_by(
     assert received.get("max_tokens") == sent.get("max_tokens")
     ids = prompt
     if isinstance(prompt, str):
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     value = received["kv_transfer_params"]
     params = KvTransferParams.from_json_object(value)
@@ -236,7 +214,7 @@ def test_the_decode_worker_gets_what_it_fetches_the_cache_by(
     with Client("127.0.0.1:1") as client:  # the ticket names its own server
         cache = client.fetch(params.ticket)
         client.release(params.ticket)
-    with Client(node.target) as client:
+    with Client(gateway_node.target) as client:
         own = client.prefill("recall", ids, delivery="inline").kv
     assert all(np.array_equal(a, b) for a, b in zip(cache.k + cache.v, own.k + own.v))
     assert gateway.events("request")[-1]["request_id"] == headers["x-request-id"]

@@ -42,7 +42,7 @@ def make(folder: Path, template: Any = CHAT_TEMPLATE) -> Path:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
-        "eos_token": {"content": "</s>"},
+        "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
     }
     if template is not None:
         config["chat_template"] = template

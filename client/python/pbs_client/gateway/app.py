@@ -230,6 +230,7 @@ class Gateway:
             except BaseException:
                 gone.cancel()
                 raise
+        del raw  # it is not charged any more
         record["prompt_tokens"] = prepared.prompt_tokens
         try:
             left = deadline - time.monotonic()
