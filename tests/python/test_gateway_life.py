@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -23,9 +25,12 @@ from gateway_process import (
 )
 from pbs_client import Client, _messages
 from pbs_client._transport import channel_options
+from pbs_client.gateway import admission
 from pbs_client.gateway.cli import listen_at
+from pbs_client.gateway.errors import RefusedError
 from pbs_client.kv_params import KvTransferParams
 from real_server import RECALL_MODEL, RunningServer, running_server
+from starlette.requests import Request
 
 PREFILL = "/pbs.v1.Prefill/Prefill"
 LIST_MODELS = "/pbs.v1.Prefill/ListModels"
@@ -81,16 +86,18 @@ def started(gateway: RunningGateway, body=LONG):
     return connection
 
 
-def cancelled_calls(node: RunningServer) -> list[dict]:
+def given_up(node: RunningServer) -> list[dict]:
+    """Prefills that ended by the gateway's cancellation or, if that came first, release."""
     lines = (json.loads(line) for line in list(node.log) if line.startswith("{"))
     calls = (line for line in lines if line["event"] == "call")
-    return [c for c in calls if c["rpc"] == "prefill" and c["code"] == "CANCELLED"]
+    ends = ("CANCELLED", "ABORTED")
+    return [c for c in calls if c["rpc"] == "prefill" and c["code"] in ends]
 
 
 def test_a_client_that_leaves_cancels_its_prefill(slow, slow_node):
-    before = len(cancelled_calls(slow_node))
+    before = len(given_up(slow_node))
     started(slow).close()
-    eventually(lambda: len(cancelled_calls(slow_node)) > before, "the node's call ends")
+    eventually(lambda: len(given_up(slow_node)) > before, "the node's call ends")
     eventually(lambda: is_idle(slow), "the node holds nothing")
     name = f'pbs_gateway_requests_total{{route="{PATH}",status="499"}}'
     eventually(lambda: slow.metrics().get(name), "the gateway counts it")
@@ -101,9 +108,9 @@ def test_a_client_that_leaves_the_queue_cancels_its_prefill(slow, slow_node):
     second = slow.connect()
     second.request("POST", PATH, json.dumps(SHORT))
     eventually(lambda: metric(slow, "pbs_requests_waiting") == 1, "the second waits")
-    before = len(cancelled_calls(slow_node))
+    before = len(given_up(slow_node))
     second.close()
-    eventually(lambda: len(cancelled_calls(slow_node)) > before, "the second ends")
+    eventually(lambda: len(given_up(slow_node)) > before, "the second ends")
     assert is_running(slow)
     first.close()
     eventually(lambda: is_idle(slow), "the node holds nothing")
@@ -432,3 +439,42 @@ def test_metrics_of_the_node_are_of_its_page(slow, slow_node):
     assert figures(slow.call("/metrics").body)["pbs_gateway_node_metrics_up"] == 1
     with running_gateway(slow_node.target, "--node-metrics", "127.0.0.1:1") as other:
         assert metric(other, "pbs_gateway_node_metrics_up") == 0
+
+
+def resident_bytes(gateway: RunningGateway) -> int:
+    lines = Path(f"/proc/{gateway.process.pid}/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmRSS:"))
+    return int(line.split()[1]) << 10
+
+
+def test_refused_bodies_leave_no_memory_behind(slow_node):
+    body = json.dumps({"prompt": [123] * 1_000_000, "max_tokens": 1}).encode()
+    with running_gateway(slow_node.target) as gateway:
+        found = []
+        for _ in range(3):
+            for _ in range(8):
+                assert gateway.call(PATH, body).status == 400
+            found.append(resident_bytes(gateway))
+    assert found[2] - found[0] < 3 * len(body), found
+
+
+def test_a_body_that_does_not_come_is_given_up(monkeypatch):
+    monkeypatch.setattr(admission, "BODY_SECONDS_MAX", 0.05)
+
+    async def run() -> None:
+        async def receive():
+            await asyncio.Event().wait()
+
+        scope = {"type": "http", "headers": [(b"content-length", b"10")]}
+        bounds = admission.Admission(1, 100, 10)
+        with pytest.raises(RefusedError) as caught:
+            async with bounds.body(Request(scope, receive)):
+                raise AssertionError("there is no body")
+        assert caught.value.status == 408
+        async with bounds.body(Request(scope, whole)) as body:  # nothing stays charged
+            assert body == b"0123456789"
+
+    async def whole():
+        return {"type": "http.request", "body": b"0123456789"}
+
+    asyncio.run(run())

@@ -67,7 +67,7 @@ class Admission:
                 self._idle.set()
 
     @contextlib.asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
+    async def body(self, request: Request) -> AsyncIterator[bytearray]:
         """The body, which is charged as long as the block holds it.
 
         Raises:
@@ -88,7 +88,7 @@ class Admission:
         finally:
             self._bytes -= charged
 
-    async def _within_time(self, request: Request) -> bytes:
+    async def _within_time(self, request: Request) -> bytearray:
         try:
             return await asyncio.wait_for(self._read(request), BODY_SECONDS_MAX)
         except asyncio.TimeoutError:
@@ -105,19 +105,17 @@ class Admission:
             raise self._too_long()
         return int(length)
 
-    async def _read(self, request: Request) -> bytes:
-        chunks, length = [], 0
+    async def _read(self, request: Request) -> bytearray:
+        body = bytearray()
         while True:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
-            chunk = message.get("body", b"")
-            length += len(chunk)
-            if length > self._body_bytes_max:
+            body += message.get("body", b"")
+            if len(body) > self._body_bytes_max:
                 raise self._too_long()
-            chunks.append(chunk)
             if not message.get("more_body", False):
-                return b"".join(chunks)
+                return body
 
     def _too_long(self) -> RefusedError:
         return RefusedError(

@@ -114,11 +114,11 @@ class Api:
 # ---- prompts
 
 
-def _ids(path: str, value: Sequence[Any]) -> list[int]:
+def _ids(path: str, value: list[Any]) -> list[int]:
     for position, token in enumerate(value):
         if type(token) is not int or not 0 <= token <= _ID_MAX:
             raise bad(path, f"{path}[{position}] is no token id")
-    return list(value)
+    return value
 
 
 def _prompt(path: str, value: Any, add_special_tokens: bool) -> Prompt:

@@ -244,7 +244,7 @@ class Gateway:
             gone.cancel()
 
     async def _prepare(
-        self, api: Api, raw: bytes, request_id: str, gone: asyncio.Future[None]
+        self, api: Api, raw: bytearray, request_id: str, gone: asyncio.Future[None]
     ) -> Prepared:
         """The node's request, made in a thread."""
         begin = time.monotonic()
@@ -256,7 +256,9 @@ class Gateway:
             self._preparing, self._preparer.prepare, api, raw, served, request_id
         )
         limit = self.settings.request_seconds_max
-        prepared: Prepared = await self._before_gone(work, gone, limit)
+        prepared: Prepared | RefusedError = await self._before_gone(work, gone, limit)
+        if isinstance(prepared, RefusedError):
+            raise prepared.alone()  # itself would be in a cycle with this frame
         self._metrics.prepare_seconds.observe(time.monotonic() - begin)
         return prepared
 

@@ -73,6 +73,16 @@ class RefusedError(Exception):
         self.retry_after = retry_after
         self.kind = kind or TYPES[status]
 
+    def alone(self) -> RefusedError:
+        """The same without its traceback and causes, whose frames hold the body."""
+        return RefusedError(
+            self.status,
+            self.message,
+            param=self.param,
+            retry_after=self.retry_after,
+            kind=self.kind,
+        )
+
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
         return {

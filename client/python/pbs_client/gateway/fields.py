@@ -76,7 +76,7 @@ class Fields:
         return Fields(value or {}, path + ".")
 
 
-def parse(raw: bytes) -> Fields:
+def parse(raw: bytearray) -> Fields:
     """The fields of a body. Refused: no JSON, no object, NaN, Infinity."""
     try:
         value = json.loads(raw.decode(), parse_constant=_no_constant)

@@ -61,9 +61,17 @@ class Preparer:
         self._lease_seconds = lease_seconds
 
     def prepare(
-        self, api: Api, raw: bytes, served: ServedModel, request_id: str
+        self, api: Api, raw: bytearray, served: ServedModel, request_id: str
+    ) -> Prepared | RefusedError:
+        """The node's request for a body, or why there is none."""
+        try:
+            return self._prepare(api, raw, served, request_id)
+        except RefusedError as refusal:
+            return refusal.alone()
+
+    def _prepare(
+        self, api: Api, raw: bytearray, served: ServedModel, request_id: str
     ) -> Prepared:
-        """The node's request for a body. Raises RefusedError."""
         request = api.decode(fields.parse(raw))
         model = _model(request.model, served)
         ids = np.asarray(self._ids(request.prompt), dtype=np.uint32)
