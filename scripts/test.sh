@@ -26,14 +26,15 @@ say "C++ tests and structure checks"
 ctest --test-dir "$build_dir" --output-on-failure -j "$jobs"
 
 if $python; then
-  python_environment "$repo/.venv" pytest h2
+  python_environment "$repo/.venv" pytest h2 "$repo/client/python[gateway]"
   say "Python client tests"
   PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin \
     "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m "not peers and not vllm"
 fi
 
 if $peers; then
-  python_environment "$repo/.venv" pytest h2 matplotlib "${peer_packages[@]}"
+  python_environment "$repo/.venv" pytest h2 matplotlib vllm-router==0.1.17 \
+    "$repo/client/python[gateway]" "${peer_packages[@]}"
   say "tests against torch and transformers"
   PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin \
     "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m peers
