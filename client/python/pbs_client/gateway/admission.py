@@ -32,8 +32,7 @@ class Admission:
         self._buffer_bytes_max = buffer_bytes_max
         self._bytes = 0
         self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._when_idle: asyncio.Future[None] | None = None
         self.draining = False
 
     @property
@@ -43,7 +42,9 @@ class Admission:
 
     async def idle(self) -> None:
         """Waits until no request is answered."""
-        await self._idle.wait()
+        if self._running:
+            self._when_idle = asyncio.get_running_loop().create_future()
+            await self._when_idle
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -58,13 +59,12 @@ class Admission:
                 retry_after=RETRY_SECONDS,
             )
         self._running += 1
-        self._idle.clear()
         try:
             yield
         finally:
             self._running -= 1
-            if self._running == 0:
-                self._idle.set()
+            if self._running == 0 and self._when_idle and not self._when_idle.done():
+                self._when_idle.set_result(None)
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytearray]:

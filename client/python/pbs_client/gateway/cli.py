@@ -127,9 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A second series for every counter is of no use.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
-        check_target(arguments.node)
+        _check_address("--node", arguments.node)
         if arguments.node_metrics:
-            check_target(arguments.node_metrics)
+            _check_address("--node-metrics", arguments.node_metrics)
         gateway = Gateway(_settings(arguments))
     except ValueError as error:
         print(f"pbs-gateway: {error}", file=sys.stderr)
@@ -143,6 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     return asyncio.run(_serve(gateway, listener, arguments.drain_seconds_max))
+
+
+def _check_address(flag: str, address: str) -> None:
+    try:
+        check_target(address)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

@@ -10,11 +10,11 @@ import http.client
 from concurrent.futures import Executor
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import generate_latest
 
 NODE_METRICS_BYTES_MAX = 8 << 20
 NODE_METRICS_SECONDS_MAX = 5.0
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # They double, as those of the node, from 1 ms to 1,049 s.
 _SECONDS = tuple(0.001 * 2**i for i in range(21))
