@@ -1,13 +1,18 @@
-"""Thousands of malformed bodies to pbs-gateway: each refused or answered, nothing held."""
+"""pbs-gateway under malformed bodies and clients that leave at any moment."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import select
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from gateway_process import eventually, read_reply, running_gateway
+from pbs_client.kv_params import KvTransferParams
 from real_server import RECALL_MODEL, running_server
 from tiny_tokenizer import make as make_tokenizer
 
@@ -114,3 +119,62 @@ def test_no_body_breaks_the_gateway_or_leaves_anything_held(seed, tmp_path):
         eventually(is_empty, "nothing is held")
         assert gateway.call("/health").status == 200
         assert not gateway.events("fault")
+
+
+LEAVERS = 300
+PATIENCE_SECONDS = 0.05  # about the time of a request under load
+
+
+def impatient_reply(address: str, sent: bytes, patience: float) -> dict[str, Any] | None:
+    """The reply to a client that closes its side when its patience ends; None without."""
+    host, _, port = address.partition(":")
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(sent)}\r\n\r\n"
+    )
+    received = b""
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + sent)
+        select.select([connection], [], [], patience)
+        connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(30)
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := connection.recv(65_536):
+                received += chunk
+    _, _, content = received.partition(b"\r\n\r\n")
+    try:
+        return json.loads(content)
+    except ValueError:  # nothing, or a part
+        return None
+
+
+def test_a_client_that_leaves_at_any_moment_leaves_nothing_held(gateway_node, node_client):
+    random_ = random.Random(3)
+    with running_gateway(
+        gateway_node.target, "--node-metrics", gateway_node.metrics
+    ) as own:
+        held = own.metrics()["pbs_kv_leases"]
+
+        def leave(number: int) -> bool:
+            ids = [20 + number % 500] * random_.choice((1, 50, 1000, 4000))
+            sent = json.dumps({"prompt": ids, "max_tokens": 1}).encode()
+            patience = random_.expovariate(1 / PATIENCE_SECONDS)
+            reply = impatient_reply(own.address, sent, patience)
+            if reply is None:
+                return True
+            params = KvTransferParams.from_json_object(reply["kv_transfer_params"])
+            node_client.release(params.ticket)
+            return False
+
+        with ThreadPoolExecutor(4) as pool:
+            left = sum(pool.map(leave, range(LEAVERS)))
+        assert 20 < left < LEAVERS - 20, left  # both fates are common
+
+        def is_as_before() -> bool:
+            found = own.metrics()
+            running = found["pbs_gateway_requests_running"] + found["pbs_requests_running"]
+            return found["pbs_kv_leases"] <= held and running == 0
+
+        eventually(is_as_before, "nothing is held")
+        assert not own.events("fault")
+        assert not own.events("release_failed")
+        assert not own.events("library_line")

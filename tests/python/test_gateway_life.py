@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
@@ -320,6 +321,20 @@ def test_health_follows_the_nodes_drain():
         with Client("127.0.0.1:1") as client:  # the ticket names its own server
             client.release(params.ticket)
         assert node.process.wait(30) == 0
+
+
+def test_a_node_that_comes_back_is_used_again():
+    with contextlib.ExitStack() as first:
+        node = first.enter_context(running_server(*MODEL))
+        with running_gateway(node.target) as gateway:
+            assert gateway.call(PATH, SHORT).status == 200
+            first.close()
+            assert gateway.call("/health").status == 503
+            assert gateway.call(PATH, SHORT).status == 503
+            port = node.target.rpartition(":")[2]
+            with running_server(*MODEL, "--listen", f"127.0.0.1:{port}"):
+                eventually(lambda: gateway.call("/health").status == 200, "the health")
+                assert gateway.call(PATH, SHORT).status == 200
 
 
 def test_a_node_of_several_models_needs_a_name():

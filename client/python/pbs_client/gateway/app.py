@@ -30,6 +30,7 @@ from pbs_client.errors import NotFoundError, PbsError, UnavailableError
 from pbs_client.gateway import log
 from pbs_client.gateway.admission import Admission, ClientGoneError
 from pbs_client.gateway.apis import APIS, Answer, Api
+from pbs_client.gateway.delivery import WithTransport, deliver
 from pbs_client.gateway.errors import RefusedError, from_node, unavailable
 from pbs_client.gateway.metrics import CONTENT_TYPE, Metrics, NodeMetrics
 from pbs_client.gateway.node import Node, PrefillCall
@@ -94,7 +95,7 @@ class Gateway:
             tokenizer, settings.prompt_tokens_max, settings.lease_seconds
         )
 
-    def app(self) -> Starlette:
+    def app(self) -> WithTransport:
         """The application."""
         routes = [
             Route(api.path, _Endpoint(self, api), methods=["POST"]) for api in APIS
@@ -104,11 +105,12 @@ class Gateway:
             Route("/health", self._health),
             Route("/metrics", self._metrics_page),
         ]
-        return Starlette(
+        app = Starlette(
             routes=routes,
             lifespan=self._lifespan,
             exception_handlers={HTTPException: _no_route},
         )
+        return WithTransport(app)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -235,7 +237,7 @@ class Gateway:
         try:
             left = deadline - time.monotonic()
             async with self._node.prefill(prepared.message, left) as call:
-                await self._run(api, prepared, call, gone, send, record)
+                await self._run(api, request, prepared, call, gone, send, record)
         except PbsError as error:
             if isinstance(error, NotFoundError):
                 self._node.forget_models()
@@ -284,6 +286,7 @@ class Gateway:
     async def _run(
         self,
         api: Api,
+        request: Request,
         prepared: Prepared,
         call: PrefillCall,
         gone: asyncio.Future[None],
@@ -296,7 +299,7 @@ class Gateway:
             answer = self._answer_of(prepared, done, call.ticket, record["request_id"])
             response = _json(200, api.reply(answer))
             response.headers["x-request-id"] = record["request_id"]
-            await _deliver(response, send, gone)
+            await deliver(response, request.scope, send, gone)
         except UnavailableError:
             raise  # there is nobody to free it
         except BaseException:
@@ -373,17 +376,6 @@ async def _until_gone(request: Request) -> None:
     """Waits until the client has closed its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _deliver(response: Response, send: Send, gone: asyncio.Future[None]) -> None:
-    """Sends a response. ClientGoneError: the client had left before its last byte."""
-    start = {"type": "http.response.start", "status": response.status_code}
-    await send({**start, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    await asyncio.sleep(0)  # the loop learns of a connection that was closed meanwhile
-    if gone.done():
-        raise ClientGoneError
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
