@@ -26,7 +26,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pbs_client.errors import NotFoundError, PbsError, UnavailableError
+from pbs_client.errors import PbsError, UnavailableError
 from pbs_client.gateway import log
 from pbs_client.gateway.admission import Admission, ClientGoneError
 from pbs_client.gateway.apis import APIS, Answer, Api
@@ -34,9 +34,9 @@ from pbs_client.gateway.delivery import WithTransport, deliver
 from pbs_client.gateway.errors import RefusedError, from_node, unavailable
 from pbs_client.gateway.metrics import CONTENT_TYPE, Metrics, NodeMetrics
 from pbs_client.gateway.node import Node, PrefillCall
+from pbs_client.gateway.nodes import Nodes
 from pbs_client.gateway.prepare import REQUEST_ID_BYTES_MAX, Prepared, Preparer
 from pbs_client.gateway.tokenizer import Tokenizer
-from pbs_client.kv import KvTicket
 from pbs_client.kv_params import KvTransferParams
 from pbs_client.results import TokenLogit, token_logits
 
@@ -51,6 +51,7 @@ class Settings:
 
     Attributes:
         node: HOST:PORT of the node.
+        fallback_nodes: HOST:PORT of nodes that take over where it is not available.
         node_metrics: HOST:PORT of its metrics; "" is none.
         tokenizer: folder; None: ids only.
         chat_template: file; None is the folder's.
@@ -60,6 +61,7 @@ class Settings:
     """
 
     node: str
+    fallback_nodes: tuple[str, ...] = ()
     node_metrics: str = ""
     tokenizer: Path | None = None
     chat_template: Path | None = None
@@ -122,13 +124,14 @@ class Gateway:
             self._preparing = preparing
             self._cut = asyncio.get_running_loop().create_future()
             self._node_metrics = NodeMetrics(settings.node_metrics, scraping)
-            self._node = Node(
-                settings.node, settings.model, settings.aliases, settings.requests_max
+            targets = (settings.node, *settings.fallback_nodes)
+            self._nodes = Nodes(
+                targets, settings.model, settings.aliases, settings.requests_max
             )
             try:
                 yield
             finally:
-                await self._node.close()
+                await self._nodes.close()
 
     async def drain(self, seconds: float) -> bool:
         """Takes no more work and lets requests finish; whether all did.
@@ -153,19 +156,16 @@ class Gateway:
         try:
             if self.admission.draining:
                 raise unavailable("the gateway is stopping")
-            state = await self._node.health()
-            if state != "SERVING":
-                raise unavailable(f"the node's health is {state}")
-            await self._node.served()
-        except PbsError as error:
-            return _refused(unavailable(from_node(error).message))
+            reason = await self._nodes.why_not_ready()
+            if reason:
+                raise unavailable(reason)
         except RefusedError as refusal:
             return _refused(refusal)
         return _json(200, {"status": "SERVING"})
 
     async def _models(self, _: Request) -> Response:
         try:
-            served = await self._node.served()
+            served = await self._nodes.served()
         except PbsError as error:
             return _refused(from_node(error))
         data = [
@@ -234,13 +234,20 @@ class Gateway:
                 raise
         del raw  # it is not charged any more
         record["prompt_tokens"] = prepared.prompt_tokens
-        try:
+        exchange = _Exchange(api, request, send, record["request_id"], gone)
+
+        async def attempt(node: Node) -> None:
             left = deadline - time.monotonic()
-            async with self._node.prefill(prepared.message, left) as call:
-                await self._run(api, request, prepared, call, gone, send, record)
+            async with node.prefill(prepared.message, left) as call:
+                await self._run(exchange, prepared, call)
+
+        def on_failover() -> None:
+            self._metrics.failovers.inc()
+            record["failovers"] = record.get("failovers", 0) + 1
+
+        try:
+            await self._nodes.first_available(prepared.served, attempt, on_failover)
         except PbsError as error:
-            if isinstance(error, NotFoundError):
-                self._node.forget_models()
             raise from_node(error) from None
         finally:
             gone.cancel()
@@ -251,7 +258,7 @@ class Gateway:
         """The node's request, made in a thread."""
         begin = time.monotonic()
         try:
-            served = await self._node.served()
+            served = await self._nodes.served()
         except PbsError as error:
             raise from_node(error) from None
         work = asyncio.get_running_loop().run_in_executor(
@@ -284,22 +291,16 @@ class Gateway:
         raise RefusedError(504, f"no time was left after {timeout:.0f} s; allow more")
 
     async def _run(
-        self,
-        api: Api,
-        request: Request,
-        prepared: Prepared,
-        call: PrefillCall,
-        gone: asyncio.Future[None],
-        send: Send,
-        record: dict[str, Any],
+        self, exchange: _Exchange, prepared: Prepared, call: PrefillCall
     ) -> None:
         """Waits for the prefill and delivers the reply; else frees the cache."""
         try:
-            done = await self._before_gone(call.result(), gone)
-            answer = self._answer_of(prepared, done, call.ticket, record["request_id"])
-            response = _json(200, api.reply(answer))
-            response.headers["x-request-id"] = record["request_id"]
-            await deliver(response, request.scope, send, gone)
+            done = await self._before_gone(call.result(), exchange.gone)
+            answer = self._answer_of(prepared, done, call, exchange.request_id)
+            response = _json(200, exchange.api.reply(answer))
+            response.headers["x-request-id"] = exchange.request_id
+            scope = exchange.request.scope
+            await deliver(response, scope, exchange.send, exchange.gone)
         except UnavailableError:
             raise  # there is nobody to free it
         except BaseException:
@@ -316,7 +317,7 @@ class Gateway:
             log.event("release_failed", "warning", code=error.code.name)
 
     def _answer_of(
-        self, prepared: Prepared, done: Any, ticket: KvTicket | None, request_id: str
+        self, prepared: Prepared, done: Any, call: PrefillCall, request_id: str
     ) -> Answer:
         request, text_of = prepared.request, self._preparer.text_of
         token = done.first_token_id
@@ -329,28 +330,13 @@ class Gateway:
             prompt_tokens=prepared.prompt_tokens,
             token_id=token,
             text=text_of(token, skip),
-            is_end=token in prepared.end_tokens and not request.ignore_eos,
+            is_end=token in prepared.served.info.eos_token_ids
+            and not request.ignore_eos,
             own=own,
             top=top,
             texts={t.token_id: text_of(t.token_id, False) for t in (own, *top) if t},
-            kv_transfer_params=self._transfer_params(prepared, done, ticket),
+            kv_transfer_params=_transfer_params(prepared, done, call),
         )
-
-    def _transfer_params(
-        self, prepared: Prepared, done: Any, ticket: KvTicket | None
-    ) -> dict[str, Any] | None:
-        if ticket is None:
-            return None
-        if not ticket.endpoint:
-            ticket = dataclasses.replace(ticket, endpoint=self.settings.node)
-        params = KvTransferParams(
-            ticket=ticket,
-            tokens=prepared.prompt_tokens,
-            prompt_digest=prepared.prompt_digest,
-            expires_unix_ms=done.lease_expires_unix_ms,
-            first_token_id=done.first_token_id,
-        )
-        return params.to_json_object()
 
     def _note(
         self, api: Api, status: int, begin: float, record: dict[str, Any]
@@ -360,6 +346,17 @@ class Gateway:
         self._metrics.request_seconds.labels(api.path).observe(seconds)
         fields = {"status": status, "seconds": round(seconds, 6), **record}
         log.event("request", "info", route=api.path, **fields)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """A request whose body has been read, and the way of its reply."""
+
+    api: Api
+    request: Request
+    send: Send
+    request_id: str
+    gone: asyncio.Future[None]
 
 
 class _Endpoint:
@@ -382,6 +379,24 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
     """Takes note of an error that nobody waits for any more."""
     if not future.cancelled():
         future.exception()
+
+
+def _transfer_params(
+    prepared: Prepared, done: Any, call: PrefillCall
+) -> dict[str, Any] | None:
+    ticket = call.ticket
+    if ticket is None:
+        return None
+    if not ticket.endpoint:
+        ticket = dataclasses.replace(ticket, endpoint=call.target)
+    params = KvTransferParams(
+        ticket=ticket,
+        tokens=prepared.prompt_tokens,
+        prompt_digest=prepared.prompt_digest,
+        expires_unix_ms=done.lease_expires_unix_ms,
+        first_token_id=done.first_token_id,
+    )
+    return params.to_json_object()
 
 
 def _log_probabilities(

@@ -52,6 +52,7 @@ exit codes:
 
 _HELP = {
     "node": "gRPC address of the node",
+    "fallback-node": "node that takes over where --node is not available; may be repeated",
     "listen": f"HTTP address; port 0 picks a free port [{_LISTEN_DEFAULT}]",
     "node-metrics": "the node's metrics address; /metrics includes its page [none]",
     "model": "the node's model that is served [its only one]",
@@ -84,6 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     parser.add_argument(
         "--node", required=True, metavar="HOST:PORT", help=_HELP["node"]
+    )
+    parser.add_argument(
+        "--fallback-node",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help=_HELP["fallback-node"],
     )
     for name in ("listen", "node-metrics", "model"):
         kind = "NAME" if name == "model" else "HOST:PORT"
@@ -128,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         _check_address("--node", arguments.node)
+        for address in arguments.fallback_node:
+            _check_address("--fallback-node", address)
         if arguments.node_metrics:
             _check_address("--node-metrics", arguments.node_metrics)
         gateway = Gateway(_settings(arguments))
@@ -162,6 +172,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         )
     return Settings(
         node=arguments.node,
+        fallback_nodes=tuple(arguments.fallback_node),
         node_metrics=arguments.node_metrics,
         tokenizer=arguments.tokenizer,
         chat_template=arguments.chat_template,

@@ -59,6 +59,11 @@ class Metrics:
             "Caches that the gateway freed because the client had left",
             registry=registry,
         )
+        self.failovers = Counter(
+            "pbs_gateway_failovers",
+            "Requests that went to a further node because one was not available",
+            registry=registry,
+        )
         self.node_metrics_up = Gauge(
             "pbs_gateway_node_metrics_up",
             "1 if this page has the node's metrics",

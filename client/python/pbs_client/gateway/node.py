@@ -102,10 +102,6 @@ class Node:
         self._served = (time.monotonic(), served)
         return served
 
-    def forget_models(self) -> None:
-        """The node has others now."""
-        self._served = None
-
     @contextlib.asynccontextmanager
     async def prefill(self, request: bytes, timeout: float) -> Any:
         """A PrefillCall, which the end of the block cancels if it is under way."""
@@ -114,6 +110,9 @@ class Node:
         call = PrefillCall(self, self._work[place], request, timeout)
         try:
             yield call
+        except NotFoundError:
+            self._served = None  # the node has other models now
+            raise
         finally:
             call.end()
             self._load[place] -= 1
@@ -147,6 +146,7 @@ class PrefillCall:
     """One prefill under way.
 
     Attributes:
+        target: HOST:PORT of its node.
         ticket: of the cache, as soon as the node has admitted the prefill with a lease.
     """
 
@@ -154,6 +154,7 @@ class PrefillCall:
         self, node: Node, channel: grpc.aio.Channel, request: bytes, timeout: float
     ) -> None:
         self.ticket: KvTicket | None = None
+        self.target = node.target
         self._node, self._timeout = node, timeout
         self._admitted = asyncio.Event()
         self._call = channel.unary_stream(_PREFILL)(request, timeout=timeout)

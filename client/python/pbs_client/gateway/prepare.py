@@ -35,7 +35,7 @@ class Prepared:
         message: the serialized PrefillRequest.
         prompt_tokens: of the prompt.
         prompt_digest: of its ids.
-        end_tokens: of the model.
+        served: the model.
     """
 
     request: Request
@@ -43,7 +43,7 @@ class Prepared:
     message: bytes
     prompt_tokens: int
     prompt_digest: str
-    end_tokens: tuple[int, ...]
+    served: ServedModel
 
 
 class Preparer:
@@ -83,7 +83,7 @@ class Preparer:
             message=message.SerializeToString(),
             prompt_tokens=len(ids),
             prompt_digest=prompt_digest(ids),
-            end_tokens=served.info.eos_token_ids,
+            served=served,
         )
 
     def text_of(self, token_id: int, skip_special_tokens: bool) -> str:
