@@ -113,6 +113,17 @@ def running_server(*flags: str, prefix: Sequence[str] = ()) -> Iterator[RunningS
     assert process.returncode == 0, "the server did not drain:\n" + "".join(log)
 
 
+@contextlib.contextmanager
+def mortal_server(*flags: str) -> Iterator[RunningServer]:
+    """A server that the test may kill."""
+    try:
+        with running_server(*flags) as node:
+            yield node
+    except AssertionError as error:
+        if "did not drain" not in str(error):
+            raise
+
+
 def _read_log(
     process: subprocess.Popen[str], log: list[str], serving: queue.Queue[dict | None]
 ) -> None:

@@ -15,16 +15,18 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gateway_process import eventually, read_reply
+from gateway_process import eventually, read_reply, running_gateway
 from pbs_client import Client
 from pbs_client.kv_params import KvTransferParams, prompt_digest
+from real_server import RECALL_MODEL, mortal_server, running_server
 from tokenizers import Tokenizer
 
 pytestmark = pytest.mark.peers
@@ -98,8 +100,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_router(prefill: str, decode: str, log: Path) -> Iterator[str]:
-    """The router's HOST:PORT, once both workers are known to it."""
+def running_router(prefill: Sequence[str], decode: str, log: Path) -> Iterator[str]:
+    """The router's HOST:PORT, once its workers are known to it."""
     program = Path(sys.executable).parent / "vllm-router"
     address = f"127.0.0.1:{free_port()}"
     with log.open("w") as file:
@@ -108,7 +110,8 @@ def running_router(prefill: str, decode: str, log: Path) -> Iterator[str]:
                 str(program if program.exists() else shutil.which("vllm-router")),
                 *("--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
                 *("--prometheus-port", str(free_port()), "--vllm-pd-disaggregation"),
-                *("--prefill", f"http://{prefill}", "--decode", f"http://{decode}"),
+                *(word for p in prefill for word in ("--prefill", f"http://{p}")),
+                *("--decode", f"http://{decode}", "--policy", "round_robin"),
                 *("--request-timeout-secs", "60", "--disable-retries"),
             ],
             stdout=file,
@@ -143,7 +146,7 @@ def decode() -> Iterator[DecodeWorker]:
 @pytest.fixture(scope="module")
 def router(gateway, decode, tmp_path_factory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("router") / "log"
-    with running_router(gateway.address, decode.address, log) as address:
+    with running_router([gateway.address], decode.address, log) as address:
         yield address
 
 
@@ -242,3 +245,37 @@ def test_a_refusal_of_the_gateway_reaches_the_user(changes, status, said, router
     assert reply.status == status, reply.body
     assert said in json.dumps(reply.body)
     assert not decode.received
+
+
+def test_no_request_is_lost_when_a_node_is_killed(decode, tmp_path):
+    model = ("--model", f"recall={RECALL_MODEL}")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(mortal_server(*model))
+        second = stack.enter_context(running_server(*model))
+        gateways = [
+            stack.enter_context(
+                running_gateway(own.target, "--fallback-node", other.target)
+            )
+            for own, other in ((first, second), (second, first))
+        ]
+        addresses = [gateway.address for gateway in gateways]
+        log = tmp_path / "log"
+        router = stack.enter_context(running_router(addresses, decode.address, log))
+        decode.received.clear()
+        ids = [n % 500 + 10 for n in range(2000)]
+        body = {"model": "recall", "prompt": ids, "max_tokens": 9}
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(call, router, "/v1/completions", body) for _ in range(32)]
+            calls[4].result()
+            first.process.kill()
+            statuses = [one.result().status for one in calls]
+        assert statuses == [200] * len(calls)
+        given = (b["kv_transfer_params"] for _, _, b in decode.received)
+        tickets = [KvTransferParams.from_json_object(value).ticket for value in given]
+        assert len(tickets) == len(calls)
+        assert {ticket.endpoint for ticket in tickets[-4:]} == {second.target}
+        with Client("127.0.0.1:1") as client:
+            for ticket in tickets:
+                if ticket.endpoint == second.target:
+                    client.release(ticket)
+        assert all(gateway.events("request") for gateway in gateways)
