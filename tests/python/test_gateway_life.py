@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +25,6 @@ from gateway_process import (
 from pbs_client import Client, _messages
 from pbs_client._transport import channel_options
 from pbs_client.gateway import admission
-from pbs_client.gateway.cli import listen_at
 from pbs_client.gateway.errors import RefusedError
 from pbs_client.kv_params import KvTransferParams
 from real_server import RECALL_MODEL, RunningServer, running_server
@@ -397,57 +394,6 @@ def test_a_drain_ends_in_time_and_says_what_it_cut(slow_node):
     assert gateway.events("drain_cut")[0]["requests"] == 1
     with running_gateway(slow_node.target, "--node-metrics", slow_node.metrics) as other:
         eventually(lambda: is_idle(other), "the node holds nothing")
-
-
-def said(*flags: str, code: int) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pbs_client.gateway", *flags],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == code, done.stderr
-    return done.stderr
-
-
-NODE = ("--node", "127.0.0.1:50051")
-USAGE = {
-    "no node": ((), "--node"),
-    "a node without a port": (("--node", "localhost"), "not HOST:PORT"),
-    "metrics without a port": ((*NODE, "--node-metrics", "x"), "not HOST:PORT"),
-    "no tokenizer there": ((*NODE, "--tokenizer", "/nowhere"), "/nowhere/tokenizer.json"),
-    "a template alone": ((*NODE, "--chat-template", "x"), "needs --tokenizer"),
-    "a limit of 0": ((*NODE, "--requests-max", "0"), "0 is less than 1"),
-    "a limit in words": ((*NODE, "--requests-max", "many"), "'many' is not an integer"),
-    "bodies larger than all": (
-        (*NODE, "--body-bytes-max", "2000", "--buffer-bytes-max", "1000"),
-        "--buffer-bytes-max 1000",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", USAGE)
-def test_wrong_usage_exits_with_2(name):
-    flags, message = USAGE[name]
-    assert message in said(*flags, code=2)
-
-
-def test_a_busy_port_is_named():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        message = said(*NODE, "--listen", address, code=1)
-    assert f"--listen {address}" in message
-    assert "choose another" in message
-
-
-def test_a_small_reply_is_not_held_back_by_nagles_algorithm():
-    with listen_at("127.0.0.1:0") as listener:
-        assert listener.proto == socket.IPPROTO_TCP  # by which asyncio decides
-
-
-@pytest.mark.parametrize("listen", ["nowhere", "127.0.0.1:x", "127.0.0.1:70000"])
-def test_a_wrong_address_to_listen_is_named(listen):
-    assert f"--listen {listen}" in said(*NODE, "--listen", listen, code=1)
 
 
 def test_metrics_of_the_node_are_of_its_page(slow, slow_node):
