@@ -95,7 +95,7 @@ def _takes_past_key_values(past_key_values=None): ...
     [(_takes_cache, "cache"), (_takes_past_key_values, "past_key_values")],
 )
 def test_the_cache_goes_in_under_the_name_that_the_release_has(hf, forward, name):
-    assert hf._cache_argument(types.SimpleNamespace(forward=forward)) == name
+    assert hf.caches.cache_argument(types.SimpleNamespace(forward=forward)) == name
 
 
 def test_decoding_uses_nothing_that_a_later_release_takes_away(hf, model, prompt, cache):
@@ -128,9 +128,7 @@ def test_decoding_leaves_the_cache_as_it_was(hf, model, prompt, cache):
 
 def test_a_spoiled_cache_gives_other_tokens(hf, model, prompt, own_tokens, cache):
     spoiled = dataclasses.replace(cache, v=(*cache.v[:2], np.zeros_like(cache.v[2])))
-    tokens = hf.generate(
-        model, prompt, spoiled, max_new_tokens=NEW_TOKENS, ignore_eos=True
-    )
+    tokens = hf.generate(model, prompt, spoiled, max_new_tokens=NEW_TOKENS, ignore_eos=True)
     assert tokens != own_tokens
 
 
@@ -238,7 +236,7 @@ def test_bfloat16_reaches_torch_bit_for_bit(torch, hf):
     import ml_dtypes
 
     bits = np.arange(2**16, dtype=np.uint16).reshape(1, 256, 256)
-    tensor = hf._to_torch(bits.view(ml_dtypes.bfloat16))
+    tensor = hf.caches.to_torch(bits.view(ml_dtypes.bfloat16))
     assert tensor.dtype is torch.bfloat16
     np.testing.assert_array_equal(tensor.view(torch.int16).numpy(), bits.view(np.int16))
 

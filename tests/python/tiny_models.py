@@ -55,9 +55,7 @@ def make(name: str, folder: Path, seed: int = 7) -> Path:
     else:
         fields["rope_theta"] = rope["rope_theta"]
         if rope["rope_type"] != "default":
-            fields["rope_scaling"] = {
-                k: v for k, v in rope.items() if k != "rope_theta"
-            }
+            fields["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**fields))
     with torch.no_grad():

@@ -6,10 +6,12 @@ parses replies.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -161,6 +163,15 @@ class Stream:
     ) -> None:
         self._call, self._uploads = call, uploads
         self._messages = _messages_of(call, path, timeout)
+        scope: CallScope | None = getattr(_thread, "scope", None)
+        if scope is not None:
+            scope.add(self)
+
+    def cancel(self) -> None:
+        """Cancels the call, from any thread; of no effect once it has ended."""
+        call = self._call
+        if call is not None:
+            call.cancel()
 
     def __enter__(self) -> Iterator[bytes]:
         return self._messages
@@ -171,6 +182,49 @@ class Stream:
         self._messages.close()
         if self._uploads is not None:
             self._uploads.end()
+
+
+_thread = threading.local()  # .scope: of the streams that the thread begins
+
+
+class CallScope:
+    """Streams of many threads that are cancelled together.
+
+    Threading: safe from many threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._cancelled = threading.Event()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Streams that this thread begins in the block are of this scope."""
+        _thread.scope = self
+        try:
+            yield
+        finally:
+            _thread.scope = None
+
+    def add(self, stream: Stream) -> None:
+        """Takes a stream; cancels it at once when cancel() was called."""
+        with self._lock:
+            self._streams.add(stream)
+        if self._cancelled.is_set():
+            stream.cancel()
+
+    def cancel(self) -> None:
+        """Cancels the streams of this scope, and every later one when it begins."""
+        self._cancelled.set()
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.cancel()
+
+    def wait_cancelled(self, seconds: float) -> bool:
+        """Waits for cancel(); False when it did not come in time."""
+        return self._cancelled.wait(seconds)
 
 
 class _Uploads:
