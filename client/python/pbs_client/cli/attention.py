@@ -201,6 +201,11 @@ _OF_PREFILL = (
 _FLAGS = _OF_METHODS + _OF_ALL + _OF_SELECTION + _OF_PREFILL
 
 
+def option_names() -> tuple[str, ...]:
+    """Names of all options but the method's own: what attention_from() takes."""
+    return tuple(flag.name for flag in _FLAGS)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the groups of attention options to a command."""
     methods = (f"{name:<13} {_summary(kind)}" for name, kind in METHODS.items())

@@ -38,6 +38,7 @@ from pbs_client.hf.models import check_first_layer, check_same_model
 from pbs_client.hf.scores import Score, score_after
 from pbs_client.kv import KvCache
 from pbs_client.options import Attention, Method, attention_of
+from pbs_client.results import ModelInfo
 
 CONCURRENCY = 4  # prefills at once
 CONCURRENCY_MAX = 256
@@ -108,7 +109,7 @@ class RemotePrefill:
                 server = exits.enter_context(Client(server))
             info = find_model(server.models(), name)
             check_same_model(model, info)
-            self._model_digest = info.model_digest
+            self._served_model = info
             self._node = PrefillNode(
                 server,
                 info.name,
@@ -149,6 +150,11 @@ class RemotePrefill:
             object.__setattr__(self, name, value)
         else:
             setattr(self._model, name, value)
+
+    @property
+    def served_model(self) -> ModelInfo:
+        """What the server says of its model."""
+        return self._served_model
 
     @property
     def prefills(self) -> tuple[PrefillResult, ...]:
@@ -329,7 +335,7 @@ class RemotePrefill:
             for prompt, result in zip(prompts, results):
                 cache = result.kv
                 assert cache is not None
-                check_compatible(self._model, cache, self._model_digest)
+                check_compatible(self._model, cache, self._served_model.model_digest)
                 if not self._is_checked:
                     check_first_layer(self._model, prompt, cache)
                     self._is_checked = True
