@@ -2,7 +2,7 @@
 # Installs what is missing, builds, and runs every test that needs no heavy peer.
 #
 #   scripts/test.sh            C++ tests, Python client tests, structure checks
-#   scripts/test.sh --peers    also the tests against torch and transformers
+#   scripts/test.sh --peers    also the tests against torch, transformers and lm_eval
 #   scripts/test.sh --no-python  C++ only (no package index needed)
 #
 # PBS_BUILD_DIR chooses the build folder (default: build).
@@ -34,7 +34,7 @@ fi
 
 if $peers; then
   python_environment "$repo/.venv" pytest h2 matplotlib vllm-router==0.1.17 \
-    "$repo/client/python[gateway]" "${peer_packages[@]}"
+    "$repo/client/python[gateway]" "lm_eval[hf,longbench]>=0.4.13" "${peer_packages[@]}"
   say "tests against torch and transformers"
   PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin \
     "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m peers
