@@ -13,7 +13,14 @@ import grpc
 import numpy as np
 import pytest
 from fake_server import fake_server, never_answered, replies
-from pbs_client import Client, PbsError, _messages
+from pbs_client import (
+    CallCancelledError,
+    Client,
+    DeadlineExceededError,
+    PbsError,
+    _messages,
+)
+from pbs_client._transport import CallScope
 
 ATTEND = "/pbs.v1.Attention/Attend"
 PREFILL = "/pbs.v1.Prefill/Prefill"
@@ -102,3 +109,40 @@ def test_the_thread_that_uploads_ends_before_a_refused_attend_does():
             assert threading.current_thread() not in uploaders
             assert not any(thread.is_alive() for thread in uploaders)
             uploaders.clear()
+
+
+def test_the_calls_of_a_scope_are_cancelled_together():
+    scope, begun = CallScope(), threading.Barrier(3)
+    errors = []
+
+    def answer(requests, context):
+        begun.wait()
+        yield from never_answered(requests, context)
+
+    def prefill(client):
+        with scope.entered(), pytest.raises(CallCancelledError) as caught:
+            client.prefill("m", [1, 2])
+        errors.append(caught.value)
+
+    with fake_server({PREFILL: answer}) as target, Client(target) as client:
+        callers = [threading.Thread(target=prefill, args=(client,)) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+        begun.wait()
+        assert not scope.wait_cancelled(0)
+        scope.cancel()
+        for caller in callers:
+            caller.join()
+        assert scope.wait_cancelled(0)
+        assert len(errors) == 2
+
+
+def test_a_call_of_a_cancelled_scope_ends_at_once_and_others_go_on():
+    scope = CallScope()
+    scope.cancel()
+    handlers = {PREFILL: never_answered}
+    with fake_server(handlers) as target, Client(target) as client:
+        with scope.entered(), pytest.raises(CallCancelledError):
+            client.prefill("m", [1, 2])
+        with pytest.raises(DeadlineExceededError):  # of no scope
+            client.prefill("m", [1, 2], timeout=0.2)

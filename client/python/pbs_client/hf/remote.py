@@ -305,7 +305,7 @@ class RemotePrefill:
                 name = "prompt" if not prompt else "continuation"
                 raise ValueError(f"{name} {index} is empty; one token is needed")
             groups.setdefault(prompt, []).append(index)
-        scores: list[Score | None] = [None] * len(wanted)
+        scores: dict[int, Score] = {}
         model = self._model
         sent = [prompt for prompt in groups if len(prompt) > 1]
         with contextlib.closing(self._prefilled(sent)) as caches:
@@ -323,7 +323,7 @@ class RemotePrefill:
                     scores[index] = score_after(
                         model, prompt[-1], continuation, cache, dtype
                     )
-        return [score for score in scores if score is not None]
+        return [scores[index] for index in range(len(wanted))]
 
     # ---- the server
 

@@ -78,9 +78,9 @@ def advice(data_set: DataSet) -> str:
     if not data_set.url.startswith(HUB) or data_set.name not in data_set.url:
         return f"{text}\nRun the tasks on a machine that reaches it."
     return (
-        f"{text}\nOn a machine that reaches it, run "
-        f"`hf download --repo-type dataset {data_set.name}`, and copy its cache "
-        "(HF_HOME) here; or leave these tasks out."
+        f"{text}\nOn a machine that reaches it, run `hf download --repo-type dataset "
+        f"{data_set.name} --local-dir {data_set.name}`, and copy that folder to where "
+        "this command runs; or leave these tasks out."
     )
 
 
