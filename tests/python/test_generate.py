@@ -147,3 +147,21 @@ def test_the_trained_model_answers_from_a_sparse_prefill(hf, models_server):
         model, tokens, result.kv, first_token=result.first_token, max_new_tokens=1
     )
     assert decoded == answer
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_the_trained_model_answers_a_remote_prefill_in_every_dtype(
+    hf, models_server, dtype
+):
+    import torch
+
+    ids = []
+    for part in ("prompt_8k", "prompt_8k.question"):
+        ids += json.loads((RECALL_MODEL / f"{part}.json").read_text())
+    answer = json.loads((RECALL_MODEL / "prompt_8k.answer.json").read_text())
+    model = hf.load_model(RECALL_MODEL, dtype=dtype)
+    with hf.RemotePrefill(
+        model, models_server.target, name="recall", attention=Pbs(threshold=0.9)
+    ) as remote:
+        output = remote.generate(torch.tensor([ids]), max_new_tokens=1, pad_token_id=0)
+    assert output[0, len(ids) :].tolist() == answer

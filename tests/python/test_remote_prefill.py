@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import threading
 import time
@@ -23,7 +22,7 @@ from pbs_client import (
     UnavailableError,
     _messages,
 )
-from real_server import RECALL_MODEL, running_server
+from real_server import running_server
 from test_errors import retry_details
 
 pytestmark = pytest.mark.peers
@@ -154,18 +153,6 @@ def test_a_sparse_prefill_gives_other_tokens(torch, hf, model, models_server, na
     assert prefill.stats.density < 1
     assert prefill.stats.prompt_tokens == 600
     assert prefill.kv is None
-
-
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
-def test_the_trained_model_answers_in_every_dtype(torch, hf, server, dtype):
-    ids = []
-    for part in ("prompt_8k", "prompt_8k.question"):
-        ids += json.loads((RECALL_MODEL / f"{part}.json").read_text())
-    answer = json.loads((RECALL_MODEL / "prompt_8k.answer.json").read_text())
-    model = hf.load_model(RECALL_MODEL, dtype=dtype)
-    with hf.RemotePrefill(model, server.target, attention=Pbs(threshold=0.9)) as remote:
-        output = remote.generate(torch.tensor([ids]), max_new_tokens=1, pad_token_id=0)
-    assert output[0, len(ids) :].tolist() == answer
 
 
 def test_a_prompt_that_is_twice_in_a_batch_is_sent_once(torch, model, remote):
