@@ -37,6 +37,42 @@ def client(server: RunningServer) -> Iterator[Client]:
         yield connected
 
 
+# ---- transformers, imported where a test uses it
+
+
+@pytest.fixture(scope="session")
+def torch():
+    import torch
+
+    torch.set_num_threads(1)
+    return torch
+
+
+@pytest.fixture(scope="session")
+def hf(torch):
+    from pbs_client import hf
+
+    return hf
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Folders of the tiny models, by the first word of their names."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name.split(",")[0]: tiny_models.make(name, root / name.split(",")[0])
+        for name in tiny_models.MODELS
+    }
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def folder(request, folders) -> Path:
+    """Each of the tiny models."""
+    return folders[request.param]
+
+
 # ---- pbs-gateway; its packages are imported where a test uses it
 
 

@@ -21,30 +21,10 @@ EXACT_METHODS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    import tiny_models
-
-    root = tmp_path_factory.mktemp("models")
-    return {
-        name.split(",")[0]: tiny_models.make(name, root / name.split(",")[0])
-        for name in tiny_models.MODELS
-    }
-
-
-@pytest.fixture(scope="module")
 def models_server(folders):
     flags = [f"--model={name}={folder}" for name, folder in folders.items()]
     with running_server(*flags, f"--model=recall={RECALL_MODEL}") as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def hf():
-    import torch
-    from pbs_client import hf
-
-    torch.set_num_threads(1)
-    return hf
 
 
 @pytest.fixture(scope="module")

@@ -17,29 +17,6 @@ PROMPT_TOKENS, NEW_TOKENS = 100, 24
 
 
 @pytest.fixture(scope="module")
-def torch():
-    import torch
-
-    torch.set_num_threads(1)
-    return torch
-
-
-@pytest.fixture(scope="module")
-def hf():
-    from pbs_client import hf
-
-    return hf
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
-def folder(request, tmp_path_factory):
-    import tiny_models
-
-    (name,) = (n for n in tiny_models.MODELS if n.startswith(request.param))
-    return tiny_models.make(name, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
 def model(hf, folder):
     return hf.load_model(folder, dtype="f32")
 

@@ -12,29 +12,6 @@ NEW_TOKENS, CONTINUE_TOKENS_MAX = 12, 30
 
 
 @pytest.fixture(scope="module")
-def torch():
-    import torch
-
-    torch.set_num_threads(1)
-    return torch
-
-
-@pytest.fixture(scope="module")
-def hf():
-    from pbs_client import hf
-
-    return hf
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
-def folder(request, tmp_path_factory):
-    import tiny_models
-
-    (name,) = (n for n in tiny_models.MODELS if n.startswith(request.param))
-    return tiny_models.make(name, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     import word_tokenizer
 

@@ -50,32 +50,6 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def torch():
-    import torch
-
-    torch.set_num_threads(1)
-    return torch
-
-
-@pytest.fixture(scope="module")
-def hf():
-    from pbs_client import hf
-
-    return hf
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    import tiny_models
-
-    root = tmp_path_factory.mktemp("models")
-    return {
-        name.split(",")[0]: tiny_models.make(name, root / name.split(",")[0])
-        for name in tiny_models.MODELS
-    }
-
-
-@pytest.fixture(scope="module")
 def models_server(folders):
     flags = [f"--model={name}={folder}" for name, folder in folders.items()]
     with running_server(*flags, "--metrics-listen", "127.0.0.1:0") as running:
