@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from gateway_process import eventually
 from pbs_client.gateway.cli import listen_at
 
 COMMAND = (sys.executable, "-m", "pbs_client.gateway")
@@ -95,9 +96,15 @@ def test_it_says_where_it_listens_and_a_quiet_log_has_nothing_more(number, gatew
 
 
 def test_a_log_line_has_the_form_of_the_nodes(gateway, gateway_node):
-    gateway.call("/v1/completions", {"prompt": [5], "n": 2, "max_tokens": 1})
-    ours = gateway.events("request")[-1]
-    theirs = next(json.loads(line) for line in gateway_node.log if '"call"' in line)
+    body = {"prompt": [5], "n": 2, "max_tokens": 1}
+    gateway.call("/v1/completions", body, {"x-request-id": "its form"})
+
+    def is_ours(line) -> bool:
+        return line["request_id"] == "its form"
+
+    (ours,) = eventually(lambda: [*filter(is_ours, gateway.events("request"))], "our line")
+    calls = eventually(lambda: [x for x in gateway_node.log if '"call"' in x], "its line")
+    theirs = json.loads(calls[0])
     assert list(ours)[:3] == list(theirs)[:3] == ["time", "level", "event"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", ours["time"])
     assert (ours["route"], ours["status"]) == ("/v1/completions", 400)

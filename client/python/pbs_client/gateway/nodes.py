@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+import grpc
+
 from pbs_client.errors import PbsError, UnavailableError
 from pbs_client.gateway import log
 from pbs_client.gateway.node import Node, ServedModel
@@ -30,6 +32,8 @@ class Nodes:
     ) -> None:
         """As Node; at least one target."""
         self._nodes = [Node(target, model, aliases, calls_max) for target in targets]
+        # Of the first node, once it has told, and until it tells of another.
+        self._known: ServedModel | None = None
         self._down: dict[str, float] = {}  # by target, when it was last not available
 
     async def close(self) -> None:
@@ -52,12 +56,19 @@ class Nodes:
         first: PbsError | None = None
         for node in self._in_order():
             try:
-                return await node.served()
+                served = await node.served()
             except PbsError as error:
                 self._note_down(node)
                 first = first or error
-        assert first is not None
-        raise first
+                continue
+            if node is self._nodes[0] or self._known is None:
+                self._known = served
+            if _are_same(node, served, self._known):
+                return served
+        raise first or UnavailableError(
+            "the nodes that are available serve another model",
+            grpc.StatusCode.UNAVAILABLE,
+        )
 
     async def why_not_ready(self) -> str:
         """Why no node takes a prefill; "" when one does."""
@@ -66,7 +77,7 @@ class Nodes:
             try:
                 state = await node.health()
                 if state == "SERVING":
-                    await node.served()
+                    await self.served()
                     return ""
                 reasons.append(f"the health of node {node.target} is {state}")
             except PbsError as error:
@@ -94,7 +105,7 @@ class Nodes:
         for node in self._in_order():
             try:
                 if first is not None:
-                    if not await _has(node, served):
+                    if not _are_same(node, await node.served(), served):
                         continue
                     on_failover()
                 await attempt(node)
@@ -106,13 +117,10 @@ class Nodes:
         raise first
 
 
-async def _has(node: Node, served: ServedModel) -> bool:
-    """Whether a node serves the same model under the same name."""
-    info = (await node.served()).info
-    same = (info.name, info.model_digest) == (
-        served.info.name,
-        served.info.model_digest,
-    )
-    if not same:
-        log.event("node_differs", "warning", node=node.target, model=info.name)
-    return same
+def _are_same(node: Node, own: ServedModel, wanted: ServedModel) -> bool:
+    """Whether a node's model has the weights and the name of another's."""
+    same = own.info.model_digest == wanted.info.model_digest
+    if not same or own.info.name != wanted.info.name:
+        log.event("node_differs", "warning", node=node.target, model=own.info.name)
+        return False
+    return True
