@@ -416,7 +416,8 @@ def test_refused_bodies_leave_no_memory_behind(slow_node):
             for _ in range(8):
                 assert gateway.call(PATH, body).status == 400
             found.append(resident_bytes(gateway))
-    assert found[2] - found[0] < 3 * len(body), found
+    # Of 16 bodies: their bytes alone would be twice this. An allocator keeps some.
+    assert found[2] - found[0] < 8 * len(body), found
 
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch):
