@@ -250,6 +250,7 @@ def generate(tmp_path, **handlers) -> int:
         head_dim=4,
         num_tokens=3,
         dtype="F32",
+        bytes=2 * 3 * 4 * 4,
         state="COMPLETE",
     )
     models = _messages.ListModelsResponse(models=[{"name": "m"}])

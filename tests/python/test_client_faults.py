@@ -239,6 +239,7 @@ DESCRIPTOR = _messages.KvDescriptor(
     head_dim=DIM,
     num_tokens=TOKENS,
     dtype="F32",
+    bytes=2 * LAYERS * HEADS * TOKENS * DIM * 4,
     state="COMPLETE",
     first_token_id=9,
 )
@@ -310,7 +311,14 @@ def test_a_fetch_that_ends_early_is_corrupt():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_layers", 0), ("head_dim", -1), ("num_tokens", 0), ("dtype", 4)],
+    [
+        ("num_layers", 0),
+        ("head_dim", -1),
+        ("num_tokens", 0),
+        ("dtype", 4),
+        ("bytes", 0),
+        ("bytes", 2 * LAYERS * HEADS * TOKENS * DIM * 4 - 1),
+    ],
 )
 def test_an_absurd_descriptor_is_corrupt(field, value):
     absurd = _messages.KvDescriptor()

@@ -41,6 +41,7 @@ def descriptor(state: str = "COMPLETE", ttl_seconds: int = TTL_SECONDS):
         head_dim=4,
         num_tokens=3,
         dtype="F32",
+        bytes=2 * 2 * 3 * 4 * 4,
         state=state,
     )
 

@@ -121,7 +121,11 @@ class KvDescriptor:
 
     @classmethod
     def from_message(cls, message: Any) -> KvDescriptor:
-        """From a KvDescriptor message. CorruptDataError when its sizes are invalid."""
+        """From a KvDescriptor message. CorruptDataError when its sizes are invalid.
+
+        The description has no checksum. But a cache has as many bytes as its sizes say,
+        so a changed size shows, and nobody fetches a part for the whole.
+        """
         dtype = dtypes.from_wire(message.dtype)
         if dtype is None or dtype not in dtypes.FLOAT_DTYPES.values():
             raise CorruptDataError(f"descriptor has unknown dtype {message.dtype}")
@@ -130,6 +134,12 @@ class KvDescriptor:
             size = getattr(message, name)
             if size < 1:
                 raise CorruptDataError(f"descriptor has {name} {size}")
+        rows = message.num_layers * message.num_kv_heads * message.num_tokens
+        size = 2 * rows * message.head_dim * dtype.itemsize
+        if message.bytes != size:
+            raise CorruptDataError(
+                f"descriptor has bytes {message.bytes}, but its sizes make {size}"
+            )
         layers = tuple(message.query_layers)
         if layers and message.num_query_heads < 1:
             raise CorruptDataError(
