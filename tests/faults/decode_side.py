@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""A decode side: a process that takes caches and says what it got.
+
+One command per line of standard input, a JSON object, and one reply per line of standard
+output. With PROMPT an index of caches.PROMPTS:
+
+    {"do": "fetch", "target": T, "ticket": TICKET, ...}   a leased cache
+    {"do": "inline", "target": T, "prompt": PROMPT, ...}  a prefill with its cache
+
+    "timeout": seconds, "resumes": count, "behind_relay": BOOL, "options": [[KEY, VALUE]],
+    "stop": {"at": BYTE, "how": "kill" | "hang" | "leave"}: when that many payload bytes
+    came, the process kills itself (SIGKILL), stops itself (SIGSTOP, after a line
+    {"hangs": true}), or leaves the call
+
+The reply: {"layers": {LAYER: DIGEST}, of layers that were handed over as whole, "cache":
+[DIGEST, ...] of a call that succeeded, or "code": the code of its PbsError, or "left":
+true, or "exception": what must not come}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
+from caches import MODEL, PROMPTS, digest_of_layer, digests_of
+from pbs_client import Client, KvTicket, PbsError
+
+
+class LeaveError(Exception):
+    """Raised in a callback to leave a call half way."""
+
+
+class Stop:
+    """Does what a command says at its byte."""
+
+    def __init__(self, given: dict[str, Any] | None) -> None:
+        self._given = given
+
+    def __call__(self, _: str, done: int, __: int) -> None:
+        if self._given is None or done < self._given["at"]:
+            return
+        how, self._given = self._given["how"], None
+        if how == "leave":
+            raise LeaveError
+        if how == "hang":
+            say({"hangs": True})
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}[how])
+
+
+def say(reply: dict[str, Any]) -> None:
+    print(json.dumps(reply), flush=True)
+
+
+def fetch(client: Client, command: dict[str, Any], layers: dict[int, str]) -> list[str]:
+    def on_layer(layer: int, k: Any, v: Any) -> None:
+        layers[layer] = digest_of_layer(k, v)
+
+    return digests_of(
+        client.fetch(
+            KvTicket.from_json(command["ticket"]),
+            resumes=command.get("resumes", 3),
+            timeout=command["timeout"],
+            on_layer=on_layer,
+            progress=Stop(command.get("stop")),
+        )
+    )
+
+
+def inline(client: Client, command: dict[str, Any], _: dict[int, str]) -> list[str]:
+    prompt = PROMPTS[command["prompt"]]
+    result = client.prefill(
+        MODEL,
+        prompt.tokens(),
+        prompt.attention(),
+        delivery="inline",
+        timeout=command["timeout"],
+    )
+    return digests_of(result.kv)
+
+
+def run(command: dict[str, Any]) -> dict[str, Any]:
+    """What came of one command."""
+    layers: dict[int, str] = {}
+    reply: dict[str, Any] = {}
+    options = [tuple(option) for option in command.get("options", ())]
+    follow = not command.get("behind_relay", False)
+    try:
+        with Client(
+            command["target"], channel_options=options, follow_endpoints=follow
+        ) as client:
+            work = {"fetch": fetch, "inline": inline}[command["do"]]
+            reply["cache"] = work(client, command, layers)
+    except PbsError as error:
+        reply["code"] = error.code.name
+    except LeaveError:
+        reply["left"] = True
+    except Exception:
+        reply["exception"] = traceback.format_exc()
+    return {"layers": layers, **reply}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        say(run(json.loads(line)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""A lane: a node, a relay and a decode side, on which one fault after another happens."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import queue
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from caches import MODEL, PROMPTS, Prompt, digests_of
+from pbs_client import Client, KvTicket, PbsError
+from pbs_client.results import LayerProgress
+from processes import LEASE_SECONDS, Helper, Node, eventually
+
+RIGHT, WRONG, KILLED, LEFT = "right", "wrong", "killed", "left"
+FREE_SECONDS_MAX = 2.0  # from the end of a lease until nothing is held
+CALL_SECONDS_MAX = 5.0  # of a call whose end a fault may have taken away
+# A decode side that takes little ahead of what it reads.
+NARROW = [["grpc.http2.lookahead_bytes", 65536]]
+
+LayerCallback = Callable[[LayerProgress], None]
+
+
+class LeaveError(Exception):
+    """Raised in a callback to leave a call half way."""
+
+
+class Lane:
+    """The processes and what was seen of the fault under way."""
+
+    def __init__(self, model: pathlib.Path) -> None:
+        self.node = Node(model, MODEL)
+        self.relay = Helper("relay.py")
+        self.decode = Helper("decode_side.py")
+        self.rng = random.Random(0)
+        self.outcomes: list[tuple[str, str]] = []
+        self.notes: list[str] = []
+        self.seconds_held = 0.0  # the longest from a fault until nothing was held
+        self._producer: Future[str] | None = None
+        self._pool = ThreadPoolExecutor()
+        self.expected: dict[Prompt, list[str]] = {}
+        self.bytes_of: dict[Prompt, int] = {}
+        for prompt in PROMPTS:
+            self._learn(prompt)
+        with self.client() as client:
+            self.server_commit = client.info().commit
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.shutdown()
+        for process in (self.decode, self.relay, self.node):
+            process.end()
+
+    def begin(self, rng: random.Random) -> None:
+        """Forgets what was seen; `rng` chooses what the next fault is like."""
+        self.rng, self.outcomes, self.notes = rng, [], []
+
+    # ---- calls without a fault
+
+    def client(self) -> Client:
+        """A new connection to the node itself."""
+        return Client(self.node.target)
+
+    def _learn(self, prompt: Prompt) -> None:
+        """What a prompt's cache is, by a fetch and by an inline prefill."""
+        with self.client() as client:
+            ticket = self.hold(prompt)
+            cache = client.fetch(ticket)
+            client.release(ticket)
+            inline = client.prefill(
+                MODEL, prompt.tokens(), prompt.attention(), delivery="inline"
+            ).kv
+        self.expected[prompt] = digests_of(cache)
+        self.bytes_of[prompt] = cache.nbytes
+        assert digests_of(inline) == self.expected[prompt]
+
+    def prompt(self) -> Prompt:
+        """One of the prompts."""
+        return self.rng.choice(PROMPTS)
+
+    def hold(self, prompt: Prompt) -> KvTicket:
+        """The ticket of a cache that the node holds."""
+        with self.client() as client:
+            result = client.prefill(
+                MODEL, prompt.tokens(), prompt.attention(), delivery="lease"
+            )
+        assert result.ticket is not None
+        return result.ticket
+
+    def release(self, ticket: KvTicket) -> None:
+        """Gives a lease back that may be gone."""
+        with self.client() as client, contextlib.suppress(PbsError):
+            client.release(ticket)
+
+    def next_request(self) -> bool:
+        """Whether another request gets the bytes that it should."""
+        prompt = self.prompt()
+        with self.client() as client:
+            ticket = self.hold(prompt)
+            cache = client.fetch(ticket, timeout=CALL_SECONDS_MAX * 4)
+            client.release(ticket)
+        return digests_of(cache) == self.expected[prompt]
+
+    # ---- a prefill that a fault may meet
+
+    def begin_prefill(
+        self,
+        prompt: Prompt,
+        *,
+        delivery: Any = "lease",
+        on_layer: LayerCallback | None = None,
+        timeout: float = CALL_SECONDS_MAX,
+    ) -> tuple[KvTicket | None, Future[str]]:
+        """Its ticket (None: it ended before), and its outcome to come."""
+        tickets: queue.Queue[KvTicket | None] = queue.Queue()
+
+        def run() -> str:
+            try:
+                with self.client() as client:
+                    client.prefill(
+                        MODEL,
+                        prompt.tokens(),
+                        prompt.attention(),
+                        delivery=delivery,
+                        timeout=timeout,
+                        on_admitted=lambda _, ticket: tickets.put(ticket),
+                        on_layer=on_layer,
+                    )
+                return RIGHT
+            except PbsError as error:
+                return error.code.name
+            except LeaveError:
+                return LEFT
+            finally:
+                tickets.put(None)
+
+        future = self._pool.submit(run)
+        return tickets.get(), future
+
+    def ticket_of(self, prompt: Prompt) -> KvTicket:
+        """A held cache, or one whose prefill still runs."""
+        if self.rng.random() < 0.6:
+            return self.hold(prompt)
+        ticket, prefill = self.begin_prefill(prompt)
+        assert ticket is not None
+        self._producer = prefill
+        return ticket
+
+    def settle(self) -> None:
+        """Waits for the prefill that ticket_of() began."""
+        if self._producer is not None:
+            self.saw("producer", self._producer.result())
+            self._producer = None
+
+    def nothing_held(self) -> bool:
+        """Whether the node comes to hold nothing within a lease and FREE_SECONDS_MAX."""
+        begin = time.monotonic()
+        free = eventually(lambda: not self.node.held(), LEASE_SECONDS + FREE_SECONDS_MAX)
+        self.seconds_held = max(self.seconds_held, time.monotonic() - begin)
+        return free
+
+    # ---- the decode side
+
+    def fetch(self, ticket: KvTicket, port: int | None = None, **words: Any) -> None:
+        """Begins a fetch, through the relay at `port` if there is one."""
+        behind = {} if port is None else {"behind_relay": True}
+        target = self.node.target if port is None else f"127.0.0.1:{port}"
+        words = {"timeout": CALL_SECONDS_MAX, **words, **behind}
+        self.decode.tell("fetch", target=target, ticket=ticket.to_json(), **words)
+
+    def see_decode(self, prompt: Prompt) -> str:
+        """Waits for the decode side; what it got is an outcome."""
+        outcome = self._outcome(self.decode.answer(), prompt)
+        self.saw("decode", outcome)
+        return outcome
+
+    def saw(self, who: str, outcome: str) -> None:
+        """Notes an outcome."""
+        self.outcomes.append((who, outcome))
+
+    def _outcome(self, reply: dict[str, Any] | None, prompt: Prompt) -> str:
+        expected = self.expected[prompt]
+        if reply is None:
+            status = self.decode.end()
+            self.decode = Helper("decode_side.py")
+            return KILLED if status == -signal.SIGKILL else f"exit status {status}"
+        for layer, digest in reply["layers"].items():
+            if int(layer) >= len(expected) or expected[int(layer)] != digest:
+                return WRONG
+        if "cache" in reply:
+            return RIGHT if reply["cache"] == expected else WRONG
+        if "exception" in reply:
+            self.notes.append(reply["exception"])
+            return "exception"
+        return LEFT if "left" in reply else str(reply["code"])
+
+    # ---- the relay
+
+    def open_relay(self, *plans: dict[str, Any]) -> int:
+        """A port of the relay to the node."""
+        return int(self.relay.ask("open", server=self.node.target, plans=plans)["port"])
+
+    def close_relay(self) -> dict[str, Any]:
+        """Ends its connections; what passed."""
+        counts = self.relay.ask("close")
+        self.notes.append(f"the relay saw {counts}")
+        return counts
+
+
+class Once:
+    """A callback's work on layer `layer`, once."""
+
+    def __init__(self, layer: int, work: Callable[[], None]) -> None:
+        self._layer, self._work = layer, work
+        self._lock = threading.Lock()
+
+    def __call__(self, progress: LayerProgress) -> None:
+        if progress.index == self._layer:
+            with self._lock:
+                self._work()

@@ -1,0 +1,330 @@
+"""The faults: how each is brought about, and which outcomes are right.
+
+An outcome is `right` (a whole cache, bit-equal to one without a fault), `killed`, `left`
+(the caller ended the call), or the code of a PbsError. Never right are another cache or
+layer (`wrong`) and an exception that is no PbsError.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from caches import PROMPTS, Prompt
+from lane import (
+    CALL_SECONDS_MAX,
+    KILLED,
+    LEFT,
+    NARROW,
+    RIGHT,
+    Lane,
+    LeaveError,
+    Once,
+)
+from pbs_client import Inline, Lease, NotFoundError
+from processes import LEASE_SECONDS
+
+LAYERS = 6  # of the model
+EARLY_BYTES = 2000  # greetings, headers and the description of the cache are in these
+
+
+def a_byte(lane: Lane, prompt: Prompt) -> int:
+    """A byte of a cache, as a count of payload bytes."""
+    return lane.rng.randrange(lane.bytes_of[prompt])
+
+
+def a_wire_byte(lane: Lane, prompt: Prompt) -> int:
+    """A byte from the server: a third of them early ones, where little is payload."""
+    if lane.rng.random() < 0.33:
+        return lane.rng.randrange(EARLY_BYTES)
+    return a_byte(lane, prompt)
+
+
+def end_lease(lane: Lane, ticket: object) -> None:
+    """As a decode tier that works, or as one that is gone."""
+    if lane.rng.random() < 0.7:
+        lane.release(ticket)
+
+
+# ---- the decode side
+
+
+def decode_killed(lane: Lane) -> None:
+    prompt = lane.prompt()
+    ticket = lane.ticket_of(prompt)
+    lane.fetch(ticket, stop={"at": a_byte(lane, prompt), "how": "kill"})
+    lane.see_decode(prompt)
+
+
+def decode_hung(lane: Lane) -> None:
+    """Stopped until nothing of its lease is held; then it is killed or goes on."""
+    prompt = lane.prompt()
+    ticket = lane.ticket_of(prompt)
+    stop = {"at": a_byte(lane, prompt), "how": "hang"}
+    lane.fetch(ticket, stop=stop, options=NARROW)
+    assert lane.decode.answer() == {"hangs": True}
+    if not lane.nothing_held():
+        lane.saw("decode", "held what it does not read")
+    if lane.rng.random() < 0.5:
+        lane.decode.process.send_signal(signal.SIGKILL)
+    else:
+        lane.decode.process.send_signal(signal.SIGCONT)
+    lane.see_decode(prompt)
+
+
+def slow_reader(lane: Lane) -> None:
+    """So slow that the fetch outlasts the lease unless it is renewed."""
+    prompt = lane.prompt()
+    rate = int(lane.bytes_of[prompt] / (lane.rng.uniform(1, 2) * LEASE_SECONDS))
+    port = lane.open_relay({"rate": rate})
+    ticket = lane.ticket_of(prompt)
+    lane.fetch(ticket, port, timeout=CALL_SECONDS_MAX * 4, options=NARROW)
+    lane.see_decode(prompt)
+    lane.close_relay()
+    end_lease(lane, ticket)
+
+
+def fetch_cancelled(lane: Lane) -> None:
+    prompt = lane.prompt()
+    ticket = lane.ticket_of(prompt)
+    if lane.rng.random() < 0.5:
+        lane.fetch(ticket, stop={"at": a_byte(lane, prompt), "how": "leave"})
+    else:
+        lane.fetch(ticket, timeout=lane.rng.uniform(0.001, 0.1))
+    lane.see_decode(prompt)
+    end_lease(lane, ticket)
+
+
+# ---- the connection
+
+
+def connection_cut(lane: Lane) -> None:
+    """Once, or more often than a fetch resumes; at the way down or up."""
+    prompt = lane.prompt()
+    plans = []
+    for _ in range(lane.rng.choice((1, 1, 2, 3, 6))):
+        up = lane.rng.random() < 0.2
+        at = lane.rng.randrange(1000) if up else a_wire_byte(lane, prompt)
+        reset = lane.rng.random() < 0.5
+        plans.append({"way": "up" if up else "down", "cut_at": at, "reset": reset})
+    _through_relay(lane, prompt, plans)
+
+
+def bit_flipped(lane: Lane) -> None:
+    """In what the server sends, or in what the decode side asks for."""
+    prompt = lane.prompt()
+    up = lane.rng.random() < 0.2
+    at = lane.rng.randrange(1000) if up else a_wire_byte(lane, prompt)
+    plan = {"way": "up" if up else "down", "flip_at": at, "bit": lane.rng.randrange(8)}
+    _through_relay(lane, prompt, [plan], inline=not up)
+
+
+def _through_relay(
+    lane: Lane, prompt: Prompt, plans: list[dict], inline: bool = True
+) -> None:
+    """A fetch, or an inline prefill, behind a relay that follows plans."""
+    lane.notes.append(f"plans {plans}")
+    port = lane.open_relay(*plans)
+    if inline and lane.rng.random() < 0.25:
+        lane.decode.tell(
+            "inline",
+            target=f"127.0.0.1:{port}",
+            prompt=PROMPTS.index(prompt),
+            timeout=CALL_SECONDS_MAX,
+        )
+        lane.see_decode(prompt)
+        lane.close_relay()
+        return
+    ticket = lane.ticket_of(prompt)
+    lane.fetch(ticket, port)
+    lane.see_decode(prompt)
+    lane.close_relay()
+    end_lease(lane, ticket)
+
+
+# ---- the lease
+
+
+def lease_ends_mid_fetch(lane: Lane) -> None:
+    """Neither bytes nor renewals pass until the lease is over."""
+    prompt = lane.prompt()
+    port = lane.open_relay({"hold_at": a_byte(lane, prompt)})
+    ticket = lane.hold(prompt)
+    lane.fetch(ticket, port, options=NARROW)
+    lane.relay.ask("held")
+    if not lane.nothing_held():
+        lane.saw("decode", "held after its lease")
+    lane.relay.ask("go")
+    lane.see_decode(prompt)
+    lane.close_relay()
+
+
+def released_mid_fetch(lane: Lane) -> None:
+    prompt = lane.prompt()
+    port = lane.open_relay({"hold_at": a_byte(lane, prompt)})
+    ticket = lane.ticket_of(prompt)
+    lane.fetch(ticket, port, options=NARROW)
+    lane.relay.ask("held")
+    with lane.client() as client:
+        client.release(ticket)
+    lane.relay.ask("go")
+    lane.see_decode(prompt)
+    lane.close_relay()
+
+
+# ---- the prefill
+
+
+def prefill_cancelled(lane: Lane) -> None:
+    """With a time limit or by leaving at a layer; a fetch may follow."""
+    prompt = lane.prompt()
+    delivery = lane.rng.choice((None, Inline(), Lease(), Lease(), Lease()))
+    follow = isinstance(delivery, Lease)
+
+    def leave() -> None:
+        raise LeaveError
+
+    if lane.rng.random() < 0.5:
+        timeout = lane.rng.uniform(0.001, 0.3)
+        ticket, ended = lane.begin_prefill(prompt, delivery=delivery, timeout=timeout)
+    else:
+        on_layer = Once(lane.rng.randrange(LAYERS), leave)
+        ticket, ended = lane.begin_prefill(prompt, delivery=delivery, on_layer=on_layer)
+    if follow and ticket is not None:
+        lane.fetch(ticket)
+        lane.see_decode(prompt)
+    lane.saw("prefill", ended.result())
+
+
+# ---- the node
+
+
+def node_killed_mid_prefill(lane: Lane) -> None:
+    """At a layer, with a fetch that follows."""
+    prompt = lane.prompt()
+    kill = Once(lane.rng.randrange(LAYERS), lambda: lane.node.send(signal.SIGKILL))
+    ticket, ended = lane.begin_prefill(prompt, on_layer=kill)
+    assert ticket is not None
+    lane.fetch(ticket)
+    lane.see_decode(prompt)
+    lane.saw("prefill", ended.result())
+    lane.node.end()
+    lane.node.start()
+
+
+def node_killed_mid_fetch(lane: Lane) -> None:
+    """Its successor listens at the same address and must know nothing of the ticket."""
+    prompt = lane.prompt()
+    port = lane.open_relay({"hold_at": a_byte(lane, prompt)})
+    ticket = lane.hold(prompt)
+    lane.fetch(ticket, port, options=NARROW, timeout=CALL_SECONDS_MAX * 4)
+    lane.relay.ask("held")
+    lane.node.end()
+    lane.node.start()
+    lane.relay.ask("go")
+    lane.see_decode(prompt)
+    lane.close_relay()
+
+
+def node_hung(lane: Lane) -> None:
+    """Stopped in the middle of a fetch for longer than the client waits for a ping."""
+    prompt = lane.prompt()
+    port = lane.open_relay({"hold_at": a_byte(lane, prompt)})
+    ticket = lane.hold(prompt)
+    impatient = ("keepalive_time_ms", "keepalive_timeout_ms", "http2.ping_timeout_ms")
+    options = NARROW + [[f"grpc.{name}", 1000] for name in impatient]
+    lane.fetch(ticket, port, options=options, resumes=0)
+    lane.relay.ask("held")
+    lane.node.send(signal.SIGSTOP)
+    lane.relay.ask("go")
+    lane.see_decode(prompt)
+    lane.node.send(signal.SIGCONT)
+    lane.close_relay()
+
+
+def old_tickets(lane: Lane) -> None:
+    """Of a node that was killed or drained; its successor has the same address."""
+    prompt = lane.prompt()
+    tickets = [lane.hold(prompt) for _ in range(3)]
+    lane.node.end(lane.rng.choice((signal.SIGKILL, signal.SIGTERM)))
+    lane.node.start()
+    lane.fetch(tickets[0])
+    lane.see_decode(prompt)
+    with lane.client() as client:
+        for use in (client.describe, client.renew, client.release):
+            try:
+                use(tickets[1])
+                lane.saw("ticket", "taken")
+            except NotFoundError as error:
+                lane.saw("ticket", error.code.name)
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kind of fault.
+
+    Attributes:
+        weight: how many of WEIGHTS faults are of this kind.
+        decode: right outcomes of the decode side.
+        others: right outcomes of the other callers.
+    """
+
+    bring_about: Callable[[Lane], None]
+    weight: int
+    decode: frozenset[str]
+    others: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.bring_about.__name__
+
+    def wrong(self, outcomes: list[tuple[str, str]]) -> list[str]:
+        """The outcomes that are not right."""
+        allowed = {"decode": self.decode, "producer": _PRODUCER, **self.others}
+        return [f"{who}: {what}" for who, what in outcomes if what not in allowed[who]]
+
+
+def _codes(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# The prefill of a fetch that follows it; its lease may be released before it is done.
+_PRODUCER = _codes(f"{RIGHT} ABORTED")
+_GONE = f"{RIGHT} NOT_FOUND UNAVAILABLE CANCELLED DEADLINE_EXCEEDED"
+# A changed bit may make any code of another, or the length of a message too large.
+_ANY_ERROR = (
+    "DATA_LOSS UNAVAILABLE INTERNAL UNKNOWN CANCELLED DEADLINE_EXCEEDED NOT_FOUND "
+    "RESOURCE_EXHAUSTED INVALID_ARGUMENT FAILED_PRECONDITION UNIMPLEMENTED ABORTED "
+    "OUT_OF_RANGE PERMISSION_DENIED UNAUTHENTICATED ALREADY_EXISTS"
+)
+
+FAULTS = (
+    Fault(decode_killed, 3, _codes(KILLED)),
+    Fault(decode_hung, 2, _codes(f"{_GONE} {KILLED}")),
+    Fault(slow_reader, 1, _codes(RIGHT)),
+    Fault(fetch_cancelled, 2, _codes(f"{RIGHT} {LEFT} DEADLINE_EXCEEDED")),
+    Fault(connection_cut, 4, _codes(f"{RIGHT} UNAVAILABLE")),
+    Fault(bit_flipped, 5, _codes(f"{RIGHT} {_ANY_ERROR}")),
+    Fault(lease_ends_mid_fetch, 1, _codes(_GONE)),
+    Fault(released_mid_fetch, 1, _codes(f"{RIGHT} NOT_FOUND")),
+    Fault(
+        prefill_cancelled,
+        3,
+        _codes(f"{RIGHT} UNAVAILABLE NOT_FOUND"),
+        {"prefill": _codes(f"{RIGHT} {LEFT} DEADLINE_EXCEEDED")},
+    ),
+    Fault(
+        node_killed_mid_prefill,
+        1,
+        _codes(f"{RIGHT} UNAVAILABLE"),
+        {"prefill": _codes("UNAVAILABLE")},
+    ),
+    Fault(node_killed_mid_fetch, 1, _codes(f"{RIGHT} NOT_FOUND UNAVAILABLE")),
+    Fault(node_hung, 1, _codes("UNAVAILABLE")),
+    Fault(old_tickets, 1, _codes("NOT_FOUND"), {"ticket": _codes("NOT_FOUND")}),
+)
