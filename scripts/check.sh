@@ -274,4 +274,18 @@ gate_soak() {
   say "nothing held, nothing lost, no growth"
 }
 
+#: faults [COUNT]         the failure matrix of the hand-off, 1,000 faults; not part of CI
+# A hundred of them are a test of CI (tests/python/test_hand_off_faults.py).
+gate_faults() {
+  local count=${1:-1000}
+  install_packages "${build_packages[@]}"
+  build_targets pbs-prefilld pbs-decode
+  python_environment "$repo/.venv"
+  say "$count faults of nodes, connections and decode sides"
+  PBS_BENCH_COMMAND="scripts/check.sh faults $count" PBS_BIN=$build_dir/bin \
+    "$repo/.venv/bin/python" "$repo/tests/faults/run.py" --faults "$count" \
+    --seed 2510 --json "$repo/docs/results/hand_off_faults.json"
+  say "no wrong byte, nothing held"
+}
+
 run_named gate "$@"

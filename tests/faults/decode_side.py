@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A decode side: a process that takes caches and says what it got.
 
-One command per line of standard input, a JSON object, and one reply per line of standard
-output. With PROMPT an index of caches.PROMPTS:
+First a line {"ready": true}. Then one command per line of standard input, a JSON object,
+and one reply per line of standard output. With PROMPT an index of caches.PROMPTS:
 
     {"do": "fetch", "target": T, "ticket": TICKET, ...}   a leased cache
     {"do": "inline", "target": T, "prompt": PROMPT, ...}  a prefill with its cache
@@ -104,6 +104,7 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    say({"ready": True})
     for line in sys.stdin:
         say(run(json.loads(line)))
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import pathlib
 import queue
 import random
+import re
 import signal
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +21,7 @@ from typing import Any
 from caches import MODEL, PROMPTS, Prompt, digests_of
 from pbs_client import Client, KvTicket, PbsError
 from pbs_client.results import LayerProgress
-from processes import LEASE_SECONDS, Helper, Node, eventually
+from processes import LEASE_SECONDS, Helper, Node, eventually, program
 
 RIGHT, WRONG, KILLED, LEFT = "right", "wrong", "killed", "left"
 FREE_SECONDS_MAX = 2.0  # from the end of a lease until nothing is held
@@ -35,12 +40,16 @@ class Lane:
     """The processes and what was seen of the fault under way."""
 
     def __init__(self, model: pathlib.Path) -> None:
+        self.model = model
         self.node = Node(model, MODEL)
         self.relay = Helper("relay.py")
         self.decode = Helper("decode_side.py")
+        self._ready = False
+        self._early: dict[str, Any] | None = None  # a reply that came too soon
         self.rng = random.Random(0)
         self.outcomes: list[tuple[str, str]] = []
         self.notes: list[str] = []
+        self.hits = 0  # what the relay did to connections
         self.seconds_held = 0.0  # the longest from a fault until nothing was held
         self._producer: Future[str] | None = None
         self._pool = ThreadPoolExecutor()
@@ -59,7 +68,10 @@ class Lane:
 
     def begin(self, rng: random.Random) -> None:
         """Forgets what was seen; `rng` chooses what the next fault is like."""
-        self.rng, self.outcomes, self.notes = rng, [], []
+        self.rng, self.outcomes, self.notes, self.hits = rng, [], [], 0
+        if not self._ready:  # its start would outlast a lease
+            assert self.decode.answer() == {"ready": True}
+            self._ready = True
 
     # ---- calls without a fault
 
@@ -88,7 +100,11 @@ class Lane:
         """The ticket of a cache that the node holds."""
         with self.client() as client:
             result = client.prefill(
-                MODEL, prompt.tokens(), prompt.attention(), delivery="lease"
+                MODEL,
+                prompt.tokens(),
+                prompt.attention(),
+                delivery="lease",
+                timeout=CALL_SECONDS_MAX * 4,
             )
         assert result.ticket is not None
         return result.ticket
@@ -174,9 +190,19 @@ class Lane:
         words = {"timeout": CALL_SECONDS_MAX, **words, **behind}
         self.decode.tell("fetch", target=target, ticket=ticket.to_json(), **words)
 
+    def hangs(self) -> bool:
+        """Waits until the decode side has stopped; False: its call ended before."""
+        self._early = self.decode.answer()
+        if self._early != {"hangs": True}:
+            return False
+        self._early = None
+        os.waitid(os.P_PID, self.decode.process.pid, os.WSTOPPED | os.WNOWAIT)
+        return True
+
     def see_decode(self, prompt: Prompt) -> str:
         """Waits for the decode side; what it got is an outcome."""
-        outcome = self._outcome(self.decode.answer(), prompt)
+        early, self._early = self._early, None
+        outcome = self._outcome(early or self.decode.answer(), prompt)
         self.saw("decode", outcome)
         return outcome
 
@@ -188,7 +214,7 @@ class Lane:
         expected = self.expected[prompt]
         if reply is None:
             status = self.decode.end()
-            self.decode = Helper("decode_side.py")
+            self.decode, self._ready = Helper("decode_side.py"), False
             return KILLED if status == -signal.SIGKILL else f"exit status {status}"
         for layer, digest in reply["layers"].items():
             if int(layer) >= len(expected) or expected[int(layer)] != digest:
@@ -200,17 +226,47 @@ class Lane:
             return "exception"
         return LEFT if "left" in reply else str(reply["code"])
 
+    # ---- pbs-decode
+
+    def pbs_decode(self, ticket: KvTicket, target: str) -> str:
+        """The tokens that pbs-decode makes of a held cache, or the code of its error.
+
+        The first token comes from a file: that of a description has no checksum.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            files = {"ticket": ticket.to_json(), "then-tokens": "[7]"}
+            command = [str(program("pbs-decode")), "--server", target]
+            for name, text in files.items():
+                path = pathlib.Path(folder) / name
+                path.write_text(text)
+                command += [f"--{name}", str(path)]
+            command += ["--model-path", str(self.model), "--max-new-tokens", "4"]
+            command += ["--ignore-eos", "--ignore-endpoint", "--threads", "1", "--json"]
+            command += ["--quiet", "--timeout", str(CALL_SECONDS_MAX)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if done.returncode == 0:
+            return str(json.loads(done.stdout)["tokens"])
+        code = re.search(r"\b([A-Z][A-Z_]+[A-Z])\b", done.stderr)
+        if done.returncode != 1 or code is None:
+            self.notes.append(done.stderr)
+            return f"exit status {done.returncode}"
+        return code.group(1)
+
     # ---- the relay
 
     def open_relay(self, *plans: dict[str, Any]) -> int:
         """A port of the relay to the node."""
         return int(self.relay.ask("open", server=self.node.target, plans=plans)["port"])
 
-    def close_relay(self) -> dict[str, Any]:
-        """Ends its connections; what passed."""
+    def came_to_hold(self) -> bool:
+        """Waits for a fetch to come to the hold; False: it ended before."""
+        return bool(self.relay.ask("held")["held"])
+
+    def close_relay(self) -> None:
+        """Ends its connections and counts what it did to them."""
         counts = self.relay.ask("close")
         self.notes.append(f"the relay saw {counts}")
-        return counts
+        self.hits += counts["faults"]
 
 
 class Once:

@@ -18,14 +18,16 @@ from lane import (
     LEFT,
     NARROW,
     RIGHT,
+    WRONG,
     Lane,
     LeaveError,
     Once,
 )
 from pbs_client import Inline, Lease, NotFoundError
-from processes import LEASE_SECONDS
+from processes import LEASE_SECONDS, REPLY_SECONDS_MAX
 
 LAYERS = 6  # of the model
+UP_BYTES = 900  # those that a decode side sends for a cache
 EARLY_BYTES = 2000  # greetings, headers and the description of the cache are in these
 
 
@@ -51,6 +53,7 @@ def end_lease(lane: Lane, ticket: object) -> None:
 
 
 def decode_killed(lane: Lane) -> None:
+    """The decode side is killed (SIGKILL) at a random byte of a fetch."""
     prompt = lane.prompt()
     ticket = lane.ticket_of(prompt)
     lane.fetch(ticket, stop={"at": a_byte(lane, prompt), "how": "kill"})
@@ -58,12 +61,14 @@ def decode_killed(lane: Lane) -> None:
 
 
 def decode_hung(lane: Lane) -> None:
-    """Stopped until nothing of its lease is held; then it is killed or goes on."""
+    """The decode side stops (SIGSTOP) at a random byte; then it dies or goes on."""
     prompt = lane.prompt()
     ticket = lane.ticket_of(prompt)
     stop = {"at": a_byte(lane, prompt), "how": "hang"}
     lane.fetch(ticket, stop=stop, options=NARROW)
-    assert lane.decode.answer() == {"hangs": True}
+    if not lane.hangs():
+        lane.see_decode(prompt)
+        return
     if not lane.nothing_held():
         lane.saw("decode", "held what it does not read")
     if lane.rng.random() < 0.5:
@@ -74,7 +79,7 @@ def decode_hung(lane: Lane) -> None:
 
 
 def slow_reader(lane: Lane) -> None:
-    """So slow that the fetch outlasts the lease unless it is renewed."""
+    """The connection is so slow that a fetch takes up to twice its lease."""
     prompt = lane.prompt()
     rate = int(lane.bytes_of[prompt] / (lane.rng.uniform(1, 2) * LEASE_SECONDS))
     port = lane.open_relay({"rate": rate})
@@ -86,6 +91,7 @@ def slow_reader(lane: Lane) -> None:
 
 
 def fetch_cancelled(lane: Lane) -> None:
+    """The caller leaves a fetch at a random byte, or its time runs out."""
     prompt = lane.prompt()
     ticket = lane.ticket_of(prompt)
     if lane.rng.random() < 0.5:
@@ -100,24 +106,44 @@ def fetch_cancelled(lane: Lane) -> None:
 
 
 def connection_cut(lane: Lane) -> None:
-    """Once, or more often than a fetch resumes; at the way down or up."""
+    """The connection is cut at random bytes, one to six times, either way."""
     prompt = lane.prompt()
     plans = []
     for _ in range(lane.rng.choice((1, 1, 2, 3, 6))):
         up = lane.rng.random() < 0.2
-        at = lane.rng.randrange(1000) if up else a_wire_byte(lane, prompt)
+        at = lane.rng.randrange(UP_BYTES) if up else a_wire_byte(lane, prompt)
         reset = lane.rng.random() < 0.5
         plans.append({"way": "up" if up else "down", "cut_at": at, "reset": reset})
     _through_relay(lane, prompt, plans)
 
 
 def bit_flipped(lane: Lane) -> None:
-    """In what the server sends, or in what the decode side asks for."""
+    """One bit flips at a random byte of the connection, either way."""
     prompt = lane.prompt()
     up = lane.rng.random() < 0.2
-    at = lane.rng.randrange(1000) if up else a_wire_byte(lane, prompt)
+    at = lane.rng.randrange(UP_BYTES) if up else a_wire_byte(lane, prompt)
     plan = {"way": "up" if up else "down", "flip_at": at, "bit": lane.rng.randrange(8)}
     _through_relay(lane, prompt, [plan], inline=not up)
+
+
+def pbs_decode_disturbed(lane: Lane) -> None:
+    """pbs-decode (C++) fetches over a connection that is cut or has a flipped bit."""
+    prompt = lane.prompt()
+    at = a_wire_byte(lane, prompt)
+    plan: dict[str, object] = {"cut_at": at, "reset": lane.rng.random() < 0.5}
+    if lane.rng.random() < 0.5:
+        plan = {"flip_at": at, "bit": lane.rng.randrange(8)}
+    lane.notes.append(f"plan {plan}")
+    expected = lane.pbs_decode(lane.hold(prompt), lane.node.target)
+    port = lane.open_relay(plan)
+    ticket = lane.hold(prompt)
+    had = lane.pbs_decode(ticket, f"127.0.0.1:{port}")
+    lane.close_relay()
+    if had == expected:
+        lane.saw("decode", RIGHT)
+    else:
+        lane.saw("decode", WRONG if had.startswith("[") else had)
+    end_lease(lane, ticket)
 
 
 def _through_relay(
@@ -147,13 +173,12 @@ def _through_relay(
 
 
 def lease_ends_mid_fetch(lane: Lane) -> None:
-    """Neither bytes nor renewals pass until the lease is over."""
+    """No byte and no renewal passes until the lease has ended."""
     prompt = lane.prompt()
     port = lane.open_relay({"hold_at": a_byte(lane, prompt)})
     ticket = lane.hold(prompt)
     lane.fetch(ticket, port, options=NARROW)
-    lane.relay.ask("held")
-    if not lane.nothing_held():
+    if lane.came_to_hold() and not lane.nothing_held():
         lane.saw("decode", "held after its lease")
     lane.relay.ask("go")
     lane.see_decode(prompt)
@@ -161,13 +186,13 @@ def lease_ends_mid_fetch(lane: Lane) -> None:
 
 
 def released_mid_fetch(lane: Lane) -> None:
+    """Somebody else releases the lease in the middle of a fetch."""
     prompt = lane.prompt()
     port = lane.open_relay({"hold_at": a_byte(lane, prompt)})
     ticket = lane.ticket_of(prompt)
     lane.fetch(ticket, port, options=NARROW)
-    lane.relay.ask("held")
-    with lane.client() as client:
-        client.release(ticket)
+    lane.came_to_hold()
+    lane.release(ticket)
     lane.relay.ask("go")
     lane.see_decode(prompt)
     lane.close_relay()
@@ -177,7 +202,7 @@ def released_mid_fetch(lane: Lane) -> None:
 
 
 def prefill_cancelled(lane: Lane) -> None:
-    """With a time limit or by leaving at a layer; a fetch may follow."""
+    """A prefill is cancelled at a random time or layer; a fetch follows it."""
     prompt = lane.prompt()
     delivery = lane.rng.choice((None, Inline(), Lease(), Lease(), Lease()))
     follow = isinstance(delivery, Lease)
@@ -201,7 +226,8 @@ def prefill_cancelled(lane: Lane) -> None:
 
 
 def node_killed_mid_prefill(lane: Lane) -> None:
-    """At a layer, with a fetch that follows."""
+    """The node is killed (SIGKILL) at a random layer; a fetch follows it."""
+    # The news of a layer may come late, and then the prefill is done.
     prompt = lane.prompt()
     kill = Once(lane.rng.randrange(LAYERS), lambda: lane.node.send(signal.SIGKILL))
     ticket, ended = lane.begin_prefill(prompt, on_layer=kill)
@@ -214,12 +240,12 @@ def node_killed_mid_prefill(lane: Lane) -> None:
 
 
 def node_killed_mid_fetch(lane: Lane) -> None:
-    """Its successor listens at the same address and must know nothing of the ticket."""
+    """The node is killed and starts again at its address in a fetch."""
     prompt = lane.prompt()
     port = lane.open_relay({"hold_at": a_byte(lane, prompt)})
     ticket = lane.hold(prompt)
-    lane.fetch(ticket, port, options=NARROW, timeout=CALL_SECONDS_MAX * 4)
-    lane.relay.ask("held")
+    lane.fetch(ticket, port, options=NARROW, timeout=REPLY_SECONDS_MAX / 2)
+    lane.came_to_hold()
     lane.node.end()
     lane.node.start()
     lane.relay.ask("go")
@@ -228,14 +254,14 @@ def node_killed_mid_fetch(lane: Lane) -> None:
 
 
 def node_hung(lane: Lane) -> None:
-    """Stopped in the middle of a fetch for longer than the client waits for a ping."""
+    """The node stops (SIGSTOP) in a fetch for longer than keepalive allows."""
     prompt = lane.prompt()
     port = lane.open_relay({"hold_at": a_byte(lane, prompt)})
     ticket = lane.hold(prompt)
     impatient = ("keepalive_time_ms", "keepalive_timeout_ms", "http2.ping_timeout_ms")
     options = NARROW + [[f"grpc.{name}", 1000] for name in impatient]
     lane.fetch(ticket, port, options=options, resumes=0)
-    lane.relay.ask("held")
+    lane.came_to_hold()
     lane.node.send(signal.SIGSTOP)
     lane.relay.ask("go")
     lane.see_decode(prompt)
@@ -244,7 +270,7 @@ def node_hung(lane: Lane) -> None:
 
 
 def old_tickets(lane: Lane) -> None:
-    """Of a node that was killed or drained; its successor has the same address."""
+    """Tickets of a killed or drained node come to its successor."""
     prompt = lane.prompt()
     tickets = [lane.hold(prompt) for _ in range(3)]
     lane.node.end(lane.rng.choice((signal.SIGKILL, signal.SIGTERM)))
@@ -268,7 +294,7 @@ class Fault:
     """A kind of fault.
 
     Attributes:
-        weight: how many of WEIGHTS faults are of this kind.
+        weight: share of the faults, as a count beside the other weights.
         decode: right outcomes of the decode side.
         others: right outcomes of the other callers.
     """
@@ -283,6 +309,11 @@ class Fault:
         """Its name."""
         return self.bring_about.__name__
 
+    @property
+    def text(self) -> str:
+        """What happens."""
+        return str(self.bring_about.__doc__)
+
     def wrong(self, outcomes: list[tuple[str, str]]) -> list[str]:
         """The outcomes that are not right."""
         allowed = {"decode": self.decode, "producer": _PRODUCER, **self.others}
@@ -295,6 +326,7 @@ def _codes(text: str) -> frozenset[str]:
 
 # The prefill of a fetch that follows it; its lease may be released before it is done.
 _PRODUCER = _codes(f"{RIGHT} ABORTED")
+# NOT_FOUND: the lease of a second ended before a machine with much to do came to fetch.
 _GONE = f"{RIGHT} NOT_FOUND UNAVAILABLE CANCELLED DEADLINE_EXCEEDED"
 # A changed bit may make any code of another, or the length of a message too large.
 _ANY_ERROR = (
@@ -304,12 +336,13 @@ _ANY_ERROR = (
 )
 
 FAULTS = (
-    Fault(decode_killed, 3, _codes(KILLED)),
+    Fault(decode_killed, 3, _codes(f"{KILLED} NOT_FOUND")),
     Fault(decode_hung, 2, _codes(f"{_GONE} {KILLED}")),
-    Fault(slow_reader, 1, _codes(RIGHT)),
-    Fault(fetch_cancelled, 2, _codes(f"{RIGHT} {LEFT} DEADLINE_EXCEEDED")),
-    Fault(connection_cut, 4, _codes(f"{RIGHT} UNAVAILABLE")),
+    Fault(slow_reader, 1, _codes(f"{RIGHT} NOT_FOUND")),
+    Fault(fetch_cancelled, 2, _codes(f"{RIGHT} {LEFT} DEADLINE_EXCEEDED NOT_FOUND")),
+    Fault(connection_cut, 4, _codes(f"{RIGHT} UNAVAILABLE NOT_FOUND")),
     Fault(bit_flipped, 5, _codes(f"{RIGHT} {_ANY_ERROR}")),
+    Fault(pbs_decode_disturbed, 2, _codes(f"{RIGHT} {_ANY_ERROR}")),
     Fault(lease_ends_mid_fetch, 1, _codes(_GONE)),
     Fault(released_mid_fetch, 1, _codes(f"{RIGHT} NOT_FOUND")),
     Fault(
@@ -322,9 +355,9 @@ FAULTS = (
         node_killed_mid_prefill,
         1,
         _codes(f"{RIGHT} UNAVAILABLE"),
-        {"prefill": _codes("UNAVAILABLE")},
+        {"prefill": _codes(f"{RIGHT} UNAVAILABLE")},
     ),
     Fault(node_killed_mid_fetch, 1, _codes(f"{RIGHT} NOT_FOUND UNAVAILABLE")),
-    Fault(node_hung, 1, _codes("UNAVAILABLE")),
+    Fault(node_hung, 1, _codes("UNAVAILABLE NOT_FOUND")),
     Fault(old_tickets, 1, _codes("NOT_FOUND"), {"ticket": _codes("NOT_FOUND")}),
 )

@@ -5,7 +5,8 @@ A process of its own: one command per line of standard input, a JSON object, and
 reply per line of standard output.
 
     {"do": "open", "server": "HOST:PORT", "plans": [PLAN, ...]}   -> {"port": N}
-    {"do": "held"}     answers when a connection has come to its hold
+    {"do": "held"}     -> {"held": true} when a connection has come to its hold, or
+                       {"held": false} when one ended before
     {"do": "go"}       lets held connections go on
     {"do": "close"}    -> {"connections": N, "faults": N, "down": bytes, "up": bytes}
 
@@ -42,6 +43,7 @@ class Session:
         self._server, self._plans = (host, port), plans
         self.counts = {"connections": 0, "faults": 0, "down": 0, "up": 0}
         self.held, self.gate = asyncio.Event(), asyncio.Event()
+        self.ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setblocking(False)
@@ -50,6 +52,14 @@ class Session:
     @property
     def port(self) -> int:
         return int(self._listener.getsockname()[1])
+
+    async def wait_for_hold(self) -> bool:
+        """Whether a connection came to its hold before one ended."""
+        waits = [asyncio.ensure_future(e.wait()) for e in (self.held, self.ended)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return self.held.is_set()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -101,6 +111,7 @@ class Session:
                     linger = struct.pack("ii", 1, 0)
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 end.close()
+            self.ended.set()
 
 
 class Connection:
@@ -171,7 +182,7 @@ async def serve() -> None:
         elif session is None:
             reply = {"error": "no open port"}
         elif command["do"] == "held":
-            await session.held.wait()
+            reply = {"held": await session.wait_for_hold()}
         elif command["do"] == "go":
             session.gate.set()
         elif command["do"] == "close":

@@ -35,6 +35,7 @@ from lane import FREE_SECONDS_MAX, Lane  # noqa: E402
 from matrix import FAULTS, LAYERS, Fault  # noqa: E402
 from processes import LEASE_SECONDS  # noqa: E402
 
+PROGRESS_FAULTS = 100
 MODEL_FLAGS = (
     *("--preset", "tiny", "--layers", str(LAYERS), "--vocab-size", str(VOCABULARY)),
 )
@@ -62,9 +63,12 @@ def happen(lane: Lane, fault: Fault) -> list[str]:
 class Run:
     """Lanes that take fault after fault."""
 
-    def __init__(self, model: pathlib.Path, seed: int, indices: list[int]) -> None:
+    def __init__(
+        self, model: pathlib.Path, seed: int, indices: list[int], minutes: float
+    ) -> None:
         self._model, self._seed = model, seed
         self._left = collections.deque(indices)
+        self._end = time.monotonic() + 60 * minutes
         self._lock = threading.Lock()
         self.counts: dict[str, collections.Counter[str]] = {
             fault.name: collections.Counter() for fault in FAULTS
@@ -77,7 +81,7 @@ class Run:
     def work(self) -> None:
         """One lane, until no fault is left. A fault that fails gets the next a new one."""
         lane: Lane | None = None
-        while self._left:
+        while self._left and time.monotonic() < self._end:
             try:
                 index = self._left.popleft()
             except IndexError:
@@ -100,9 +104,13 @@ class Run:
         with self._lock:
             self.done += 1
             self.counts[fault.name]["faults"] += 1
+            self.counts[fault.name]["cuts, flips and holds of the relay"] += lane.hits
             for who, outcome in lane.outcomes:
                 self.counts[fault.name][f"{who}: {outcome}"] += 1
             self.seconds_held = max(self.seconds_held, lane.seconds_held)
+            if self.done % PROGRESS_FAULTS == 0:
+                failed = len(self.failures)
+                print(f"{self.done} faults, {failed} did harm", file=sys.stderr, flush=True)
             if wrong:
                 failure = {"seed": self._seed, "index": index, "fault": fault.name}
                 failure.update(wrong=wrong, notes=lane.notes, log=list(lane.node.log)[-20:])
@@ -110,7 +118,7 @@ class Run:
         return not wrong
 
 
-def run(seed: int, indices: list[int], lanes: int) -> dict[str, Any]:
+def run(seed: int, indices: list[int], lanes: int, minutes: float) -> dict[str, Any]:
     """Brings the faults about and says what came of them."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +126,7 @@ def run(seed: int, indices: list[int], lanes: int) -> dict[str, Any]:
         script = HERE.parent / "models" / "make_random_model.py"
         command = [sys.executable, str(script), *MODEL_FLAGS, "--out", str(model)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        running = Run(model, seed, indices)
+        running = Run(model, seed, indices, minutes)
         threads = [threading.Thread(target=running.work) for _ in range(lanes)]
         for thread in threads:
             thread.start()
@@ -133,7 +141,8 @@ def run(seed: int, indices: list[int], lanes: int) -> dict[str, Any]:
         "free_seconds_max": FREE_SECONDS_MAX,
         "seconds": round(time.monotonic() - begin, 1),
         "longest_seconds_until_nothing_held": round(running.seconds_held, 2),
-        "failed": len(running.failures) + len(indices) - running.done,
+        "failed": len(running.failures),
+        "not_run": len(indices) - running.done,
         "outcomes": {
             name: dict(sorted(counts.items())) for name, counts in running.counts.items()
         },
@@ -146,19 +155,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lanes", type=int, default=3, help="faults at once, a node each")
+    parser.add_argument("--lanes", type=int, default=4, help="faults at once, a node each")
+    parser.add_argument("--minutes", type=float, default=1e6, help="end the run then")
     parser.add_argument("--only", type=int, help="number of the one fault to bring about")
     parser.add_argument("--json", type=pathlib.Path, help="file to write as well")
     given = parser.parse_args()
     only = given.only is not None
     indices = [given.only] if only else list(range(given.faults))
-    result = run(given.seed, indices, 1 if only else given.lanes)
+    result = run(given.seed, indices, 1 if only else given.lanes, given.minutes)
     for failure in result["failures"]:
         print(json.dumps(failure, indent=1), file=sys.stderr)
     print(json.dumps({k: v for k, v in result.items() if k != "failures"}))
     if given.json:
         given.json.write_text(json.dumps({**run_header(), **result}, indent=1) + "\n")
-    return 1 if result["failed"] else 0
+    return 1 if result["failed"] or result["not_run"] else 0
 
 
 if __name__ == "__main__":
