@@ -6,8 +6,10 @@ import contextlib
 import os
 import re
 import resource
+import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -316,3 +318,38 @@ def test_the_largest_chunk_fits_a_client_of_default_settings():
         attended = client.attend(q, q, q, MeanPooling(threshold=0.01))
         assert attended.o.nbytes == 2 * array_bytes
         client.release(leased.ticket)
+
+
+# ---- links that are slow
+
+ROUND_TRIP_SECONDS = 0.5
+
+
+@contextlib.contextmanager
+def far_away(target: str) -> Iterator[str]:
+    """An address from which what the server says first comes after a round trip."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def relay() -> None:
+            near, _ = listener.accept()
+            with near, connect(target) as far:
+                ends = {near: far, far: near}
+                end = time.monotonic() + ROUND_TRIP_SECONDS
+                while left := max(0.0, end - time.monotonic()):
+                    select.select([], [], [], left)
+                while True:
+                    for ready in select.select([*ends], [], [])[0]:
+                        data = ready.recv(65536)
+                        if not data:
+                            return
+                        ends[ready].sendall(data)
+
+        thread = threading.Thread(target=relay)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+def test_a_server_with_a_long_round_trip_is_not_taken_for_a_dead_one(server):
+    with far_away(server.target) as target, Client(target) as client:
+        assert client.health() == "SERVING"

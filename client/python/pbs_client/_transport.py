@@ -26,6 +26,7 @@ _LOOKAHEAD_BYTES = 4 << 20
 _KEEPALIVE_MS = 30_000
 _KEEPALIVE_TIMEOUT_MS = 20_000
 _RECONNECT_BACKOFF_MS_MIN = 100
+_CONNECT_MS_MAX = 5_000
 _RECONNECT_BACKOFF_MS_MAX = 2_000
 _JOIN_SECONDS_MAX = 5.0  # of a thread that reads requests
 
@@ -306,7 +307,8 @@ def channel_options(target: str) -> dict[str, Any]:
         "grpc.http2.max_pings_without_data": 0,
         "grpc.enable_retries": 0,  # send nothing twice; this client resumes fetches
         "grpc.initial_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MIN,
-        "grpc.min_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MIN,
+        # The time of one attempt to connect; a refused one is tried again earlier.
+        "grpc.min_reconnect_backoff_ms": _CONNECT_MS_MAX,
         "grpc.max_reconnect_backoff_ms": _RECONNECT_BACKOFF_MS_MAX,
         # Each client has its own connection and its own backoff.
         "grpc.use_local_subchannel_pool": 1,
