@@ -12,19 +12,20 @@ import re
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from caches import MODEL, PROMPTS, Prompt, digests_of
-from pbs_client import Client, KvTicket, PbsError
+from pbs_client import Client, KvCache, KvTicket, NotFoundError, PbsError
 from pbs_client.results import LayerProgress
 from processes import LEASE_SECONDS, Helper, Node, eventually, program
 
 RIGHT, WRONG, KILLED, LEFT = "right", "wrong", "killed", "left"
 FREE_SECONDS_MAX = 2.0  # from the end of a lease until nothing is held
+TRIES = 3
 CALL_SECONDS_MAX = 5.0  # of a call whose end a fault may have taken away
 # A decode side that takes little ahead of what it reads.
 NARROW = [["grpc.http2.lookahead_bytes", 65536]]
@@ -55,10 +56,14 @@ class Lane:
         self._pool = ThreadPoolExecutor()
         self.expected: dict[Prompt, list[str]] = {}
         self.bytes_of: dict[Prompt, int] = {}
-        for prompt in PROMPTS:
-            self._learn(prompt)
-        with self.client() as client:
-            self.server_commit = client.info().commit
+        try:
+            for prompt in PROMPTS:
+                self._learn(prompt)
+            with self.client() as client:
+                self.server_commit = client.info().commit
+        except Exception:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Ends the processes."""
@@ -81,16 +86,29 @@ class Lane:
 
     def _learn(self, prompt: Prompt) -> None:
         """What a prompt's cache is, by a fetch and by an inline prefill."""
+        cache = self._fetched(prompt)
         with self.client() as client:
-            ticket = self.hold(prompt)
-            cache = client.fetch(ticket)
-            client.release(ticket)
             inline = client.prefill(
                 MODEL, prompt.tokens(), prompt.attention(), delivery="inline"
             ).kv
         self.expected[prompt] = digests_of(cache)
         self.bytes_of[prompt] = cache.nbytes
         assert digests_of(inline) == self.expected[prompt]
+
+    def _fetched(self, prompt: Prompt) -> KvCache:
+        """A prompt's cache. A busy machine may be late for a lease, then again."""
+        for tries_left in reversed(range(TRIES)):
+            ticket = self.hold(prompt)
+            with self.client() as client:
+                try:
+                    cache = client.fetch(ticket, timeout=CALL_SECONDS_MAX * 4)
+                except NotFoundError:
+                    if tries_left == 0:
+                        raise
+                    continue
+            self.release(ticket)
+            return cache
+        raise AssertionError("TRIES is 0")
 
     def prompt(self) -> Prompt:
         """One of the prompts."""
@@ -117,11 +135,7 @@ class Lane:
     def next_request(self) -> bool:
         """Whether another request gets the bytes that it should."""
         prompt = self.prompt()
-        with self.client() as client:
-            ticket = self.hold(prompt)
-            cache = client.fetch(ticket, timeout=CALL_SECONDS_MAX * 4)
-            client.release(ticket)
-        return digests_of(cache) == self.expected[prompt]
+        return digests_of(self._fetched(prompt)) == self.expected[prompt]
 
     # ---- a prefill that a fault may meet
 
@@ -269,14 +283,13 @@ class Lane:
         self.hits += counts["faults"]
 
 
-class Once:
-    """A callback's work on layer `layer`, once."""
+@dataclass(frozen=True)
+class AtLayer:
+    """A callback that does its work when the news of a layer comes."""
 
-    def __init__(self, layer: int, work: Callable[[], None]) -> None:
-        self._layer, self._work = layer, work
-        self._lock = threading.Lock()
+    layer: int
+    work: Callable[[], None]
 
     def __call__(self, progress: LayerProgress) -> None:
-        if progress.index == self._layer:
-            with self._lock:
-                self._work()
+        if progress.index == self.layer:
+            self.work()

@@ -19,9 +19,9 @@ from lane import (
     NARROW,
     RIGHT,
     WRONG,
+    AtLayer,
     Lane,
     LeaveError,
-    Once,
 )
 from pbs_client import Inline, Lease, NotFoundError
 from processes import LEASE_SECONDS, REPLY_SECONDS_MAX
@@ -214,7 +214,7 @@ def prefill_cancelled(lane: Lane) -> None:
         timeout = lane.rng.uniform(0.001, 0.3)
         ticket, ended = lane.begin_prefill(prompt, delivery=delivery, timeout=timeout)
     else:
-        on_layer = Once(lane.rng.randrange(LAYERS), leave)
+        on_layer = AtLayer(lane.rng.randrange(LAYERS), leave)
         ticket, ended = lane.begin_prefill(prompt, delivery=delivery, on_layer=on_layer)
     if follow and ticket is not None:
         lane.fetch(ticket)
@@ -229,7 +229,7 @@ def node_killed_mid_prefill(lane: Lane) -> None:
     """The node is killed (SIGKILL) at a random layer; a fetch follows it."""
     # The news of a layer may come late, and then the prefill is done.
     prompt = lane.prompt()
-    kill = Once(lane.rng.randrange(LAYERS), lambda: lane.node.send(signal.SIGKILL))
+    kill = AtLayer(lane.rng.randrange(LAYERS), lambda: lane.node.send(signal.SIGKILL))
     ticket, ended = lane.begin_prefill(prompt, on_layer=kill)
     assert ticket is not None
     lane.fetch(ticket)

@@ -86,7 +86,11 @@ class Run:
                 index = self._left.popleft()
             except IndexError:
                 break
-            lane = lane or Lane(self._model)
+            try:
+                lane = lane or Lane(self._model)
+            except Exception:
+                self._fail(index, [traceback.format_exc()], [], [])
+                continue
             if not self._one(lane, index):
                 lane.close()
                 lane = None
@@ -111,11 +115,15 @@ class Run:
             if self.done % PROGRESS_FAULTS == 0:
                 failed = len(self.failures)
                 print(f"{self.done} faults, {failed} did harm", file=sys.stderr, flush=True)
-            if wrong:
-                failure = {"seed": self._seed, "index": index, "fault": fault.name}
-                failure.update(wrong=wrong, notes=lane.notes, log=list(lane.node.log)[-20:])
-                self.failures.append(failure)
+        if wrong:
+            self._fail(index, wrong, lane.notes, list(lane.node.log)[-20:])
         return not wrong
+
+    def _fail(self, index: int, wrong: list[str], notes: list[str], log: list[str]) -> None:
+        failure = {"seed": self._seed, "index": index}
+        failure["fault"] = fault_of(self._seed, index)[0].name
+        with self._lock:
+            self.failures.append({**failure, "wrong": wrong, "notes": notes, "log": log})
 
 
 def run(seed: int, indices: list[int], lanes: int, minutes: float) -> dict[str, Any]:
