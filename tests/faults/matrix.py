@@ -69,6 +69,7 @@ def decode_hung(lane: Lane) -> None:
     if not lane.hangs():
         lane.see_decode(prompt)
         return
+    lane.settle()  # the time of a lease begins at the end of its prefill
     if not lane.nothing_held():
         lane.saw("decode", "held what it does not read")
     if lane.rng.random() < 0.5:
