@@ -141,6 +141,25 @@ absl::Status Client::Release(const v1::KvTicket& ticket, const CallTerms& terms)
 
 namespace {
 
+// The description has no checksum of its own: its sizes must agree.
+absl::Status CheckSizes(const v1::KvDescriptor& kv) {
+  KvExpectation whole;
+  whole.token_count = kv.num_tokens();
+  whole.head_count = kv.num_kv_heads();
+  whole.head_dim = kv.head_dim();
+  whole.dtype = kv.dtype();
+  const bool positive = kv.num_layers() > 0 && kv.num_tokens() > 0 &&
+                        kv.num_kv_heads() > 0 && kv.head_dim() > 0;
+  // Each size is below 2^31, so the product may leave int64.
+  const double bytes = 2.0 * kv.num_layers() * static_cast<double>(whole.row_bytes()) *
+                       kv.num_kv_heads() * kv.num_tokens();
+  if (positive && bytes == static_cast<double>(kv.bytes())) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat(
+      "the cache is described with ", kv.num_layers(), " layers, ", kv.num_kv_heads(),
+      " KV heads, ", kv.num_tokens(), " tokens, head dim ", kv.head_dim(), " and ",
+      kv.bytes(), " bytes, which do not agree"));
+}
+
 KvExpectation ExpectationOf(const v1::FetchRequest& request,
                             const v1::KvDescriptor& kv) {
   KvExpectation e;
@@ -167,6 +186,7 @@ absl::Status Client::Fetch(v1::FetchRequest request, KvTarget& target,
                            const CallTerms& terms) {
   const absl::StatusOr<v1::KvDescriptor> kv = Describe(request.ticket(), terms);
   if (!kv.ok()) return kv.status();
+  if (absl::Status sizes = CheckSizes(*kv); !sizes.ok()) return sizes;
   const KvExpectation expected = ExpectationOf(request, *kv);
   KvReceiver receiver(expected, target);
   const LeaseKeeper keeper(*this, *kv, terms.deadline);

@@ -31,10 +31,10 @@ using testing_support::ServerProcess;
 using testing_support::TinyModelFolder;
 
 // Flips a bit of what travels without a checksum.
-grpc::ByteBuffer CorruptUnchecked(const std::string&, grpc::ByteBuffer reply) {
+grpc::ByteBuffer CorruptUnchecked(const std::string& method, grpc::ByteBuffer reply) {
   wire::KvChunk chunk;
-  if (!wire::DecodeKvChunk(reply, &chunk).ok() || chunk.payload.size() == 0 ||
-      chunk.crc32c.has_value()) {
+  if (method != "/pbs.v1.KvSource/Fetch" || !wire::DecodeKvChunk(reply, &chunk).ok() ||
+      chunk.payload.size() == 0 || chunk.crc32c.has_value()) {
     return reply;
   }
   std::vector<std::byte> bytes(chunk.payload.size());

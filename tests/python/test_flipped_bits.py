@@ -109,11 +109,6 @@ def test_a_flipped_bit_of_a_description_is_refused_or_changes_no_byte(held, part
     assert refused > 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Client::Fetch in client/cpp/client.cc takes the layers of the description as "
-    "they are, asks for these alone, and decodes with the others empty",
-)
 def test_pbs_decode_refuses_a_description_with_too_few_layers(held, tmp_path):
     target, described, _, ticket = held
     path = tmp_path / "ticket.json"
