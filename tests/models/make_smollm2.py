@@ -7,6 +7,7 @@
 
 The weights of the package have 4 bits (the embedding 8); the folder holds their values
 as f32 or bf16. The context is 8192 tokens. The licence of the weights is Apache-2.0.
+The chat template is that of the file.
 
 --expose-hidden appends the layers of exposing_layers.py. The KV cache of this folder also
 holds, for every token, what the output head reads.
@@ -163,6 +164,17 @@ def make_tokenizer(value: Callable[[str], Any]) -> tokenizers.Tokenizer:
     return made
 
 
+def tokenizer_config(value: Callable[[str], Any]) -> dict[str, Any]:
+    """tokenizer_config.json: the chat template, and what begins and ends a turn."""
+    names = value("tokenizer.ggml.tokens")
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": names[value("tokenizer.ggml.bos_token_id")],
+        "eos_token": names[value("tokenizer.ggml.eos_token_id")],
+        "chat_template": value("tokenizer.chat_template"),
+    }
+
+
 def write_folder(
     source: pathlib.Path, folder: pathlib.Path, dtype: str, expose_hidden: bool = False
 ) -> None:
@@ -181,6 +193,8 @@ def write_folder(
     stored = {name: np.ascontiguousarray(w.astype(element)) for name, w in weights.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     make_tokenizer(value).save(str(folder / "tokenizer.json"))
+    chat = json.dumps(tokenizer_config(value), indent=1)
+    (folder / "tokenizer_config.json").write_text(chat + "\n")
     vocab_size = len(weights["model.embed_tokens.weight"])
     config = config_of(shape, vocab_size, layers, torch_dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
