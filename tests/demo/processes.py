@@ -110,7 +110,10 @@ class Programs:
         self._started: list[Program] = []
 
     def start(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
     ) -> Program:
         """Starts one; its log is NAME.log."""
         path = self._folder / f"{name.replace(' ', '-')}.log"

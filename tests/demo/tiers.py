@@ -90,7 +90,9 @@ def _start_nodes(
     for program in nodes:
         serving = program.wait_for(lambda p=program: _serving(p), _NODE_SECONDS_MAX)
         made.append(Node(program, serving["listen"], serving["metrics"]))
-        print(f"pbs-prefilld {program.name[-1]}      grpc://{serving['listen']}", flush=True)
+        print(
+            f"pbs-prefilld {program.name[-1]}      grpc://{serving['listen']}", flush=True
+        )
     return made
 
 
@@ -131,7 +133,7 @@ def _vllm(model: str, folder: Path, port: int) -> list[str]:
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(folder), "--served-model-name", model),
         *("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"),
-        *("--enable-prompt-tokens-details", "--host", "127.0.0.1", "--port", str(port)),
+        *("--host", "127.0.0.1", "--port", str(port)),
         *("--kv-transfer-config", json.dumps(transfer)),
     ]
 
@@ -140,7 +142,8 @@ def _router(port: int, metrics_port: int, prefill: list[str], decode: str) -> li
     program = Path(sys.executable).parent / "vllm-router"
     if not program.exists():
         raise DemoError(
-            f"{program} does not exist", "run scripts/demo_disaggregated.sh, which installs it"
+            f"{program} does not exist",
+            "run scripts/demo_disaggregated.sh, which installs it",
         )
     return [
         *(str(program), "--host", "127.0.0.1", "--port", str(port)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from eventually import until
 from pbs_client import Pbs
-from real_server import REPOSITORY
+from real_server import REPOSITORY, program
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not installed: scripts/check.sh vllm")
@@ -209,3 +211,37 @@ def test_an_approximate_cache_answers_as_well_as_the_server(world):
         assert answer.cached_tokens == len(prompt) - 1
         right += answer.tokens == [answers[-1]]
     assert right >= 15
+
+
+@RECALL
+def test_pbs_through_vllm_answers_as_pbs_decode_does(world, tmp_path):
+    prompts = recall_task.make_prompts(np.random.default_rng(3), 8, 1500, 64, 8)
+    through_vllm, through_decode, right = [], [], []
+    for tokens, answers in zip(prompts.tokens, prompts.answers):
+        prompt = tokens[:-1].tolist()
+        ticket, params = world.handoff(prompt, Pbs(threshold=0.9))
+        salt = ticket.sparsity_digest
+        answer = world.vllm.complete(prompt, params, new_tokens=1, cache_salt=salt)
+        assert answer.cached_tokens == len(prompt) - 1
+        through_vllm += answer.tokens
+        through_decode += decoded(world, prompt, tmp_path)
+        right.append(int(answers[-1]))
+    assert through_vllm == through_decode
+    assert sum(a == b for a, b in zip(through_vllm, right)) >= 7
+
+
+def decoded(world, prompt, folder):
+    """The first token of pbs-decode, which fetches a cache of its own."""
+    (folder / "prompt.json").write_text(json.dumps(prompt))
+    subprocess.run(
+        [
+            *(str(program("pbs-decode")), "--server", world.prefill.target),
+            *("--model", "m", "--model-path", str(world.folder)),
+            *("--tokens", str(folder / "prompt.json"), "--max-new-tokens", "1"),
+            *("--method", "pbs", "--threshold", "0.9"),
+            *("--output", str(folder / "tokens.json")),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return json.loads((folder / "tokens.json").read_text())

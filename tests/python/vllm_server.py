@@ -49,6 +49,7 @@ class VllmServer:
 
     def __init__(self, port: int, log: Path) -> None:
         self._port, self._log = port, log
+        self.address = f"127.0.0.1:{port}"
         self._salts = itertools.count()
 
     def complete(
@@ -138,9 +139,18 @@ class VllmServer:
 
 @contextlib.contextmanager
 def vllm_server(
-    model: Path, transfer: dict[str, Any], *flags: str, num_ranks: int = 1
+    model: Path,
+    transfer: dict[str, Any],
+    *flags: str,
+    num_ranks: int = 1,
+    takes_text: bool = False,
 ) -> Iterator[VllmServer]:
-    """Starts a server in f32 and waits until it serves; stops it after."""
+    """Starts a server in f32 and waits until it serves; stops it after.
+
+    `takes_text` needs a tokenizer in the folder; without, prompts are token ids.
+    """
+    if not takes_text:
+        flags = (*flags, "--skip-tokenizer-init")
     environment = {**os.environ, **_ENVIRONMENT}
     if num_ranks > 1:
         cpus = sorted(os.sched_getaffinity(0))
@@ -173,7 +183,7 @@ def vllm_server(
 def refused_start(model: Path, transfer: dict[str, Any], *flags: str) -> str:
     """What a server prints that does not start."""
     ended = subprocess.run(
-        [*_command(model, free_port(), transfer), *flags],
+        [*_command(model, free_port(), transfer), "--skip-tokenizer-init", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -207,7 +217,7 @@ def _command(model: Path, port: int, transfer: dict[str, Any]) -> list[str]:
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", "m"),
-        *("--skip-tokenizer-init", "--enable-prompt-tokens-details"),
+        "--enable-prompt-tokens-details",
         *("--dtype", "float32", "--enforce-eager", "--max-num-seqs", str(SLOTS)),
         *("--block-size", str(BLOCK_SIZE)),
         *("--host", "127.0.0.1", "--port", str(port)),
