@@ -10,8 +10,9 @@
 # --keep    leaves everything running until Ctrl-C, to try it by hand
 # --result  writes the figures as JSON, and a picture beside it
 #
-# The first run installs 4 GB of Python packages (PBS_DEMO_VENV, default: demo-venv in the
-# build folder) and, if PBS_PREFILLD names no server, builds one. Needs 6 GB of memory.
+# The first run installs 4 GB of Python packages, if pip uses an index of CPU wheels of torch
+# (README.md, "Try it"), into PBS_DEMO_VENV (default: demo-venv in the build folder). If
+# PBS_PREFILLD names no server, it builds one. Needs 6 GB of memory.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"

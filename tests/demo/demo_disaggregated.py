@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -172,7 +173,9 @@ def run(words: argparse.Namespace, programs: Programs) -> None:
             f"read {tiers.router.log}, {tiers.gateways[0].log} and {tiers.vllm.log}",
         )
     step(f"{DOCUMENT.name} ({len(document):,} characters), then: {QUESTION}")
-    print(f"(the answer of {words.model_name}, as it arrives)", flush=True)
+    print(
+        f"(the answer of {words.model_name}, as it arrives after the prefill)", flush=True
+    )
     routed = ask_about_document(tiers, document)
 
     step(f"{USERS} users ask about parts of the document; node 1 is killed meanwhile")
@@ -210,6 +213,7 @@ def save(path: Path, words: argparse.Namespace, routed: Routed, killed: Outcome)
     result = {
         **run_header(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "load_average": os.getloadavg()[1],  # what else ran shows in every figure
         "model": words.model_name,
         "document": DOCUMENT.name,
         "prompt_tokens": answer.prompt_tokens,

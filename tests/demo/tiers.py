@@ -14,7 +14,7 @@ from processes import DemoError, Program, Programs, free_ports
 
 _NODE_SECONDS_MAX = 120.0
 _GATEWAY_SECONDS_MAX = 60.0
-_VLLM_SECONDS_MAX = 600.0
+_VLLM_SECONDS_MAX = 1200.0  # on a busy machine
 _ROUTER_SECONDS_MAX = 60.0
 _REQUEST_SECONDS_MAX = 600
 _PAGE_SECONDS_MAX = 10.0
@@ -58,7 +58,7 @@ def start_tiers(programs: Programs, prefilld: Path, model: str, folder: Path) ->
     nodes = _start_nodes(programs, prefilld, model, folder)
     gateways, addresses = _start_gateways(programs, nodes, folder)
     vllm_address = f"127.0.0.1:{vllm_port}"
-    print("vLLM decode worker: loading (about a minute) ...", flush=True)
+    print("vLLM decode worker: loading, a minute or more ...", flush=True)
     vllm.wait_for(lambda: _is_healthy(vllm_address), _VLLM_SECONDS_MAX)
     print(f"vLLM decode worker  http://{vllm_address}  with PbsPrefillConnector")
     router_address = f"127.0.0.1:{router_port}"
@@ -151,6 +151,8 @@ def _router(port: int, metrics_port: int, prefill: list[str], decode: str) -> li
         *(word for one in prefill for word in ("--prefill", f"http://{one}")),
         *("--decode", f"http://{decode}", "--policy", "round_robin"),
         *("--worker-startup-check-interval", "1"),
+        # A gateway that is gone gets no requests after two seconds.
+        *("--health-check-interval-secs", "1", "--health-failure-threshold", "1"),
         *("--request-timeout-secs", str(_REQUEST_SECONDS_MAX)),
     ]
 
