@@ -27,6 +27,9 @@ from tiers import Tiers, metric, start_tiers
 from timeline import Span, as_json, draw, interval, spans_of
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/bench"))
+from bench_common import run_header  # noqa: E402
+
 DOCUMENT = ROOT / "LICENSE"
 QUESTION = "Which section of this license is about trademarks, and what does it say?"
 SHORT_QUESTION = "What is the capital of France?"
@@ -158,6 +161,8 @@ def table(routed: Routed, killed: Outcome) -> str:
 
 def run(words: argparse.Namespace, programs: Programs) -> None:
     """All steps."""
+    # What else ran on the machine shows in every figure.
+    header = {**run_header(), "load_average": os.getloadavg()[1]}
     document = DOCUMENT.read_text()
     if words.quick:
         document = document[:_QUICK_CHARACTERS]
@@ -199,21 +204,23 @@ def run(words: argparse.Namespace, programs: Programs) -> None:
     )
     print("to its other node, and vLLM computes a prompt whose cache is gone.")
     if words.result:
-        save(words.result, words, routed, killed)
+        save(words.result, header, words, routed, killed)
     if words.keep:
         keep(tiers)
 
 
-def save(path: Path, words: argparse.Namespace, routed: Routed, killed: Outcome) -> None:
+def save(
+    path: Path,
+    header: dict[str, Any],
+    words: argparse.Namespace,
+    routed: Routed,
+    killed: Outcome,
+) -> None:
     """Writes the results file and its picture."""
-    sys.path.insert(0, str(ROOT / "tests/bench"))
-    from bench_common import run_header
-
     answer = routed.answer
     result = {
-        **run_header(),
+        **header,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "load_average": os.getloadavg()[1],  # what else ran shows in every figure
         "model": words.model_name,
         "document": DOCUMENT.name,
         "prompt_tokens": answer.prompt_tokens,
