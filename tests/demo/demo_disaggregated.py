@@ -152,7 +152,7 @@ def table(routed: Routed, killed: Outcome) -> str:
          f"of {answer.prompt_tokens:,} prompt tokens; it computes the last one"),
         ("node killed, answered", f"{killed.requests - len(killed.lost)}",
          f"of {killed.requests} requests of {USERS} users"),
-        ("  moved", f"{killed.moved}", "a gateway sent them to the other node"),
+        ("  repeated", f"{killed.moved}", "its prefill died with node 1; a gateway repeated it at node 2"),
         ("  computed again", f"{killed.recomputed}", "by vLLM: the cache died with the node"),
         ("  lost", f"{len(killed.lost)}", ""),
     ]  # fmt: skip
