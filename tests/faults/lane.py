@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from caches import MODEL, PROMPTS, Prompt, digests_of
+from fault_processes import LEASE_SECONDS, Helper, Node, eventually, program
 from pbs_client import Client, KvCache, KvTicket, NotFoundError, PbsError
 from pbs_client.results import LayerProgress
-from processes import LEASE_SECONDS, Helper, Node, eventually, program
 
 RIGHT, WRONG, KILLED, LEFT = "right", "wrong", "killed", "left"
 FREE_SECONDS_MAX = 2.0  # from the end of a lease until nothing is held

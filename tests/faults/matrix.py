@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from caches import PROMPTS, Prompt
+from fault_processes import LEASE_SECONDS, REPLY_SECONDS_MAX
 from lane import (
     CALL_SECONDS_MAX,
     KILLED,
@@ -24,7 +25,6 @@ from lane import (
     LeaveError,
 )
 from pbs_client import Inline, Lease, NotFoundError
-from processes import LEASE_SECONDS, REPLY_SECONDS_MAX
 
 LAYERS = 6  # of the model
 UP_BYTES = 900  # those that a decode side sends for a cache

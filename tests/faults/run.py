@@ -31,9 +31,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "bench")]
 from bench_common import run_header  # noqa: E402
 from caches import VOCABULARY  # noqa: E402
+from fault_processes import LEASE_SECONDS  # noqa: E402
 from lane import FREE_SECONDS_MAX, Lane  # noqa: E402
 from matrix import FAULTS, LAYERS, Fault  # noqa: E402
-from processes import LEASE_SECONDS  # noqa: E402
 
 PROGRESS_FAULTS = 100
 MODEL_FLAGS = (

@@ -16,7 +16,9 @@ _STOP_SECONDS_MAX = 30
 
 
 @contextlib.contextmanager
-def routing(prefill: Sequence[str], decode: str, log: Path) -> Iterator[str]:
+def routing(
+    prefill: Sequence[str], decode: str, log: Path, *flags: str
+) -> Iterator[str]:
     """Starts a router; yields its HOST:PORT when it knows its workers."""
     port = free_port()
     address = f"127.0.0.1:{port}"
@@ -26,7 +28,7 @@ def routing(prefill: Sequence[str], decode: str, log: Path) -> Iterator[str]:
         *("--prometheus-port", str(free_port()), "--vllm-pd-disaggregation"),
         *(word for one in prefill for word in ("--prefill", f"http://{one}")),
         *("--decode", f"http://{decode}", "--policy", "round_robin"),
-        *("--worker-startup-check-interval", "1"),
+        *("--worker-startup-check-interval", "1", *flags),
     ]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

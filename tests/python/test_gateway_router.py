@@ -10,28 +10,25 @@ import http.client
 import http.server
 import json
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gateway_process import eventually, read_reply, running_gateway
+from gateway_process import read_reply, running_gateway
 from pbs_client import Client
 from pbs_client.kv_params import KvTransferParams, prompt_digest
 from real_server import RECALL_MODEL, mortal_server, running_server
+from router_process import routing
 from tokenizers import Tokenizer
 
 pytestmark = pytest.mark.peers
 pytest.importorskip("vllm_router", reason="vllm-router is not installed")
 
+FLAGS = ("--request-timeout-secs", "60", "--disable-retries")
 ANSWER = {"choices": [{"index": 0, "text": "decoded", "finish_reason": "stop"}]}
 IDS = [5, 6, 7, 300, 700, 2]
 TEXT = "the fox jumps over it"
@@ -93,50 +90,6 @@ def decode_worker() -> Iterator[DecodeWorker]:
         server.server_close()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def running_router(prefill: Sequence[str], decode: str, log: Path) -> Iterator[str]:
-    """The router's HOST:PORT, once its workers are known to it."""
-    program = Path(sys.executable).parent / "vllm-router"
-    address = f"127.0.0.1:{free_port()}"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [
-                str(program if program.exists() else shutil.which("vllm-router")),
-                *("--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
-                *("--prometheus-port", str(free_port()), "--vllm-pd-disaggregation"),
-                *(word for p in prefill for word in ("--prefill", f"http://{p}")),
-                *("--decode", f"http://{decode}", "--policy", "round_robin"),
-                *("--request-timeout-secs", "60", "--disable-retries"),
-            ],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-
-    def is_ready() -> bool:
-        assert process.poll() is None, log.read_text()
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection(address, timeout=5)
-            try:
-                connection.request("GET", "/health")
-                return connection.getresponse().status == 200
-            finally:
-                connection.close()
-        return False
-
-    try:
-        eventually(is_ready, "the router is ready")
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
 @pytest.fixture(scope="module")
 def decode() -> Iterator[DecodeWorker]:
     with decode_worker() as worker:
@@ -146,7 +99,7 @@ def decode() -> Iterator[DecodeWorker]:
 @pytest.fixture(scope="module")
 def router(gateway, decode, tmp_path_factory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("router") / "log"
-    with running_router([gateway.address], decode.address, log) as address:
+    with routing([gateway.address], decode.address, log, *FLAGS) as address:
         yield address
 
 
@@ -260,7 +213,7 @@ def test_no_request_is_lost_when_a_node_is_killed(decode, tmp_path):
         ]
         addresses = [gateway.address for gateway in gateways]
         log = tmp_path / "log"
-        router = stack.enter_context(running_router(addresses, decode.address, log))
+        router = stack.enter_context(routing(addresses, decode.address, log, *FLAGS))
         decode.received.clear()
         ids = [n % 500 + 10 for n in range(2000)]
         body = {"model": "recall", "prompt": ids, "max_tokens": 9}
