@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.peers
 torch = pytest.importorskip("torch", reason="the caches are of torch tensors")
 
 from pbs_client.vllm.worker_side import check_groups  # noqa: E402

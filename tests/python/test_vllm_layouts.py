@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.peers
 torch = pytest.importorskip("torch", reason="the layouts are of torch tensors")
 
 from pbs_client.vllm.layouts import (  # noqa: E402
