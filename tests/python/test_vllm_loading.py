@@ -289,6 +289,7 @@ def fake_descriptor():
         head_dim=4,
         num_tokens=3,
         dtype="F32",
+        bytes=2 * 2 * 3 * 4 * 4,
         state="COMPLETE",
     )
 
