@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from pbs_client import KvCache, hf
+from pbs_client.hf.caches import cache_argument
 from retrieval_tasks import Question, RetrievalPrompt
 
 LOGIT_ROWS = 512  # of the vocabulary's width, 100 MB
@@ -110,7 +111,7 @@ class DecodeTier:
             return [torch.empty(0, 0) for _ in segments]
         positions = [s.prefix + i for s in segments for i in range(len(s.tokens))]
         cached = cache.tokens.count
-        arguments = {hf._cache_argument(self.model): hf.dynamic_cache(cache, cached)}
+        arguments = {cache_argument(self.model): hf.dynamic_cache(cache, cached)}
         with torch.inference_mode():
             logits = self.model(
                 input_ids=torch.tensor([tokens]),
