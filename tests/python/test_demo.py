@@ -61,7 +61,6 @@ def test_the_picture_has_a_bar_for_each_part():
     assert all(any(text.startswith(part.what) for text in texts) for part in parts)
 
 
-@pytest.mark.skipif(not timeline.RESULT.exists(), reason="there is no results file yet")
 def test_the_committed_picture_is_that_of_its_results_file():
     result = json.loads(timeline.RESULT.read_text())
     assert timeline.RESULT.with_suffix(".svg").read_text() == timeline.draw(result)
