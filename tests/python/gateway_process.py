@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import queue
 import subprocess
 import sys
 import threading
@@ -14,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_START_SECONDS_MAX = 60
-_STOP_SECONDS_MAX = 60
+from logged_process import serving
+
 _CALL_SECONDS_MAX = 60
 _POLL_SECONDS_MAX = 30
 
@@ -102,39 +101,8 @@ def eventually(condition: Callable[[], Any], what: str) -> Any:
 @contextlib.contextmanager
 def running_gateway(node: str, *flags: str, code: int = 0) -> Iterator[RunningGateway]:
     """Starts a gateway on a free port; stops it after. `code` is its exit status."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pbs_client.gateway", "--node", node,
-         "--listen", "127.0.0.1:0", *flags],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    log: list[str] = []
-    serving: queue.Queue[str] = queue.Queue()
-    reader = threading.Thread(target=_read_log, args=(process, log, serving))
-    reader.start()
-    try:
-        address = serving.get(timeout=_START_SECONDS_MAX)
-        assert address, "the gateway stopped:\n" + "".join(log)
-        yield RunningGateway(address, process, log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS_MAX)
-        finally:
-            process.kill()
-            reader.join()
-    assert process.returncode == code, "".join(log)
-
-
-def _read_log(
-    process: subprocess.Popen[str], log: list[str], serving: queue.Queue[str]
-) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
-        log.append(line)
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if event.get("event") == "serving":
-                serving.put(event["listen"])
-    serving.put("")
+    command = [sys.executable, "-m", "pbs_client.gateway", "--node", node]
+    command += ["--listen", "127.0.0.1:0", *flags]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with serving("the gateway", command, code=code, **streams) as running:
+        yield RunningGateway(running.serving["listen"], running.process, running.log)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import shlex
 import subprocess
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from logged_process import serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECALL_MODEL = REPOSITORY / "tests" / "data" / "recall-llama"
@@ -22,7 +22,6 @@ BACKEND_FLAGS = shlex.split(os.environ.get("PBS_TEST_SERVER_FLAGS", ""))
 
 _START_SECONDS_MAX = 120
 _DRAIN_SECONDS_MAX = 5  # a test that leaves a lease must not hold up the rest
-_STOP_SECONDS_MAX = 60
 
 
 @dataclass(frozen=True)
@@ -89,28 +88,11 @@ def running_server(*flags: str, prefix: Sequence[str] = ()) -> Iterator[RunningS
 
     `prefix` is a command that runs it, such as prlimit.
     """
-    process = subprocess.Popen(
-        [*prefix, *_command(), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    serving: queue.Queue[dict | None] = queue.Queue()
-    log: list[str] = []
-    reader = threading.Thread(target=_read_log, args=(process, log, serving))
-    reader.start()
-    try:
-        event = serving.get(timeout=_START_SECONDS_MAX)
-        assert event is not None, "the server stopped:\n" + "".join(log)
-        yield RunningServer(event["listen"], process, event["metrics"], log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS_MAX)
-        finally:
-            process.kill()
-            reader.join()
-    assert process.returncode == 0, "the server did not drain:\n" + "".join(log)
+    command = [*prefix, *_command(), *flags]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with serving("the server", command, **streams) as running:
+        event = running.serving
+        yield RunningServer(event["listen"], running.process, event["metrics"], running.log)
 
 
 @contextlib.contextmanager
@@ -122,16 +104,3 @@ def mortal_server(*flags: str) -> Iterator[RunningServer]:
     except AssertionError as error:
         if "did not drain" not in str(error):
             raise
-
-
-def _read_log(
-    process: subprocess.Popen[str], log: list[str], serving: queue.Queue[dict | None]
-) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        log.append(line)
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if event.get("event") == "serving":
-                serving.put(event)
-    serving.put(None)
