@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -28,6 +29,8 @@ std::vector<std::byte> RandomBytes(size_t size, uint32_t seed) {
   return bytes;
 }
 
+constexpr std::array kWays = {CrcWay::kTables, CrcWay::kInstruction, CrcWay::kProducts};
+
 struct KnownCase {
   const char* name;
   std::vector<std::byte> bytes;
@@ -44,7 +47,10 @@ class KnownCrcSpec : public testing::TestWithParam<KnownCase> {};
 
 TEST_P(KnownCrcSpec, EqualsThePublishedValue) {
   EXPECT_EQ(Crc32c(GetParam().bytes), GetParam().crc);
-  EXPECT_EQ(ExtendCrc32cPortable(0, GetParam().bytes), GetParam().crc);
+  for (const CrcWay way : kWays) {
+    if (!Runs(way)) continue;
+    EXPECT_EQ(ExtendCrc32cBy(way, 0, GetParam().bytes), GetParam().crc);
+  }
 }
 
 // RFC 3720, appendix B.4, and the check value of the CRC catalogue.
@@ -61,15 +67,22 @@ INSTANTIATE_TEST_SUITE_P(
                         0xE3069283}),
     testing_support::CaseName());
 
-TEST(Crc32cSpec, HardwareAndTablesAgreeOnEveryLengthAroundTheStreamSizes) {
+TEST(Crc32cSpec, EveryWayAgreesOnEveryLengthAroundItsBlocks) {
   const std::vector<std::byte> bytes = RandomBytes(3 * 4096 * 2 + 64, 1);
   const std::span<const std::byte> all(bytes);
   for (size_t begin : {0, 1, 7}) {
-    for (size_t size : {0, 1, 7, 8, 9, 767, 768, 769, 1536, 4095, 12287, 12288, 12289,
-                        13056, 24576, 24577, 24600}) {
+    for (size_t size :
+         {0,    1,    7,    8,    9,     511,   512,   513,   767,   768,   769,
+          1023, 1024, 1536, 4095, 12287, 12288, 12289, 13056, 24576, 24577, 24600}) {
       const auto part = all.subspan(begin, size);
-      EXPECT_EQ(ExtendCrc32c(7, part), ExtendCrc32cPortable(7, part))
-          << "begin " << begin << " size " << size;
+      const uint32_t right = ExtendCrc32cBy(CrcWay::kTables, 7, part);
+      EXPECT_EQ(ExtendCrc32c(7, part), right) << "begin " << begin << " size " << size;
+      for (const CrcWay way : kWays) {
+        if (!Runs(way)) continue;
+        EXPECT_EQ(ExtendCrc32cBy(way, 7, part), right)
+            << "way " << static_cast<int>(way) << " begin " << begin << " size "
+            << size;
+      }
     }
   }
 }
