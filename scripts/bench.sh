@@ -128,7 +128,8 @@ smollm2_models() {
   "$python" "$maker" --out "$folder-exposed" --expose-hidden
 }
 
-#: dataplane    uploads and downloads beside raw TCP (1 min)
+#: dataplane    uploads beside raw TCP; downloads beside raw TCP, protobuf messages, Arrow
+#:              Flight and shared memory (2 min)
 #:              OUTPUT=/tmp/x.json scripts/bench.sh dataplane --rounds 5: to another file
 # The model's KV cache is large and its prefill short.
 bench_dataplane() {
@@ -137,7 +138,7 @@ bench_dataplane() {
   cd "$repo"
   install_packages "${build_packages[@]}"
   build_targets pbs-prefilld pbs-bench
-  python_environment "$repo/.venv" numpy
+  python_environment "$repo/.venv" numpy pyarrow
   mkdir -p "$run_dir" "$(dirname "$output")"
   random_model "$run_dir/model" --dtype f32 --hidden-size 64 --intermediate-size 64 \
     --layers 8 --heads 64 --kv-heads 64 --head-dim 128 --vocab-size 256 --positions 8192 \
@@ -147,7 +148,8 @@ bench_dataplane() {
   start_server "$run_dir/server.log" "$build_dir/bin/pbs-prefilld" --backend cpu \
     --model "kv=$run_dir/model" --listen 127.0.0.1:0 --metrics-listen off
   say "measuring"
-  "$build_dir/bin/pbs-bench" --server "$address" --server-pid "$server" \
+  "$build_dir/bin/pbs-bench" transfer --server "$address" --server-pid "$server" \
+    --peers tcp,protobuf,flight --flight "$python $repo/client/cpp/bench/flight_peer.py" \
     --output "$output" "$@"
   stop_server
   echo "written to $output" >&2

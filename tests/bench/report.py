@@ -240,26 +240,36 @@ def plot_quality(results: dict) -> None:
 # ---- data plane
 
 
+PEER_NAMES = {"pbs": "ours", "tcp": "raw TCP", "protobuf": "protobuf messages",
+              "flight": "Arrow Flight", "shared memory": "ours, shared memory"}
+
+
 def data_plane(results: dict) -> str:
-    """Rates and CPU time beside raw TCP."""
+    """Rates and CPU time of every peer; ours also as ratios of the medians' rounds."""
     goals = results["goals"]
-    raw = {(c["direction"], c["streams"]): c for c in results["cells"] if c["peer"] == "tcp"}
+    limit = goals["cpu_seconds_per_gb_max"]
     rows = []
     for cell in results["cells"]:
-        if cell["peer"] != "pbs":
-            continue
-        peer = raw[cell["direction"], cell["streams"]]
-        cpu, limit = cell["cpu_seconds_per_gb"]["median"], goals["cpu_seconds_per_gb_max"]
+        rate, cpu = cell["gb_per_second"], cell["cpu_seconds_per_gb"]["median"]
+        own = cell["peer"] == "pbs"
+        ratios = [f"ratio_to_{peer}" for peer in ("tcp", "protobuf", "flight")]
         rows.append(
-            [cell["direction"] + crc(cell), f"{cell['streams']}",
-             f"{peer['gb_per_second']['median']:.2f}", f"{cell['gb_per_second']['median']:.2f}",
-             goal(cell["ratio_to_tcp"]["median"], goals["ratio_to_tcp_min"]),
-             f"{peer['cpu_seconds_per_gb']['median']:.2f}",
-             f"{cpu:.2f} {'<=' if cpu <= limit else '**>**'} {limit}"]
+            [cell["direction"], f"{cell['streams']}", PEER_NAMES[cell["peer"]] + crc(cell),
+             f"{rate['median']:.2f} ({rate['min']:.2f}-{rate['max']:.2f})",
+             *[ratio(cell, name, goals.get(f"{name}_min")) for name in ratios],
+             f"{cpu:.2f}" + (f" {'<=' if cpu <= limit else '**>**'} {limit}" if own else "")]
         )
-    head = ["direction", "streams", "raw TCP, GB/s", "ours", "ratio, goal",
-            "raw TCP, CPU-s/GB", "ours, goal"]
+    head = ["direction", "streams", "way", "GB/s", "x raw TCP", "x protobuf", "x Flight",
+            "CPU-s/GB, goal"]
     return table(head, rows)
+
+
+def ratio(cell: dict, name: str, least: float | None) -> str:
+    """A ratio, with its goal if it has one; "" where the peer was not measured."""
+    if name not in cell:
+        return ""
+    median = cell[name]["median"]
+    return f"{median:.2f}x" if least is None else goal(median, least)
 
 
 def crc(cell: dict) -> str:

@@ -59,6 +59,7 @@ class BenchSpec : public testing::Test {
   static void TearDownTestSuite() { delete shared_; }
 
   static ProcessResult Bench(std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), "transfer");
     if (std::ranges::find(arguments, "--server") == arguments.end()) {
       arguments.insert(arguments.end(), {"--server", shared_->address});
     }
@@ -108,13 +109,32 @@ TEST_F(BenchSpec, MeasuresEveryKindOfTransferBesideRawTcp) {
     ExpectSpread(cell, "cpu_seconds_per_gb");
     if (cell["peer"] != "pbs") continue;
     ExpectSpread(cell, "ratio_to_tcp");
-    EXPECT_TRUE(cell["meets_ratio"].is_boolean());
-    EXPECT_TRUE(cell["meets_cpu"].is_boolean());
+    EXPECT_FALSE(cell.contains("ratio_to_protobuf"));
+    EXPECT_TRUE(cell["missed"].is_array());
   }
   EXPECT_THAT(kinds, testing::ElementsAre(
                          "upload pbs 1", "upload tcp 1", "upload pbs 2", "upload tcp 2",
                          "download pbs 1 on", "download pbs 1 off", "download tcp 1",
                          "download pbs 2 on", "download pbs 2 off", "download tcp 2"));
+}
+
+TEST_F(BenchSpec, ComparesDownloadsWithProtobufMessagesInTheSameRun) {
+  const ProcessResult result =
+      Bench({"--peers", "protobuf", "--direction", "download", "--checksums", "on"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const json report = json::parse(result.out);
+  std::vector<std::string> kinds;
+  for (const json& cell : report["cells"]) {
+    SCOPED_TRACE(cell.dump());
+    kinds.push_back(cell.value("peer", "") + " " +
+                    std::to_string(cell.value("streams", 0)));
+    ExpectSpread(cell, "gb_per_second");
+    ExpectSpread(cell, "client_cpu_seconds_per_gb");
+    if (cell["peer"] == "pbs") ExpectSpread(cell, "ratio_to_protobuf");
+    if (cell["peer"] == "protobuf") ExpectSpread(cell, "cpu_seconds_per_gb");
+  }
+  EXPECT_THAT(kinds,
+              testing::ElementsAre("pbs 1", "protobuf 1", "pbs 2", "protobuf 2"));
 }
 
 TEST_F(BenchSpec, WritesTheJsonToAFileAndTheTableToStdout) {
@@ -168,7 +188,9 @@ struct RefusalCase {
 class BenchUsageSpec : public testing::TestWithParam<RefusalCase> {};
 
 TEST_P(BenchUsageSpec, SaysWhatIsWrong) {
-  const ProcessResult result = RunProcess(PBS_BENCH, GetParam().arguments);
+  std::vector<std::string> arguments = GetParam().arguments;
+  arguments.insert(arguments.begin(), "transfer");
+  const ProcessResult result = RunProcess(PBS_BENCH, arguments);
   EXPECT_EQ(result.exit_status, 2);
   EXPECT_EQ(result.out, "");
   EXPECT_THAT(result.err, HasSubstr(GetParam().message));
@@ -195,7 +217,11 @@ INSTANTIATE_TEST_SUITE_P(
                     {"--server-pid", "-1"},
                     "--server-pid -1 is outside [0, 2147483647]"},
         RefusalCase{"direction", {"--direction", "up"}, "--direction: up not in"},
-        RefusalCase{"checksums", {"--checksums", "yes"}, "--checksums: yes not in"}),
+        RefusalCase{"checksums", {"--checksums", "yes"}, "--checksums: yes not in"},
+        RefusalCase{"peers", {"--peers", "udp"}, "--peers: udp not in"},
+        RefusalCase{"no_flight", {"--peers", "flight"}, "needs --flight COMMAND"},
+        RefusalCase{
+            "only_flight", {"--flight", "x"}, "--flight needs --peers with flight"}),
     testing_support::CaseName());
 
 class BenchRefusalSpec : public BenchSpec,
@@ -217,23 +243,35 @@ INSTANTIATE_TEST_SUITE_P(
         RefusalCase{"more_streams_than_layers",
                     {"--direction", "download", "--streams", "4"},
                     "--streams 4 exceeds the 3 layers of model tiny"},
+        RefusalCase{"no_such_flight",
+                    {"--peers", "flight", "--flight", "/nowhere/python"},
+                    "\"/nowhere/python\" did not print the pid of its server"},
         RefusalCase{"output",
                     {"--output", "/nowhere/x", "--direction", "upload"},
                     "--output /nowhere/x cannot be written"}),
     testing_support::CaseName());
 
 TEST(BenchAloneSpec, WithoutAServerSaysWhatToStart) {
-  const ProcessResult result = RunProcess(PBS_BENCH, {"--server", "127.0.0.1:1"});
+  const ProcessResult result =
+      RunProcess(PBS_BENCH, {"transfer", "--server", "127.0.0.1:1"});
   EXPECT_EQ(result.exit_status, 1);
   EXPECT_THAT(result.err, HasSubstr("UNAVAILABLE: no server answers at 127.0.0.1:1"));
 }
 
+TEST(BenchAloneSpec, WithoutASubcommandNamesThem) {
+  const ProcessResult result = RunProcess(PBS_BENCH, {});
+  EXPECT_EQ(result.exit_status, 2);
+  EXPECT_THAT(result.err, HasSubstr("subcommand is required"));
+  EXPECT_THAT(RunProcess(PBS_BENCH, {"--help"}).out, HasSubstr("transfer"));
+}
+
 TEST(BenchAloneSpec, HelpNamesEveryFlag) {
-  const ProcessResult result = RunProcess(PBS_BENCH, {"--help"});
+  const ProcessResult result = RunProcess(PBS_BENCH, {"transfer", "--help"});
   EXPECT_EQ(result.exit_status, 0);
-  for (const char* flag : {"--server ", "--server-pid", "--model", "--direction",
-                           "--streams", "--checksums", "--mib", "--rounds",
-                           "--chunk-bytes", "--stream-window-bytes", "--output"}) {
+  for (const char* flag :
+       {"--server ", "--server-pid", "--model", "--direction", "--streams",
+        "--checksums", "--peers", "--flight", "--mib", "--rounds", "--chunk-bytes",
+        "--stream-window-bytes", "--output"}) {
     EXPECT_THAT(result.out, HasSubstr(flag));
   }
 }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 from fake_server import fake_server, replies
 from pbs_client import _messages
-from real_server import program
+from real_server import REPOSITORY, program
 
 AttendResponse = _messages._message_class("pbs.v1.AttendResponse")
 ATTEND = "/pbs.v1.Attention/Attend"
@@ -19,8 +20,9 @@ SHAPE = [16, 1, 128]  # of pbs-bench's output
 BYTES = 4 * 16 * 128
 
 
-def bench(target: str, **environment: str):
-    command = [program("pbs-bench"), "--server", target, "--direction", "upload"]
+def bench(target: str, *flags: str, direction: str = "upload", **environment: str):
+    command = [program("pbs-bench"), "transfer", "--server", target]
+    command += ["--direction", direction, *flags]
     command += ["--streams", "1", "--mib", "1", "--rounds", "1"]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **environment}
@@ -78,3 +80,17 @@ def test_the_report_names_the_command_that_the_script_was_called_with(server):
     done = bench(server.target, PBS_BENCH_COMMAND="scripts/bench.sh dataplane --a b")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["command"] == "scripts/bench.sh dataplane --a b"
+
+
+@pytest.mark.peers
+def test_downloads_are_compared_with_arrow_flight_in_the_same_run(server):
+    pytest.importorskip("pyarrow.flight")
+    peer = f"{sys.executable} {REPOSITORY / 'client' / 'cpp' / 'bench' / 'flight_peer.py'}"
+    done = bench(
+        server.target, "--peers", "flight", "--flight", peer, direction="download"
+    )
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(done.stdout)["cells"]
+    assert [cell["peer"] for cell in cells] == ["pbs", "pbs", "flight"]
+    assert cells[2]["cpu_seconds_per_gb"]["median"] > 0, "of both its processes"
+    assert all("ratio_to_flight" in cell for cell in cells[:2])

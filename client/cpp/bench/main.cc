@@ -1,5 +1,5 @@
-// pbs-bench: how fast tensors go to a running pbs-prefilld and come back, beside raw
-// TCP in the same run.
+// pbs-bench transfer: how fast tensors go to a running pbs-prefilld and come back,
+// beside raw TCP, protobuf messages and Arrow Flight in the same run.
 //
 // PBS_BENCH_COMMAND in the environment is what the report gives as its command: that of
 // the script which started the server and chose its port.
@@ -10,15 +10,16 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "client/cpp/bench/options.h"
+#include "client/cpp/bench/peers.h"
 #include "client/cpp/bench/report.h"
 #include "client/cpp/bench/session.h"
-#include "client/cpp/bench/tcp_peer.h"
 
 namespace pbs::bench {
 namespace {
@@ -48,6 +49,15 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--checksums", o.checksums,
                  "checksums of downloads: on, off or both [both]")
       ->check(CLI::IsMember({"on", "off", "both"}));
+  app.add_option("--peers", o.peers,
+                 "what to compare with, a list of tcp, protobuf, flight; the last two "
+                 "only in downloads [tcp]")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"tcp", "protobuf", "flight"}))
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("--flight", o.flight,
+                 "command of the Arrow Flight peer: a Python with pyarrow, and "
+                 "client/cpp/bench/flight_peer.py");
   app.add_option("--mib", o.mib, "MiB of one transfer [256]");
   app.add_option("--rounds", o.rounds, "runs of each kind of transfer [15]");
   app.add_option("--chunk-bytes", o.chunk_bytes, "payload of a chunk [1048576]");
@@ -96,9 +106,9 @@ std::string CommandOf(int argc, char** argv) {
 }
 
 absl::Status Run(const Flags& flags, const std::string& command) {
-  const auto tcp = TcpPeer::Start();  // before gRPC has threads
-  if (!tcp.ok()) return tcp.status();
-  const auto result = RunSession(flags.options, **tcp, Say);
+  const auto peers = StartPeers(flags.options);  // before gRPC has threads
+  if (!peers.ok()) return peers.status();
+  const auto result = RunSession(flags.options, *peers, Say);
   Say("");
   if (!result.ok()) return result.status();
   return Write(Report(flags.options, command, *result), flags.output);
@@ -107,9 +117,12 @@ absl::Status Run(const Flags& flags, const std::string& command) {
 }  // namespace
 
 int Main(int argc, char** argv) {
-  CLI::App app("Throughput of a prefill node's data plane, compared with raw TCP");
+  CLI::App app("Measures a prefill node");
+  app.require_subcommand(1);
   Flags flags;
-  AddFlags(app, flags);
+  AddFlags(*app.add_subcommand(
+               "transfer", "throughput of the data plane, compared with other ways"),
+           flags);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -119,6 +132,7 @@ int Main(int argc, char** argv) {
   const int exit_status = status.ok() ? kExitFailed : kExitUsage;
   if (status.ok()) {
     TuneMalloc();
+    std::signal(SIGPIPE, SIG_IGN);  // a peer that ended is an error of its transfer
     status = Run(flags, CommandOf(argc, argv));
   }
   if (status.ok()) return 0;

@@ -33,13 +33,14 @@ absl::StatusOr<Sample> Measure(Transfer& transfer, pid_t peer) {
       ends[i] = transfer.Run(i);
     });
   }
-  const std::optional<double> own_before = CpuSeconds(getpid());
+  const pid_t own = transfer.client_pid() != 0 ? transfer.client_pid() : getpid();
+  const std::optional<double> own_before = CpuSeconds(own);
   const std::optional<double> peer_before = CpuSeconds(peer);
   const Clock::time_point begin = Clock::now();
   ready.arrive_and_wait();
   for (std::thread& thread : threads) thread.join();
   const std::chrono::duration<double> elapsed = Clock::now() - begin;
-  const std::optional<double> own_after = CpuSeconds(getpid());
+  const std::optional<double> own_after = CpuSeconds(own);
   const std::optional<double> peer_after = CpuSeconds(peer);
 
   for (const absl::Status& end : ends) {

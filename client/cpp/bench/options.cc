@@ -32,6 +32,11 @@ absl::Status Validate(const BenchOptions& options) {
                    64 << 20)}) {
     if (!status.ok()) return status;
   }
+  if (options.compares("flight") == options.flight.empty()) {
+    return absl::InvalidArgumentError(options.flight.empty()
+                                          ? "--peers flight needs --flight COMMAND"
+                                          : "--flight needs --peers with flight in it");
+  }
   for (auto at = options.streams.begin(); at != options.streams.end(); ++at) {
     if (absl::Status status = CheckRange("--streams", *at, 1, kStreamsMax);
         !status.ok()) {

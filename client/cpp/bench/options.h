@@ -1,8 +1,9 @@
-// Options of pbs-bench.
+// Options of pbs-bench transfer.
 //
 // Threading: plain values and a pure function.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -19,14 +20,19 @@ struct BenchOptions {
   int64_t server_pid = 0;
   std::string direction = "both";  // upload, download
   std::vector<int32_t> streams = {1, 2};
-  std::string checksums = "both";  // on, off
-  int32_t mib = 256;               // of one transfer
+  std::string checksums = "both";            // on, off
+  std::vector<std::string> peers = {"tcp"};  // tcp, protobuf, flight
+  std::string flight;                        // command of the Flight peer
+  int32_t mib = 256;                         // of one transfer
   int32_t rounds = 15;
   int32_t chunk_bytes = 1 << 20;
   int32_t stream_window_bytes = 4 << 20;
 
   bool uploads() const { return direction != "download"; }
   bool downloads() const { return direction != "upload"; }
+  bool compares(const std::string& peer) const {
+    return std::find(peers.begin(), peers.end(), peer) != peers.end();
+  }
 };
 
 // InvalidArgument with flag, value and limit.

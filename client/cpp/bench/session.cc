@@ -23,8 +23,8 @@ using Say = std::function<void(const std::string&)>;
 
 class Session {
  public:
-  Session(const BenchOptions& options, const TcpPeer& tcp, const Say& say)
-      : options_(options), tcp_(tcp), say_(say) {}
+  Session(const BenchOptions& options, const Peers& peers, const Say& say)
+      : options_(options), peers_(peers), say_(say) {}
   ~Session() {
     if (source_.kv.has_lease()) {
       (void)clients_.front()->Release(source_.kv.lease().ticket());
@@ -48,13 +48,15 @@ class Session {
   absl::Status PrepareDownloads();
   absl::StatusOr<v1::ModelInfo> FindModel();
   absl::Status LeaseCache();
+  absl::Status AddPeerDownloads(int32_t streams);
   absl::Status KeepLease();
+  absl::Status CheckTcp();
   absl::Status MeasureRounds();
   absl::Status MeasureOnce(size_t index);
   void Add(std::unique_ptr<Transfer> transfer);
 
   const BenchOptions& options_;
-  const TcpPeer& tcp_;
+  const Peers& peers_;
   const Say& say_;
   SessionResult result_;
   Clients clients_;
@@ -85,9 +87,9 @@ absl::Status Session::Connect() {
 
 // Connections for transfers of up to `bytes` by each stream.
 absl::Status Session::ConnectTcp(int64_t bytes) {
-  connections_.reserve(2 * clients_.size());
+  if (peers_.tcp == nullptr) return absl::OkStatus();
   for (size_t i = 0; i < clients_.size(); ++i) {
-    auto connected = tcp_.Connect(bytes);
+    auto connected = peers_.tcp->Connect(bytes);
     if (!connected.ok()) return connected.status();
     connections_.push_back(*std::move(connected));
   }
@@ -116,7 +118,9 @@ absl::Status Session::PrepareUploads() {
       if (!right.ok()) return right;
     }
     Add(MakeUpload(clients_, upload_memory_.span(), streams, options_.chunk_bytes));
-    Add(MakeTcpUpload(connections_, std::move(parts), options_.chunk_bytes));
+    if (peers_.tcp != nullptr) {
+      Add(MakeTcpUpload(connections_, std::move(parts), options_.chunk_bytes));
+    }
   }
   return absl::OkStatus();
 }
@@ -172,8 +176,6 @@ absl::Status Session::PrepareDownloads() {
       FetchReference(*clients_.front(), options_.chunk_bytes, source_);
   if (!fetched.ok()) return fetched;
 
-  const auto layer_bytes =
-      static_cast<size_t>(source_.kv.bytes() / source_.kv.num_layers());
   for (int32_t streams : options_.streams) {
     for (bool checksums : {true, false}) {
       if (options_.checksums == (checksums ? "off" : "on")) continue;
@@ -182,13 +184,32 @@ absl::Status Session::PrepareDownloads() {
       if (!made.ok()) return made.status();
       Add(*std::move(made));
     }
-    std::vector<std::span<std::byte>> parts;
-    for (int32_t i = 0; i < streams; ++i) {
-      const auto [begin, count] = LayersOf(source_.kv, streams, i);
-      parts.push_back(source_.memory.subspan(layer_bytes * static_cast<size_t>(begin),
-                                             layer_bytes * static_cast<size_t>(count)));
-    }
-    Add(MakeTcpDownload(connections_, std::move(parts), options_.chunk_bytes));
+    if (absl::Status added = AddPeerDownloads(streams); !added.ok()) return added;
+  }
+  return absl::OkStatus();
+}
+
+// The same bytes from every peer, in the same parts.
+absl::Status Session::AddPeerDownloads(int32_t streams) {
+  const auto layer_bytes =
+      static_cast<size_t>(source_.kv.bytes() / source_.kv.num_layers());
+  std::vector<std::span<std::byte>> parts;
+  for (int32_t i = 0; i < streams; ++i) {
+    const auto [begin, count] = LayersOf(source_.kv, streams, i);
+    parts.push_back(source_.memory.subspan(layer_bytes * static_cast<size_t>(begin),
+                                           layer_bytes * static_cast<size_t>(count)));
+  }
+  if (peers_.tcp != nullptr) {
+    Add(MakeTcpDownload(connections_, parts, options_.chunk_bytes));
+  }
+  if (peers_.protobuf != nullptr) {
+    Add(peers_.protobuf->MakeDownload(parts, options_.chunk_bytes));
+  }
+  if (peers_.flight != nullptr) {
+    auto made =
+        peers_.flight->MakeDownload(source_.kv.bytes(), streams, options_.chunk_bytes);
+    if (!made.ok()) return made.status();
+    Add(*std::move(made));
   }
   return absl::OkStatus();
 }
@@ -203,19 +224,23 @@ absl::Status Session::KeepLease() {
 
 absl::Status Session::MeasureOnce(size_t index) {
   Transfer& transfer = *transfers_[index];
-  const bool is_tcp = transfer.label().peer == "tcp";
-  const pid_t peer = is_tcp ? tcp_.pid() : static_cast<pid_t>(options_.server_pid);
+  const pid_t peer = peers_.pid(transfer.label().peer)
+                         .value_or(static_cast<pid_t>(options_.server_pid));
   const absl::StatusOr<Sample> sample = Measure(transfer, peer);
   if (!sample.ok()) return sample.status();
   result_.cells[index].samples.push_back(*sample);
   return absl::OkStatus();
 }
 
-absl::Status Session::MeasureRounds() {
+absl::Status Session::CheckTcp() {
+  if (peers_.tcp == nullptr) return absl::OkStatus();
   const auto memory = options_.uploads() ? upload_memory_.span() : source_.memory;
   const auto bytes = memory.first(std::min<size_t>(memory.size(), 16 << 20));
-  absl::Status tcp = VerifyTcp(connections_.front(), bytes, options_.chunk_bytes);
-  if (!tcp.ok()) return tcp;
+  return VerifyTcp(connections_.front(), bytes, options_.chunk_bytes);
+}
+
+absl::Status Session::MeasureRounds() {
+  if (absl::Status tcp = CheckTcp(); !tcp.ok()) return tcp;
   for (int32_t round = -1; round < options_.rounds; ++round) {  // the first warms up
     say_(absl::StrCat("round ", round + 1, " of ", options_.rounds));
     if (absl::Status kept = KeepLease(); !kept.ok()) return kept;
@@ -233,8 +258,8 @@ absl::Status Session::MeasureRounds() {
 }  // namespace
 
 absl::StatusOr<SessionResult> RunSession(const BenchOptions& options,
-                                         const TcpPeer& tcp, const Say& say) {
-  return Session(options, tcp, say).Run();
+                                         const Peers& peers, const Say& say) {
+  return Session(options, peers, say).Run();
 }
 
 }  // namespace pbs::bench

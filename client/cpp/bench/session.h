@@ -15,7 +15,7 @@
 #include "absl/status/statusor.h"
 #include "client/cpp/bench/measure.h"
 #include "client/cpp/bench/options.h"
-#include "client/cpp/bench/tcp_peer.h"
+#include "client/cpp/bench/peers.h"
 #include "client/cpp/bench/transfer.h"
 #include "pbs/v1/prefill.pb.h"
 
@@ -36,7 +36,7 @@ struct SessionResult {
 
 // Calls `say` with short messages of progress.
 absl::StatusOr<SessionResult> RunSession(
-    const BenchOptions& options, const TcpPeer& tcp,
+    const BenchOptions& options, const Peers& peers,
     const std::function<void(const std::string&)>& say);
 
 }  // namespace pbs::bench

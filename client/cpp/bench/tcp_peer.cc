@@ -2,14 +2,11 @@
 
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +14,7 @@
 #include <span>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "client/cpp/bench/page_buffer.h"
@@ -109,9 +107,7 @@ void ServeConnection(int fd) {
   close(fd);
 }
 
-[[noreturn]] void RunPeer(int listener, pid_t parent) {
-  prctl(PR_SET_PDEATHSIG, SIGKILL);
-  if (getppid() != parent) _exit(0);  // it was gone before we asked
+[[noreturn]] void RunPeer(int listener) {
   while (true) {
     const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
     if (fd < 0 && errno == EINTR) continue;
@@ -170,18 +166,13 @@ absl::StatusOr<std::unique_ptr<TcpPeer>> TcpPeer::Start() {
   const bool listens = bind(listener, generic, size) == 0 &&
                        listen(listener, SOMAXCONN) == 0 &&
                        getsockname(listener, generic, &size) == 0;
-  const pid_t parent = getpid();
-  const pid_t pid = listens ? fork() : -1;
-  if (pid == 0) RunPeer(listener, parent);
-  const absl::Status failure = SystemError("start");
+  const absl::Status failure = listens ? absl::OkStatus() : SystemError("listen");
+  auto process = listens ? ChildProcess::Fork([listener] { RunPeer(listener); })
+                         : absl::StatusOr<std::unique_ptr<ChildProcess>>(failure);
   close(listener);
-  if (pid < 0) return failure;
-  return std::unique_ptr<TcpPeer>(new TcpPeer(pid, ntohs(address.sin_port)));
-}
-
-TcpPeer::~TcpPeer() {
-  kill(pid_, SIGKILL);
-  waitpid(pid_, nullptr, 0);
+  if (!process.ok()) return process.status();
+  return std::unique_ptr<TcpPeer>(
+      new TcpPeer(*std::move(process), ntohs(address.sin_port)));
 }
 
 absl::StatusOr<TcpConnection> TcpPeer::Connect(int64_t memory_bytes) const {

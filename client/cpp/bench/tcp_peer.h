@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "client/cpp/bench/child_process.h"
 
 namespace pbs::bench {
 
@@ -38,18 +39,16 @@ class TcpConnection {
 class TcpPeer {
  public:
   static absl::StatusOr<std::unique_ptr<TcpPeer>> Start();
-  ~TcpPeer();  // ends the process
-  TcpPeer(const TcpPeer&) = delete;
-  TcpPeer& operator=(const TcpPeer&) = delete;
 
-  pid_t pid() const { return pid_; }
+  pid_t pid() const { return process_->pid(); }
   // `memory_bytes`: the longest transfer of this connection.
   absl::StatusOr<TcpConnection> Connect(int64_t memory_bytes) const;
 
  private:
-  TcpPeer(pid_t pid, uint16_t port) : pid_(pid), port_(port) {}
+  TcpPeer(std::unique_ptr<ChildProcess> process, uint16_t port)
+      : process_(std::move(process)), port_(port) {}
 
-  const pid_t pid_;
+  const std::unique_ptr<ChildProcess> process_;
   const uint16_t port_;
 };
 

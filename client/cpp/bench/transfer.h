@@ -5,6 +5,8 @@
 // Threading: Run() from one thread per stream; the rest from one thread.
 #pragma once
 
+#include <sys/types.h>
+
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -15,7 +17,7 @@ namespace pbs::bench {
 
 struct TransferLabel {
   std::string direction;  // "upload", "download"
-  std::string peer;       // "pbs", "tcp"
+  std::string peer;       // "pbs", "tcp", "protobuf", "flight"
   int32_t streams = 1;
   bool checksums = false;  // CRC32C of every chunk, made and checked
 };
@@ -28,6 +30,8 @@ class Transfer {
   const TransferLabel& label() const { return label_; }
   // Payload bytes of all streams together.
   virtual int64_t bytes() const = 0;
+  // The process that receives or sends for us; 0: this one.
+  virtual pid_t client_pid() const { return 0; }
 
   // Overwrites the targets, so that Check() fails for a transfer that moves nothing.
   virtual void Prepare() {}
