@@ -156,6 +156,21 @@ bench_dataplane() {
   [ "$output" != docs/results/data_plane.json ] || write_report
 }
 
+#: overlap      the share of a cache's transfer that hides behind the prefill, 32K tokens, the
+#:              1B shape with 4 layers (6 min)
+bench_overlap() {
+  local model=$build_dir/models/1b-4layer missed=0
+  install_packages "${build_packages[@]}"
+  build_targets pbs-prefilld
+  python_environment "$repo/.venv" numpy
+  random_model "$model" --preset 1b-4layer
+  say "measuring"
+  PBS_BIN=$build_dir/bin "$python" "$repo/tests/bench/bench_overlap.py" \
+    --model "$model" "$@" || missed=$?
+  write_report
+  return "$missed"
+}
+
 #: scheduling   what the queue's rules do to short and long prompts: simulated with the rates
 #:              of a GPU, and served on this machine's CPU (5 min)
 #:              scheduling --only simulation: no server (1 min)

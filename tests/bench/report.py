@@ -279,6 +279,24 @@ def crc(cell: dict) -> str:
     return ", checksums on" if cell["checksums"] else ", checksums off"
 
 
+def kv_overlap(results: dict) -> str:
+    """What of a transfer the consumer waits for."""
+    rows = [
+        [f"{row['prefill_seconds']:.1f}", f"{row['density']:.2f}",
+         f"{row['cache_bytes'] / 1e6:.0f}", f"{1e3 * row['fetch_alone_seconds']:.0f}",
+         f"{1e3 * row['exposed_seconds']:.0f}", goal_share(row["hidden"], results["goal"])]
+        for row in results["rounds"]
+    ]
+    head = ["prefill, s", "density", "cache, MB", "fetch alone, ms", "after `done`, ms",
+            "hidden, goal"]
+    return table(head, rows)
+
+
+def goal_share(value: float, least: float) -> str:
+    """A share, and whether it reaches the goal."""
+    return f"{value:.3f} {'>=' if value >= least else '**<**'} {least}"
+
+
 # ---- scheduling
 
 
@@ -419,6 +437,7 @@ TABLES = {
     "cpu_memory": (memory, None),
     "quality": (quality, plot_quality),
     "data_plane": (data_plane, None),
+    "kv_overlap": (kv_overlap, None),
     "scheduling_simulation": (scheduling_simulation, plot_scheduling),
     "scheduling_cpu": (scheduling_cpu, None),
 }
