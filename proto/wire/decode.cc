@@ -54,6 +54,8 @@ bool ReadField(SliceReader& in, uint32_t tag, KvChunk* out) {
       return in.ReadFixed32(&out->crc32c.emplace());
     case Tag(F::kLayerDigest, kFixed32):
       return in.ReadFixed32(&out->layer_digest.emplace());
+    case Tag(F::kScales, kLength):
+      return in.ReadPayload(&out->scales);
     case Tag(F::kPayload, kLength):
       return in.ReadPayload(&out->payload);
     default:

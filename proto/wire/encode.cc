@@ -7,6 +7,7 @@
 #include <google/protobuf/io/coded_stream.h>
 #include <grpcpp/support/proto_buffer_writer.h>
 
+#include "proto/wire/crc32c.h"
 #include "proto/wire/field_tags.h"
 #include "proto/wire/messages.h"
 
@@ -15,7 +16,7 @@ namespace {
 
 using google::protobuf::io::CodedOutputStream;
 
-// Collects the fields in front of a payload. The longest is KvChunk: 13 fields of at
+// Collects the fields in front of a payload. The longest is KvChunk: 14 fields of at
 // most 11 bytes, inside at most 6 bytes of a oneof member's tag and length.
 class FieldWriter {
  public:
@@ -43,10 +44,18 @@ class FieldWriter {
     end_ = CodedOutputStream::WriteVarint64ToArray(payload_bytes, end_);
   }
 
+  // The same for a field whose bytes come before what is written after this.
+  void Insert(uint32_t field, const Payload& inserted) {
+    PayloadPrefix(field, inserted.size());
+    inserted_ = inserted;
+    insertion_ = end_;
+  }
+
   // Makes fields and payload a member `field` of an enclosing message.
   void Enclose(uint32_t field, size_t payload_bytes) {
     std::array<uint8_t, kEnclosureBytes> prefix;
-    const size_t length = static_cast<size_t>(end_ - begin_) + payload_bytes;
+    const size_t length =
+        static_cast<size_t>(end_ - begin_) + inserted_.size() + payload_bytes;
     uint8_t* prefix_end =
         CodedOutputStream::WriteTagToArray(Tag(field, kLength), prefix.data());
     prefix_end = CodedOutputStream::WriteVarint64ToArray(length, prefix_end);
@@ -57,15 +66,21 @@ class FieldWriter {
 
   grpc::ByteBuffer Finish(const Payload& payload) const {
     std::vector<grpc::Slice> slices;
-    slices.reserve(1 + payload.pieces().size());
-    slices.emplace_back(begin_, static_cast<size_t>(end_ - begin_));
+    slices.reserve(2 + inserted_.pieces().size() + payload.pieces().size());
+    const uint8_t* begin = begin_;
+    if (inserted_.size() > 0) {
+      slices.emplace_back(begin, static_cast<size_t>(insertion_ - begin));
+      slices.insert(slices.end(), inserted_.pieces().begin(), inserted_.pieces().end());
+      begin = insertion_;
+    }
+    slices.emplace_back(begin, static_cast<size_t>(end_ - begin));
     slices.insert(slices.end(), payload.pieces().begin(), payload.pieces().end());
     return {slices.data(), slices.size()};
   }
 
  private:
   static constexpr size_t kEnclosureBytes = 11;
-  static constexpr size_t kFieldsBytes = 13 * 11;
+  static constexpr size_t kFieldsBytes = 14 * 11;
 
   void Varint(uint32_t field, uint64_t value) {
     end_ = CodedOutputStream::WriteTagToArray(Tag(field, kVarint), end_);
@@ -75,6 +90,8 @@ class FieldWriter {
   std::array<uint8_t, kEnclosureBytes + kFieldsBytes> buffer_;
   uint8_t* begin_ = buffer_.data() + kEnclosureBytes;
   uint8_t* end_ = begin_;
+  Payload inserted_;
+  const uint8_t* insertion_ = nullptr;
 };
 
 void WriteFields(const KvChunk& chunk, FieldWriter& fields) {
@@ -90,6 +107,7 @@ void WriteFields(const KvChunk& chunk, FieldWriter& fields) {
   fields.Unsigned(KvChunkField::kByteOffset, chunk.byte_offset);
   fields.Optional32(KvChunkField::kCrc32c, chunk.crc32c);
   fields.Optional32(KvChunkField::kLayerDigest, chunk.layer_digest);
+  fields.Insert(KvChunkField::kScales, chunk.scales);
   fields.PayloadPrefix(KvChunkField::kPayload, chunk.payload.size());
 }
 
@@ -107,6 +125,16 @@ grpc::ByteBuffer EncodeTensorChunk(const TensorChunk& chunk, uint32_t member) {
 }
 
 }  // namespace
+
+uint32_t Crc32cOf(const KvChunk& chunk) {
+  uint32_t crc = 0;
+  for (const Payload* part : {&chunk.scales, &chunk.payload}) {
+    for (const grpc::Slice& piece : part->pieces()) {
+      crc = ExtendCrc32c(crc, BytesOf(piece));
+    }
+  }
+  return crc;
+}
 
 grpc::ByteBuffer EncodeKvChunk(const KvChunk& chunk) {
   FieldWriter fields;

@@ -31,6 +31,7 @@ struct KvChunkField {
     kByteOffset = 10,
     kCrc32c = 11,
     kLayerDigest = 12,
+    kScales = 13,
     kPayload = 15,
   };
 };

@@ -41,8 +41,13 @@ struct KvChunk {
   uint64_t byte_offset = 0;
   std::optional<uint32_t> crc32c;
   std::optional<uint32_t> layer_digest;
+  // f32 little-endian [head_count, pages]; only with F8_E4M3
+  Payload scales;
   Payload payload;
 };
+
+// KvChunk.crc32c of a chunk with these scales and this payload.
+uint32_t Crc32cOf(const KvChunk& chunk);
 
 // v1::TensorChunk.
 struct TensorChunk {

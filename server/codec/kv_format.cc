@@ -29,8 +29,14 @@ template <class Wishes>
 absl::StatusOr<KvFormat> DecodeCommon(const Wishes& wishes,
                                       int32_t chunk_bytes_default) {
   KvFormat format;
-  if (wishes.has_dtype()) {
-    PBS_ABSL_ASSIGN_OR_RETURN(format.dtype, DecodeDType("dtype", wishes.dtype()));
+  format.fp8 = wishes.has_dtype() && wishes.dtype() == v1::F8_E4M3;
+  if (wishes.has_dtype() && !format.fp8) {
+    const absl::StatusOr<DType> dtype = DecodeDType("dtype", wishes.dtype());
+    if (!dtype.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(dtype.status().message(), ", F8_E4M3"));
+    }
+    format.dtype = *dtype;
   }
   PBS_ABSL_ASSIGN_OR_RETURN(format.layout, DecodeLayout(wishes.layout()));
   format.chunk_bytes =
@@ -42,6 +48,11 @@ absl::StatusOr<KvFormat> DecodeCommon(const Wishes& wishes,
   }
   format.chunk_bytes = std::min(format.chunk_bytes, kChunkPayloadBytesMax);
   if (wishes.has_checksums()) format.checksums = wishes.checksums();
+  if (wishes.has_page_tokens()) format.page_tokens = wishes.page_tokens();
+  if (format.page_tokens < 1 || format.page_tokens > kSeqLenMax) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "page_tokens ", format.page_tokens, " is outside [1, ", kSeqLenMax, "]"));
+  }
   return format;
 }
 
@@ -76,6 +87,14 @@ absl::StatusOr<DType> DecodeDType(absl::string_view field, v1::DType dtype) {
   }
 }
 
+v1::DType KvFormat::WireDType(DType held) const {
+  return fp8 ? v1::F8_E4M3 : EncodeDType(dtype.value_or(held));
+}
+
+int64_t KvFormat::ElementBytes(DType held) const {
+  return fp8 ? 1 : DTypeBytes(dtype.value_or(held));
+}
+
 v1::KvLayout EncodeLayout(KvLayout layout) {
   return layout == KvLayout::kHnd ? v1::HND : v1::NHD;
 }
@@ -84,10 +103,9 @@ absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
                                         int32_t chunk_bytes_default) {
   PBS_ABSL_ASSIGN_OR_RETURN(KvFormat format,
                             DecodeCommon(request, chunk_bytes_default));
-  if (request.has_page_tokens()) format.page_tokens = request.page_tokens();
-  if (format.page_tokens < 1 || format.page_tokens > kSeqLenMax) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "page_tokens ", format.page_tokens, " is outside [1, ", kSeqLenMax, "]"));
+  if (format.fp8 && request.queries()) {
+    return absl::InvalidArgumentError(
+        "dtype F8_E4M3 of queries is not one of F32, F16, BF16");
   }
   return format;
 }

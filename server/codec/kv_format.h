@@ -34,14 +34,20 @@ enum class KvLayout : uint8_t {
 v1::KvLayout EncodeLayout(KvLayout layout);
 
 struct KvFormat {
-  std::optional<DType> dtype = {};  // unset: as held
+  std::optional<DType> dtype = {};  // unset: as held, or F8_E4M3
   KvLayout layout = KvLayout::kHnd;
   int32_t page_tokens = 1;  // chunks begin and end at multiples of it
   int32_t chunk_bytes = 0;  // the longest payload; at most kChunkPayloadBytesMax
   bool checksums = true;
+  bool fp8 = false;  // sent as F8_E4M3, with a scale for each page of each head
+
+  // Of a sent element of a cache that is held in `held`.
+  v1::DType WireDType(DType held) const;
+  int64_t ElementBytes(DType held) const;
 };
 
 // `chunk_bytes_default` is the server's. InvalidArgument names field, value and limit.
+// Queries are not sent as F8_E4M3.
 absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
                                         int32_t chunk_bytes_default);
 absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,

@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -111,20 +109,6 @@ StatusOr<Fp8Format> ParseQuantization(const JsonObject& quantization) {
   }
   return Unsupported(quantization, "quant_method " + Quoted(method) +
                                        " is not supported: its weights are not FP8");
-}
-
-float Fp8ToFloat(uint8_t bits) {
-  const int exponent = (bits >> 3) & 0xF;
-  const int fraction = bits & 0x7;
-  float value = 0;
-  if (exponent == 0xF && fraction == 0x7) {
-    value = std::numeric_limits<float>::quiet_NaN();
-  } else if (exponent == 0) {
-    value = std::ldexp(static_cast<float>(fraction), -9);
-  } else {
-    value = std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
-  }
-  return (bits & 0x80) != 0 ? -value : value;
 }
 
 std::vector<std::string> Fp8ScaleNames(std::string_view weight) {

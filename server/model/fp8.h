@@ -18,7 +18,7 @@
 #include <string_view>
 #include <vector>
 
-#include "pbs/dtype.h"
+#include "pbs/e4m3.h"
 #include "pbs/status.h"
 #include "server/model/json.h"
 #include "server/model/safetensors.h"
@@ -40,7 +40,7 @@ struct Fp8Format {
 StatusOr<Fp8Format> ParseQuantization(const JsonObject& quantization);
 
 // The number that an E4M3 byte stands for; NaN for 0x7F and 0xFF.
-float Fp8ToFloat(uint8_t bits);
+inline float Fp8ToFloat(uint8_t bits) { return E4m3ToFloat(bits); }
 
 inline bool IsFp8(const TensorInfo& tensor) {
   return tensor.dtype_name == kFp8DTypeName;

@@ -1,6 +1,7 @@
 #include "server/service/fetch_call.h"
 
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "proto/wire/messages.h"
@@ -43,9 +44,11 @@ absl::Status FetchCall::Open(const grpc::CallbackServerContext& context,
   PBS_ABSL_ASSIGN_OR_RETURN(
       const KvFormat format,
       DecodeKvFormat(request, service_.options.transport.chunk_bytes));
+  PBS_ABSL_ASSIGN_OR_RETURN(const std::optional<KvPlace> resume,
+                            DecodeKvPlace(request, range));
   PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<KvExporter> exporter,
                             KvExporter::Create(lease.kv, service_.parts.leases.epoch(),
-                                               range, format, content));
+                                               range, format, content, resume));
   PBS_ABSL_ASSIGN_OR_RETURN(
       ByteReservation buffers,
       service_.Reserve(KvStream::BufferBytes(shape, range, format, content)));

@@ -33,7 +33,7 @@ absl::StatusOr<std::optional<wire::KvChunk>> KvStream::Next() {
     return std::nullopt;
   }
   wire::KvChunk chunk = exporter_->Next();
-  transfer_.AddChunk(chunk.payload.size());
+  transfer_.AddChunk(chunk.scales.size() + chunk.payload.size());
   return chunk;
 }
 

@@ -46,6 +46,7 @@ bool Same(const KvChunk& ours, const pbs::v1::KvChunk& theirs) {
          ours.crc32c.value_or(0) == theirs.crc32c() &&
          ours.layer_digest.has_value() == theirs.has_layer_digest() &&
          ours.layer_digest.value_or(0) == theirs.layer_digest() &&
+         Flatten(ours.scales) == theirs.scales() &&
          Flatten(ours.payload) == theirs.payload();
 }
 

@@ -87,6 +87,7 @@ v1::KvChunk RandomKvChunk(std::mt19937& rng) {
   chunk.set_byte_offset(RandomU64(rng));
   if (rng() % 2 == 0) chunk.set_crc32c(rng() % 2 == 0 ? 0 : rng());
   if (rng() % 2 == 0) chunk.set_layer_digest(rng());
+  if (rng() % 2 == 0) chunk.set_scales(RandomBytes(rng() % 400, rng));
   chunk.set_payload(RandomBytes(rng() % 3 * (rng() % 300), rng));
   return chunk;
 }
@@ -121,6 +122,7 @@ KvChunk OurKvChunk(const v1::KvChunk& m) {
   chunk.byte_offset = m.byte_offset();
   if (m.has_crc32c()) chunk.crc32c = m.crc32c();
   if (m.has_layer_digest()) chunk.layer_digest = m.layer_digest();
+  chunk.scales = PayloadOf(m.scales());
   chunk.payload = PayloadOf(m.payload());
   return chunk;
 }
@@ -143,6 +145,7 @@ v1::KvChunk TheirKvChunk(const KvChunk& chunk) {
   m.set_byte_offset(chunk.byte_offset);
   if (chunk.crc32c.has_value()) m.set_crc32c(*chunk.crc32c);
   if (chunk.layer_digest.has_value()) m.set_layer_digest(*chunk.layer_digest);
+  m.set_scales(Flatten(chunk.scales));
   m.set_payload(Flatten(chunk.payload));
   return m;
 }
