@@ -160,8 +160,8 @@ absl::Status CheckSizes(const v1::KvDescriptor& kv) {
       kv.bytes(), " bytes, which do not agree"));
 }
 
-KvExpectation ExpectationOf(const v1::FetchRequest& request,
-                            const v1::KvDescriptor& kv) {
+KvExpectation ExpectationOf(const v1::FetchRequest& request, const v1::KvDescriptor& kv,
+                            std::optional<v1::DType> stored) {
   KvExpectation e;
   e.epoch = request.ticket().epoch();
   e.layer_begin = request.layer_begin();
@@ -175,6 +175,8 @@ KvExpectation ExpectationOf(const v1::FetchRequest& request,
                                           : kv.num_kv_heads() - e.head_begin;
   e.head_dim = kv.head_dim();
   e.dtype = request.has_dtype() ? request.dtype() : kv.dtype();
+  e.stored = stored.value_or(kv.dtype());
+  if (request.has_page_tokens()) e.page_tokens = std::max(1, request.page_tokens());
   e.layout = request.layout() == v1::NHD ? v1::NHD : v1::HND;
   e.checksums = !request.has_checksums() || request.checksums();
   return e;
@@ -183,11 +185,11 @@ KvExpectation ExpectationOf(const v1::FetchRequest& request,
 }  // namespace
 
 absl::Status Client::Fetch(v1::FetchRequest request, KvTarget& target,
-                           const CallTerms& terms) {
+                           const CallTerms& terms, std::optional<v1::DType> stored) {
   const absl::StatusOr<v1::KvDescriptor> kv = Describe(request.ticket(), terms);
   if (!kv.ok()) return kv.status();
   if (absl::Status sizes = CheckSizes(*kv); !sizes.ok()) return sizes;
-  const KvExpectation expected = ExpectationOf(request, *kv);
+  const KvExpectation expected = ExpectationOf(request, *kv, stored);
   KvReceiver receiver(expected, target);
   const LeaseKeeper keeper(*this, *kv, terms.deadline);
   CallTerms attempt_terms = terms;
@@ -195,17 +197,22 @@ absl::Status Client::Fetch(v1::FetchRequest request, KvTarget& target,
   absl::Status broken = absl::OkStatus();
   while (true) {
     const int32_t layer = receiver.layer();
+    const int64_t bytes = receiver.bytes();
     request.set_layer_begin(layer);
     request.set_layer_count(expected.layer_begin + expected.layer_count - layer);
     const absl::Status status = FetchOnce(request, attempt_terms, receiver);
-    if (status.ok()) return status;
+    if (status.ok() || receiver.complete()) return absl::OkStatus();
     // The lease went with whatever broke the stream: that is the reason.
     if (absl::IsNotFound(status) && !broken.ok()) return broken;
     if (!IsBroken(status)) return status;
-    failures = receiver.layer() > layer ? 1 : failures + 1;
+    failures = receiver.bytes() > bytes ? 1 : failures + 1;
     if (failures > options_.resume_attempts) return status;
     broken = status;
-    receiver.Rewind();
+    receiver.Resume();
+    request.clear_resume();
+    if (const auto place = receiver.place(); place.has_value()) {
+      *request.mutable_resume() = *place;
+    }
     // Only the way back is timed.
     attempt_terms.deadline =
         std::min(terms.deadline, absl::Now() + options_.connect_timeout);
@@ -271,6 +278,8 @@ absl::StatusOr<KvExpectation> ExpectInline(const v1::PrefillRequest& request,
   e.head_count = shape.num_kv_heads();
   e.head_dim = shape.head_dim();
   e.dtype = wishes.has_dtype() ? wishes.dtype() : shape.dtype();
+  e.stored = shape.dtype();
+  if (wishes.has_page_tokens()) e.page_tokens = std::max(1, wishes.page_tokens());
   e.layout = wishes.layout() == v1::NHD ? v1::NHD : v1::HND;
   e.checksums = !wishes.has_checksums() || wishes.checksums();
   return e;

@@ -46,7 +46,7 @@ struct ClientOptions {
   absl::Duration keepalive_timeout = absl::Seconds(20);
   // Bytes that the server may send ahead per stream
   int32_t stream_window_bytes = 4 << 20;
-  // Fetch() gives up after this many broken streams in a row that completed no layer.
+  // Fetch() gives up after this many broken streams in a row that brought no chunk.
   int32_t resume_attempts = 3;
   // Calls about a leased cache go to KvTicket.endpoint; false: all go to `address`, as
   // through a port forward.
@@ -100,11 +100,13 @@ class Client {
   absl::StatusOr<v1::KvDescriptor> Describe(const v1::KvTicket& ticket,
                                             const CallTerms& terms = {});
   // Fetches the ranges of `request`. It follows a prefill that still runs. It resumes a
-  // broken stream at the first incomplete layer. It renews the lease (lease_keeper.h),
-  // so that the lease does not end before the fetch. DataLoss when a chunk is missing,
-  // doubled or corrupt: the bytes of its layer must then not be used.
+  // broken stream after the last good chunk; the request has no `resume`. It renews the
+  // lease (lease_keeper.h), so that the lease does not end before the fetch. With dtype
+  // F8_E4M3 the target gets `stored` (F32, F16 or BF16; unset: as held), widened.
+  // DataLoss when a chunk is missing, doubled or corrupt: the bytes of its layer must
+  // then not be used.
   absl::Status Fetch(v1::FetchRequest request, KvTarget& target,
-                     const CallTerms& terms = {});
+                     const CallTerms& terms = {}, std::optional<v1::DType> stored = {});
   absl::StatusOr<v1::KvLease> Renew(const v1::KvTicket& ticket,
                                     std::optional<int32_t> ttl_seconds,
                                     const CallTerms& terms = {});

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "proto/wire/fp8_chunk.h"
 
 namespace pbs::client {
 namespace {
@@ -15,10 +16,17 @@ std::string Where(int32_t layer, v1::KvChunk::Kind kind, uint64_t offset) {
   return absl::StrCat("layer ", layer, " ", name, " offset ", offset);
 }
 
+int64_t ElementBytes(v1::DType dtype) {
+  return dtype == v1::F32 ? 4 : dtype == v1::F8_E4M3 ? 1 : 2;
+}
+
 }  // namespace
 
-int64_t KvExpectation::row_bytes() const {
-  return int64_t{head_dim} * (dtype == v1::F32 ? 4 : 2);
+int64_t KvExpectation::row_bytes() const { return head_dim * ElementBytes(dtype); }
+
+int64_t KvExpectation::stored_bytes() const {
+  if (dtype != v1::F8_E4M3) return array_bytes();
+  return array_bytes() * ElementBytes(stored);
 }
 
 int64_t KvExpectation::array_bytes() const {
@@ -26,20 +34,28 @@ int64_t KvExpectation::array_bytes() const {
 }
 
 absl::Status KvReceiver::Add(const wire::KvChunk& chunk) {
+  const bool begins = chunk.kind == v1::KvChunk::K && chunk.byte_offset == 0;
+  if (resumed_ && begins && chunk.layer == layer_) Rewind();
+  resumed_ = false;
   if (absl::Status place = CheckPlace(chunk); !place.ok()) return place;
   if (offset_ == 0) {
-    array_ = target_.Array(layer_, kind_, expected_.array_bytes());
-    if (static_cast<int64_t>(array_.size()) != expected_.array_bytes()) {
+    const int64_t bytes = expected_.stored_bytes();
+    array_ = target_.Array(layer_, kind_, bytes);
+    if (static_cast<int64_t>(array_.size()) != bytes) {
       return absl::ResourceExhaustedError(
-          absl::StrCat("no memory for ", expected_.array_bytes(), " bytes of ",
-                       Where(layer_, kind_, 0)));
+          absl::StrCat("no memory for ", bytes, " bytes of ", Where(layer_, kind_, 0)));
     }
   }
   // First, while the bytes are in the caches: the copy may go past them.
   if (expected_.checksums) {
     if (absl::Status sum = CheckSum(chunk); !sum.ok()) return sum;
   }
-  chunk.payload.CopyInto(array_.data() + offset_, array_.size());
+  if (expected_.dtype == v1::F8_E4M3) {
+    wire::WidenFp8(chunk, expected_.page_tokens, expected_.head_dim, expected_.stored,
+                   array_.data() + offset_ * ElementBytes(expected_.stored));
+  } else {
+    chunk.payload.CopyInto(array_.data() + offset_, array_.size());
+  }
   offset_ += static_cast<int64_t>(chunk.payload.size());
   bytes_ += static_cast<int64_t>(chunk.payload.size());
   return offset_ == expected_.array_bytes() ? EndArray(chunk) : absl::OkStatus();
@@ -89,6 +105,16 @@ absl::Status KvReceiver::CheckPlace(const wire::KvChunk& chunk) const {
         "+", chunk.token_count, " of heads ", chunk.head_begin, "+", chunk.head_count,
         ", which does not fit there"));
   }
+  if (expected_.dtype != v1::F8_E4M3 && chunk.scales.size() > 0) {
+    return absl::DataLossError(
+        absl::StrCat("chunk of ", where, " has scales, which only F8_E4M3 has"));
+  }
+  if (expected_.dtype == v1::F8_E4M3) {
+    if (const std::string wrong = wire::CheckScales(chunk, expected_.page_tokens);
+        !wrong.empty()) {
+      return absl::DataLossError(absl::StrCat("chunk of ", where, " ", wrong));
+    }
+  }
   return absl::OkStatus();
 }
 
@@ -97,10 +123,7 @@ absl::Status KvReceiver::CheckSum(const wire::KvChunk& chunk) {
   if (!chunk.crc32c.has_value()) {
     return absl::DataLossError(absl::StrCat("chunk of ", where, " has no crc32c"));
   }
-  uint32_t crc = 0;
-  for (const grpc::Slice& piece : chunk.payload.pieces()) {
-    crc = wire::ExtendCrc32c(crc, wire::BytesOf(piece));
-  }
+  const uint32_t crc = wire::Crc32cOf(chunk);
   if (crc != *chunk.crc32c) {
     return absl::DataLossError(absl::StrCat(
         "chunk of ", where, " is corrupt: crc32c ", absl::Hex(crc, absl::kZeroPad8),
@@ -128,6 +151,26 @@ absl::Status KvReceiver::EndArray(const wire::KvChunk& chunk) {
   kind_ = v1::KvChunk::K;
   target_.OnLayer(layer_++);
   return absl::OkStatus();
+}
+
+std::optional<v1::KvPlace> KvReceiver::place() const {
+  if (kind_ == v1::KvChunk::K && offset_ == 0) return std::nullopt;
+  const auto row = static_cast<int32_t>(offset_ / expected_.row_bytes());
+  v1::KvPlace place;
+  place.set_kind(kind_);
+  if (expected_.layout == v1::NHD) {
+    place.set_head(expected_.head_begin);
+    place.set_token(expected_.token_begin + row / expected_.head_count);
+  } else {
+    place.set_head(expected_.head_begin + row / expected_.token_count);
+    place.set_token(expected_.token_begin + row % expected_.token_count);
+  }
+  return place;
+}
+
+void KvReceiver::Resume() {
+  digest_ = {};
+  resumed_ = true;
 }
 
 void KvReceiver::Rewind() {

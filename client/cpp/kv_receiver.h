@@ -1,7 +1,8 @@
 // Writes the chunks of a cache into the caller's memory and checks order, place, size,
-// checksum and layer digest of each.
+// checksum and layer digest of each. Chunks of F8_E4M3 are widened on arrival.
 //
-// Threading: one thread. Memory: copies each payload once, into the target.
+// Threading: one thread. Memory: copies each payload once, into the target; F8_E4M3
+// needs a chunk more.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +22,8 @@ class KvTarget {
  public:
   virtual ~KvTarget() = default;
   // Returns memory for one (layer, kind) array, `bytes` long: the requested tokens and
-  // heads in the requested layout. Returns an empty span to refuse the array.
+  // heads in the requested layout and the stored dtype. Returns an empty span to refuse
+  // the array.
   virtual std::span<std::byte> Array(int32_t layer, v1::KvChunk::Kind kind,
                                      int64_t bytes) = 0;
   // Called when the layer's keys and values are complete and checked.
@@ -35,12 +37,15 @@ struct KvExpectation {
   int32_t token_begin = 0, token_count = 0;
   int32_t head_begin = 0, head_count = 0;
   int32_t head_dim = 0;
-  v1::DType dtype = v1::F32;
+  v1::DType dtype = v1::F32;   // of the chunks
+  v1::DType stored = v1::F32;  // of the target's arrays, when dtype is F8_E4M3
   v1::KvLayout layout = v1::HND;
+  int32_t page_tokens = 1;  // of the request
   bool checksums = true;
 
-  int64_t row_bytes() const;  // one token of one head
+  int64_t row_bytes() const;  // one token of one head, as sent
   int64_t array_bytes() const;
+  int64_t stored_bytes() const;  // of an array of the target
 };
 
 class KvReceiver {
@@ -56,9 +61,17 @@ class KvReceiver {
   bool complete() const {
     return layer_ == expected_.layer_begin + expected_.layer_count;
   }
-  // Layers before this one are complete; a broken transfer resumes here.
+  // Layers before this one are complete; a broken transfer resumes here, at place().
   int32_t layer() const { return layer_; }
+  // Bytes of payloads in their places.
   int64_t bytes() const { return bytes_; }
+  // The first row of layer() that is missing; nullopt when all of it is. Not after
+  // complete().
+  std::optional<v1::KvPlace> place() const;
+  // A new stream follows, which begins at place(). A server that does not know
+  // FetchRequest.resume begins with layer() instead: what was received of it is then
+  // discarded.
+  void Resume();
   // Discards the received part of layer().
   void Rewind();
 
@@ -75,6 +88,7 @@ class KvReceiver {
   int64_t bytes_ = 0;   // of complete and running arrays
   std::span<std::byte> array_;
   wire::LayerDigest digest_;
+  bool resumed_ = false;  // and nothing has come since
 };
 
 }  // namespace pbs::client

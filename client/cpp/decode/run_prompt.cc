@@ -64,10 +64,12 @@ class Handoff {
   void Start(CacheFiller& filler, DType dtype) {
     v1::FetchRequest request;
     *request.mutable_ticket() = ticket_;
-    request.set_dtype(WireDType(dtype));
+    const v1::DType stored = WireDType(dtype);
+    request.set_dtype(settings_.wire_fp8 ? v1::F8_E4M3 : stored);
+    if (settings_.wire_fp8) request.set_page_tokens(settings_.page_tokens);
     request.set_checksums(settings_.checksums);
-    fetched_ = std::async(std::launch::async, [this, request, &filler] {
-      return client_.Fetch(request, filler, terms_);
+    fetched_ = std::async(std::launch::async, [this, request, stored, &filler] {
+      return client_.Fetch(request, filler, terms_, stored);
     });
   }
   absl::Status Wait() { return fetched_.get(); }

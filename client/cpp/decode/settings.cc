@@ -20,7 +20,8 @@ constexpr double kTimeoutSecondsMax = 1'000'000;
 struct Raw {
   double timeout_seconds = 3600;
   AttentionFlags attention;
-  std::string checksums = "on", kv_dtype, compute = "auto", attn_factor = "applied";
+  std::string checksums = "on", kv_dtype, wire_dtype, compute = "auto",
+              attn_factor = "applied";
 };
 
 void AddConnection(CLI::App& app, Settings& settings, Raw& raw) {
@@ -63,6 +64,15 @@ void AddDecoding(CLI::App& app, Settings& settings, Raw& raw) {
                  "dtype of the cache here [the compute dtype]")
       ->check(CLI::IsMember({"f32", "f16", "bf16"}));
   app.add_option(
+         "--wire-dtype", raw.wire_dtype,
+         "how the cache travels: f8_e4m3 is about half the bytes of bf16, and an "
+         "approximation [--kv-dtype]")
+      ->check(CLI::IsMember({"f8_e4m3"}));
+  app.add_option("--page-tokens", settings.page_tokens,
+                 "tokens that share a scale of --wire-dtype")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option(
          "--yarn-attn-factor", raw.attn_factor,
          "use of yarn's attn_factor, as models[].yarn_attn_factor of the server")
       ->check(CLI::IsMember({"applied", "ignored"}))
@@ -104,6 +114,7 @@ std::string Finish(const Raw& raw, Settings& settings) {
   settings.attention = *std::move(attention);
   settings.timeout = absl::Seconds(raw.timeout_seconds);
   settings.checksums = raw.checksums == "on";
+  settings.wire_fp8 = !raw.wire_dtype.empty();
   if (!raw.kv_dtype.empty()) settings.kv_dtype = *ParseDType(raw.kv_dtype);
   if (raw.attn_factor == AttnFactorName(AttnFactor::kIgnored)) {
     settings.rope.attn_factor = AttnFactor::kIgnored;

@@ -36,7 +36,10 @@ struct Settings {
   int32_t max_new_tokens = 16;
   bool ignore_eos = false;
   std::optional<DType>
-      kv_dtype;      // of the cache here; default: the model's compute dtype
+      kv_dtype;  // of the cache here; default: the model's compute dtype
+  // The cache travels as F8_E4M3, with a scale for each page of `page_tokens` tokens.
+  bool wire_fp8 = false;
+  int32_t page_tokens = 16;
   RopeOptions rope;  // must equal the server's for the same folder
   CpuBackendOptions backend;
 
