@@ -26,6 +26,11 @@ def crc32c(data: bytes | np.ndarray[Any, np.dtype[np.uint8]]) -> int:
     return int(google_crc32c.value(data))
 
 
+def extend_crc32c(crc: int, data: bytes | np.ndarray[Any, np.dtype[np.uint8]]) -> int:
+    """The CRC-32C `crc` of earlier bytes, continued by `data`."""
+    return int(google_crc32c.extend(crc, data))
+
+
 def extend_digest(digest: int, chunk_crc: int) -> int:
     """KvChunk.layer_digest continued by one chunk's crc32c; starts at 0."""
     return int(google_crc32c.extend(digest, struct.pack("<I", chunk_crc)))

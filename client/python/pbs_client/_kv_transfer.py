@@ -10,13 +10,21 @@ from pbs_client import _messages, _wire, dtypes
 from pbs_client._kv_receiver import (
     LAYOUT_NUMBERS,
     QUERIES,
+    KvPlace,
     KvReceiver,
     KvShape,
     LayerCallback,
 )
 from pbs_client._transport import Deadline, Transport
 from pbs_client.errors import DeadlineExceededError, UnavailableError
-from pbs_client.kv import KvCache, KvDescriptor, KvFormat, KvPart, Span
+from pbs_client.kv import (
+    KvCache,
+    KvDescriptor,
+    KvFormat,
+    KvPart,
+    Span,
+    page_tokens_of,
+)
 
 _RECONNECT_SECONDS_MAX = 10.0
 
@@ -49,6 +57,8 @@ class FetchPlan:
             layout=kv_format.layout,
             epoch=descriptor.ticket.epoch,
             checksums=kv_format.checksums,
+            wire_dtype=kv_format.wire_dtype,
+            page_tokens=page_tokens_of(kv_format.wire_dtype, kv_format.page_tokens),
         )
         return cls(descriptor, shape)
 
@@ -56,7 +66,13 @@ class FetchPlan:
     def of_queries(
         cls, descriptor: KvDescriptor, layer: int, kv_format: KvFormat
     ) -> FetchPlan:
-        """The plan of one layer's queries. ValueError when it was not captured."""
+        """The plan of one layer's queries.
+
+        Raises:
+            ValueError: it was not captured, or queries cannot travel so.
+        """
+        if kv_format.wire_dtype is not None:
+            raise ValueError(f"queries do not travel as {kv_format.wire_dtype}")
         if layer not in descriptor.query_layers:
             names = ", ".join(map(str, descriptor.query_layers)) or "none"
             raise ValueError(
@@ -67,8 +83,8 @@ class FetchPlan:
         heads = Span(0, descriptor.num_query_heads)
         return cls(descriptor, dataclasses.replace(whole, heads=heads, kinds=QUERIES))
 
-    def request(self, layer_begin: int) -> bytes:
-        """The FetchRequest for the layers from `layer_begin` on."""
+    def request(self, layer_begin: int, place: KvPlace | None) -> bytes:
+        """The FetchRequest for what is missing: from `place` of `layer_begin` on."""
         shape = self.shape
         request = _messages.FetchRequest(
             ticket=self.descriptor.ticket.to_message(),
@@ -78,9 +94,11 @@ class FetchPlan:
             token_count=shape.tokens.count,
             head_begin=shape.heads.begin,
             head_count=shape.heads.count,
-            dtype=dtypes.to_wire(shape.dtype),
+            dtype=shape.wire_number,
             layout=LAYOUT_NUMBERS[shape.layout],
             checksums=shape.checksums,
+            page_tokens=shape.page_tokens,
+            resume=None if place is None else place.__dict__,
         )
         if shape.kinds == QUERIES:
             request.queries = True
@@ -101,6 +119,7 @@ class FetchPlan:
             model_digest=ticket.model_digest,
             sparsity_digest=ticket.sparsity_digest,
             first_token=self.descriptor.first_token,
+            wire_dtype=self.shape.wire_dtype,
         )
 
 
@@ -125,10 +144,12 @@ def run_fetch(
             receiver.finish()
             return receiver
         except UnavailableError:
+            if receiver.is_complete:
+                return receiver
             if resumes <= 0 or not _reconnect(transport, plan, deadline):
                 raise
             resumes -= 1
-        receiver.restart_layer()
+        receiver.resume()
 
 
 def _reconnect(transport: Transport, plan: FetchPlan, deadline: Deadline) -> bool:
@@ -145,7 +166,7 @@ def _reconnect(transport: Transport, plan: FetchPlan, deadline: Deadline) -> boo
 def _fetch_from(
     transport: Transport, plan: FetchPlan, receiver: KvReceiver, deadline: Deadline
 ) -> None:
-    request = plan.request(receiver.next_layer)
+    request = plan.request(receiver.next_layer, receiver.place)
     path = "/pbs.v1.KvSource/Fetch"
     with transport.receive(path, request, deadline.left()) as chunks:
         for chunk in chunks:

@@ -13,7 +13,7 @@ from pbs_client import _messages, _wire, dtypes
 from pbs_client._arguments import checked
 from pbs_client._kv_receiver import KvReceiver, KvShape
 from pbs_client.errors import CorruptDataError, NotFoundError
-from pbs_client.kv import Array, KvCache, KvTicket, Span
+from pbs_client.kv import Array, KvCache, KvTicket, Span, page_tokens_of
 from pbs_client.options import Attention
 from pbs_client.prefill_options import INLINE_LAYOUT, Delivery, Inline, Lease, Logits
 from pbs_client.results import (
@@ -153,6 +153,8 @@ def _inline_shape(admitted: Any, num_tokens: int, inline: Inline) -> KvShape:
         layout=INLINE_LAYOUT,
         epoch=admitted.epoch,
         checksums=inline.checksums,
+        wire_dtype=inline.wire_dtype,
+        page_tokens=page_tokens_of(inline.wire_dtype, inline.page_tokens),
     )
 
 
@@ -233,6 +235,7 @@ def _cache(receiver: KvReceiver, done: Any) -> KvCache:
         model_digest=done.model_digest,
         sparsity_digest=done.sparsity_digest,
         first_token=done.first_token_id,
+        wire_dtype=shape.wire_dtype,
     )
 
 

@@ -54,6 +54,7 @@ class KvChunk(NamedTuple):
     crc32c: int | None
     layer_digest: int | None
     payload: memoryview
+    scales: memoryview = memoryview(b"")
 
 
 def encode_attend_header(header: bytes) -> bytes:
@@ -135,11 +136,13 @@ _KV_WIRE_TYPES = {
 def decode_kv_chunk(buffer: Buffer) -> KvChunk:
     """Reads a KvChunk. CorruptDataError when it is not one."""
     numbers: dict[int, int] = {}
-    payload = memoryview(b"")
+    payload = scales = memoryview(b"")
     for field, wire_type, value in _fields(memoryview(buffer), "KvChunk"):
         if isinstance(value, memoryview):
             if field == 15:
                 payload = value
+            elif field == 13:
+                scales = value
         elif _KV_WIRE_TYPES.get(field) == wire_type:
             numbers[field] = value
     return KvChunk(
@@ -156,6 +159,7 @@ def decode_kv_chunk(buffer: Buffer) -> KvChunk:
         crc32c=numbers.get(11),
         layer_digest=numbers.get(12),
         payload=payload,
+        scales=scales,
     )
 
 

@@ -356,9 +356,9 @@ class Client:
         Args:
             ticket: from prefill() or its on_admitted.
             part: layers, tokens and heads to copy; None is all.
-            kv_format: dtype, layout and checksums; None is KvFormat().
-            resumes: the most reconnections after a broken connection; complete layers
-                are kept.
+            kv_format: dtype, layout, checksums, wire_dtype; None is KvFormat().
+            resumes: the most reconnections after a broken connection; the chunks that
+                have come are kept.
             timeout: seconds for the whole fetch.
             on_layer: called with (layer, k, v) when a layer is complete and checked.
             progress: see ProgressCallback.

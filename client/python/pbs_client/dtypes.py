@@ -27,6 +27,10 @@ BF16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 F16: np.dtype[Any] = np.dtype(np.float16)
 F32: np.dtype[Any] = np.dtype(np.float32)
 
+# The form in which a cache may travel beside these: one byte an element and a scale for
+# each page. It is widened on arrival.
+F8_E4M3 = "f8_e4m3"
+
 # dtypes of q, k, v, o and KV caches.
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {"f32": F32, "f16": F16, "bf16": BF16}
 
@@ -39,6 +43,7 @@ _NUMPY_BY_WIRE_NAME: dict[str, np.dtype[Any]] = {
     "I64": np.dtype(np.int64),
 }
 _NUMBERS = _messages.enum_numbers("DType")
+F8_E4M3_NUMBER = _NUMBERS["F8_E4M3"]
 _WIRE_BY_NUMPY = {dtype: _NUMBERS[name] for name, dtype in _NUMPY_BY_WIRE_NAME.items()}
 _NUMPY_BY_WIRE = {number: dtype for dtype, number in _WIRE_BY_NUMPY.items()}
 

@@ -16,6 +16,7 @@ from pbs_client.errors import CorruptDataError
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LAYOUTS = ("HND", "NHD")
+_FP8_PAGE_TOKENS = 16  # of f8_e4m3, unless asked otherwise
 
 
 @dataclass(frozen=True)
@@ -243,23 +244,46 @@ class KvFormat:
         dtype: "f32", "f16" or "bf16"; None is the dtype that the server holds.
         layout: "HND" [kv_heads, tokens, head_dim] or "NHD" [tokens, kv_heads, head_dim].
         checksums: check every chunk and layer.
+        wire_dtype: "f8_e4m3": the cache travels as one byte an element and a scale for
+            each page, and is widened to dtype on arrival: about half the bytes of bf16,
+            and an approximation (docs/PROTOCOL.md). None: it travels as dtype.
+        page_tokens: tokens of a page, counted from token 0: chunks end at pages. None
+            is 16 with wire_dtype, else 1.
 
     Raises:
-        ValueError: dtype or layout is none of these.
+        ValueError: dtype, layout, wire_dtype or page_tokens is none of these.
         TypeError: as check_fields().
     """
 
     dtype: Any = None
     layout: str = "HND"
     checksums: bool = True
+    wire_dtype: str | None = None
+    page_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_wire(self.wire_dtype, self.page_tokens)
         if self.dtype is not None:
             dtypes.float_dtype(self.dtype)
         if self.layout not in LAYOUTS:
             names = ", ".join(LAYOUTS)
             raise ValueError(f"layout {self.layout!r} is not one of {names}")
+
+
+def check_wire(wire_dtype: str | None, page_tokens: int | None) -> None:
+    """ValueError unless a cache can travel so; see KvFormat."""
+    if wire_dtype not in (None, dtypes.F8_E4M3):
+        raise ValueError(f"wire_dtype {wire_dtype!r} is not {dtypes.F8_E4M3}")
+    if page_tokens is not None and page_tokens < 1:
+        raise ValueError(f"page_tokens {page_tokens} is below 1")
+
+
+def page_tokens_of(wire_dtype: str | None, page_tokens: int | None) -> int:
+    """The tokens of a page; see KvFormat."""
+    if page_tokens is not None:
+        return page_tokens
+    return 1 if wire_dtype is None else _FP8_PAGE_TOKENS
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +300,8 @@ class KvCache:
         prompt_tokens: tokens of the whole prompt.
         model_digest, sparsity_digest: see KvTicket.
         first_token: greedy next token; None when unknown.
+        wire_dtype: of KvFormat or Inline: set when the arrays are approximate because
+            of how they travelled.
     """
 
     k: tuple[Array, ...]
@@ -288,6 +314,7 @@ class KvCache:
     model_digest: str = ""
     sparsity_digest: str = ""
     first_token: int | None = None
+    wire_dtype: str | None = None
 
     @property
     def num_layers(self) -> int:

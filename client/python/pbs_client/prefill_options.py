@@ -12,7 +12,7 @@ from typing import Any, Union
 from pbs_client import dtypes
 from pbs_client._arguments import check_fields, int_tuple
 from pbs_client._kv_receiver import LAYOUT_NUMBERS
-from pbs_client.kv import Array
+from pbs_client.kv import Array, check_wire, page_tokens_of
 
 INLINE_LAYOUT = "HND"
 
@@ -24,17 +24,21 @@ class Inline:
     Attributes:
         dtype: "f32", "f16" or "bf16"; None is the dtype that the server holds.
         checksums: check every chunk and layer.
+        wire_dtype, page_tokens: as KvFormat.
 
     Raises:
-        ValueError: dtype is not one of the three.
+        ValueError: dtype is not one of the three; wire_dtype or page_tokens as KvFormat.
         TypeError: as check_fields().
     """
 
     dtype: Any = None
     checksums: bool = True
+    wire_dtype: str | None = None
+    page_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_wire(self.wire_dtype, self.page_tokens)
         if self.dtype is not None:
             dtypes.float_dtype(self.dtype)
 
@@ -42,7 +46,10 @@ class Inline:
         """Writes itself into a KvDelivery message."""
         delivery.inline.layout = LAYOUT_NUMBERS[INLINE_LAYOUT]
         delivery.inline.checksums = self.checksums
-        if self.dtype is not None:
+        delivery.inline.page_tokens = page_tokens_of(self.wire_dtype, self.page_tokens)
+        if self.wire_dtype is not None:
+            delivery.inline.dtype = dtypes.F8_E4M3_NUMBER
+        elif self.dtype is not None:
             delivery.inline.dtype = dtypes.to_wire(dtypes.float_dtype(self.dtype))
 
 

@@ -10,7 +10,7 @@ from pbs_client.calibration import THRESHOLDS_DEFAULT
 from pbs_client.cli import attention, commands, recipe
 from pbs_client.cli.calibrate import calibrate
 from pbs_client.client import CONTROL_TIMEOUT_SECONDS, WORK_TIMEOUT_SECONDS
-from pbs_client.dtypes import FLOAT_DTYPES
+from pbs_client.dtypes import F8_E4M3, FLOAT_DTYPES
 
 _TIMEOUT_SECONDS_MAX = 1_000_000
 _FILE_WANTS = ("o", "lse", "order", "block_mask")
@@ -275,6 +275,7 @@ def _prefill(parser: argparse.ArgumentParser) -> None:
         choices=tuple(FLOAT_DTYPES),
         help="dtype of --kv [that of the held cache]",
     )
+    _wire(group)
     group.add_argument(
         "--lease", action="store_true", help="keep the cache on the server"
     )
@@ -283,6 +284,21 @@ def _prefill(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="SECONDS",
         help="time of the lease, from the end of the prefill [the server's default]",
+    )
+
+
+def _wire(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--wire-dtype",
+        choices=(F8_E4M3,),
+        help="how the cache travels: about half the bytes of bf16, and an approximation "
+        "[as its dtype]",
+    )
+    group.add_argument(
+        "--page-tokens",
+        type=int,
+        metavar="N",
+        help="tokens that share a scale of --wire-dtype [16]",
     )
 
 
@@ -327,6 +343,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="cpu", help="a torch device, such as cuda [%(default)s]"
     )
+    _wire(group)
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:

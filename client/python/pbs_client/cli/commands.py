@@ -101,7 +101,11 @@ def prefill(arguments: argparse.Namespace) -> None:
     if arguments.lease:
         delivery = Lease(arguments.ttl)
     elif arguments.kv:
-        delivery = Inline(arguments.kv_dtype)
+        delivery = Inline(
+            arguments.kv_dtype,
+            wire_dtype=arguments.wire_dtype,
+            page_tokens=arguments.page_tokens,
+        )
     layers: list[dict[str, Any]] = []
     with connect(arguments) as client, ProgressBar() as bar:
         begin = time.monotonic()
@@ -118,7 +122,7 @@ def prefill(arguments: argparse.Namespace) -> None:
         if arguments.kv and result.ticket is not None:
             cache = client.fetch(
                 result.ticket,
-                kv_format=KvFormat(arguments.kv_dtype),
+                kv_format=_kv_format(arguments, arguments.kv_dtype),
                 timeout=arguments.timeout,
                 progress=bar.update_bytes,
             )
@@ -175,7 +179,10 @@ def generate(arguments: argparse.Namespace) -> None:
         assert result.ticket is not None
         try:
             cache = client.fetch(
-                result.ticket, timeout=arguments.timeout, progress=bar.update_bytes
+                result.ticket,
+                kv_format=_kv_format(arguments, None),
+                timeout=arguments.timeout,
+                progress=bar.update_bytes,
             )
         finally:
             # Best effort: if the release fails, the lease expires.
@@ -203,6 +210,12 @@ def generate(arguments: argparse.Namespace) -> None:
             "model_digest": result.model_digest,
             "sparsity_digest": result.sparsity_digest,
         }
+    )
+
+
+def _kv_format(arguments: argparse.Namespace, dtype: str | None) -> KvFormat:
+    return KvFormat(
+        dtype, wire_dtype=arguments.wire_dtype, page_tokens=arguments.page_tokens
     )
 
 

@@ -30,6 +30,7 @@ class PrefillNode:
         name: the model's name at the server.
         attention: as Client.prefill().
         kv_dtype: as Inline.dtype.
+        wire_dtype: as Inline.wire_dtype.
         concurrency: prefills under way at once, of one prefilled().
         timeout: seconds for each prompt, waits included; None is no limit.
     """
@@ -38,6 +39,7 @@ class PrefillNode:
     name: str
     attention: Attention
     kv_dtype: str | None
+    wire_dtype: str | None
     concurrency: int
     timeout: float | None
 
@@ -76,7 +78,7 @@ class PrefillNode:
                         self.name,
                         prompt,
                         self.attention,
-                        delivery=Inline(self.kv_dtype),
+                        delivery=Inline(self.kv_dtype, wire_dtype=self.wire_dtype),
                         timeout=deadline.left(),
                     )
             except ResourceExhaustedError as error:

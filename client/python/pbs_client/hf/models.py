@@ -25,6 +25,7 @@ from pbs_client.results import ModelInfo
 # bf16 in either of them gives up to .01; another rotary base, other weights or another
 # token give about 1.
 _FIRST_LAYER_ERROR_MAX = 0.05
+_FP8_ERROR_MAX = 1 / 16  # of a cache that travelled as f8_e4m3
 
 
 def load_model(
@@ -88,6 +89,7 @@ def check_first_layer(
             **{cache_argument(model): made},
         )
     layer = made.layers[0]
+    limit = _FIRST_LAYER_ERROR_MAX + (_FP8_ERROR_MAX if cache.wire_dtype else 0)
     for name, here, there in (
         ("K", layer.keys, cache.k[0]),
         ("V", layer.values, cache.v[0]),
@@ -95,10 +97,10 @@ def check_first_layer(
         ours = here[0, :, 0].float().cpu()
         theirs = to_torch(np.ascontiguousarray(there[:, last])).float()
         error = float((ours - theirs).norm() / ours.norm().clamp_min(1e-30))
-        if not error <= _FIRST_LAYER_ERROR_MAX:
+        if not error <= limit:
             raise IncompatibleCacheError(
                 f"{name} of the first layer and last token is not this model's: off by "
-                f"{error:.3g} (limit {_FIRST_LAYER_ERROR_MAX}): the server has other "
+                f"{error:.3g} (limit {limit}): the server has other "
                 "weights or another config, or prefilled another prompt"
                 + _attn_factor_reason(getattr(model, "config", None))
             )

@@ -36,7 +36,7 @@ from pbs_client.hf.caches import (
 )
 from pbs_client.hf.models import check_first_layer, check_same_model
 from pbs_client.hf.scores import Score, score_after
-from pbs_client.kv import KvCache
+from pbs_client.kv import KvCache, check_wire
 from pbs_client.options import Attention, Method, attention_of
 from pbs_client.results import ModelInfo
 
@@ -65,6 +65,7 @@ class RemotePrefill:
         concurrency: int = CONCURRENCY,
         continue_tokens_max: int = CONTINUE_TOKENS_MAX,
         timeout: float | None = WORK_TIMEOUT_SECONDS,
+        wire_dtype: str | None = None,
     ) -> None:
         """Connects, and checks that the server has this model.
 
@@ -79,12 +80,14 @@ class RemotePrefill:
             concurrency: prompts of a batch that are prefilled at once, 1 .. 256.
             continue_tokens_max: see generate(), past_key_values.
             timeout: seconds for each prompt; None is no limit.
+            wire_dtype: as KvFormat. With "f8_e4m3" every cache is an approximation,
+                also that of "dense".
 
         Raises:
             IncompatibleCacheError: the server's model differs; it says in what.
             NotFoundError: the server has no model of that name.
             PbsError: it cannot be asked.
-            ValueError: an argument is out of range, or the model is on many devices.
+            ValueError: an argument is out of range or unknown, or the model is on many devices.
         """
         if not 1 <= concurrency <= CONCURRENCY_MAX:
             raise ValueError(
@@ -92,6 +95,7 @@ class RemotePrefill:
             )
         if continue_tokens_max < 0:
             raise ValueError(f"continue_tokens_max {continue_tokens_max} is below 0")
+        check_wire(wire_dtype, None)
         devices = set((getattr(model, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
             raise ValueError(
@@ -115,6 +119,7 @@ class RemotePrefill:
                 info.name,
                 attention_of(attention),
                 _WIRE_DTYPES.get(model.dtype),
+                wire_dtype,
                 concurrency,
                 timeout,
             )

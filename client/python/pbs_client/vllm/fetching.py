@@ -96,7 +96,9 @@ class Fetcher:
                     (tokens.begin, tokens.count),
                     (heads.begin, heads.count),
                 ),
-                kv_format=KvFormat(self._engine.dtype),
+                kv_format=KvFormat(
+                    self._engine.dtype, wire_dtype=self._settings.wire_dtype or None
+                ),
                 timeout=deadline.left(),
                 on_layer=write,
             )

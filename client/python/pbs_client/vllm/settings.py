@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pbs_client.dtypes import F8_E4M3
 from pbs_client.vllm.endpoints import AllowList, check_endpoint
 
 MIB = 1 << 20
@@ -33,6 +34,8 @@ class Settings:
         model_digest: that every cache must have; "" accepts any of the engine's sizes.
         dedicated: the engine serves requests of one approximate method only, so that
             its prefix cache may hold approximate caches without a salt.
+        wire_dtype: "f8_e4m3": caches travel so, and every cache is an approximation;
+            only with `dedicated`. "": they travel as the engine's dtype.
         release: "finish": the lease is held until the request ends, and a request that
             was preempted loads again. "load": it is released after the load, and such a
             request computes its prompt.
@@ -46,6 +49,7 @@ class Settings:
     server: str = ""
     model_digest: str = ""
     dedicated: bool = False
+    wire_dtype: str = ""
     release: str = "finish"
     load_threads: int = 4
     load_seconds_max: float = 300.0
@@ -73,6 +77,7 @@ class Settings:
         }
         if values.get("release", "finish") not in RELEASES:
             raise ValueError(f"{_name('release')} is not one of {', '.join(RELEASES)}")
+        _check_wire(values.get("wire_dtype", ""), values.get("dedicated", False))
         server = values.get("server", "")
         patterns = _patterns(given.get("endpoints", []))
         if server:
@@ -92,6 +97,17 @@ class Settings:
 
 def _name(field: str) -> str:
     return f"kv_connector_extra_config {field}"
+
+
+def _check_wire(wire_dtype: str, dedicated: bool) -> None:
+    if wire_dtype not in ("", F8_E4M3):
+        raise ValueError(f"{_name('wire_dtype')} is not {F8_E4M3}")
+    if wire_dtype and not dedicated:
+        raise ValueError(
+            f"{_name('wire_dtype')} {wire_dtype} needs dedicated true: every cache that "
+            "travelled so is approximate, and no digest or cache_salt tells it from an "
+            "exact one in vLLM's prefix cache"
+        )
 
 
 def _patterns(given: Any) -> tuple[str, ...]:
