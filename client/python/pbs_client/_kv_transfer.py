@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from pbs_client.kv import (
 )
 
 _RECONNECT_SECONDS_MAX = 10.0
+_RECONNECT_TRIES = 6
+_RECONNECT_PAUSE_SECONDS = 0.005  # after the first; each is twice as long
 
 # As _attend.ProgressCallback: ("download", bytes done, bytes in total).
 Progress = Callable[[str, int, int], None]
@@ -155,12 +158,17 @@ def run_fetch(
 def _reconnect(transport: Transport, plan: FetchPlan, deadline: Deadline) -> bool:
     """True when the server is back and has the cache. Errors as Client.describe()."""
     ticket = plan.descriptor.ticket.to_message().SerializeToString()
-    seconds = min(deadline.left(), _RECONNECT_SECONDS_MAX)
-    try:
-        transport.unary("/pbs.v1.KvSource/Describe", ticket, seconds, True)
-    except (UnavailableError, DeadlineExceededError):
-        return False
-    return True
+    end = Deadline(min(deadline.left(), _RECONNECT_SECONDS_MAX))
+    for attempt in range(_RECONNECT_TRIES):
+        try:
+            transport.unary("/pbs.v1.KvSource/Describe", ticket, end.left(), True)
+            return True
+        except UnavailableError:
+            # It fell with the broken connection, which is still being taken down.
+            time.sleep(min(_RECONNECT_PAUSE_SECONDS * 2**attempt, end.left()))
+        except DeadlineExceededError:
+            return False
+    return False
 
 
 def _fetch_from(
