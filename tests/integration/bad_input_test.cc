@@ -136,7 +136,13 @@ INSTANTIATE_TEST_SUITE_P(
             [](auto& r) {
               r.mutable_delivery()->mutable_inline_()->set_dtype(v1::U16);
             },
-            "dtype U16 is not one of F32, F16, BF16"),
+            "dtype U16 is not one of F32, F16, BF16, F8_E4M3"),
+        BadPrefill(
+            "inline_page_tokens_0",
+            [](auto& r) {
+              r.mutable_delivery()->mutable_inline_()->set_page_tokens(0);
+            },
+            "page_tokens 0 is outside [1, 1048576]"),
         BadPrefill(
             "top_logits", [](auto& r) { r.set_top_logits(1000); },
             "top_logits 1000 is outside [0, 100]"),
@@ -209,7 +215,34 @@ INSTANTIATE_TEST_SUITE_P(
             "head_count 3 is outside [1, 2] from head_begin 0"),
         BadFetch(
             "dtype", [](auto& r) { r.set_dtype(v1::I64); },
-            "dtype I64 is not one of F32, F16, BF16"),
+            "dtype I64 is not one of F32, F16, BF16, F8_E4M3"),
+        BadFetch(
+            "resume_kind",
+            [](auto& r) { r.mutable_resume()->set_kind(v1::KvChunk::Q); },
+            "resume.kind 3 is not one of K (1), V (2)"),
+        BadFetch(
+            "resume_head",
+            [](auto& r) {
+              r.mutable_resume()->set_kind(v1::KvChunk::K);
+              r.mutable_resume()->set_head(2);
+            },
+            "resume.head 2 is outside [0, 1]"),
+        BadFetch(
+            "resume_token",
+            [](auto& r) {
+              r.mutable_resume()->set_kind(v1::KvChunk::V);
+              r.mutable_resume()->set_token(40);
+            },
+            "resume.token 40 is outside [0, 39]"),
+        BadFetch(
+            "resume_inside_a_token_of_nhd",
+            [](auto& r) {
+              r.set_layout(v1::NHD);
+              r.mutable_resume()->set_kind(v1::KvChunk::V);
+              r.mutable_resume()->set_head(1);
+            },
+            "resume.head 1 is not head_begin 0: in layout NHD a chunk begins with the "
+            "first head of a token"),
         BadFetch(
             "layout", [](auto& r) { r.set_layout(static_cast<v1::KvLayout>(3)); },
             "layout 3 is not one of NHD (1), HND (2)"),

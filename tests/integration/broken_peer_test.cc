@@ -97,22 +97,29 @@ TEST(KilledFetcherSpec, LeavesTheLeaseToOthers) {
 struct CutCase {
   const char* name;
   std::vector<int64_t> cuts;  // bytes of each broken connection
+  v1::DType dtype = v1::F32;
+  v1::KvLayout layout = v1::HND;
 };
 
 class CutConnectionSpec : public testing::TestWithParam<CutCase> {};
 
 // 2000 tokens: 1,024,000 bytes per layer, in two arrays.
-TEST_P(CutConnectionSpec, AFetchGoesOnAtTheFirstLayerThatIsNotWhole) {
+TEST_P(CutConnectionSpec, AFetchGoesOnWhereItBroke) {
   TestNode node;
   const v1::KvTicket ticket = HoldLease(node, 2000);
+  v1::FetchRequest request = FetchOf(ticket);
+  request.set_dtype(GetParam().dtype);
+  request.set_layout(GetParam().layout);
+  request.set_page_tokens(16);
+  request.set_chunk_bytes(64 << 10);
   KvArrays whole;
-  ASSERT_TRUE(node.NewClient()->Fetch(FetchOf(ticket), whole).ok());
+  ASSERT_TRUE(node.NewClient()->Fetch(request, whole).ok());
 
   CuttingProxy proxy(node.server->port(), GetParam().cuts);
   auto client = client::Client::Connect({.address = proxy.address()});
   ASSERT_TRUE(client.ok()) << client.status();
   KvArrays pieces;
-  const absl::Status status = (*client)->Fetch(FetchOf(ticket), pieces);
+  const absl::Status status = (*client)->Fetch(request, pieces);
   EXPECT_TRUE(status.ok()) << status;
   EXPECT_EQ(proxy.connections(), static_cast<int>(GetParam().cuts.size()) + 1);
   EXPECT_EQ(pieces.layers, whole.layers);  // each once, in order
@@ -122,12 +129,15 @@ TEST_P(CutConnectionSpec, AFetchGoesOnAtTheFirstLayerThatIsNotWhole) {
   EXPECT_TRUE(node.NothingHeld());
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, CutConnectionSpec,
-                         testing::Values(CutCase{"in_the_first_layer", {250'000}},
-                                         CutCase{"in_the_last_layer", {2'500'000}},
-                                         CutCase{"once_in_every_layer",
-                                                 {500'000, 1'500'000, 750'000}}),
-                         testing_support::CaseName());
+INSTANTIATE_TEST_SUITE_P(
+    Cases, CutConnectionSpec,
+    testing::Values(CutCase{"in_the_first_layer", {250'000}},
+                    CutCase{"in_the_last_layer", {2'500'000}},
+                    CutCase{"once_in_every_layer", {500'000, 1'500'000, 750'000}},
+                    CutCase{"nhd", {300'000}, v1::F32, v1::NHD},
+                    CutCase{"f8_e4m3", {300'000, 100'000}, v1::F8_E4M3},
+                    CutCase{"f8_e4m3_nhd", {400'000}, v1::F8_E4M3, v1::NHD}),
+    testing_support::CaseName());
 
 // ---- clients that read nothing
 

@@ -164,6 +164,18 @@ TEST_F(DecodeSpec, AnswersTheBundledPromptFromASparsePrefill) {
   EXPECT_LT(report["density"].get<double>(), 0.95);
 }
 
+TEST_F(DecodeSpec, AnswersTheBundledPromptFromACacheThatTravelledAsF8E4M3) {
+  const Server recall(std::string("recall=") + kRecallModel);
+  const std::string prompt = std::string(kRecallModel) + "/prompt_8k";
+  const ProcessResult result =
+      Decode({"--server", recall.address, "--model-path", kRecallModel, "--tokens",
+              prompt + ".json", "--then-tokens", prompt + ".question.json", "--method",
+              "dense", "--max-new-tokens", "1", "--wire-dtype", "f8_e4m3"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  EXPECT_EQ(nlohmann::json::parse(result.out)["tokens"],
+            nlohmann::json::parse(ReadFile(prompt + ".answer.json")));
+}
+
 TEST_F(DecodeSpec, GivesTheLeaseBack) {
   const ProcessResult result = Decode({"--tokens", PromptFile(50)});
   ASSERT_EQ(result.exit_status, 0) << result.err;

@@ -2,8 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <future>
@@ -111,6 +113,68 @@ TEST(KvSourceSpec, PartsThatWereFetchedNoLongerWaitForExport) {
             held - held / 4 / 2 - held * 2 / 3);
   ASSERT_TRUE(client->Release(done.ticket()).ok());
   EXPECT_EQ(node.metrics.kv.export_outstanding.Value(), 0);
+}
+
+TEST(KvSourceSpec, AResumedFetchCoversWhatItSends) {
+  TestNode node;
+  auto stub = v1::KvSource::NewStub(node.NewChannel());
+  const v1::Done done = PrefillWithLease(node, LeaseOf(200));
+  const double row = 32 * 4;
+  const double held = 2 * 3 * 2 * 200 * row;
+  v1::FetchRequest request = FetchOf(done.ticket());
+  request.set_layer_begin(1);
+  request.mutable_resume()->set_kind(v1::KvChunk::V);
+  request.mutable_resume()->set_head(1);
+  request.mutable_resume()->set_token(150);
+  grpc::ClientContext context;
+  auto reader = stub->Fetch(&context, request);
+  v1::KvChunk chunk;
+  ASSERT_TRUE(reader->Read(&chunk));
+  EXPECT_EQ(chunk.layer(), 1);
+  EXPECT_EQ(chunk.kind(), v1::KvChunk::V);
+  EXPECT_EQ(chunk.byte_offset(), 350 * row);
+  EXPECT_EQ(chunk.payload().size(), 50 * row);
+  EXPECT_TRUE(chunk.has_layer_digest());
+  while (reader->Read(&chunk)) {
+  }
+  ASSERT_TRUE(reader->Finish().ok());
+  const double sent = 50 * row + held / 3;  // and all of layer 2
+  EXPECT_EQ(node.metrics.kv.transfer_bytes.Value(), sent);
+  EXPECT_TRUE(Eventually(
+      [&] { return node.metrics.kv.export_outstanding.Value() == held - sent; }));
+  ASSERT_TRUE(node.NewClient()->Release(done.ticket()).ok());
+  EXPECT_TRUE(node.NothingHeld());
+}
+
+TEST(KvSourceSpec, ACacheAsF8E4M3IsWidenedToTheAskedDtype) {
+  TestNode node;
+  auto client = node.NewClient();
+  const v1::Done done = PrefillWithLease(node, LeaseOf(200));
+  KvArrays held, wide, half;
+  ASSERT_TRUE(client->Fetch(FetchOf(done.ticket()), held).ok());
+  const double before = node.metrics.kv.transfer_bytes.Value();
+  v1::FetchRequest request = FetchOf(done.ticket());
+  request.set_dtype(v1::F8_E4M3);
+  request.set_page_tokens(16);
+  ASSERT_TRUE(client->Fetch(request, wide).ok());
+  // A byte an element, and 13 scales of 4 bytes for each layer, kind and head.
+  EXPECT_EQ(node.metrics.kv.transfer_bytes.Value() - before,
+            2 * 3 * 2 * (200 * 32 + 13 * 4));
+  ASSERT_TRUE(client->Fetch(request, half, {}, v1::F16).ok());
+  for (const auto& [key, bytes] : held.arrays) {
+    const auto exact = Floats(bytes, DType::kF32);
+    const auto got = Floats(wide.arrays.at(key), DType::kF32);
+    const auto rounded = Floats(half.arrays.at(key), DType::kF16);
+    ASSERT_EQ(got.size(), exact.size());
+    const auto [least, greatest] = std::minmax_element(exact.begin(), exact.end());
+    const float step = std::max(-*least, *greatest) / 448 * 0x1p-10f;
+    for (size_t i = 0; i < exact.size(); ++i) {
+      ASSERT_LE(std::abs(got[i] - exact[i]), std::max(std::abs(exact[i]) / 16, step));
+      ASSERT_EQ(rounded[i], ToFloat(ToF16(got[i])));
+    }
+  }
+  ASSERT_TRUE(client->Release(done.ticket()).ok());
+  EXPECT_TRUE(node.NothingHeld());
 }
 
 TEST(KvSourceSpec, ATransferIsASendStage) {

@@ -119,6 +119,32 @@ TEST(PrefillSharedRunSpec, EveryCallerGetsItsOwnCacheAndReply) {
   EXPECT_TRUE(node.NothingHeld());
 }
 
+TEST(PrefillSpec, InlineAndFetchedCachesAreEqualAsF8E4M3) {
+  TestNode node;
+  auto client = node.NewClient();
+  PrefillEvents events;
+  v1::PrefillRequest request = PrefillOf(700);
+  auto* wishes = request.mutable_delivery()->mutable_inline_();
+  wishes->set_dtype(v1::F8_E4M3);
+  wishes->set_page_tokens(16);
+  wishes->set_chunk_bytes(64 << 10);
+  KvArrays inlined;
+  const auto done = client->Prefill(request, events, &inlined);
+  ASSERT_TRUE(done.ok()) << done.status();
+  const auto lease = client->Prefill(LeaseOf(700), events);
+  ASSERT_TRUE(lease.ok()) << lease.status();
+  v1::FetchRequest fetch;
+  *fetch.mutable_ticket() = lease->ticket();
+  fetch.set_dtype(v1::F8_E4M3);
+  fetch.set_page_tokens(16);
+  KvArrays fetched;
+  const absl::Status status = client->Fetch(fetch, fetched);
+  ASSERT_TRUE(status.ok()) << status;
+  ExpectSameCache(fetched, inlined);
+  EXPECT_TRUE(client->Release(lease->ticket()).ok());
+  EXPECT_TRUE(node.NothingHeld());
+}
+
 TEST(PrefillSpec, InlineFetchedAndDirectCachesAreEqual) {
   TestNode node;
   auto client = node.NewClient();
@@ -193,12 +219,14 @@ TEST_P(PlannedBytesSpec, OneByteLessThanThemCanNeverFit) {
 
 INSTANTIATE_TEST_SUITE_P(
     Deliveries, PlannedBytesSpec,
-    testing::Values(PlannedCase{"none", [](auto&) {}},
-                    PlannedCase{"lease", [](auto& d) { d.mutable_lease(); }},
-                    PlannedCase{"inline_as_held", [](auto& d) { d.mutable_inline_(); }},
-                    PlannedCase{
-                        "inline_laid_out_anew",
-                        [](auto& d) { d.mutable_inline_()->set_layout(v1::NHD); }}),
+    testing::Values(
+        PlannedCase{"none", [](auto&) {}},
+        PlannedCase{"lease", [](auto& d) { d.mutable_lease(); }},
+        PlannedCase{"inline_as_held", [](auto& d) { d.mutable_inline_(); }},
+        PlannedCase{"inline_laid_out_anew",
+                    [](auto& d) { d.mutable_inline_()->set_layout(v1::NHD); }},
+        PlannedCase{"inline_f8_e4m3",
+                    [](auto& d) { d.mutable_inline_()->set_dtype(v1::F8_E4M3); }}),
     testing_support::CaseName());
 
 }  // namespace

@@ -223,7 +223,7 @@ INSTANTIATE_TEST_SUITE_P(
                     [](auto& r) {
                       r.mutable_delivery()->mutable_inline_()->set_dtype(v1::I32);
                     },
-                    "dtype I32 is not one of F32, F16, BF16"},
+                    "dtype I32 is not one of F32, F16, BF16, F8_E4M3"},
         RefusedCase{"inline_layout",
                     [](auto& r) {
                       r.mutable_delivery()->mutable_inline_()->set_layout(
