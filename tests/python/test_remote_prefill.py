@@ -129,6 +129,28 @@ def test_a_sparse_prefill_gives_other_tokens(torch, hf, model, models_server, na
     assert prefill.kv is None
 
 
+def test_a_cache_that_travels_as_f8_e4m3_is_an_approximation(
+    torch, hf, model, models_server, name
+):
+    prompt, continuation = [5, 9, 17] * 60, [5, 9, 17]
+    scores = {}
+    for form in (None, "f8_e4m3"):
+        with hf.RemotePrefill(
+            model, models_server.target, name=name, attention="dense", wire_dtype=form
+        ) as remote:
+            (score,) = remote.score([(prompt, continuation)])
+            scores[form] = score.log_likelihood
+            tokens = generated(torch, remote, batch(torch, (130, 7)))
+        assert tokens.shape == (2, 130 + NEW_TOKENS)
+    assert scores["f8_e4m3"] != scores[None]
+    assert scores["f8_e4m3"] == pytest.approx(scores[None], abs=0.5)
+
+
+def test_an_unknown_form_of_travel_is_refused(hf, model):
+    with pytest.raises(ValueError, match="wire_dtype 'fp8' is not f8_e4m3"):
+        hf.RemotePrefill(model, "127.0.0.1:1", wire_dtype="fp8")
+
+
 def test_a_prompt_that_is_twice_in_a_batch_is_sent_once(torch, model, remote):
     inputs = {k: v.repeat(2, 1) for k, v in batch(torch, (50, 20)).items()}
     own = generated(torch, model, inputs)

@@ -53,6 +53,8 @@ def check(ticket=TICKET, request=None, prefix_caching=True, prompt=None, **chang
 def test_settings_have_defaults_and_take_what_is_given():
     assert settings().release == "finish"
     assert not settings().dedicated
+    assert settings().wire_dtype == ""
+    assert settings(wire_dtype="f8_e4m3", dedicated=True).wire_dtype == "f8_e4m3"
     given = settings(load_threads=2, load_seconds_max=10, dedicated=True)
     assert (given.load_threads, given.load_seconds_max, given.dedicated) == (
         *(2, 10),
@@ -84,6 +86,15 @@ def test_settings_have_defaults_and_take_what_is_given():
         pytest.param({"dedicated": "yes"}, "true or false", id="dedicated as text"),
         pytest.param({"release": "never"}, "finish, load", id="an unknown release"),
         pytest.param({"model_digest": "m" * 129}, "at most 128", id="a long digest"),
+        pytest.param({"wire_dtype": "f8"}, "wire_dtype is not f8_e4m3", id="a form"),
+        pytest.param(
+            {"wire_dtype": "f8_e4m3"}, "f8_e4m3 needs dedicated true", id="a shared engine"
+        ),
+        pytest.param(
+            {"wire_dtype": "f8_e4m3", "dedicated": False},
+            "f8_e4m3 needs dedicated true",
+            id="an engine that is said to be shared",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name(given, message):

@@ -12,7 +12,15 @@ import pytest
 from eventually import WAIT_SECONDS_MAX, until
 from fake_server import fake_server, never_answered, replies
 from kv_chunks import EPOCH, Cache
-from pbs_client import Client, KvTicket, Lease, NotFoundError, PbsError, _messages
+from pbs_client import (
+    Client,
+    KvFormat,
+    KvTicket,
+    Lease,
+    NotFoundError,
+    PbsError,
+    _messages,
+)
 from pbs_client.kv import Span
 from pbs_client.kv_params import prompt_digest
 from pbs_client.vllm.connections import CONNECTIONS_MAX, Connections
@@ -222,6 +230,19 @@ def test_a_cache_beyond_the_limit_of_memory_comes_in_several_fetches(client, tic
 def test_a_cache_is_converted_to_the_engines_dtype(ticket):
     engine = dataclasses.replace(RECALL, dtype="f16")
     assert load(order_of(ticket), engine).written[0][0].dtype == np.float16
+
+
+def test_a_dedicated_engine_may_load_caches_that_travel_as_f8_e4m3(client, ticket):
+    settings = dataclasses.replace(SETTINGS, dedicated=True, wire_dtype="f8_e4m3")
+    engine = dataclasses.replace(RECALL, dtype="bf16")
+    written = load(order_of(ticket), engine, settings).written
+    kv_format = KvFormat("bf16", wire_dtype="f8_e4m3")
+    expected = client.fetch(ticket, kv_format=kv_format)
+    exact = client.fetch(ticket, kv_format=KvFormat("bf16"))
+    for layer, (k, v, _) in written.items():
+        np.testing.assert_array_equal(k, expected.k[layer][:, :99])
+        np.testing.assert_array_equal(v, expected.v[layer][:, :99])
+    assert not np.array_equal(expected.k[0], exact.k[0])
 
 
 @pytest.mark.parametrize(
