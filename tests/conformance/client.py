@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 import numpy as np
+from e4m3 import check_page
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -204,7 +205,7 @@ class Client:
         for chunk in chunks:
             held = arrays.setdefault((chunk.layer, chunk.kind), bytearray())
             assert chunk.byte_offset == len(held), "chunks do not follow each other"
-            assert chunk.crc32c == crc32c(chunk.payload), "crc32c"
+            assert chunk.crc32c == crc32c(chunk.scales + chunk.payload), "crc32c"
             held += chunk.payload
             seen = digests.get(chunk.layer, b"")
             digests[chunk.layer] = seen + chunk.crc32c.to_bytes(4, "little")
@@ -322,6 +323,16 @@ def a_fetch_is_taken_up_by_layer_and_token(client: Client) -> None:
     assert list(resumed) == [(last, 1), (last, 2)]
     for key, array in resumed.items():
         assert (array == whole[key][:, 100:]).all()
+    chunk, *_ = client.fetch(done.ticket, dtype=f32, resume={"kind": "V", "token": 100})
+    assert whole[0, 2][0, 100:].tobytes().startswith(chunk.payload)
+
+
+def f8_e4m3_is_a_byte_and_a_scale(client: Client) -> None:
+    _, done = client.prefill()
+    f32, fp8 = (client.protocol.number("DType", name) for name in ("F32", "F8_E4M3"))
+    held = client.assemble(client.fetch(done.ticket, dtype=f32))
+    for c in client.fetch(done.ticket, dtype=fp8, page_tokens=len(client.prompt)):
+        check_page(c, held[c.layer, c.kind][c.head_begin :][: c.head_count])
 
 
 def layouts_differ_by_a_transposition(client: Client) -> None:
@@ -445,6 +456,7 @@ CHECKS = (
     an_upload_without_a_tensor_is_refused,
     fetched_equals_inline,
     a_fetch_is_taken_up_by_layer_and_token,
+    f8_e4m3_is_a_byte_and_a_scale,
     layouts_differ_by_a_transposition,
     pages_begin_at_multiples,
     renew_counts_from_now,
