@@ -89,7 +89,8 @@ inline constexpr MetricName kLeasesName = {"pbs_kv_leases", "Leases that are hel
 inline constexpr MetricName kLeaseExpiredName = {"pbs_kv_lease_expired_total",
                                                  "Leases that ended by their time"};
 inline constexpr MetricName kTransferBytesName = {
-    "pbs_kv_transfer_bytes_total", "KV payload and scales that were handed to the transport"};
+    "pbs_kv_transfer_bytes_total",
+    "KV payload and scales that were handed to the transport"};
 inline constexpr MetricName kTransferTimeName = {
     "pbs_kv_transfer_time_seconds",
     "Time of one KV transfer from its first chunk to its last"};

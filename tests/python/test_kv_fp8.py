@@ -12,7 +12,15 @@ import numpy as np
 import pbs_client
 import pytest
 from kv_chunks import EPOCH
-from pbs_client import Client, Inline, KvFormat, KvPart, _messages, _wire, safetensors_file
+from pbs_client import (
+    Client,
+    Inline,
+    KvFormat,
+    KvPart,
+    _messages,
+    _wire,
+    safetensors_file,
+)
 from pbs_client._kv_receiver import KvReceiver, KvShape
 from pbs_client.cli import main
 from pbs_client.errors import CorruptDataError
