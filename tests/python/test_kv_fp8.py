@@ -296,3 +296,16 @@ def test_scales_beside_another_dtype_are_refused():
     chunk.dtype, chunk.payload = 1, bytes(336 * 4)
     with pytest.raises(CorruptDataError, match="scales, which only F8_E4M3 has"):
         receive(KvReceiver(shape(np.float32, wire_dtype=None)), [chunk])
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8])
+def test_every_byte_is_the_number_of_ml_dtypes(dim):
+    held = np.zeros((2, 21, dim), np.float32)
+    payload = np.resize(np.arange(256, dtype=np.uint8), held.shape)
+    chunks = layer_of(held)
+    for chunk in chunks:
+        chunk.payload = payload.tobytes()
+        chunk.scales = np.ones(12, "<f4").tobytes()
+    receiver = KvReceiver(shape(np.float32, head_dim=dim, checksums=False))
+    (k,), _ = receive(receiver, chunks)
+    np.testing.assert_array_equal(k, payload.view(E4M3).astype(np.float32))

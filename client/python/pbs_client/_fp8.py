@@ -6,6 +6,7 @@ page is `page_tokens` tokens of one head, counted from token 0, and has one scal
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pbs_client._wire import KvChunk
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _SCALE = np.dtype("<f4")
+_BLOCK_ELEMENTS = 1 << 15  # that are widened at once: they stay in a CPU's caches
 
 
 def _numbers() -> Array:
@@ -28,6 +30,23 @@ def _numbers() -> Array:
 
 
 _NUMBERS = _numbers()
+
+
+@functools.cache
+def _pairs() -> Array:
+    """The numbers of each two bytes, as 64 bits: half as many look-ups."""
+    low, high = np.arange(256), np.arange(256)[:, np.newaxis]
+    both = np.stack(np.broadcast_arrays(_NUMBERS[low], _NUMBERS[high]), axis=-1)
+    return np.ascontiguousarray(both).reshape(-1).view(np.uint64)
+
+
+def _look_up(payload: Array, numbers: Array) -> None:
+    """Writes the number of each byte, as float32."""
+    if payload.size % 2:
+        numbers[:] = _NUMBERS[payload]
+        return
+    two, pairs = payload.view("<u2"), numbers.view(np.uint64)
+    np.take(_pairs(), two, out=pairs, mode="clip")  # none is clipped
 
 
 def wrong_scales(chunk: KvChunk, page_tokens: int) -> str:
@@ -56,10 +75,18 @@ def widen(chunk: KvChunk, page_tokens: int, nhd: bool, target: Array) -> None:
     page = np.arange(begin, begin + count) // page_tokens - begin // page_tokens
     of_rows = scales[:, page]
     rows = (of_rows.T if nhd else of_rows).reshape(-1, 1)
-    values = _NUMBERS[np.frombuffer(chunk.payload, np.uint8)].reshape(len(rows), -1)
+    payload = np.frombuffer(chunk.payload, np.uint8)
+    dim = payload.size // len(rows)
+    step = max(1, _BLOCK_ELEMENTS // dim)
+    scratch = np.empty(min(step, len(rows)) * dim, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        np.multiply(values, rows, out=values)
-        target[:] = values.reshape(-1)
+        for row in range(0, len(rows), step):
+            some = slice(row * dim, min(row + step, len(rows)) * dim)
+            numbers = scratch[: some.stop - some.start]
+            _look_up(payload[some], numbers)
+            values = numbers.reshape(-1, dim)
+            np.multiply(values, rows[row : row + step], out=values)
+            target[some] = numbers
 
 
 def _pages(chunk: KvChunk, page_tokens: int) -> int:
