@@ -21,7 +21,7 @@ namespace pbs::server {
 namespace {
 
 constexpr uint64_t kEpoch = 5;
-// 300 tokens of 3 heads in 2 layers: small enough to resume at every row.
+// Small enough to resume at every row.
 constexpr KvShape kShape = {2, 3, 32, 150, DType::kBF16};
 constexpr KvRange kWhole = {0, 2, 0, 150, 0, 3};
 constexpr KvRange kPart = {0, 2, 7, 139, 1, 2};  // begins and ends inside pages
