@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from cutting_relay import cutting_relay
 from kv_chunks import EPOCH, Cache
-from pbs_client import Client, KvFormat, KvPart, Pbs, _kv_transfer, _messages, _wire
+from pbs_client import (
+    Client,
+    KvFormat,
+    KvPart,
+    Lease,
+    Pbs,
+    _kv_transfer,
+    _messages,
+    _wire,
+)
 from pbs_client._kv_receiver import KvReceiver, KvShape
 from pbs_client.errors import CorruptDataError
 from pbs_client.kv import Span
@@ -149,6 +158,29 @@ def test_a_connection_cut_anywhere_repeats_no_chunk_that_had_come(
     assert sum(came) == total, f"seed {seed}, cut at {cuts}"
     for one, other in zip(pieces.k + pieces.v, whole.k + whole.v):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_a_broken_fetch_of_queries_goes_on_too(server, client, layout):
+    lease = Lease(capture_query_layers=(1,))
+    ticket = client.prefill("recall", PROMPT, "dense", delivery=lease).ticket
+    kv_format = KvFormat(layout=layout)
+    whole = client.fetch_queries(ticket, 1, kv_format=kv_format)
+    done = []
+    with (
+        cutting_relay(server.target, [whole.nbytes // 2]) as relay,
+        Client(relay.target, follow_endpoints=False) as far,
+    ):
+        pieces = far.fetch_queries(
+            ticket,
+            1,
+            kv_format=kv_format,
+            progress=lambda _, have, __: done.append(have),
+        )
+        assert relay.connections == 2
+    client.release(ticket)
+    assert done == sorted(set(done)), "what had come was discarded"
+    np.testing.assert_array_equal(pieces, whole)
 
 
 def fetch_from(target: str, ticket, **fields) -> list:
