@@ -104,9 +104,9 @@ def _check_wire(wire_dtype: str, dedicated: bool) -> None:
         raise ValueError(f"{_name('wire_dtype')} is not {F8_E4M3}")
     if wire_dtype and not dedicated:
         raise ValueError(
-            f"{_name('wire_dtype')} {wire_dtype} needs dedicated true: every cache that "
-            "travelled so is approximate, and no digest or cache_salt tells it from an "
-            "exact one in vLLM's prefix cache"
+            f"{_name('wire_dtype')} {wire_dtype} needs dedicated true: every cache "
+            "that travelled so is approximate, and no digest or cache_salt tells it "
+            "from an exact one in vLLM's prefix cache"
         )
 
 
