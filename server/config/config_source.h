@@ -29,6 +29,7 @@ absl::Status LoadConfigFile(const std::string& path, v1::ServerConfig& config);
 //
 //   admission.queue_requests_max=128     models.0.name=tiny
 //   default_attention.pbs.threshold=0.8  transport={"chunk_bytes":65536}
+//   push_targets.0=decode-0:50070
 //
 // The value is text for string fields, an enum's name, true or false, a number; a
 // message takes JSON, which replaces it. InvalidArgument names the wrong part and what

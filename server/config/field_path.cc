@@ -10,9 +10,11 @@
 #include <utility>
 #include <vector>
 
+#include "absl/status/statusor.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "server/base/status.h"
 
 namespace pbs::server {
 namespace {
@@ -122,20 +124,39 @@ absl::Status SetLeaf(absl::string_view value, const FieldDescriptor* field,
   }
 }
 
-// The element of a list of messages that `part` names, appended when it is the next.
-absl::Status Element(absl::string_view part, const FieldDescriptor* field,
-                     Message& message, Message** element) {
-  const Reflection& fields = *message.GetReflection();
-  const int size = fields.FieldSize(message, field);
+// The index that `part` names in a list; the list's size names the next element.
+absl::StatusOr<int> Index(absl::string_view part, const FieldDescriptor* field,
+                          const Message& message) {
+  const int size = message.GetReflection()->FieldSize(message, field);
   uint32_t index = 0;
   if (!absl::SimpleAtoi(part, &index) || index > static_cast<uint32_t>(size)) {
     return Bad(absl::StrCat("index \"", part, "\" of ", field->name(),
                             " is not a number in [0, ", size, "]"));
   }
-  *element =
-      static_cast<int>(index) == size
-          ? fields.AddMessage(&message, field)
-          : fields.MutableRepeatedMessage(&message, field, static_cast<int>(index));
+  return static_cast<int>(index);
+}
+
+// The element of a list of messages that `part` names, appended when it is the next.
+absl::Status Element(absl::string_view part, const FieldDescriptor* field,
+                     Message& message, Message** element) {
+  const Reflection& fields = *message.GetReflection();
+  PBS_ABSL_ASSIGN_OR_RETURN(const int index, Index(part, field, message));
+  *element = index == fields.FieldSize(message, field)
+                 ? fields.AddMessage(&message, field)
+                 : fields.MutableRepeatedMessage(&message, field, index);
+  return absl::OkStatus();
+}
+
+// As Element(), of a list of strings.
+absl::Status SetText(absl::string_view part, absl::string_view value,
+                     const FieldDescriptor* field, Message& message) {
+  const Reflection& fields = *message.GetReflection();
+  PBS_ABSL_ASSIGN_OR_RETURN(const int index, Index(part, field, message));
+  if (index == fields.FieldSize(message, field)) {
+    fields.AddString(&message, field, std::string(value));
+  } else {
+    fields.SetRepeatedString(&message, field, index, std::string(value));
+  }
   return absl::OkStatus();
 }
 
@@ -154,6 +175,10 @@ absl::Status SetField(absl::string_view path, absl::string_view value,
     }
     const bool is_message = field->cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE;
     if (field->is_repeated()) {
+      if (field->cpp_type() == FieldDescriptor::CPPTYPE_STRING &&
+          i + 2 == parts.size()) {
+        return SetText(parts[i + 1], value, field, *current);
+      }
       if (!is_message || i + 1 == parts.size()) {
         return Bad(absl::StrCat(field->name(), " is a list; name an element, as in ",
                                 field->name(), ".0"));

@@ -220,6 +220,17 @@ INSTANTIATE_TEST_SUITE_P(
                    "SCOPE_UNSPECIFIED, KV_HEAD, QUERY_HEAD"},
         BadSetCase{"list_without_index", "models=x",
                    "--set models: models is a list; name an element, as in models.0"},
+        BadSetCase{"list_of_texts_without_index", "push_targets=a:1",
+                   "--set push_targets: push_targets is a list; name an element, as in "
+                   "push_targets.0"},
+        BadSetCase{
+            "index_past_the_end_of_texts", "push_targets.1=a:1",
+            "--set push_targets.1: index \"1\" of push_targets is not a number in "
+            "[0, 0]"},
+        BadSetCase{
+            "below_a_text_of_a_list", "push_targets.0.host=a",
+            "--set push_targets.0.host: push_targets is a list; name an element, "
+            "as in push_targets.0"},
         BadSetCase{"index_past_the_end", "models.1.name=x",
                    "--set models.1.name: index \"1\" of models is not a number in "
                    "[0, 0]"},
@@ -227,6 +238,12 @@ INSTANTIATE_TEST_SUITE_P(
                    "--set models.-1.name: index \"-1\" of models is not a number in "
                    "[0, 0]"}),
     testing_support::CaseName());
+
+TEST(ConfigSet, ATextOfAListIsReplacedOrAppended) {
+  const v1::ServerConfig config =
+      After({"push_targets.0=a:1", "push_targets.1=b:2", "push_targets.0=c:3"});
+  EXPECT_THAT(config.push_targets(), testing::ElementsAre("c:3", "b:2"));
+}
 
 TEST(ConfigSet, AMessageTakesItsJsonOnly) {
   v1::ServerConfig config;
