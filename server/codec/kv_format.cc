@@ -24,7 +24,7 @@ absl::StatusOr<KvLayout> DecodeLayout(v1::KvLayout layout) {
   }
 }
 
-// The wishes that both messages have.
+// The wishes that all of these messages have.
 template <class Wishes>
 absl::StatusOr<KvFormat> DecodeCommon(const Wishes& wishes,
                                       int32_t chunk_bytes_default) {
@@ -111,6 +111,11 @@ absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
 }
 
 absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
+                                        int32_t chunk_bytes_default) {
+  return DecodeCommon(delivery, chunk_bytes_default);
+}
+
+absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
                                         int32_t chunk_bytes_default) {
   return DecodeCommon(delivery, chunk_bytes_default);
 }

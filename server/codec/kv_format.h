@@ -1,4 +1,4 @@
-// The format of a sent cache: the checked options of a FetchRequest or an inline
+// The format of a sent cache: the checked options of a FetchRequest or of a
 // delivery, and the dtypes of the wire.
 //
 // Threading: values and stateless functions.
@@ -51,6 +51,8 @@ struct KvFormat {
 absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
                                         int32_t chunk_bytes_default);
 absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
+                                        int32_t chunk_bytes_default);
+absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
                                         int32_t chunk_bytes_default);
 
 }  // namespace pbs::server

@@ -20,7 +20,7 @@ struct PrefillFacts {
   int32_t prompt_tokens = 0;
   std::string model_digest;
   std::string sparsity_digest;
-  double send_seconds = 0;    // inline delivery: seconds that its chunks took
+  double send_seconds = 0;    // inline, push: seconds that the chunks took
   int64_t planned_bytes = 0;  // charged to the ledger
 };
 

@@ -1,5 +1,6 @@
 #include "server/codec/prefill_request.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -152,12 +153,33 @@ absl::Status DecodeThresholdMin(const v1::PrefillRequest& request,
   return absl::OkStatus();
 }
 
+absl::Status DecodePush(const v1::KvDelivery::Push& wire, const PrefillLimits& limits,
+                        PrefillSpec& spec) {
+  const std::string& target = wire.target();
+  if (target.empty()) {
+    return absl::InvalidArgumentError(
+        "delivery.push.target \"\" is empty; it names the host:port of a sink");
+  }
+  const auto& allowed = limits.push_targets;
+  if (std::find(allowed.begin(), allowed.end(), target) == allowed.end()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("delivery.push.target \"",
+                     absl::Utf8SafeCHexEscape(
+                         absl::string_view(target).substr(0, kRequestTextBytesMax)),
+                     "\" is not one of this server's push_targets"));
+  }
+  spec.delivery = Delivery::kPush;
+  spec.push_target = target;
+  PBS_ABSL_ASSIGN_OR_RETURN(spec.push_format,
+                            DecodeKvFormat(wire, limits.chunk_bytes_default));
+  return absl::OkStatus();
+}
+
 absl::Status DecodeDelivery(const v1::KvDelivery& wire, const PrefillLimits& limits,
                             PrefillSpec& spec) {
   switch (wire.delivery_case()) {
     case v1::KvDelivery::kPush:
-      return absl::UnimplementedError(
-          "delivery push is reserved; this server delivers none, inline and lease");
+      return DecodePush(wire.push(), limits, spec);
     case v1::KvDelivery::kInline: {
       spec.delivery = Delivery::kInline;
       PBS_ABSL_ASSIGN_OR_RETURN(

@@ -34,9 +34,10 @@ struct PrefillLimits {
   absl::string_view model_name = {};
   bool has_deadline = false;  // of the call
   int32_t chunk_bytes_default = 0;
+  std::span<const std::string> push_targets = {};
 };
 
-enum class Delivery : uint8_t { kNone, kInline, kLease };
+enum class Delivery : uint8_t { kNone, kInline, kLease, kPush };
 
 struct PrefillSpec {
   std::string request_id;
@@ -51,6 +52,8 @@ struct PrefillSpec {
   std::optional<float> threshold_min = {};
   Delivery delivery = Delivery::kNone;
   KvFormat inline_format;
+  std::string push_target;  // one of PrefillLimits::push_targets
+  KvFormat push_format;
   std::optional<int32_t> ttl_seconds;  // the lease store checks it
   int32_t top_logits = 0;
   bool all_logits_last_token = false;

@@ -95,6 +95,8 @@ absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
   ServerSettings settings;
   settings.service.listen = config.listen();
   settings.service.reflection = config.reflection();
+  settings.service.push_targets = {config.push_targets().begin(),
+                                   config.push_targets().end()};
   settings.service.transport = ToTransport(config.transport());
   settings.service.limits = ToLimits(config.admission());
   for (const v1::AttentionOptions& wire : DefaultAttentions(asked)) {

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int32_t kModelsMax = 64;
 constexpr int32_t kProfilesMax = 64;  // files of a model
+constexpr int32_t kPushTargetsMax = 256;
 constexpr int32_t kThreadsMax = 1024;
 constexpr int32_t kBatchTokensMax = 1 << 16;
 constexpr int64_t kMemoryBytesMax = int64_t{1} << 50;
@@ -82,6 +83,25 @@ void CheckAddresses(const v1::ServerConfig& config, Checker& check) {
       metrics->host == listen->host) {
     check.Add(absl::StrCat("metrics_listen \"", config.metrics_listen(),
                            "\" is also listen; they need different ports"));
+  }
+}
+
+void CheckPushTargets(const v1::ServerConfig& config, Checker& check) {
+  check.Range("number of push_targets", config.push_targets_size(), 0, kPushTargetsMax);
+  std::set<std::string> seen;
+  for (int i = 0; i < config.push_targets_size(); ++i) {
+    const std::string& target = config.push_targets(i);
+    const std::string field = absl::StrCat("push_targets.", i, " ");
+    const auto parsed = ParseHostPort(target);
+    if (!parsed.ok()) {
+      check.Add(absl::StrCat(field, parsed.status().message()));
+    } else if (parsed->port == 0 || parsed->IsEveryAddress()) {
+      check.Add(absl::StrCat(field, "\"", target,
+                             "\" is no address to connect to; it "
+                             "names one host and a port in [1, 65535]"));
+    } else if (!seen.insert(target).second) {
+      check.Add(absl::StrCat(field, "\"", target, "\" is there twice"));
+    }
   }
 }
 
@@ -187,6 +207,7 @@ void CheckDefaultAttention(const v1::AttentionOptions& wire, Checker& check) {
 std::vector<std::string> Validate(const v1::ServerConfig& config) {
   Checker check;
   CheckAddresses(config, check);
+  CheckPushTargets(config, check);
   check.OneOf("backend", config.backend(), kBackends);
   CheckModels(config, check);
   check.Range("cpu.threads", config.cpu().threads(), 0, kThreadsMax);

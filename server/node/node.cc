@@ -98,7 +98,8 @@ ServiceOptions Node::MakeServiceOptions() const {
 }
 
 absl::Status Node::LimitConnections(TransportOptions& transport) const {
-  const int64_t others = OpenDescriptors() + kDescriptorsForOthers;
+  const int64_t others = OpenDescriptors() + kDescriptorsForOthers +
+                         static_cast<int64_t>(settings_.service.push_targets.size());
   const int64_t wanted = others + transport.connections_max;
   const int64_t limit = RaiseDescriptorLimit(wanted);
   if (limit >= wanted) return absl::OkStatus();

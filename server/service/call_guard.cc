@@ -35,31 +35,32 @@ void CallGuard::Met() {
   timers_.Cancel(std::exchange(state_->limit_timer, 0));
 }
 
-void CallGuard::WatchWrites(const WriteLoop& loop, absl::Duration limit) {
-  ScheduleLook(state_, {timers_, clock_, loop, limit, loop.ticks()});
+void CallGuard::Watch(std::function<uint64_t()> ticks, absl::Duration limit) {
+  const uint64_t seen = ticks();
+  ScheduleLook(state_, {timers_, clock_, std::move(ticks), limit, seen});
 }
 
-void CallGuard::ScheduleLook(std::shared_ptr<State> state, const Watch& watch) {
+void CallGuard::ScheduleLook(std::shared_ptr<State> state, const Watched& watched) {
   MutexLock lock(state->mutex);
   if (state->cut == nullptr) return;
-  state->watch_timer = watch.timers.At(watch.clock.Now() + watch.limit,
-                                       [state, watch] { Look(state, watch); });
+  state->watch_timer = watched.timers.At(watched.clock.Now() + watched.limit,
+                                         [state, watched] { Look(state, watched); });
 }
 
-void CallGuard::Look(const std::shared_ptr<State>& state, Watch watch) {
+void CallGuard::Look(const std::shared_ptr<State>& state, Watched watched) {
   {
     MutexLock lock(state->mutex);
     if (state->cut == nullptr) return;
-    const uint64_t ticks = watch.loop.ticks();
-    if (ticks == watch.seen && ticks % 2 == 1) {
+    const uint64_t ticks = watched.ticks();
+    if (ticks == watched.seen && ticks % 2 == 1) {
       std::exchange(state->cut, nullptr)(absl::CancelledError(
           absl::StrCat("the reader took nothing for write_stall_seconds_max ",
-                       absl::ToInt64Seconds(watch.limit), " seconds")));
+                       absl::ToInt64Seconds(watched.limit), " seconds")));
       return;
     }
-    watch.seen = ticks;
+    watched.seen = ticks;
   }
-  ScheduleLook(state, watch);
+  ScheduleLook(state, watched);
 }
 
 void CallGuard::Disarm() {

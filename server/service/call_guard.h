@@ -35,7 +35,12 @@ class CallGuard {
 
   // Cuts the call with CANCELLED when one write stays in flight for `limit`. It checks
   // once per `limit`, so that it costs nothing per message.
-  void WatchWrites(const WriteLoop& loop, absl::Duration limit);
+  void WatchWrites(const WriteLoop& loop, absl::Duration limit) {
+    Watch([&loop] { return loop.ticks(); }, limit);
+  }
+  // The same for anything that counts as WriteLoop::ticks(). `ticks` is called until
+  // Disarm() has returned.
+  void Watch(std::function<uint64_t()> ticks, absl::Duration limit);
 
   void Disarm();
 
@@ -46,16 +51,16 @@ class CallGuard {
     TimerId limit_timer ABSL_GUARDED_BY(mutex) = 0;
     TimerId watch_timer ABSL_GUARDED_BY(mutex) = 0;
   };
-  // State of the check of writes. `loop` lives as long as the state is armed.
-  struct Watch {
+  // State of the check of writes.
+  struct Watched {
     TimerQueue& timers;
     const Clock& clock;
-    const WriteLoop& loop;
+    std::function<uint64_t()> ticks;
     absl::Duration limit;
     uint64_t seen;  // ticks at the last check
   };
-  static void ScheduleLook(std::shared_ptr<State> state, const Watch& watch);
-  static void Look(const std::shared_ptr<State>& state, Watch watch);
+  static void ScheduleLook(std::shared_ptr<State> state, const Watched& watched);
+  static void Look(const std::shared_ptr<State>& state, Watched watched);
 
   TimerQueue& timers_;
   const Clock& clock_;

@@ -1,6 +1,6 @@
 // KvStream: the flow of chunks out of a held cache. It waits for layers, makes chunks,
 // holds their buffers, records the transfer, and ends with the prefill or the lease.
-// Every delivery has one: inline, Fetch.
+// Every delivery has one: inline, Fetch, push.
 //
 //   Open() -> Next() ... done() -> Complete() | Fail() -> Close()
 //
@@ -56,6 +56,7 @@ class KvStream {
   double Complete() { return transfer_.Complete(); }
   // Records that the call ended with `status`.
   void Fail(const absl::Status& status) { transfer_.Fail(status); }
+  void Fail(TransferFailure reason) { transfer_.Fail(reason); }
   // Bytes of the sent content in the cache.
   int64_t held_bytes() const { return exporter_->held_bytes(); }
   // Frees everything. LetGo() was true.

@@ -60,6 +60,7 @@ struct ServiceLimits {
 struct ServiceOptions {
   std::string listen = "127.0.0.1:50051";  // host:port; port 0 picks one
   bool reflection = false;
+  std::vector<std::string> push_targets;  // host:port; where caches may be pushed
   TransportOptions transport;
   ServiceLimits limits;
   AttentionProfile default_attention = DefaultProfile();  // of Prefill

@@ -34,7 +34,14 @@ PrefillLimits LimitsOf(const ServiceContext& service, const ServedModel& model,
   limits.model_name = model.name;
   limits.has_deadline = deadline.time() != absl::InfiniteFuture();
   limits.chunk_bytes_default = service.options.transport.chunk_bytes;
+  limits.push_targets = service.options.push_targets;
   return limits;
+}
+
+// The format in which the call itself sends the cache; null when it does not.
+const KvFormat* SentFormat(const PrefillSpec& spec) {
+  if (spec.delivery == Delivery::kInline) return &spec.inline_format;
+  return spec.delivery == Delivery::kPush ? &spec.push_format : nullptr;
 }
 
 }  // namespace
@@ -141,10 +148,10 @@ int64_t PrefillCall::ResultBytes() const {
 absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
   const KvShape shape = model_->model().kv_shape(facts_.prompt_tokens);
   const KvRange whole = WholeRange(shape);
-  const bool is_inline = spec_.delivery == Delivery::kInline;
   const int64_t result_bytes = ResultBytes();
+  const KvFormat* const format = SentFormat(spec_);
   const int64_t buffer_bytes =
-      is_inline ? KvStream::BufferBytes(shape, whole, spec_.inline_format) : 0;
+      format != nullptr ? KvStream::BufferBytes(shape, whole, *format) : 0;
   PBS_ABSL_ASSIGN_OR_RETURN(PrefillReservation reserved,
                             service_.parts.engine.ReservePrefill(
                                 *model_, {.num_tokens = facts_.prompt_tokens,
@@ -159,13 +166,35 @@ absl::StatusOr<PrefillReservation> PrefillCall::Reserve() {
   kv_ = reserved.kv;
   ByteReservation buffers = reserved.reply.Split(buffer_bytes);
   result_bytes_ = std::move(reserved.reply);
-  if (is_inline) {
-    PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<KvExporter> exporter,
-                              KvExporter::Create(kv_, service_.parts.leases.epoch(),
-                                                 whole, spec_.inline_format));
-    stream_.Open(kv_, std::move(exporter), std::move(buffers));
-  }
+  PBS_ABSL_RETURN_IF_ERROR(OpenDelivery(std::move(buffers)));
   return reserved;
+}
+
+absl::Status PrefillCall::OpenDelivery(ByteReservation buffers) {
+  const KvFormat* const format = SentFormat(spec_);
+  if (format == nullptr) return absl::OkStatus();
+  const uint64_t epoch = service_.parts.leases.epoch();
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      std::unique_ptr<KvExporter> exporter,
+      KvExporter::Create(kv_, epoch, WholeRange(kv_->cache().shape()), *format));
+  if (spec_.delivery == Delivery::kInline) {
+    stream_.Open(kv_, std::move(exporter), std::move(buffers));
+    return absl::OkStatus();
+  }
+  PushContent content = {.target = spec_.push_target,
+                         .facts = {.request_id = spec_.request_id,
+                                   .model = model_->name,
+                                   .model_digest = facts_.model_digest,
+                                   .sparsity_digest = facts_.sparsity_digest,
+                                   .prompt_digest = PromptDigest(spec_.tokens),
+                                   .epoch = epoch},
+                         .format = *format,
+                         .kv = kv_,
+                         .exporter = std::move(exporter),
+                         .buffers = std::move(buffers)};
+  PushListener& listener = *this;
+  push_ = std::make_unique<PushStream>(service_, listener, std::move(content));
+  return absl::OkStatus();
 }
 
 absl::Status PrefillCall::Submit() {
@@ -199,8 +228,21 @@ absl::Status PrefillCall::Submit() {
   }
   if (const absl::Status failure = Admit(*admission); !failure.ok()) {
     service_.parts.engine.Cancel(admission->id, CancelReasonOf(failure));
+  } else if (push_ != nullptr) {
+    StartPush();
   }
   return absl::OkStatus();
+}
+
+// At once, not with the first layer: a target that cannot take the cache fails the call
+// before the work is done.
+void PrefillCall::StartPush() {
+  {
+    MutexLock lock(mutex_);
+    if (failure_.has_value()) return;
+    push_runs_ = true;  // it may end before Start() returns
+  }
+  push_->Start();
 }
 
 // Not OK when the call failed before the job could be cancelled by its id.
@@ -255,10 +297,23 @@ void PrefillCall::OnDone(absl::StatusOr<PrefillResult> result) {
   loop_.Wake();
 }
 
+void PrefillCall::OnPushEnd(const absl::Status& status) {
+  // Cancelled: the call or its prefill has failed, and says so itself.
+  if (!status.ok() && !absl::IsCancelled(status)) Fail(status);
+  MutexLock lock(mutex_);
+  push_runs_ = false;
+  pushed_ = status.ok();
+  loop_.Wake();
+}
+
 bool PrefillCall::LetGo() {
   if (!stream_.LetGo() || !lease_end_.Stop()) return false;
-  MutexLock lock(mutex_);
-  return !job_runs_;
+  {
+    MutexLock lock(mutex_);
+    if (!push_runs_) return !job_runs_;
+  }
+  push_->Cancel();
+  return false;
 }
 
 NextWrite PrefillCall::NextMessage() {
@@ -277,6 +332,10 @@ NextWrite PrefillCall::NextMessage() {
     if (!chunk.ok() || !chunk->has_value()) return NextWrite::Wait();
     return NextWrite::Message(wire::EncodeKvEvent(**chunk));
   }
+  if (push_ != nullptr) {
+    MutexLock lock(mutex_);
+    if (!pushed_) return NextWrite::Wait();
+  }
   return NextResult();
 }
 
@@ -294,6 +353,7 @@ NextWrite PrefillCall::NextResult() {
 
 NextWrite PrefillCall::FinishResult(PrefillResult result) {
   if (stream_.is_open()) facts_.send_seconds = stream_.Complete();
+  if (push_ != nullptr) facts_.send_seconds = push_->send_seconds();
   v1::Done done = EncodeDone(spec_, result, facts_, service_.options.backend);
   grpc::ByteBuffer event;
   if (lease_.valid()) {
@@ -314,6 +374,8 @@ NextWrite PrefillCall::FinishResult(PrefillResult result) {
 void PrefillCall::Release(const absl::Status& status) {
   if (!status.ok()) stream_.Fail(status);
   stream_.Close();
+  if (push_ != nullptr) push_->Close(status);
+  push_.reset();
   kv_.reset();
   lease_ = {};
   result_bytes_.Reset();

@@ -1,5 +1,5 @@
 // Prefill.Prefill: takes tokens and streams events and, with inline delivery, the
-// cache.
+// cache; with delivery by push, it sends the cache to a sink.
 //
 //   checks -> lease -> reservation -> Submit -> admitted
 //     -> (layer events, inline chunks as layers get ready) -> done
@@ -20,6 +20,7 @@
 #include "server/engine/engine.h"
 #include "server/service/kv_stream.h"
 #include "server/service/kv_wait.h"
+#include "server/service/push_stream.h"
 #include "server/service/service_context.h"
 #include "server/service/stream_call.h"
 #include "server/transfer/lease_store.h"
@@ -27,7 +28,8 @@
 namespace pbs::server {
 
 class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteBuffer>>,
-                          private PrefillListener {
+                          private PrefillListener,
+                          private PushListener {
  public:
   PrefillCall(ServiceContext& service, grpc::CallbackServerContext& context,
               const grpc::ByteBuffer& request);
@@ -45,6 +47,9 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   absl::Status Admit(const Admission& admission);
   absl::Status ReplyWithExisting(const LeaseView& lease);
   int64_t ResultBytes() const;
+  // Makes what sends the cache with inline delivery and with push.
+  absl::Status OpenDelivery(ByteReservation buffers);
+  void StartPush();
 
   void PushEvent(grpc::ByteBuffer event);
 
@@ -52,6 +57,9 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   // PrefillListener, called on the executor's thread.
   void OnLayerDone(int32_t layer, double density, double seconds) override;
   void OnDone(absl::StatusOr<PrefillResult> result) override;
+
+  // PushListener.
+  void OnPushEnd(const absl::Status& status) override;
 
   // StreamCall.
   NextWrite NextMessage() override;
@@ -63,8 +71,9 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   NextWrite NextResult();
   NextWrite FinishResult(PrefillResult result);
 
-  KvStream stream_;   // open with inline delivery
-  KvWait lease_end_;  // with delivery by lease
+  KvStream stream_;                   // open with inline delivery
+  std::unique_ptr<PushStream> push_;  // with delivery by push
+  KvWait lease_end_;                  // with delivery by lease
 
   const ServedModel* model_ = nullptr;
   PrefillSpec spec_;
@@ -76,6 +85,8 @@ class PrefillCall final : public StreamCall<grpc::ServerWriteReactor<grpc::ByteB
   std::shared_ptr<HeldKv> kv_;  // shared with job, lease and chunks being sent
 
   bool job_runs_ ABSL_GUARDED_BY(mutex_) = false;
+  bool push_runs_ ABSL_GUARDED_BY(mutex_) = false;
+  bool pushed_ ABSL_GUARDED_BY(mutex_) = false;    // the sink has the whole cache
   bool admitted_ ABSL_GUARDED_BY(mutex_) = false;  // nothing is sent before it is true
   JobId job_ ABSL_GUARDED_BY(mutex_) = 0;
   // At most one event per layer, `admitted` and `done`.

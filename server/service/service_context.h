@@ -20,6 +20,7 @@
 #include "server/service/open_calls.h"
 #include "server/service/options.h"
 #include "server/service/parts.h"
+#include "server/service/push_targets.h"
 #include "server/service/task_pool.h"
 #include "server/service/uploads.h"
 
@@ -41,6 +42,7 @@ class ServiceContext {
   const std::shared_ptr<BlockCache> upload_blocks = std::make_shared<BlockCache>(
       std::min(kUploadBlockBytesMax, parts.ledger.bytes_max() / 8));
   OpenCalls open_calls;
+  PushTargets push_targets{options.push_targets, options.transport};
   Uploads uploads{options.limits.upload_requests_max};
   // Make chunks when the executor has published layers or results
   TaskPool movers{2};

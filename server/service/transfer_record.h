@@ -1,4 +1,4 @@
-// Metrics of one KV transfer, inline or by fetch.
+// Metrics of one KV transfer, inline, by fetch or by push.
 //
 // Threading: one thread at a time.
 #pragma once
@@ -34,9 +34,10 @@ class TransferRecord {
   }
   // Call it when the call ends with `status`. It counts a failure when the transfer has
   // begun and is not complete.
-  void Fail(const absl::Status& status) {
+  void Fail(const absl::Status& status) { Fail(ReasonOf(status)); }
+  void Fail(TransferFailure reason) {
     if (!start_.has_value() || complete_) return;
-    parts_.metrics.kv.TransferFailed(ReasonOf(status)).Increment();
+    parts_.metrics.kv.TransferFailed(reason).Increment();
   }
 
  private:

@@ -74,9 +74,10 @@ enum class TransferFailure : uint8_t {
   kPrefillFailed,  // the cache will never be complete
   kDeadline,       // the consumer's deadline passed
   kShutdown,       // the server stopped
+  kSink,           // the sink of a push failed, or was not reached
 };
-inline constexpr std::array<const char*, 5> kTransferFailureNames = {
-    "cancelled", "lease_gone", "prefill_failed", "deadline", "shutdown"};
+inline constexpr std::array<const char*, 6> kTransferFailureNames = {
+    "cancelled", "lease_gone", "prefill_failed", "deadline", "shutdown", "sink"};
 
 // Label `tier` of held caches.
 enum class Tier : uint8_t { kHost };

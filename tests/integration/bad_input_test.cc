@@ -108,9 +108,14 @@ INSTANTIATE_TEST_SUITE_P(
             "gamma 1.5 is outside (0, 1]"),
         BadPrefill(
             "push", [](auto& r) { r.mutable_delivery()->mutable_push(); },
-            "delivery push is reserved; this server delivers none, inline and "
-            "lease",
-            StatusCode::UNIMPLEMENTED),
+            "delivery.push.target \"\" is empty; it names the host:port of a sink"),
+        BadPrefill(
+            "push_target_that_is_not_allowed",
+            [](auto& r) {
+              r.mutable_delivery()->mutable_push()->set_target("127.0.0.1:22");
+            },
+            "delivery.push.target \"127.0.0.1:22\" is not one of this server's "
+            "push_targets"),
         BadPrefill(
             "prefix_ticket", [](auto& r) { r.mutable_prefix_ticket(); },
             "prefix_ticket is reserved: this server reuses no prefixes yet",

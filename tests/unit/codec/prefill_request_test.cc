@@ -13,6 +13,8 @@
 namespace pbs::server {
 namespace {
 
+const std::vector<std::string> kSinks = {"decode-0.example:50070"};
+
 // The default profile is pbs as a request that names it gets it.
 PrefillLimits Limits() {
   PrefillLimits limits;
@@ -24,6 +26,7 @@ PrefillLimits Limits() {
   limits.num_kv_heads = 2;
   limits.head_dim = 64;
   limits.chunk_bytes_default = 1 << 20;
+  limits.push_targets = kSinks;
   return limits;
 }
 
@@ -44,6 +47,26 @@ TEST(DecodePrefillSpec, FillsEveryUnsetFieldWithItsDefault) {
   EXPECT_EQ(spec->delivery, Delivery::kNone);
   EXPECT_EQ(spec->top_logits, 0);
   EXPECT_FALSE(spec->ttl_seconds.has_value());
+}
+
+TEST(DecodePrefillSpec, KeepsTheFormatOfAPush) {
+  v1::PrefillRequest request = GoodRequest();
+  v1::KvDelivery::Push& push = *request.mutable_delivery()->mutable_push();
+  push.set_target(kSinks[0]);
+  push.set_dtype(v1::BF16);
+  push.set_layout(v1::NHD);
+  push.set_chunk_bytes(65'536);
+  push.set_checksums(false);
+  push.set_page_tokens(16);
+  const auto spec = DecodePrefill(request, Limits());
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->delivery, Delivery::kPush);
+  EXPECT_EQ(spec->push_target, kSinks[0]);
+  EXPECT_EQ(spec->push_format.dtype, DType::kBF16);
+  EXPECT_EQ(spec->push_format.layout, KvLayout::kNhd);
+  EXPECT_EQ(spec->push_format.chunk_bytes, 65'536);
+  EXPECT_EQ(spec->push_format.page_tokens, 16);
+  EXPECT_FALSE(spec->push_format.checksums);
 }
 
 TEST(DecodePrefillSpec, KeepsWhatIsSet) {
@@ -212,10 +235,55 @@ INSTANTIATE_TEST_SUITE_P(
 INSTANTIATE_TEST_SUITE_P(
     DeliveryAndResults, RefusedPrefillSpec,
     testing::Values(
-        RefusedCase{"push", [](auto& r) { r.mutable_delivery()->mutable_push(); },
-                    "delivery push is reserved; this server delivers none, inline and "
-                    "lease",
-                    kUnimplemented},
+        RefusedCase{"push_without_target",
+                    [](auto& r) { r.mutable_delivery()->mutable_push(); },
+                    "delivery.push.target \"\" is empty; it names the host:port of a "
+                    "sink"},
+        RefusedCase{"push_target_unknown",
+                    [](auto& r) {
+                      r.mutable_delivery()->mutable_push()->set_target("10.0.0.1:80");
+                    },
+                    "delivery.push.target \"10.0.0.1:80\" is not one of this server's "
+                    "push_targets"},
+        RefusedCase{
+            "push_target_of_another_case",
+            [](auto& r) {
+              r.mutable_delivery()->mutable_push()->set_target(
+                  "Decode-0.example:50070");
+            },
+            "delivery.push.target \"Decode-0.example:50070\" is not one of this "
+            "server's push_targets"},
+        RefusedCase{
+            "push_target_with_control_characters",
+            [](auto& r) { r.mutable_delivery()->mutable_push()->set_target("a\nb:1"); },
+            "delivery.push.target \"a\\nb:1\" is not one of this server's "
+            "push_targets"},
+        RefusedCase{"push_page_tokens",
+                    [](auto& r) {
+                      auto& push = *r.mutable_delivery()->mutable_push();
+                      push.set_target(kSinks[0]);
+                      push.set_page_tokens(0);
+                    },
+                    "page_tokens 0 is outside [1, 1048576]"},
+        RefusedCase{"push_idempotency",
+                    [](auto& r) {
+                      r.mutable_delivery()->mutable_push()->set_target(kSinks[0]);
+                      r.set_idempotency_key("k");
+                    },
+                    "idempotency_key needs delivery lease: equal keys return the same "
+                    "lease"},
+        RefusedCase{"push_captured_queries",
+                    [](auto& r) {
+                      r.mutable_delivery()->mutable_push()->set_target(kSinks[0]);
+                      r.add_capture_query_layers(0);
+                    },
+                    "capture_query_layers needs delivery lease: a fetch delivers the "
+                    "queries"},
+        RefusedCase{"inline_page_tokens",
+                    [](auto& r) {
+                      r.mutable_delivery()->mutable_inline_()->set_page_tokens(0);
+                    },
+                    "page_tokens 0 is outside [1, 1048576]"},
         RefusedCase{"prefix_ticket", [](auto& r) { r.mutable_prefix_ticket(); },
                     "prefix_ticket is reserved: this server reuses no prefixes yet",
                     kUnimplemented},

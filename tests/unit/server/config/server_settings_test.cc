@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "pbs/limits.h"
 #include "tests/support/case_name.h"
 
@@ -260,6 +261,37 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(
         ViolationCase{"listen", [](auto& c) { c.set_listen("nowhere"); },
                       "listen \"nowhere\" is not host:port: no port"},
+        ViolationCase{
+            "push_target", [](auto& c) { c.add_push_targets("decode 7:1"); },
+            "push_targets.0 \"decode 7:1\" is not host:port: host is no name, "
+            "IPv4 address or [IPv6 address]"},
+        ViolationCase{
+            "push_target_with_a_scheme",
+            [](auto& c) { c.add_push_targets("unix:/run/sink"); },
+            "push_targets.0 \"unix:/run/sink\" is not host:port: port is not a "
+            "number in [0, 65535]"},
+        ViolationCase{
+            "push_target_everywhere",
+            [](auto& c) { c.add_push_targets("0.0.0.0:50070"); },
+            "push_targets.0 \"0.0.0.0:50070\" is no address to connect to; it "
+            "names one host and a port in [1, 65535]"},
+        ViolationCase{"push_target_without_port",
+                      [](auto& c) { c.add_push_targets("decode-0:0"); },
+                      "push_targets.0 \"decode-0:0\" is no address to connect to; it "
+                      "names one host and a port in [1, 65535]"},
+        ViolationCase{"push_target_twice",
+                      [](auto& c) {
+                        c.add_push_targets("decode-0:1");
+                        c.add_push_targets("decode-0:1");
+                      },
+                      "push_targets.1 \"decode-0:1\" is there twice"},
+        ViolationCase{"push_targets_too_many",
+                      [](auto& c) {
+                        for (int i = 1; i <= 257; ++i) {
+                          c.add_push_targets(absl::StrCat("d:", i));
+                        }
+                      },
+                      "number of push_targets 257 is outside [0, 256]"},
         ViolationCase{"advertise", [](auto& c) { c.set_advertise("node 7:1"); },
                       "advertise \"node 7:1\" is not host:port: host is no name, IPv4 "
                       "address or [IPv6 address]"},
