@@ -2,7 +2,7 @@
 
 Modules of this package: client.py (Client), options.py (Attention, and the methods:
 Dense, Pbs, ...), attend_options.py (Packed, Given, Timing, Synthetic),
-prefill_options.py (Inline, Lease, Logits), kv.py (KvPart, KvFormat and caches),
+prefill_options.py (Inline, Lease, Push, Logits), sink.py (KvSink), kv.py (KvPart, KvFormat and caches),
 capture.py (heads of a model, and their files), results.py, block_lists.py, errors.py,
 safetensors_file.py and, with torch and transformers installed, hf.py.
 """
@@ -31,7 +31,7 @@ from pbs_client.errors import (
 from pbs_client.kv import KvCache, KvDescriptor, KvFormat, KvLease, KvPart, KvTicket
 from pbs_client.options import *  # noqa: F403  Attention and the methods
 from pbs_client.options import __all__ as _options
-from pbs_client.prefill_options import Inline, Lease, Logits
+from pbs_client.prefill_options import Inline, Lease, Logits, Push
 from pbs_client.results import (
     Admitted,
     AttendStats,
@@ -42,6 +42,7 @@ from pbs_client.results import (
     StageSeconds,
     TokenLogit,
 )
+from pbs_client.sink import KvSink, PushedCache, PushHeader
 
 __all__ = [
     "AbortedError",
@@ -67,6 +68,7 @@ __all__ = [
     "KvFormat",
     "KvLease",
     "KvPart",
+    "KvSink",
     "KvTicket",
     "LayerProgress",
     "Lease",
@@ -77,6 +79,9 @@ __all__ = [
     "PbsError",
     "PrefillResult",
     "PrefillStats",
+    "Push",
+    "PushHeader",
+    "PushedCache",
     "ResourceExhaustedError",
     "ServerInfo",
     "StageSeconds",

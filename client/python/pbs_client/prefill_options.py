@@ -12,7 +12,7 @@ from typing import Any, Union
 from pbs_client import dtypes
 from pbs_client._arguments import check_fields, int_tuple
 from pbs_client._kv_receiver import LAYOUT_NUMBERS
-from pbs_client.kv import Array, check_wire, page_tokens_of
+from pbs_client.kv import LAYOUTS, Array, check_wire, page_tokens_of
 
 INLINE_LAYOUT = "HND"
 
@@ -87,6 +87,55 @@ class Lease:
 
 
 @dataclass(frozen=True)
+class Push:
+    """The server sends the cache to a KvSink while it prefills.
+
+    The call ends when the sink has all of it. It fails when the sink fails, with the
+    sink's reason.
+
+    Attributes:
+        target: HOST:PORT of the sink, as the server's push_targets has it.
+        dtype: "f32", "f16" or "bf16"; None is the dtype that the server holds.
+        layout: "HND" [kv_heads, tokens, head_dim] or "NHD" [tokens, kv_heads, head_dim].
+        checksums: the sink checks every chunk and layer.
+        page_tokens: chunks begin and end at multiples of this many tokens; None is 1.
+        chunk_bytes: the longest payload, 65536 .. 4194304; None is the server's default.
+
+    Raises:
+        ValueError: dtype or layout is none of these.
+        TypeError, ValueError: as check_fields().
+    """
+
+    target: str
+    dtype: Any = None
+    layout: str = "HND"
+    checksums: bool = True
+    page_tokens: int | None = None
+    chunk_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.dtype is not None:
+            dtypes.float_dtype(self.dtype)
+        if self.layout not in LAYOUTS:
+            names = ", ".join(LAYOUTS)
+            raise ValueError(f"layout {self.layout!r} is not one of {names}")
+
+    def fill(self, delivery: Any) -> None:
+        """Writes itself into a KvDelivery message."""
+        push = delivery.push
+        push.target = self.target
+        push.layout = LAYOUT_NUMBERS[self.layout]
+        push.checksums = self.checksums
+        if self.dtype is not None:
+            push.dtype = dtypes.to_wire(dtypes.float_dtype(self.dtype))
+        if self.page_tokens is not None:
+            push.page_tokens = self.page_tokens
+        if self.chunk_bytes is not None:
+            push.chunk_bytes = self.chunk_bytes
+
+
+@dataclass(frozen=True)
 class Logits:
     """The logits that a prefill returns.
 
@@ -116,9 +165,9 @@ class Logits:
         request.all_logits_last_token = self.all_of_last_token
 
 
-Delivery = Union[Inline, Lease]
+Delivery = Union[Inline, Lease, Push]
 
-_DELIVERIES: dict[str, type[Delivery]] = {"inline": Inline, "lease": Lease}
+_DELIVERIES: dict[str, type[Union[Inline, Lease]]] = {"inline": Inline, "lease": Lease}
 
 
 def delivery_of(delivery: Any) -> Delivery | None:
@@ -129,11 +178,12 @@ def delivery_of(delivery: Any) -> Delivery | None:
     """
     if delivery is None or delivery == "none":
         return None
-    if isinstance(delivery, (Inline, Lease)):
+    if isinstance(delivery, (Inline, Lease, Push)):
         return delivery
     if isinstance(delivery, str) and delivery in _DELIVERIES:
         return _DELIVERIES[delivery]()
     names = ", ".join(map(repr, _DELIVERIES))
     raise ValueError(
-        f"delivery {delivery!r} is not one of 'none', {names}, nor Inline(...) or Lease(...)"
+        f"delivery {delivery!r} is not one of 'none', {names}, nor Inline(...), Lease(...) "
+        "or Push(...)"
     )
