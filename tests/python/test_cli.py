@@ -45,6 +45,9 @@ def parse(*words: str):
         "prefill",
         "generate --tokens x --model-path y",
         "serve",
+        "sink",
+        "sink --listen 127.0.0.1:0",
+        "sink --listen 127.0.0.1:0 --output x --server 127.0.0.1:1",
     ],
 )
 def test_wrong_usage_exits_with_2(words, capsys):

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-import numpy as np
 import pbs_client
 import pytest
 from eventually import WAIT_SECONDS_MAX, until
@@ -592,17 +591,18 @@ def test_a_drain_lets_a_push_finish(model, target):
     with pushing_server(model, [target]) as node, Client(node.target) as client:
         tokens = prompt(3000)
         expected = inline(client, tokens)
+        refused: list[tuple[str, str]] = []
 
         def stop_server(header, layer, k, v):
             if layer == 0:
                 node.process.terminate()
                 until(lambda: any('"draining"' in line for line in node.log))
+                refused.append(fails(client, target))
 
         with KvSink(target, on_layer=stop_server, credit_bytes=CHUNK_BYTES) as sink:
             push(client, target, tokens)
             assert bytes_of(sink.take(WAIT_SECONDS_MAX).cache) == expected
-        with pytest.raises(pbs_client.UnavailableError):
-            push(client, target, tokens)
+        assert refused == [("UNAVAILABLE", "draining")]
         assert node.process.wait(WAIT_SECONDS_MAX) == 0
 
 
@@ -613,7 +613,7 @@ def test_a_sink_that_comes_back_gets_the_next_push(node, client, target):
     is_as_new(node, client, target)
 
 
-def test_threads_and_descriptors_of_the_server_do_not_grow_with_failures(
+def test_descriptors_of_the_server_do_not_grow_with_failures(
     node, client, target
 ):
     tokens = prompt(100)
@@ -630,4 +630,3 @@ def test_threads_and_descriptors_of_the_server_do_not_grow_with_failures(
     before = descriptors()
     fail_often(20)
     until(lambda: descriptors() <= before + 3)
-    assert np.isfinite(before)

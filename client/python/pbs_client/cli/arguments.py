@@ -7,7 +7,7 @@ import argparse
 from pbs_client import _version
 from pbs_client._transport import check_target
 from pbs_client.calibration import THRESHOLDS_DEFAULT
-from pbs_client.cli import attention, commands, recipe
+from pbs_client.cli import attention, commands, recipe, sink
 from pbs_client.cli.calibrate import calibrate
 from pbs_client.client import CONTROL_TIMEOUT_SECONDS, WORK_TIMEOUT_SECONDS
 from pbs_client.dtypes import F8_E4M3, FLOAT_DTYPES
@@ -59,6 +59,7 @@ times of all stages, and writes the KV cache on request.
 --kv FILE  writes the cache: layers.N.k, layers.N.v, each [kv_heads, tokens, head_dim];
            keys include the rotary embedding
 --lease    keeps the cache on the server and prints its ticket, for a decode tier
+--push     sends the cache to a sink, such as `pbs-client sink`
 prints:    one JSON line: first_token, top_logits, density (mean over layers), layers,
            stages (seconds), ticket, ..."""
 
@@ -146,6 +147,13 @@ def make_parser() -> argparse.ArgumentParser:
             "--prompts FILE --budget SHARE --output FILE",
             (_calibrate,),
         ),
+        (
+            sink.sink,
+            "receive pushed caches",
+            sink.DESCRIPTION,
+            "--listen HOST:PORT --output FOLDER",
+            (sink.add_arguments,),
+        ),
     ):
         command = made.add_parser(
             run.__name__,
@@ -155,13 +163,14 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
-        # A command without options of its own is a control call.
-        _connection(
-            command, WORK_TIMEOUT_SECONDS if groups else CONTROL_TIMEOUT_SECONDS
-        )
+        if run is not sink.sink:
+            # A command without options of its own is a control call.
+            _connection(
+                command, WORK_TIMEOUT_SECONDS if groups else CONTROL_TIMEOUT_SECONDS
+            )
         for add_group in groups:
             add_group(command)
-        if groups and run not in (commands.capture, recipe.recipe):
+        if groups and run not in (commands.capture, recipe.recipe, sink.sink):
             attention.add_arguments(command)
     return parser
 
@@ -273,7 +282,12 @@ def _prefill(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-dtype",
         choices=tuple(FLOAT_DTYPES),
-        help="dtype of --kv [that of the held cache]",
+        help="dtype of --kv and --push [that of the held cache]",
+    )
+    group.add_argument(
+        "--push",
+        metavar="HOST:PORT",
+        help="the server sends the cache to this sink, one of its push_targets",
     )
     _wire(group)
     group.add_argument(

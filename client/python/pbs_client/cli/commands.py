@@ -23,7 +23,7 @@ from pbs_client.client import Client
 from pbs_client.errors import PbsError
 from pbs_client.kv import KvCache, KvFormat
 from pbs_client.options import Attention, method_of
-from pbs_client.prefill_options import Delivery, Inline, Lease, Logits
+from pbs_client.prefill_options import Delivery, Inline, Lease, Logits, Push
 from pbs_client.results import to_json
 
 _RELEASE_TIMEOUT_SECONDS = 5.0
@@ -98,7 +98,11 @@ def prefill(arguments: argparse.Namespace) -> None:
     attention, tokens = attention_from(arguments), read_tokens(arguments.tokens)
     check_output(arguments.kv)
     delivery: Delivery | None = None
-    if arguments.lease:
+    if arguments.push is not None:
+        if arguments.lease or arguments.kv:
+            raise ValueError("--push sends the cache away: not with --lease or --kv")
+        delivery = Push(arguments.push, arguments.kv_dtype)
+    elif arguments.lease:
         delivery = Lease(arguments.ttl)
     elif arguments.kv:
         delivery = Inline(
@@ -128,7 +132,7 @@ def prefill(arguments: argparse.Namespace) -> None:
             )
         seconds = time.monotonic() - begin
     if cache is not None:
-        _write_cache(arguments.kv, cache)
+        write_cache(arguments.kv, cache)
     for layer, ran in zip(layers, result.stats.layer_method):
         layer["method"] = ran
     stats = to_json(result.stats)
@@ -319,7 +323,8 @@ def _layer_bar(
     return on_layer
 
 
-def _write_cache(path: str, cache: KvCache) -> None:
+def write_cache(path: str, cache: KvCache) -> None:
+    """Writes a cache to a safetensors file."""
     metadata = {
         "prompt_tokens": str(cache.prompt_tokens),
         "first_token": str(cache.first_token),
