@@ -602,7 +602,7 @@ def test_a_drain_lets_a_push_finish(model, target):
         with KvSink(target, on_layer=stop_server, credit_bytes=CHUNK_BYTES) as sink:
             push(client, target, tokens)
             assert bytes_of(sink.take(WAIT_SECONDS_MAX).cache) == expected
-        assert refused == [("UNAVAILABLE", "draining")]
+        assert refused == [("UNAVAILABLE", "draining: this server takes no new work")]
         assert node.process.wait(WAIT_SECONDS_MAX) == 0
 
 
