@@ -6,6 +6,8 @@ and one reply per line of standard output. With PROMPT an index of caches.PROMPT
 
     {"do": "fetch", "target": T, "ticket": TICKET, ...}   a leased cache
     {"do": "inline", "target": T, "prompt": PROMPT, ...}  a prefill with its cache
+    {"do": "sink", "target": T, ...}                      listens there for one push, after
+        a line {"listens": true}; "kill_at": LAYER: kills itself (SIGKILL) when it has it
 
     "timeout": seconds, "resumes": count, "behind_relay": BOOL, "options": [[KEY, VALUE]],
     "stop": {"at": BYTE, "how": "kill" | "hang" | "leave"}: when that many payload bytes
@@ -23,11 +25,15 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from typing import Any
 
 from caches import MODEL, PROMPTS, digest_of_layer, digests_of
-from pbs_client import Client, KvTicket, PbsError
+from pbs_client import Client, DeadlineExceededError, KvSink, KvTicket, PbsError
+
+
+POLL_SECONDS = 0.05
 
 
 class LeaveError(Exception):
@@ -82,6 +88,31 @@ def inline(client: Client, command: dict[str, Any], _: dict[int, str]) -> list[s
     return digests_of(result.kv)
 
 
+def sink(command: dict[str, Any], layers: dict[int, str]) -> list[str]:
+    failures: list[PbsError] = []
+
+    def on_layer(_: Any, layer: int, k: Any, v: Any) -> None:
+        if layer == command.get("kill_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        layers[layer] = digest_of_layer(k, v)
+
+    end = time.monotonic() + command["timeout"]
+    with KvSink(
+        command["target"],
+        on_layer=on_layer,
+        on_failure=lambda _, error: failures.append(error),
+    ) as listening:
+        say({"listens": True})
+        while True:
+            try:
+                return digests_of(listening.take(POLL_SECONDS).cache)
+            except DeadlineExceededError:
+                if failures:
+                    raise failures[0] from None
+                if time.monotonic() > end:
+                    raise
+
+
 def run(command: dict[str, Any]) -> dict[str, Any]:
     """What came of one command."""
     layers: dict[int, str] = {}
@@ -89,6 +120,9 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
     options = [tuple(option) for option in command.get("options", ())]
     follow = not command.get("behind_relay", False)
     try:
+        if command["do"] == "sink":
+            reply["cache"] = sink(command, layers)
+            return {"layers": layers, **reply}
         with Client(
             command["target"], channel_options=options, follow_endpoints=follow
         ) as client:

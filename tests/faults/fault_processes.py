@@ -20,6 +20,7 @@ from typing import Any
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS / "python"))
+from push_world import free_ports  # noqa: E402, F401
 from real_server import program, server_binary  # noqa: E402, F401
 
 HERE = pathlib.Path(__file__).resolve().parent

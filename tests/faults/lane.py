@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from caches import MODEL, PROMPTS, Prompt, digests_of
-from fault_processes import LEASE_SECONDS, Helper, Node, eventually, program
+from fault_processes import (
+    LEASE_SECONDS,
+    Helper,
+    Node,
+    eventually,
+    free_ports,
+    program,
+)
 from pbs_client import Client, KvCache, KvTicket, NotFoundError, PbsError
 from pbs_client.results import LayerProgress
 
@@ -42,7 +49,14 @@ class Lane:
 
     def __init__(self, model: pathlib.Path) -> None:
         self.model = model
-        self.node = Node(model, MODEL)
+        # Where a decode side listens for pushes, itself and behind the relay.
+        self.sink, self.relayed_sink = free_ports(2)
+        self.node = Node(
+            model,
+            MODEL,
+            f"push_targets.0={self.sink}",
+            f"push_targets.1={self.relayed_sink}",
+        )
         self.relay = Helper("relay.py")
         self.decode = Helper("decode_side.py")
         self._ready = False
@@ -204,6 +218,12 @@ class Lane:
         words = {"timeout": CALL_SECONDS_MAX, **words, **behind}
         self.decode.tell("fetch", target=target, ticket=ticket.to_json(), **words)
 
+    def listen(self, **words: Any) -> None:
+        """Has the decode side wait for a push."""
+        words = {"timeout": CALL_SECONDS_MAX * 2, **words}
+        self.decode.tell("sink", target=self.sink, **words)
+        assert self.decode.answer() == {"listens": True}
+
     def hangs(self) -> bool:
         """Waits until the decode side has stopped; False: its call ended before."""
         self._early = self.decode.answer()
@@ -271,6 +291,11 @@ class Lane:
     def open_relay(self, *plans: dict[str, Any]) -> int:
         """A port of the relay to the node."""
         return int(self.relay.ask("open", server=self.node.target, plans=plans)["port"])
+
+    def open_relay_to_sink(self, plan: dict[str, Any]) -> None:
+        """Puts the relay between the node and the decode side's sink."""
+        port = int(self.relayed_sink.rpartition(":")[2])
+        self.relay.ask("open", server=self.sink, plans=[plan], port=port)
 
     def came_to_hold(self) -> bool:
         """Waits for a fetch to come to the hold; False: it ended before."""

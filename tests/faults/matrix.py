@@ -24,7 +24,7 @@ from lane import (
     Lane,
     LeaveError,
 )
-from pbs_client import Inline, Lease, NotFoundError
+from pbs_client import Inline, Lease, NotFoundError, Push
 
 LAYERS = 6  # of the model
 UP_BYTES = 900  # those that a decode side sends for a cache
@@ -223,6 +223,42 @@ def prefill_cancelled(lane: Lane) -> None:
     lane.saw("prefill", ended.result())
 
 
+# ---- a sink of pushes
+
+
+def sink_killed(lane: Lane) -> None:
+    """The decode side is killed (SIGKILL) at a random layer that is pushed to it."""
+    prompt = lane.prompt()
+    lane.listen(kill_at=lane.rng.randrange(LAYERS))
+    _, ended = lane.begin_prefill(prompt, delivery=Push(lane.sink))
+    lane.see_decode(prompt)
+    lane.saw("prefill", ended.result())
+
+
+def sink_cut(lane: Lane) -> None:
+    """The connection of a push is cut at a random byte, either way."""
+    _push_through_relay(lane, "cut_at", {"reset": lane.rng.random() < 0.5})
+
+
+def sink_bit_flipped(lane: Lane) -> None:
+    """One bit flips at a random byte of the connection of a push, either way."""
+    _push_through_relay(lane, "flip_at", {"bit": lane.rng.randrange(8)})
+
+
+def _push_through_relay(lane: Lane, what: str, how: dict[str, object]) -> None:
+    prompt = lane.prompt()
+    down = lane.rng.random() < 0.2
+    at = lane.rng.randrange(UP_BYTES) if down else a_wire_byte(lane, prompt)
+    plan = {"way": "down" if down else "up", what: at, **how}
+    lane.notes.append(f"plan {plan}")
+    lane.listen()
+    lane.open_relay_to_sink(plan)
+    _, ended = lane.begin_prefill(prompt, delivery=Push(lane.relayed_sink))
+    lane.see_decode(prompt)
+    lane.saw("prefill", ended.result())
+    lane.close_relay()
+
+
 # ---- the node
 
 
@@ -351,6 +387,20 @@ FAULTS = (
         3,
         _codes(f"{RIGHT} UNAVAILABLE NOT_FOUND"),
         {"prefill": _codes(f"{RIGHT} {LEFT} DEADLINE_EXCEEDED")},
+    ),
+    Fault(sink_killed, 1, _codes(KILLED), {"prefill": _codes("UNAVAILABLE")}),
+    Fault(
+        sink_cut,
+        2,
+        # A connection that is cut before the call brings the sink nothing.
+        _codes(f"{RIGHT} CANCELLED DEADLINE_EXCEEDED"),
+        {"prefill": _codes(f"{RIGHT} UNAVAILABLE")},
+    ),
+    Fault(
+        sink_bit_flipped,
+        2,
+        _codes(f"{RIGHT} {_ANY_ERROR}"),
+        {"prefill": _codes(f"{RIGHT} {_ANY_ERROR}")},
     ),
     Fault(
         node_killed_mid_prefill,

@@ -5,6 +5,7 @@ A process of its own: one command per line of standard input, a JSON object, and
 reply per line of standard output.
 
     {"do": "open", "server": "HOST:PORT", "plans": [PLAN, ...]}   -> {"port": N}
+                       "port": N chooses it
     {"do": "held"}     -> {"held": true} when a connection has come to its hold, or
                        {"held": false} when one ended before
     {"do": "go"}       lets held connections go on
@@ -39,13 +40,13 @@ Plan = dict[str, Any]
 class Session:
     """One open port."""
 
-    def __init__(self, host: str, port: int, plans: list[Plan]) -> None:
+    def __init__(self, host: str, port: int, plans: list[Plan], own_port: int) -> None:
         self._server, self._plans = (host, port), plans
         self.counts = {"connections": 0, "faults": 0, "down": 0, "up": 0}
         self.held, self.gate = asyncio.Event(), asyncio.Event()
         self.ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", own_port))
         self._listener.setblocking(False)
         self._spawn(self._accept())
 
@@ -177,7 +178,8 @@ async def serve() -> None:
         reply: dict[str, Any] = {}
         if command["do"] == "open":
             host, _, port = command["server"].rpartition(":")
-            session = Session(host, int(port), command["plans"])
+            own_port = command.get("port", 0)
+            session = Session(host, int(port), command["plans"], own_port)
             reply = {"port": session.port}
         elif session is None:
             reply = {"error": "no open port"}

@@ -48,6 +48,7 @@ PUSHES_MAX = 16
 STALL_SECONDS_MAX = 600.0  # a push is silent while its prompt waits or a layer runs
 
 _REFUSALS_AT_ONCE = 16  # calls beyond pushes_max that get our answer, not gRPC's
+_LEAVE_SECONDS = 0.5  # between the end of a stream and the news that its call is gone
 _LAYOUT_NAMES = {number: name for name, number in LAYOUT_NUMBERS.items()}
 _LAYOUTS = ("HND", "NHD")
 _HANDLE = re.compile(r"[0-9a-f]{32}")
@@ -276,6 +277,8 @@ class KvSink:
                 received += chunk.payload.nbytes
                 del message, chunk
                 yield self._ack(header, received)
+            if not receiver.is_complete:
+                push.raise_if_left()
             cache = _cache_of(header, receiver)
             kept = True
         finally:
@@ -351,8 +354,14 @@ class _Push:
         """The next message. PbsError when there is none."""
         message = self.next_or_end()
         if message is None:
+            self.raise_if_left()
             raise CorruptDataError("the push has no push_header")
         return message
+
+    def raise_if_left(self) -> None:
+        """CallCancelledError when the call has ended: gRPC first says end of stream."""
+        if self._ended.wait(_LEAVE_SECONDS):
+            raise _LEFT
 
     def next_or_end(self) -> bytes | None:
         """The next message; None at the end. Raises PbsError."""
