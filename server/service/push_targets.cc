@@ -21,6 +21,8 @@ constexpr int kAckBytesMax = 4 << 10;
 // A target that refused a connection is tried again after at most this time.
 constexpr int kBackoffMillisMin = 100;
 constexpr int kBackoffMillisMax = 1000;
+// Of one attempt to connect. Less than kPushConnectMax, so that gRPC says what failed.
+constexpr absl::Duration kAttemptMax = absl::Seconds(4);
 
 grpc::ChannelArguments ArgumentsOf(const TransportOptions& transport) {
   grpc::ChannelArguments arguments;
@@ -35,7 +37,7 @@ grpc::ChannelArguments ArgumentsOf(const TransportOptions& transport) {
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kBackoffMillisMin);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, kBackoffMillisMax);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS,
-                   static_cast<int>(absl::ToInt64Milliseconds(kPushConnectMax)));
+                   static_cast<int>(absl::ToInt64Milliseconds(kAttemptMax)));
   // Calls go to the address of the configuration: by no proxy of the environment, and
   // with no settings from DNS. What was sent is not kept to be sent again.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);

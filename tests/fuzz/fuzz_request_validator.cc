@@ -73,11 +73,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::vector<pbs::server::Profile> profiles = {pbs::server::PaperProfile()};
   limits.profiles = profiles;
   limits.has_deadline = true;
+  const std::vector<std::string> sinks = {"sink:1"};
+  limits.push_targets = sinks;
   const auto spec = DecodePrefill(request, limits);
   if (!spec.ok()) {
     Require(!spec.status().message().empty(), "refuses without a word");
     return 0;
   }
+  Require(
+      spec->delivery != pbs::server::Delivery::kPush || spec->push_target == sinks[0],
+      "a target that is not allowed");
   for (int32_t token : spec->tokens) Require(token >= 0 && token < 1000, "a bad token");
   for (int32_t position : spec->logit_positions) {
     Require(position < static_cast<int32_t>(spec->tokens.size()), "a bad position");

@@ -424,8 +424,9 @@ def test_a_target_that_does_not_listen_fails_the_prefill_at_once(node, client, t
 def test_a_target_that_accepts_and_is_silent_fails_the_prefill(node, client, target):
     with socket_server(target, lambda connection: None):
         code, message = fails(client, target)
-    assert code == "UNAVAILABLE"
-    assert message == f"push to {target}: it took no call within 5 seconds"
+    said = ("before receiving SETTINGS frame", "it took no call within 5 seconds")
+    assert code == "UNAVAILABLE" and message.startswith(f"push to {target}: ")
+    assert message.endswith(said), message  # gRPC's reason, unless the machine is slow
     is_as_new(node, client, target)
 
 
