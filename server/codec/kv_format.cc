@@ -115,9 +115,13 @@ absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
   return DecodeCommon(delivery, chunk_bytes_default);
 }
 
-absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
+template <class Delivery>
+absl::StatusOr<KvFormat> DecodeKvFormat(const Delivery& delivery,
                                         int32_t chunk_bytes_default) {
   return DecodeCommon(delivery, chunk_bytes_default);
 }
+
+template absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
+                                                 int32_t chunk_bytes_default);
 
 }  // namespace pbs::server

@@ -52,7 +52,9 @@ absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
                                         int32_t chunk_bytes_default);
 absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
                                         int32_t chunk_bytes_default);
-absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
+// Of further deliveries, whose types kv_format.cc names.
+template <class Delivery>
+absl::StatusOr<KvFormat> DecodeKvFormat(const Delivery& delivery,
                                         int32_t chunk_bytes_default);
 
 }  // namespace pbs::server

@@ -112,8 +112,8 @@ struct KvMetrics {
   prometheus::Gauge& leases;
   prometheus::Counter& lease_expired;
   // pbs_kv_transfer_bytes_total, pbs_kv_transfer_time_seconds: KV payload bytes passed
-  // to the transport, inline, by fetch or by push, and the time of one transfer from its first
-  // chunk to its last.
+  // to the transport, inline, by fetch or by push, and the time of one transfer from
+  // its first chunk to its last.
   prometheus::Counter& transfer_bytes;
   prometheus::Histogram& transfer_time;
   // pbs_kv_export_outstanding_bytes: held KV bytes that no finished fetch has covered.

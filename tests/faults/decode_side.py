@@ -32,7 +32,6 @@ from typing import Any
 from caches import MODEL, PROMPTS, digest_of_layer, digests_of
 from pbs_client import Client, DeadlineExceededError, KvSink, KvTicket, PbsError
 
-
 POLL_SECONDS = 0.05
 
 

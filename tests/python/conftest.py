@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import push_world
 import pytest
 from gateway_process import RunningGateway, running_gateway
 from pbs_client import Client
@@ -34,6 +35,46 @@ def world(request, tmp_path_factory):
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[Client]:
     with Client(server.target) as connected:
+        yield connected
+
+
+# ---- servers that push
+
+
+@pytest.fixture(scope="session")
+def push_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model of six layers."""
+    return push_world.make_model(tmp_path_factory.mktemp("models") / "six layers")
+
+
+@pytest.fixture(scope="session")
+def push_targets() -> list[str]:
+    """The targets to which the server may push."""
+    return push_world.free_ports(push_world.PORTS)
+
+
+@pytest.fixture(scope="session")
+def unused_targets(push_targets: list[str]) -> Iterator[str]:
+    return iter(push_targets)
+
+
+@pytest.fixture
+def target(unused_targets: Iterator[str]) -> str:
+    """A target that no other test uses: a channel remembers failures for a second."""
+    return next(unused_targets)
+
+
+@pytest.fixture(scope="session")
+def pushing(push_model: Path, push_targets: list[str]) -> Iterator[RunningServer]:
+    """A server that may push to push_targets."""
+    with push_world.pushing_server(push_model, push_targets) as running:
+        yield running
+
+
+@pytest.fixture
+def pusher(pushing: RunningServer) -> Iterator[Client]:
+    """A client of that server."""
+    with Client(pushing.target) as connected:
         yield connected
 
 

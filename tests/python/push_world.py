@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pbs_client
+from eventually import WAIT_SECONDS_MAX, until
 from fake_server import fake_server
-from pbs_client import Attention, Client, Pbs, _messages, _wire
+from pbs_client import Attention, Client, KvSink, Pbs, PbsError, Push, _messages, _wire
 from pbs_client.kv import KvCache
 from real_server import REPOSITORY, RunningServer, running_server
 
@@ -23,7 +25,8 @@ RECEIVE = "/pbs.v1.KvSink/Receive"
 MODEL, LAYERS, VOCABULARY = "random", 6, 512
 SPARSE = Attention(Pbs(threshold=0.7), dense_fallback=False)
 HELD = ("pbs_memory_charged_bytes", "pbs_kv_held_bytes", "pbs_kv_leases")
-PORTS = 60  # each test takes fresh ones
+PORTS = 120  # each test takes fresh ones
+CHUNK_BYTES = 65536
 _LOW, _HIGH = 20_000, 32_000  # below those that the system gives to connections
 
 
@@ -87,6 +90,40 @@ def metric(node: RunningServer, name: str, labels: str = "{.*}") -> float:
 
 def holds_nothing(node: RunningServer) -> bool:
     return all(metric(node, name) == 0 for name in HELD)
+
+
+def push(client: Client, target: str, tokens, method="dense", **options):
+    chunks = {"chunk_bytes": CHUNK_BYTES, **options}
+    return client.prefill(MODEL, tokens, method, delivery=Push(target, **chunks))
+
+
+def fails(client: Client, target: str, tokens=None, **options) -> tuple[str, str]:
+    """Code and message of a push that fails."""
+    try:
+        push(client, target, prompt(2000) if tokens is None else tokens, **options)
+    except PbsError as error:
+        return error.code.name, error.message
+    raise AssertionError("the push did not fail")
+
+
+def is_as_new(node: RunningServer, client: Client, target: str) -> None:
+    """Nothing is held, and the next push is right."""
+    until(lambda: holds_nothing(node))
+    tokens = prompt(700, seed=9)
+    with KvSink(target) as sink:
+        reached = []
+
+        def reaches() -> bool:
+            """A target that just refused a connection is tried again a little later."""
+            try:
+                reached.append(push(client, target, tokens))
+            except pbs_client.UnavailableError as error:
+                assert "failed to connect" in error.message, error
+            return bool(reached)
+
+        until(reaches)
+        assert bytes_of(sink.take(WAIT_SECONDS_MAX).cache) == inline(client, tokens)
+    until(lambda: holds_nothing(node))
 
 
 # ---- sinks that break the rules

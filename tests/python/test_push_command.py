@@ -6,27 +6,13 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 from pbs_client import Client, safetensors_file
 from pbs_client.cli import main
-from push_world import MODEL, bytes_of, free_ports, make_model, prompt, pushing_server
-from real_server import RunningServer
+from push_world import MODEL, bytes_of, prompt
 
 SECONDS_MAX = 60  # only a failure takes so long
-
-
-@pytest.fixture(scope="module")
-def target() -> str:
-    return free_ports(1)[0]
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory, target) -> Iterator[RunningServer]:
-    folder = make_model(tmp_path_factory.mktemp("models") / "six layers")
-    with pushing_server(folder, [target]) as running:
-        yield running
 
 
 @pytest.fixture
@@ -36,13 +22,13 @@ def tokens_file(tmp_path):
     return path
 
 
-def prefill(node, tokens_file, *words: str) -> list[str]:
-    common = ["prefill", "--server", node.target, "--model", MODEL, "--method", "dense"]
+def prefill(pushing, tokens_file, *words: str) -> list[str]:
+    common = ["prefill", "--server", pushing.target, "--model", MODEL, "--method", "dense"]
     return [*common, "--tokens", str(tokens_file), *words]
 
 
 def test_a_sink_writes_what_a_prefill_pushes(
-    node, target, tokens_file, tmp_path, capsys
+    pushing, target, tokens_file, tmp_path, capsys
 ):
     folder = tmp_path / "caches"
     folder.mkdir()
@@ -52,7 +38,7 @@ def test_a_sink_writes_what_a_prefill_pushes(
     ) as sink:
         assert sink.stdout is not None
         assert json.loads(sink.stdout.readline()) == {"listens": target}
-        assert main(prefill(node, tokens_file, "--push", target)) == 0
+        assert main(prefill(pushing, tokens_file, "--push", target)) == 0
         done = json.loads(capsys.readouterr().out)
         line = json.loads(sink.stdout.readline())
         sink.send_signal(signal.SIGINT)
@@ -61,7 +47,7 @@ def test_a_sink_writes_what_a_prefill_pushes(
     assert (line["model"], line["num_tokens"], line["dtype"]) == (MODEL, 300, "f32")
     assert line["model_digest"] == done["model_digest"]
     assert line["output"] == str(folder / f"{line['transfer_id']}.safetensors")
-    with Client(node.target) as client:
+    with Client(pushing.target) as client:
         kv = client.prefill(MODEL, prompt(300), "dense", delivery="inline").kv
     tensors = safetensors_file.read(line["output"])
     layers = range(line["num_layers"])
@@ -70,7 +56,7 @@ def test_a_sink_writes_what_a_prefill_pushes(
 
 
 def test_a_push_that_fails_is_a_line_of_the_sink(
-    node, target, tokens_file, tmp_path, capsys
+    pushing, target, tokens_file, tmp_path, capsys
 ):
     command = [sys.executable, "-m", "pbs_client", "sink", "--listen", target]
     limit = ["--output", str(tmp_path), "--bytes-max", "1000"]
@@ -80,7 +66,7 @@ def test_a_push_that_fails_is_a_line_of_the_sink(
         assert sink.stdout is not None
         sink.stdout.readline()
         while True:  # a target that refused a connection is tried again later
-            status = main(prefill(node, tokens_file, "--push", target))
+            status = main(prefill(pushing, tokens_file, "--push", target))
             if status != 4:
                 break
         said = capsys.readouterr().err
@@ -93,8 +79,8 @@ def test_a_push_that_fails_is_a_line_of_the_sink(
 
 
 @pytest.mark.parametrize("other", ["--lease", "--kv=x.safetensors"])
-def test_a_push_beside_another_delivery_is_wrong_usage(node, tokens_file, other, capsys):
-    assert main(prefill(node, tokens_file, "--push", "127.0.0.1:1", other)) == 2
+def test_a_push_beside_another_delivery_is_wrong_usage(pushing, tokens_file, other, capsys):
+    assert main(prefill(pushing, tokens_file, "--push", "127.0.0.1:1", other)) == 2
     assert "not with --lease or --kv" in capsys.readouterr().err
 
 

@@ -20,14 +20,10 @@ from push_world import (
     MODEL,
     RECEIVE,
     bytes_of,
-    free_ports,
     holds_nothing,
     inline,
-    make_model,
     prompt,
-    pushing_server,
 )
-from real_server import RunningServer
 
 LAYERS, HEADS, TOKENS, DIM = 2, 2, 3, 4
 BYTES = 2 * LAYERS * HEADS * TOKENS * DIM * 4
@@ -324,18 +320,6 @@ def test_a_wrong_timeout_of_take_is_refused(sink, timeout):
 # ---- between a real server and a real sink
 
 
-@pytest.fixture(scope="module")
-def target() -> str:
-    return free_ports(1)[0]
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory, target) -> Iterator[RunningServer]:
-    folder = make_model(tmp_path_factory.mktemp("models") / "six layers")
-    with pushing_server(folder, [target]) as running:
-        yield running
-
-
 @contextlib.contextmanager
 def disturbed(target: str, sink: KvSink, disturb) -> Iterator[None]:
     """A proxy at the target before the sink; `disturb` changes the messages."""
@@ -365,7 +349,7 @@ def pushed(client: Client, target: str, tokens) -> str:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_bit_flipped_on_the_way_is_reported_and_fails_the_prefill(
-    node, target, sink, failures, seed
+    pushing, target, sink, failures, seed
 ):
     chance, tokens = random.Random(seed), prompt(2000)
     at = chance.randrange(1, 20)
@@ -379,7 +363,7 @@ def test_a_bit_flipped_on_the_way_is_reported_and_fails_the_prefill(
                 message = bytes(changed)
             yield message
 
-    with Client(node.target) as client:
+    with Client(pushing.target) as client:
         with disturbed(target, sink, flip):
             said = pushed(client, target, tokens)
         assert said.startswith(f"DATA_LOSS push to {target}: DATA_LOSS: KV layer "), (
@@ -387,14 +371,14 @@ def test_a_bit_flipped_on_the_way_is_reported_and_fails_the_prefill(
         )
         assert "crc32c is" in said
         assert [error.code.name for error in failures] == ["DATA_LOSS"]
-        until(lambda: holds_nothing(node))
+        until(lambda: holds_nothing(pushing))
         with disturbed(target, sink, lambda requests: requests):
             until(lambda: pushed(client, target, tokens) == "OK")
         assert bytes_of(sink.take(WAIT_SECONDS_MAX).cache) == inline(client, tokens)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_bit_flipped_in_the_header_makes_no_other_cache(node, target, sink, seed):
+def test_a_bit_flipped_in_the_header_makes_no_other_cache(pushing, target, sink, seed):
     chance, tokens = random.Random(seed), prompt(300)
 
     def flip(requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -403,7 +387,7 @@ def test_a_bit_flipped_in_the_header_makes_no_other_cache(node, target, sink, se
         yield bytes(changed)
         yield from requests
 
-    with Client(node.target) as client:
+    with Client(pushing.target) as client:
         with disturbed(target, sink, flip):
             said = pushed(client, target, tokens)
         if said == "OK":  # a text that nothing depends on
@@ -414,22 +398,22 @@ def test_a_bit_flipped_in_the_header_makes_no_other_cache(node, target, sink, se
             assert code in ("DATA_LOSS", "FAILED_PRECONDITION", "UNAVAILABLE"), (
                 f"seed {seed}: {said}"
             )
-        until(lambda: holds_nothing(node))
+        until(lambda: holds_nothing(pushing))
 
 
-def test_a_lost_message_fails_the_prefill(node, target, sink):
+def test_a_lost_message_fails_the_prefill(pushing, target, sink):
     def lose(requests: Iterator[bytes]) -> Iterator[bytes]:
         for index, message in enumerate(requests):
             if index != 3:
                 yield message
 
-    with Client(node.target) as client, disturbed(target, sink, lose):
+    with Client(pushing.target) as client, disturbed(target, sink, lose):
         said = pushed(client, target, prompt(2000))
     assert said.startswith("DATA_LOSS"), said
-    until(lambda: holds_nothing(node))
+    until(lambda: holds_nothing(pushing))
 
 
-def test_a_sink_that_is_closed_ends_the_pushes_under_way(node, target):
+def test_a_sink_that_is_closed_ends_the_pushes_under_way(pushing, target):
     inside, closed = threading.Event(), threading.Event()
 
     def wait(*_):
@@ -437,7 +421,7 @@ def test_a_sink_that_is_closed_ends_the_pushes_under_way(node, target):
         closed.wait(WAIT_SECONDS_MAX)
 
     sink = KvSink(target, on_layer=wait)
-    with Client(node.target) as client, ThreadPoolExecutor() as pool:
+    with Client(pushing.target) as client, ThreadPoolExecutor() as pool:
         running = pool.submit(pushed, client, target, prompt(2000))
         assert inside.wait(WAIT_SECONDS_MAX)
         closer = pool.submit(sink.close)
@@ -445,4 +429,4 @@ def test_a_sink_that_is_closed_ends_the_pushes_under_way(node, target):
         closed.set()
         closer.result(WAIT_SECONDS_MAX)
     assert said.startswith(f"UNAVAILABLE push to {target}: "), said
-    until(lambda: holds_nothing(node))
+    until(lambda: holds_nothing(pushing))

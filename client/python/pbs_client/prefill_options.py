@@ -167,7 +167,7 @@ class Logits:
 
 Delivery = Union[Inline, Lease, Push]
 
-_DELIVERIES: dict[str, type[Union[Inline, Lease]]] = {"inline": Inline, "lease": Lease}
+_DELIVERIES: dict[str, type[Inline | Lease]] = {"inline": Inline, "lease": Lease}
 
 
 def delivery_of(delivery: Any) -> Delivery | None:

@@ -147,13 +147,6 @@ def make_parser() -> argparse.ArgumentParser:
             "--prompts FILE --budget SHARE --output FILE",
             (_calibrate,),
         ),
-        (
-            sink.sink,
-            "receive pushed caches",
-            sink.DESCRIPTION,
-            "--listen HOST:PORT --output FOLDER",
-            (sink.add_arguments,),
-        ),
     ):
         command = made.add_parser(
             run.__name__,
@@ -163,15 +156,15 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
-        if run is not sink.sink:
-            # A command without options of its own is a control call.
-            _connection(
-                command, WORK_TIMEOUT_SECONDS if groups else CONTROL_TIMEOUT_SECONDS
-            )
+        # A command without options of its own is a control call.
+        _connection(
+            command, WORK_TIMEOUT_SECONDS if groups else CONTROL_TIMEOUT_SECONDS
+        )
         for add_group in groups:
             add_group(command)
-        if groups and run not in (commands.capture, recipe.recipe, sink.sink):
+        if groups and run not in (commands.capture, recipe.recipe):
             attention.add_arguments(command)
+    sink.add_command(made)
     return parser
 
 

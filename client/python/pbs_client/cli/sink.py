@@ -12,7 +12,7 @@ from pbs_client.errors import PbsError
 from pbs_client.results import to_json
 from pbs_client.sink import BYTES_MAX, CREDIT_BYTES, PUSHES_MAX, KvSink, PushHeader
 
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Listens for caches that prefill servers push (`prefill --push`), checks each and writes
 it to a file of its own. Ctrl-C ends it. Whoever reaches the address can push: listen
 where only prefill servers do.
@@ -56,8 +56,16 @@ def sink(arguments: argparse.Namespace) -> None:
             return
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `pbs-client sink`."""
+def add_command(commands: Any) -> None:
+    """Adds `sink`, which has no server to connect to, to argparse's subparsers."""
+    parser = commands.add_parser(
+        "sink",
+        help="receive pushed caches",
+        description=_DESCRIPTION,
+        usage="%(prog)s --listen HOST:PORT --output FOLDER [OPTION ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=sink)
     group = parser.add_argument_group("sink")
     group.add_argument(
         "--listen",

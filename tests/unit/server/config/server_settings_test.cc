@@ -261,37 +261,6 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(
         ViolationCase{"listen", [](auto& c) { c.set_listen("nowhere"); },
                       "listen \"nowhere\" is not host:port: no port"},
-        ViolationCase{
-            "push_target", [](auto& c) { c.add_push_targets("decode 7:1"); },
-            "push_targets.0 \"decode 7:1\" is not host:port: host is no name, "
-            "IPv4 address or [IPv6 address]"},
-        ViolationCase{
-            "push_target_with_a_scheme",
-            [](auto& c) { c.add_push_targets("unix:/run/sink"); },
-            "push_targets.0 \"unix:/run/sink\" is not host:port: port is not a "
-            "number in [0, 65535]"},
-        ViolationCase{
-            "push_target_everywhere",
-            [](auto& c) { c.add_push_targets("0.0.0.0:50070"); },
-            "push_targets.0 \"0.0.0.0:50070\" is no address to connect to; it "
-            "names one host and a port in [1, 65535]"},
-        ViolationCase{"push_target_without_port",
-                      [](auto& c) { c.add_push_targets("decode-0:0"); },
-                      "push_targets.0 \"decode-0:0\" is no address to connect to; it "
-                      "names one host and a port in [1, 65535]"},
-        ViolationCase{"push_target_twice",
-                      [](auto& c) {
-                        c.add_push_targets("decode-0:1");
-                        c.add_push_targets("decode-0:1");
-                      },
-                      "push_targets.1 \"decode-0:1\" is there twice"},
-        ViolationCase{"push_targets_too_many",
-                      [](auto& c) {
-                        for (int i = 1; i <= 257; ++i) {
-                          c.add_push_targets(absl::StrCat("d:", i));
-                        }
-                      },
-                      "number of push_targets 257 is outside [0, 256]"},
         ViolationCase{"advertise", [](auto& c) { c.set_advertise("node 7:1"); },
                       "advertise \"node 7:1\" is not host:port: host is no name, IPv4 "
                       "address or [IPv6 address]"},
@@ -305,6 +274,39 @@ INSTANTIATE_TEST_SUITE_P(
                       [](auto& c) { c.set_metrics_listen("127.0.0.1:50051"); },
                       "metrics_listen \"127.0.0.1:50051\" is also listen; they need "
                       "different ports"}),
+    testing_support::CaseName());
+
+std::function<void(v1::ServerConfig&)> PushTo(const std::vector<std::string>& targets) {
+  return [targets](v1::ServerConfig& config) {
+    for (const std::string& target : targets) config.add_push_targets(target);
+  };
+}
+
+std::vector<std::string> ManyTargets(int count) {
+  std::vector<std::string> targets;
+  for (int i = 1; i <= count; ++i) targets.push_back(absl::StrCat("d:", i));
+  return targets;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    PushTargets, ConfigViolationSpec,
+    testing::Values(
+        ViolationCase{"space", PushTo({"a 7:1"}),
+                      "push_targets.0 \"a 7:1\" is not host:port: host is no name, "
+                      "IPv4 address or [IPv6 address]"},
+        ViolationCase{"scheme", PushTo({"unix:/sink"}),
+                      "push_targets.0 \"unix:/sink\" is not host:port: port is not "
+                      "a number in [0, 65535]"},
+        ViolationCase{"everywhere", PushTo({"0.0.0.0:1"}),
+                      "push_targets.0 \"0.0.0.0:1\" is no address to connect to; "
+                      "it names one host and a port in [1, 65535]"},
+        ViolationCase{"no_port", PushTo({"a:0"}),
+                      "push_targets.0 \"a:0\" is no address to connect to; it names "
+                      "one host and a port in [1, 65535]"},
+        ViolationCase{"twice", PushTo({"a:1", "b:1", "a:1"}),
+                      "push_targets.2 \"a:1\" is there twice"},
+        ViolationCase{"too_many", PushTo(ManyTargets(257)),
+                      "number of push_targets 257 is outside [0, 256]"}),
     testing_support::CaseName());
 
 INSTANTIATE_TEST_SUITE_P(
