@@ -1,5 +1,6 @@
 #include "proto/wire/crc32c.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstddef>
@@ -216,13 +217,84 @@ PBS_CRC_FOLDING uint32_t UpdateFolding(uint32_t state, const std::byte*& data,
 
 #undef PBS_CRC_FOLDING
 
+// Loads a word that is then only in a register: the compiler cannot load it again.
+uint64_t LoadOnce(const std::byte* data) {
+  uint64_t word = Load64(data);
+  asm volatile("" : "+r"(word));
+  return word;
+}
+
+void StreamWord(std::byte* target, uint64_t word) {
+  _mm_stream_si64(reinterpret_cast<long long*>(target),  // NOLINT: the type of the call
+                  static_cast<long long>(word));         // NOLINT
+}
+
+// As UpdateThrees<12>(), of the words that it stores past the caches.
+__attribute__((target("sse4.2"))) uint32_t StreamThrees(uint32_t state,
+                                                        std::byte*& target,
+                                                        const std::byte*& source,
+                                                        size_t& size) {
+  constexpr int kLog2StreamBytes = 12;
+  constexpr size_t kStreamBytes = size_t{1} << kLog2StreamBytes;
+  static constexpr SkipTables kSkipStream = MakeSkipTables(kLog2StreamBytes);
+  for (; size >= 3 * kStreamBytes; size -= 3 * kStreamBytes) {
+    uint64_t first = state, second = 0, third = 0;
+    for (size_t at = 0; at < kStreamBytes; at += 8) {
+      const uint64_t a = LoadOnce(source + at);
+      const uint64_t b = LoadOnce(source + kStreamBytes + at);
+      const uint64_t c = LoadOnce(source + 2 * kStreamBytes + at);
+      StreamWord(target + at, a);
+      StreamWord(target + kStreamBytes + at, b);
+      StreamWord(target + 2 * kStreamBytes + at, c);
+      first = _mm_crc32_u64(first, a);
+      second = _mm_crc32_u64(second, b);
+      third = _mm_crc32_u64(third, c);
+    }
+    state =
+        Skip(kSkipStream, static_cast<uint32_t>(first)) ^ static_cast<uint32_t>(second);
+    state = Skip(kSkipStream, state) ^ static_cast<uint32_t>(third);
+    source += 3 * kStreamBytes;
+    target += 3 * kStreamBytes;
+  }
+  return state;
+}
+
+// Takes off what it has copied; the rest is short.
+uint32_t StreamMost(uint32_t state, std::byte*& target, const std::byte*& source,
+                    size_t& size) {
+  constexpr size_t kLine = 64;  // bytes; half-written lines would go to memory twice
+  static const bool has_instruction = Runs(CrcWay::kInstruction);
+  if (!has_instruction) return state;
+  const size_t head =
+      std::min(size, -reinterpret_cast<uintptr_t>(target) & (kLine - 1));
+  std::memcpy(target, source, head);
+  state = UpdateSse42(state, target, head);
+  target += head;
+  source += head;
+  size -= head;
+  state = StreamThrees(state, target, source, size);
+  _mm_sfence();  // streamed stores are not ordered with those that follow
+  return state;
+}
+
+#else
+
+uint32_t StreamMost(uint32_t state, std::byte*&, const std::byte*&, size_t&) {
+  return state;
+}
+
 #endif
 
-CrcWay FastestWay() {
+CrcWay FindBestWay() {
   for (const CrcWay way : {CrcWay::kProducts, CrcWay::kInstruction}) {
     if (Runs(way)) return way;
   }
   return CrcWay::kTables;
+}
+
+CrcWay BestWay() {
+  static const CrcWay way = FindBestWay();
+  return way;
 }
 
 uint32_t Update(CrcWay way, uint32_t state, const std::byte* data, size_t size) {
@@ -251,12 +323,30 @@ bool Runs(CrcWay way) {
 }
 
 uint32_t ExtendCrc32c(uint32_t crc, std::span<const std::byte> bytes) {
-  static const CrcWay way = FastestWay();
-  return ExtendCrc32cBy(way, crc, bytes);
+  return ExtendCrc32cBy(BestWay(), crc, bytes);
 }
 
 uint32_t ExtendCrc32cBy(CrcWay way, uint32_t crc, std::span<const std::byte> bytes) {
   return ~Update(way, ~crc, bytes.data(), bytes.size());
+}
+
+uint32_t CopyCrc32c(std::byte* target, std::span<const std::byte> source,
+                    bool streamed) {
+  constexpr size_t kPieceBytes = 64 << 10;  // still in the caches after it is copied
+  const std::byte* from = source.data();
+  size_t size = source.size();
+  const CrcWay way = BestWay();
+  uint32_t state = ~0u;
+  if (streamed) state = StreamMost(state, target, from, size);
+  while (size > 0) {
+    const size_t piece = std::min(size, kPieceBytes);
+    std::memcpy(target, from, piece);
+    state = Update(way, state, target, piece);
+    target += piece;
+    from += piece;
+    size -= piece;
+  }
+  return ~state;
 }
 
 void LayerDigest::Add(uint32_t chunk_crc) {

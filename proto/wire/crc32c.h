@@ -21,6 +21,12 @@ inline uint32_t Crc32c(std::span<const std::byte> bytes) {
   return ExtendCrc32c(0, bytes);
 }
 
+// Copies bytes that another process may change meanwhile, and returns the CRC-32C of
+// what was written to `target`. Each source byte is read once. With `streamed` the copy
+// goes past the caches (stream_copy.h).
+uint32_t CopyCrc32c(std::byte* target, std::span<const std::byte> source,
+                    bool streamed);
+
 // How the CPU computes it; ExtendCrc32c() takes the last one that Runs().
 enum class CrcWay : uint8_t { kTables, kInstruction, kProducts };
 bool Runs(CrcWay way);

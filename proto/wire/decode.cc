@@ -56,6 +56,8 @@ bool ReadField(SliceReader& in, uint32_t tag, KvChunk* out) {
       return in.ReadFixed32(&out->layer_digest.emplace());
     case Tag(F::kScales, kLength):
       return in.ReadPayload(&out->scales);
+    case Tag(F::kRegionOffset, kVarint):
+      return in.ReadUint64(&out->region_offset);
     case Tag(F::kPayload, kLength):
       return in.ReadPayload(&out->payload);
     default:

@@ -108,6 +108,7 @@ void WriteFields(const KvChunk& chunk, FieldWriter& fields) {
   fields.Optional32(KvChunkField::kCrc32c, chunk.crc32c);
   fields.Optional32(KvChunkField::kLayerDigest, chunk.layer_digest);
   fields.Insert(KvChunkField::kScales, chunk.scales);
+  fields.Unsigned(KvChunkField::kRegionOffset, chunk.region_offset);
   fields.PayloadPrefix(KvChunkField::kPayload, chunk.payload.size());
 }
 

@@ -32,6 +32,7 @@ struct KvChunkField {
     kCrc32c = 11,
     kLayerDigest = 12,
     kScales = 13,
+    kRegionOffset = 14,
     kPayload = 15,
   };
 };

@@ -43,6 +43,7 @@ struct KvChunk {
   std::optional<uint32_t> layer_digest;
   // f32 little-endian [head_count, pages]; only with F8_E4M3
   Payload scales;
+  uint64_t region_offset = 0;
   Payload payload;
 };
 

@@ -107,6 +107,7 @@ absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
     return absl::InvalidArgumentError(
         "dtype F8_E4M3 of queries is not one of F32, F16, BF16");
   }
+  format.shared_memory = request.shared_memory();
   return format;
 }
 
@@ -115,13 +116,31 @@ absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
   return DecodeCommon(delivery, chunk_bytes_default);
 }
 
-template <class Delivery>
-absl::StatusOr<KvFormat> DecodeKvFormat(const Delivery& delivery,
+absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
                                         int32_t chunk_bytes_default) {
   return DecodeCommon(delivery, chunk_bytes_default);
 }
 
-template absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
-                                                 int32_t chunk_bytes_default);
+absl::Status CheckSharedMemory(const v1::FetchRequest& request, DType held) {
+  const auto refuse = [](absl::string_view field, absl::string_view why) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(field, " with shared_memory true: ", why));
+  };
+  if (request.queries()) {
+    return refuse("queries true", "captured queries are not in shared memory");
+  }
+  if (request.has_dtype() && request.dtype() != EncodeDType(held)) {
+    return refuse(
+        absl::StrCat("dtype ", v1::DType_Name(request.dtype())),
+        absl::StrCat("the cache is held as ", v1::DType_Name(EncodeDType(held)),
+                     ", and only that is in shared memory"));
+  }
+  if (request.layout() == v1::NHD) {
+    return refuse("layout NHD",
+                  "the cache is held as HND, and only that is in shared "
+                  "memory");
+  }
+  return absl::OkStatus();
+}
 
 }  // namespace pbs::server

@@ -40,6 +40,8 @@ struct KvFormat {
   int32_t chunk_bytes = 0;  // the longest payload; at most kChunkPayloadBytesMax
   bool checksums = true;
   bool fp8 = false;  // sent as F8_E4M3, with a scale for each page of each head
+  // Chunks have no payload; they name places in the memory of the cache.
+  bool shared_memory = false;
 
   // Of a sent element of a cache that is held in `held`.
   v1::DType WireDType(DType held) const;
@@ -47,14 +49,17 @@ struct KvFormat {
 };
 
 // `chunk_bytes_default` is the server's. InvalidArgument names field, value and limit.
-// Queries are not sent as F8_E4M3.
+// Queries are not sent as F8_E4M3. Whether a cache has what shared_memory asks for,
+// CheckSharedMemory() decides.
 absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
                                         int32_t chunk_bytes_default);
 absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
                                         int32_t chunk_bytes_default);
-// Of further deliveries, whose types kv_format.cc names.
-template <class Delivery>
-absl::StatusOr<KvFormat> DecodeKvFormat(const Delivery& delivery,
+absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
                                         int32_t chunk_bytes_default);
+
+// Shared memory has the bytes as they are held. InvalidArgument names the field of a
+// request for shared_memory that asks for others.
+absl::Status CheckSharedMemory(const v1::FetchRequest& request, DType held);
 
 }  // namespace pbs::server

@@ -121,6 +121,9 @@ void ApplyDefaults(v1::ServerConfig& config) {
   if (!config.has_listen()) config.set_listen(settings.service.listen);
   if (!config.has_metrics_listen()) config.set_metrics_listen(settings.metrics_listen);
   if (!config.has_advertise()) config.set_advertise(settings.advertise);
+  if (!config.has_shared_memory_socket()) {
+    config.set_shared_memory_socket(settings.shared_memory_socket);
+  }
   if (!config.has_backend()) config.set_backend("auto");
   if (!config.has_reflection()) config.set_reflection(settings.service.reflection);
   if (!config.has_drain_seconds_max()) {

@@ -105,6 +105,7 @@ absl::StatusOr<ServerSettings> MakeSettings(v1::ServerConfig config) {
   settings.service.default_attention = settings.default_attentions.front();
   settings.metrics_listen = config.metrics_listen();
   settings.advertise = config.advertise();
+  settings.shared_memory_socket = config.shared_memory_socket();
   settings.backend = ToBackend(config.backend());
   settings.vllm_metrics = config.vllm_metrics();
   for (const v1::ModelSource& model : config.models()) {

@@ -23,6 +23,11 @@
 
 namespace pbs::server {
 
+// Why shared_memory_socket is refused on other backends.
+inline constexpr char kSharedMemoryNeedsCpu[] =
+    "needs backend cpu: on a GPU's server caches are in pinned memory, which cannot be "
+    "shared";
+
 enum class BackendChoice : uint8_t { kAuto, kCpu, kCuda };
 
 struct ModelSettings {
@@ -61,6 +66,7 @@ struct ServerSettings {
   std::vector<AttentionProfile> default_attentions;
   std::string metrics_listen = "127.0.0.1:9464";  // "": off
   std::string advertise;                          // see AdvertisedEndpoint()
+  std::string shared_memory_socket;               // "": caches are in private memory
   BackendChoice backend = BackendChoice::kAuto;
   bool vllm_metrics = false;
   std::vector<ModelSettings> models;

@@ -11,6 +11,7 @@
 #include "absl/strings/str_join.h"
 #include "pbs/limits.h"
 #include "server/base/host_port.h"
+#include "server/base/unix_listener.h"
 #include "server/codec/attention_options.h"
 #include "server/config/device_list.h"
 #include "server/config/names.h"
@@ -102,6 +103,20 @@ void CheckPushTargets(const v1::ServerConfig& config, Checker& check) {
     } else if (!seen.insert(target).second) {
       check.Add(absl::StrCat(field, "\"", target, "\" is there twice"));
     }
+  }
+}
+
+void CheckSharedMemory(const v1::ServerConfig& config, Checker& check) {
+  const std::string& path = config.shared_memory_socket();
+  if (path.empty()) return;
+  check.Range("bytes of shared_memory_socket", static_cast<int64_t>(path.size()), 1,
+              kUnixPathBytesMax);
+  if (path.find('\0') != std::string::npos) {
+    check.Add("shared_memory_socket has a zero byte; it names a file");
+  }
+  if (config.backend() == "cuda") {
+    check.Add(
+        absl::StrCat("shared_memory_socket \"", path, "\" ", kSharedMemoryNeedsCpu));
   }
 }
 
@@ -208,6 +223,7 @@ std::vector<std::string> Validate(const v1::ServerConfig& config) {
   Checker check;
   CheckAddresses(config, check);
   CheckPushTargets(config, check);
+  CheckSharedMemory(config, check);
   check.OneOf("backend", config.backend(), kBackends);
   CheckModels(config, check);
   check.Range("cpu.threads", config.cpu().threads(), 0, kThreadsMax);

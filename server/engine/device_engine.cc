@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "pbs/check.h"
+#include "server/base/shared_region.h"
 #include "server/base/status.h"
 #include "server/engine/attend_task.h"
 #include "server/engine/kv_window.h"
@@ -26,16 +27,25 @@ absl::StatusOr<ByteReservation> Charge(ByteLedger& ledger, int64_t bytes) {
   return absl::OutOfRangeError(charged.status().message());
 }
 
+// The memory of a region, which outlives the buffer.
+Buffer BufferOver(const SharedRegion& region) {
+  const std::span<std::byte> bytes = region.bytes();
+  return {bytes.data(), static_cast<int64_t>(bytes.size()),
+          [](void*, void*, int64_t) {}, nullptr};
+}
+
 }  // namespace
 
 DeviceEngine::DeviceEngine(const EngineOptions& options, const EngineParts& parts)
     : parts_(parts),
       batch_(options.batch),
+      shared_caches_(options.shared_caches),
       executor_({.queue_requests_max = options.queue_requests_max,
                  .yield_share = options.yield_share,
                  .batch_tokens_max = options.batch.tokens_max},
                 parts.clock, parts.timers, parts.metrics.engine) {
   PBS_CHECK(has_device_memory() != parts_.backend.info().host_memory);
+  PBS_CHECK(!shared_caches_ || !has_device_memory());
   if (has_device_memory()) uploads_.emplace(parts_.backend);
   parts_.metrics.engine.memory_budget.Set(
       static_cast<double>(parts_.ledger.bytes_max()));
@@ -87,17 +97,26 @@ absl::StatusOr<Admission> DeviceEngine::SubmitAttend(AttendJob job,
 // ---- prefill
 
 // The cache counts as held until its last owner lets go. shared_ptr: see held_kv.h.
-std::shared_ptr<HeldKv> DeviceEngine::Hold(KvCache cache, CapturedQueries queries,
-                                           ByteReservation bytes) {
+absl::StatusOr<std::shared_ptr<HeldKv>> DeviceEngine::Hold(const KvShape& shape,
+                                                           CapturedQueries queries,
+                                                           ByteReservation bytes) {
+  std::unique_ptr<SharedRegion> region;
+  if (shared_caches_) {
+    PBS_ABSL_ASSIGN_OR_RETURN(region, SharedRegion::Create(shape.bytes()));
+  }
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      KvCache cache,
+      ToAbsl(region == nullptr ? KvCache::CreateOnHost(shape, parts_.backend)
+                               : KvCache::CreateIn(shape, BufferOver(*region))));
   prometheus::Gauge& gauge = parts_.metrics.kv.Held(Tier::kHost);
   const auto held = static_cast<double>(bytes.bytes());
   gauge.Increment(held);
-  return std::shared_ptr<HeldKv>(
-      new HeldKv(std::move(cache), std::move(bytes), std::move(queries)),
-      [&gauge, held](HeldKv* kv) {
-        delete kv;
-        gauge.Decrement(held);
-      });
+  return std::shared_ptr<HeldKv>(new HeldKv(std::move(cache), std::move(bytes),
+                                            std::move(queries), std::move(region)),
+                                 [&gauge, held](HeldKv* kv) {
+                                   delete kv;
+                                   gauge.Decrement(held);
+                                 });
 }
 
 const Model& DeviceEngine::ReplicaOf(const ServedModel& served) const {
@@ -138,12 +157,11 @@ absl::StatusOr<PrefillReservation> DeviceEngine::ReservePrefill(
       Charge(parts_.ledger, held_bytes + workspace + needs.reply_bytes));
   reservation.workspace.host = all.Split(workspace);
   reservation.reply = all.Split(needs.reply_bytes);
-  PBS_ABSL_ASSIGN_OR_RETURN(KvCache cache,
-                            ToAbsl(KvCache::CreateOnHost(shape, parts_.backend)));
   PBS_ABSL_ASSIGN_OR_RETURN(
       CapturedQueries queries,
       ToAbsl(CapturedQueries::Create(query_shape, needs.query_layers, parts_.backend)));
-  reservation.kv = Hold(std::move(cache), std::move(queries), std::move(all));
+  PBS_ABSL_ASSIGN_OR_RETURN(reservation.kv,
+                            Hold(shape, std::move(queries), std::move(all)));
   return reservation;
 }
 

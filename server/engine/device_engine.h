@@ -45,6 +45,8 @@ struct EngineOptions {
   int32_t queue_requests_max = 0;  // waiting
   double yield_share = 0;          // as ExecutorOptions::yield_share
   BatchLimits batch = {};
+  // Caches are held in shared memory. Not where the device has memory of its own.
+  bool shared_caches = false;
 };
 
 class DeviceEngine {
@@ -86,11 +88,13 @@ class DeviceEngine {
                         const AttentionOptions& attention,
                         std::span<const float> head_thresholds) const;
   bool has_device_memory() const { return parts_.device_ledger != nullptr; }
-  std::shared_ptr<HeldKv> Hold(KvCache cache, CapturedQueries queries,
-                               ByteReservation bytes);
+  absl::StatusOr<std::shared_ptr<HeldKv>> Hold(const KvShape& shape,
+                                               CapturedQueries queries,
+                                               ByteReservation bytes);
 
   const EngineParts parts_;
   const BatchLimits batch_;
+  const bool shared_caches_;
   std::optional<DeviceUploads> uploads_;  // with a device ledger
   Executor executor_;                     // before `uploads_` ends, all jobs have
 };

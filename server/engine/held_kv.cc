@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -10,8 +11,10 @@
 
 namespace pbs::server {
 
-HeldKv::HeldKv(KvCache cache, ByteReservation bytes, CapturedQueries queries)
-    : cache_(std::move(cache)),
+HeldKv::HeldKv(KvCache cache, ByteReservation bytes, CapturedQueries queries,
+               std::unique_ptr<SharedRegion> region)
+    : region_(std::move(region)),
+      cache_(std::move(cache)),
       queries_(std::move(queries)),
       bytes_(std::move(bytes)) {}
 

@@ -18,6 +18,7 @@
 #include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "server/base/mutex.h"
+#include "server/base/shared_region.h"
 #include "server/engine/byte_ledger.h"
 #include "server/model/captured_queries.h"
 #include "server/model/kv_cache.h"
@@ -32,13 +33,17 @@ class HeldKv {
  public:
   // `bytes` is the charge for cache and queries, which this object returns to the
   // ledger when destroyed.
-  HeldKv(KvCache cache, ByteReservation bytes, CapturedQueries queries = {});
+  // `region` is the memory of the cache where that is shared, else null.
+  HeldKv(KvCache cache, ByteReservation bytes, CapturedQueries queries = {},
+         std::unique_ptr<SharedRegion> region = nullptr);
 
   const KvCache& cache() const { return cache_; }
   KvCache& writable_cache() { return cache_; }  // the executor only
   // Those of a layer are complete when the layer is ready.
   const CapturedQueries& queries() const { return queries_; }
   CapturedQueries& writable_queries() { return queries_; }  // the executor only
+
+  const SharedRegion* region() const { return region_.get(); }
 
   int32_t layers_ready() const;
   bool finished() const;
@@ -79,6 +84,7 @@ class HeldKv {
   absl::Status EndedEarly() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   std::vector<Waiter> TakeReadyWaiters() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
+  const std::unique_ptr<SharedRegion> region_;
   KvCache cache_;
   CapturedQueries queries_;
   ByteReservation bytes_;

@@ -35,6 +35,12 @@ StatusOr<KvCache> KvCache::CreateOnHost(const KvShape& shape, Backend& backend) 
   return KvCache(shape, shape.num_layers, std::move(buffer));
 }
 
+StatusOr<KvCache> KvCache::CreateIn(const KvShape& shape, Buffer memory) {
+  PBS_RETURN_IF_ERROR(CheckCapacity(shape));
+  PBS_CHECK(memory.bytes() == shape.bytes());
+  return KvCache(shape, shape.num_layers, std::move(memory));
+}
+
 StatusOr<KvCache> KvCache::CreateWindow(const KvShape& shape, int32_t resident_layers,
                                         Backend& backend) {
   PBS_RETURN_IF_ERROR(CheckCapacity(shape));

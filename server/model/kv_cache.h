@@ -7,7 +7,7 @@
 // Threading: one writer. After the writer has announced a layer it does not write it
 // again below num_tokens, so other threads may read it.
 // Memory: one allocation. Device: pointers are device pointers, except after
-// CreateOnHost().
+// CreateOnHost() and CreateIn().
 #pragma once
 
 #include <cstdint>
@@ -40,6 +40,8 @@ class KvCache {
   // Allocates ordinary memory, for readers. Where that is not the backend's memory, no
   // prefill can run on it.
   static StatusOr<KvCache> CreateOnHost(const KvShape& shape, Backend& backend);
+  // Takes zeroed memory of shape.bytes(), for readers. InvalidArgument as Create().
+  static StatusOr<KvCache> CreateIn(const KvShape& shape, Buffer memory);
   // Allocates backend memory of `resident_layers` layers, for one prefill from position
   // 0. Layer l overwrites layer l - resident_layers.
   static StatusOr<KvCache> CreateWindow(const KvShape& shape, int32_t resident_layers,

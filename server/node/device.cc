@@ -53,7 +53,8 @@ Device::Device(int32_t number, std::unique_ptr<Backend> backend,
       ledger_(MakeLedger(settings.cuda, *backend_)),
       engine_({.queue_requests_max = settings.service.limits.queue_requests_max,
                .yield_share = settings.scheduling.yield_share,
-               .batch = BatchLimitsOf(settings.scheduling, *backend_)},
+               .batch = BatchLimitsOf(settings.scheduling, *backend_),
+               .shared_caches = !settings.shared_memory_socket.empty()},
               {*backend_, shared.ledger, shared.clock, shared.timers, shared.metrics,
                shared.costs, ledger_ ? &*ledger_ : nullptr, number}) {
   const BackendInfo& info = backend_->info();

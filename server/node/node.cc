@@ -19,6 +19,7 @@
 #include "server/base/mutex.h"
 #include "server/base/process.h"
 #include "server/base/random_id.h"
+#include "server/base/shared_region.h"
 #include "server/base/status.h"
 #include "server/config/profile_file.h"
 #include "server/model/prefill_plan.h"
@@ -37,6 +38,30 @@ std::vector<DeviceEngine*> EnginesOf(
   std::vector<DeviceEngine*> engines;
   for (const auto& device : devices) engines.push_back(&device->engine());
   return engines;
+}
+
+// Whether this backend and this system can hold caches in shared memory.
+absl::Status CheckSharing(const ServerSettings& settings, const Backend& backend) {
+  const std::string& path = settings.shared_memory_socket;
+  if (path.empty()) return absl::OkStatus();
+  const std::string field = absl::StrCat("shared_memory_socket \"", path, "\" ");
+  if (!backend.info().host_memory) {
+    return absl::FailedPreconditionError(absl::StrCat(field, kSharedMemoryNeedsCpu));
+  }
+  const auto probe = SharedRegion::Create(1);
+  if (probe.ok() && (*probe)->OpenReadOnly().ok()) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat(field, "needs sealed shared memory and /proc: ",
+                   probe.ok() ? (*probe)->OpenReadOnly().status().message()
+                              : probe.status().message()));
+}
+
+// A cache in shared memory has a descriptor, and the socket has its connections.
+int64_t DescriptorsToShare(const ServerSettings& settings) {
+  if (settings.shared_memory_socket.empty()) return 0;
+  return int64_t{settings.leases.leases_max} +
+         settings.service.limits.queue_requests_max +
+         2 * RegionServerOptions().connections_max;
 }
 
 }  // namespace
@@ -70,10 +95,12 @@ absl::StatusOr<std::unique_ptr<Node>> Node::Create(const ServerSettings& setting
                                                    const BuildLabels& build,
                                                    SignalWatcher& signals, Log& log) {
   PBS_ABSL_ASSIGN_OR_RETURN(auto backends, MakeBackends(settings, log));
+  PBS_ABSL_RETURN_IF_ERROR(CheckSharing(settings, *backends.front()));
   const ServerSettings chosen = WithDefaultAttention(settings, *backends.front());
   auto node =
       std::unique_ptr<Node>(new Node(chosen, build, std::move(backends), signals, log));
   PBS_ABSL_RETURN_IF_ERROR(node->Listen());
+  PBS_ABSL_RETURN_IF_ERROR(node->ShareCaches());
   PBS_ABSL_RETURN_IF_ERROR(node->ExportMetrics());
   return node;
 }
@@ -99,7 +126,8 @@ ServiceOptions Node::MakeServiceOptions() const {
 
 absl::Status Node::LimitConnections(TransportOptions& transport) const {
   const int64_t others = OpenDescriptors() + kDescriptorsForOthers +
-                         static_cast<int64_t>(settings_.service.push_targets.size());
+                         static_cast<int64_t>(settings_.service.push_targets.size()) +
+                         DescriptorsToShare(settings_);
   const int64_t wanted = others + transport.connections_max;
   const int64_t limit = RaiseDescriptorLimit(wanted);
   if (limit >= wanted) return absl::OkStatus();
@@ -139,6 +167,14 @@ absl::Status Node::Listen() {
     log_.Warning("listening_beyond_loopback",
                  {{"address", address}, {"note", "no encryption, no authentication"}});
   }
+  return absl::OkStatus();
+}
+
+absl::Status Node::ShareCaches() {
+  if (settings_.shared_memory_socket.empty()) return absl::OkStatus();
+  PBS_ABSL_ASSIGN_OR_RETURN(
+      region_server_, RegionServer::Create({.path = settings_.shared_memory_socket},
+                                           leases_, metrics_.kv));
   return absl::OkStatus();
 }
 
@@ -283,6 +319,7 @@ void Node::LogServing() const {
   log_.Info("serving", {{"listen", address},
                         {"endpoint", leases_.endpoint()},
                         {"metrics", metrics},
+                        {"shared_memory_socket", settings_.shared_memory_socket},
                         {"models", models},
                         {"backend", info.name},
                         {"isa", info.isa},

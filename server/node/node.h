@@ -33,6 +33,7 @@
 #include "server/telemetry/sampled_metrics.h"
 #include "server/telemetry/server_metrics.h"
 #include "server/transfer/lease_store.h"
+#include "server/transfer/region_server.h"
 
 namespace pbs::server {
 
@@ -62,6 +63,7 @@ class Node {
   // limit.
   absl::Status LimitConnections(TransportOptions& transport) const;
   absl::Status Listen();
+  absl::Status ShareCaches();
   absl::Status ExportMetrics();
   // A gauge with one value per device.
   std::shared_ptr<prometheus::Collectable> DeviceGauge(const MetricName& metric,
@@ -100,6 +102,7 @@ class Node {
   std::vector<std::unique_ptr<ServedModel>> models_;
   ReplicatedEngine engine_;
   LeaseStore leases_;
+  std::unique_ptr<RegionServer> region_server_;  // with shared_memory_socket
   std::unique_ptr<MetricsServer> metrics_server_;
   std::unique_ptr<GrpcServer> server_;
   // Threads are the last members, so that they stop first.

@@ -11,6 +11,15 @@
 #include "server/transfer/lease_store.h"
 
 namespace pbs::server {
+namespace {
+
+absl::Status NoSharedMemory() {
+  return absl::FailedPreconditionError(
+      "shared_memory true: this server holds its caches in private memory; its setting "
+      "shared_memory_socket is empty");
+}
+
+}  // namespace
 
 FetchCall::FetchCall(ServiceContext& service, grpc::CallbackServerContext& context,
                      const grpc::ByteBuffer& request)
@@ -46,6 +55,10 @@ absl::Status FetchCall::Open(const grpc::CallbackServerContext& context,
       DecodeKvFormat(request, service_.options.transport.chunk_bytes));
   PBS_ABSL_ASSIGN_OR_RETURN(const std::optional<KvPlace> resume,
                             DecodeKvPlace(request, range));
+  if (format.shared_memory) {
+    PBS_ABSL_RETURN_IF_ERROR(CheckSharedMemory(request, shape.dtype));
+    if (lease.kv->region() == nullptr) return NoSharedMemory();
+  }
   PBS_ABSL_ASSIGN_OR_RETURN(std::unique_ptr<KvExporter> exporter,
                             KvExporter::Create(lease.kv, service_.parts.leases.epoch(),
                                                range, format, content, resume));

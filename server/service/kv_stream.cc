@@ -33,7 +33,8 @@ absl::StatusOr<std::optional<wire::KvChunk>> KvStream::Next() {
     return std::nullopt;
   }
   wire::KvChunk chunk = exporter_->Next();
-  transfer_.AddChunk(chunk.scales.size() + chunk.payload.size());
+  transfer_.AddChunk(chunk.scales.size() +
+                     static_cast<size_t>(exporter_->BytesOf(chunk)));
   return chunk;
 }
 

@@ -79,6 +79,18 @@ enum class TransferFailure : uint8_t {
 inline constexpr std::array<const char*, 6> kTransferFailureNames = {
     "cancelled", "lease_gone", "prefill_failed", "deadline", "shutdown", "sink"};
 
+// Label `result` of requests for the shared memory of a cache.
+enum class RegionResult : uint8_t {
+  kOk,
+  kNotFound,    // no lease has the ticket
+  kForeign,     // a process of another user
+  kBadRequest,  // not a request, or too long
+  kTimeout,     // no whole request in time
+  kError,       // no descriptor to give, or the peer has gone
+};
+inline constexpr std::array<const char*, 6> kRegionResultNames = {
+    "ok", "not_found", "foreign", "bad_request", "timeout", "error"};
+
 // Label `tier` of held caches.
 enum class Tier : uint8_t { kHost };
 inline constexpr std::array<const char*, 1> kTierNames = {"host"};

@@ -96,6 +96,9 @@ inline constexpr MetricName kTransferTimeName = {
     "Time of one KV transfer from its first chunk to its last"};
 inline constexpr MetricName kTransferFailuresName = {
     "pbs_kv_transfer_failures_total", "KV transfers that had begun and ended early"};
+inline constexpr MetricName kRegionRequestsName = {
+    "pbs_kv_shared_memory_requests_total",
+    "Requests at shared_memory_socket for the memory of a cache"};
 inline constexpr MetricName kExportOutstandingName = {
     "pbs_kv_export_outstanding_bytes",
     "KV bytes that are held and in no finished fetch yet"};

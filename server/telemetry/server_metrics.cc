@@ -118,7 +118,10 @@ KvMetrics::KvMetrics(Registry& registry)
           AddPerLabel(Family(BuildGauge(), registry, kKvHeldName), "tier", kTierNames)),
       transfer_failures_(
           AddPerLabel(Family(BuildCounter(), registry, kTransferFailuresName), "reason",
-                      kTransferFailureNames)) {}
+                      kTransferFailureNames)),
+      region_requests_(
+          AddPerLabel(Family(BuildCounter(), registry, kRegionRequestsName), "result",
+                      kRegionResultNames)) {}
 
 RpcMetrics::RpcMetrics(Registry& registry) : unread(AddCounter(registry, kUnreadName)) {
   auto& family = Family(BuildCounter(), registry, kRequestsName);

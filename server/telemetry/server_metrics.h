@@ -126,10 +126,15 @@ struct KvMetrics {
   prometheus::Counter& TransferFailed(TransferFailure reason) const {
     return *transfer_failures_[static_cast<size_t>(reason)];
   }
+  // pbs_kv_shared_memory_requests_total{result}: at shared_memory_socket.
+  prometheus::Counter& RegionRequests(RegionResult result) const {
+    return *region_requests_[static_cast<size_t>(result)];
+  }
 
  private:
   PerLabel<prometheus::Gauge, kTierNames.size()> held_;
   PerLabel<prometheus::Counter, kTransferFailureNames.size()> transfer_failures_;
+  PerLabel<prometheus::Counter, kRegionResultNames.size()> region_requests_;
 };
 
 // Remote procedure calls.

@@ -222,9 +222,10 @@ wire::KvChunk KvExporter::Next() {
   chunk.layout = EncodeLayout(format_.layout);
   chunk.byte_offset = static_cast<uint64_t>(byte_offset_);
   CutNext(chunk);
-  const int64_t bytes =
-      static_cast<int64_t>(chunk.token_count) * chunk.head_count * RowBytes();
-  if (format_.fp8) {
+  const int64_t bytes = BytesOf(chunk);
+  if (format_.shared_memory) {
+    chunk.region_offset = RegionOffset(chunk);
+  } else if (format_.fp8) {
     CopyFp8(chunk, bytes);
   } else {
     chunk.payload = copies_ ? Copy(chunk, bytes) : Point(chunk, bytes);
@@ -234,7 +235,10 @@ wire::KvChunk KvExporter::Next() {
   const bool array_ends = byte_offset_ == ArrayBytes();
   const bool layer_ends = array_ends && kind_ != v1::KvChunk::K;
   if (format_.checksums) {
-    chunk.crc32c = wire::Crc32cOf(chunk);
+    chunk.crc32c = format_.shared_memory
+                       ? wire::Crc32c(kv_->region()->bytes().subspan(
+                             chunk.region_offset, static_cast<size_t>(bytes)))
+                       : wire::Crc32cOf(chunk);
     digest_.Add(*chunk.crc32c);
     if (layer_ends) chunk.layer_digest = digest_.value();
   }
@@ -291,6 +295,15 @@ const std::byte* KvExporter::Row(int32_t head, int32_t token) const {
   const void* plane = kind_ == v1::KvChunk::K ? cache.k(layer_) : cache.v(layer_);
   const int64_t element = cache.layout().Offset(0, 0, head, token);
   return static_cast<const std::byte*>(plane) + element * bytes;
+}
+
+int64_t KvExporter::BytesOf(const wire::KvChunk& chunk) const {
+  return static_cast<int64_t>(chunk.token_count) * chunk.head_count * RowBytes();
+}
+
+uint64_t KvExporter::RegionOffset(const wire::KvChunk& chunk) const {
+  return static_cast<uint64_t>(Row(chunk.head_begin, chunk.token_begin) -
+                               kv_->region()->bytes().data());
 }
 
 wire::Payload KvExporter::Point(const wire::KvChunk& chunk, int64_t bytes) const {

@@ -4,7 +4,8 @@
 // requested layout. Each range is a rectangle of tokens and heads, cut at page
 // boundaries. Where the cache holds the range in the requested form, a chunk points
 // into the cache and nothing is copied. Else the range is copied to a buffer of at most
-// chunk_bytes, which with F8_E4M3 also has the scales.
+// chunk_bytes, which with F8_E4M3 also has the scales. With KvFormat::shared_memory a
+// chunk names its place and nothing is sent.
 //
 // Threading: one thread at a time. Memory: it and every unsent slice own a reference to
 // the cache; one buffer per copied chunk.
@@ -61,6 +62,8 @@ class KvExporter {
   // InvalidArgument when one page of tokens (NHD: of all requested heads; HND: of one
   // head; with F8_E4M3 scales count) exceeds chunk_bytes, when queries are wanted and
   // no layer of the range was captured, or when `resume` is in a layer that was not.
+  // With format.shared_memory the cache has a region and the request passed
+  // CheckSharedMemory().
   static absl::StatusOr<std::unique_ptr<KvExporter>> Create(
       std::shared_ptr<const HeldKv> kv, uint64_t epoch, const KvRange& range,
       const KvFormat& format, KvContent content = KvContent::kKeysAndValues,
@@ -76,6 +79,8 @@ class KvExporter {
   static int64_t BufferBytes(const KvShape& shape, const KvRange& range,
                              const KvFormat& format,
                              KvContent content = KvContent::kKeysAndValues);
+  // Bytes of the cache's elements that `chunk` has or, in shared memory, names.
+  int64_t BytesOf(const wire::KvChunk& chunk) const;
   // Payload of all chunks, without what was had before a resume.
   int64_t total_bytes() const;
   // Bytes of the same elements in the cache.
@@ -99,6 +104,7 @@ class KvExporter {
   int64_t Pages(int64_t token_begin, int64_t token_count) const;
   void Begin(const KvPlace& place);
   int64_t ArrayBytes() const;  // bytes of one (layer, kind) array
+  uint64_t RegionOffset(const wire::KvChunk& chunk) const;
   wire::Payload Point(const wire::KvChunk& chunk, int64_t bytes) const;
   wire::Payload Copy(const wire::KvChunk& chunk, int64_t bytes) const;
   // Sets scales and payload.
