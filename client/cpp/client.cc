@@ -132,6 +132,7 @@ absl::StatusOr<v1::KvLease> Client::Renew(const v1::KvTicket& ticket,
 absl::Status Client::Release(const v1::KvTicket& ticket, const CallTerms& terms) {
   v1::ReleaseRequest request;
   *request.mutable_ticket() = ticket;
+  regions_.Drop(ticket);
   return Ask<v1::ReleaseResponse>(ChannelOf(ticket), kRelease, ControlTerms(terms),
                                   request)
       .status();
@@ -189,9 +190,40 @@ absl::Status Client::Fetch(v1::FetchRequest request, KvTarget& target,
   const absl::StatusOr<v1::KvDescriptor> kv = Describe(request.ticket(), terms);
   if (!kv.ok()) return kv.status();
   if (absl::Status sizes = CheckSizes(*kv); !sizes.ok()) return sizes;
-  const KvExpectation expected = ExpectationOf(request, *kv, stored);
-  KvReceiver receiver(expected, target);
   const LeaseKeeper keeper(*this, *kv, terms.deadline);
+  if (!request.has_shared_memory()) {
+    request.set_shared_memory(!options_.shared_memory_socket.empty());
+  }
+  const KvExpectation expected = ExpectationOf(request, *kv, stored);
+  if (!request.shared_memory()) {
+    KvReceiver receiver(expected, target);
+    return FetchRanges(std::move(request), expected, receiver, terms);
+  }
+  if (options_.shared_memory_socket.empty()) {
+    return absl::InvalidArgumentError(
+        "shared_memory true needs ClientOptions.shared_memory_socket");
+  }
+  const auto mapped =
+      regions_.Get(request.ticket(), kv->bytes(),
+                   std::min(options_.connect_timeout, terms.deadline - absl::Now()));
+  if (!mapped.ok()) return mapped.status();
+  const v1::KvTicket ticket = request.ticket();
+  const KvRegion region = {(*mapped)->bytes(), [this, &ticket, &terms] {
+                             return Describe(ticket, terms).status();
+                           }};
+  KvReceiver receiver(expected, target, &region);
+  absl::Status status = FetchRanges(std::move(request), expected, receiver, terms);
+  if (status.ok()) return status;
+  regions_.Drop(ticket);
+  // Wrong bytes are zeros where the server has taken the memory away: the lease ended.
+  if (!absl::IsDataLoss(status)) return status;
+  const absl::Status held = region.still_held();
+  return absl::IsNotFound(held) ? held : status;
+}
+
+absl::Status Client::FetchRanges(v1::FetchRequest request,
+                                 const KvExpectation& expected, KvReceiver& receiver,
+                                 const CallTerms& terms) {
   CallTerms attempt_terms = terms;
   int failures = 0;
   absl::Status broken = absl::OkStatus();

@@ -28,6 +28,7 @@
 #include "absl/time/time.h"
 #include "client/cpp/kv_receiver.h"
 #include "client/cpp/raw_stream.h"
+#include "client/cpp/shared_region.h"
 #include "pbs/v1/attention.pb.h"
 #include "pbs/v1/kv.pb.h"
 #include "pbs/v1/prefill.pb.h"
@@ -51,6 +52,9 @@ struct ClientOptions {
   // Calls about a leased cache go to KvTicket.endpoint; false: all go to `address`, as
   // through a port forward.
   bool follow_endpoints = true;
+  // The server's shared_memory_socket on this host. Fetch() then takes the bytes from
+  // shared memory; "": from the network.
+  std::string shared_memory_socket = "";
 };
 
 class PrefillObserver {
@@ -105,6 +109,10 @@ class Client {
   // F8_E4M3 the target gets `stored` (F32, F16 or BF16; unset: as held), widened.
   // DataLoss when a chunk is missing, doubled or corrupt: the bytes of its layer must
   // then not be used.
+  //
+  // With ClientOptions::shared_memory_socket the bytes come from shared memory, unless
+  // `request` says shared_memory false; never silently from the network instead. Errors
+  // also as MapRegion() (shared_region.h).
   absl::Status Fetch(v1::FetchRequest request, KvTarget& target,
                      const CallTerms& terms = {}, std::optional<v1::DType> stored = {});
   absl::StatusOr<v1::KvLease> Renew(const v1::KvTicket& ticket,
@@ -114,17 +122,22 @@ class Client {
 
  private:
   Client(const ClientOptions& options, std::shared_ptr<grpc::Channel> channel)
-      : options_(options), channel_(std::move(channel)) {}
+      : options_(options),
+        channel_(std::move(channel)),
+        regions_(options.shared_memory_socket) {}
 
   CallTerms ControlTerms(CallTerms terms) const;
   // The channel to the server that holds the ticket's cache.
   std::shared_ptr<grpc::Channel> ChannelOf(const v1::KvTicket& ticket);
+  absl::Status FetchRanges(v1::FetchRequest request, const KvExpectation& expected,
+                           KvReceiver& receiver, const CallTerms& terms);
   absl::Status FetchOnce(const v1::FetchRequest& request, const CallTerms& terms,
                          KvReceiver& receiver);
   absl::Status AwaitReturn(const v1::KvTicket& ticket, CallTerms terms);
 
   const ClientOptions options_;
   const std::shared_ptr<grpc::Channel> channel_;  // gRPC hands it out shared
+  SharedRegions regions_;
   absl::Mutex mutex_;
   // By endpoint: one connection for each that a ticket named
   std::map<std::string, std::shared_ptr<grpc::Channel>> homes_ ABSL_GUARDED_BY(mutex_);

@@ -1,10 +1,13 @@
 #include "client/cpp/kv_receiver.h"
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "proto/wire/fp8_chunk.h"
+#include "proto/wire/stream_copy.h"
 
 namespace pbs::client {
 namespace {
@@ -46,6 +49,16 @@ absl::Status KvReceiver::Add(const wire::KvChunk& chunk) {
           absl::StrCat("no memory for ", bytes, " bytes of ", Where(layer_, kind_, 0)));
     }
   }
+  const int64_t bytes =
+      int64_t{chunk.token_count} * chunk.head_count * expected_.row_bytes();
+  if (absl::Status stored = Store(chunk, bytes); !stored.ok()) return stored;
+  offset_ += bytes;
+  bytes_ += bytes;
+  return offset_ == expected_.array_bytes() ? EndArray(chunk) : absl::OkStatus();
+}
+
+absl::Status KvReceiver::Store(const wire::KvChunk& chunk, int64_t bytes) {
+  if (region_ != nullptr) return StoreFromRegion(chunk, bytes);
   // First, while the bytes are in the caches: the copy may go past them.
   if (expected_.checksums) {
     if (absl::Status sum = CheckSum(chunk); !sum.ok()) return sum;
@@ -56,9 +69,37 @@ absl::Status KvReceiver::Add(const wire::KvChunk& chunk) {
   } else {
     chunk.payload.CopyInto(array_.data() + offset_, array_.size());
   }
-  offset_ += static_cast<int64_t>(chunk.payload.size());
-  bytes_ += static_cast<int64_t>(chunk.payload.size());
-  return offset_ == expected_.array_bytes() ? EndArray(chunk) : absl::OkStatus();
+  return absl::OkStatus();
+}
+
+// What counts is what was copied: the server may take the memory away at any moment.
+absl::Status KvReceiver::StoreFromRegion(const wire::KvChunk& chunk, int64_t bytes) {
+  if (absl::Status place = CheckRegion(chunk, bytes); !place.ok()) return place;
+  const auto source =
+      region_->bytes.subspan(chunk.region_offset, static_cast<size_t>(bytes));
+  const bool streamed = array_.size() >= wire::kStreamedBytesMin;
+  std::byte* const target = array_.data() + offset_;
+  if (expected_.checksums) {
+    return CompareSum(chunk, wire::CopyCrc32c(target, source, streamed));
+  }
+  if (streamed) {
+    wire::StreamCopy(target, source.data(), source.size());
+  } else {
+    std::memcpy(target, source.data(), source.size());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status KvReceiver::CheckRegion(const wire::KvChunk& chunk, int64_t bytes) const {
+  const auto size = static_cast<uint64_t>(bytes);
+  const uint64_t region = region_->bytes.size();
+  if (chunk.region_offset <= region && size <= region - chunk.region_offset) {
+    return absl::OkStatus();
+  }
+  return absl::DataLossError(
+      absl::StrCat("chunk of ", Where(chunk.layer, chunk.kind, chunk.byte_offset),
+                   " with ", size, " bytes at region_offset ", chunk.region_offset,
+                   " is outside the shared memory of ", region, " bytes"));
 }
 
 absl::Status KvReceiver::CheckPlace(const wire::KvChunk& chunk) const {
@@ -95,11 +136,14 @@ absl::Status KvReceiver::CheckPlace(const wire::KvChunk& chunk) const {
   const int64_t row = expected_.layout == v1::NHD
                           ? token * expected_.head_count + head
                           : head * expected_.token_count + token;
-  const auto payload = static_cast<int64_t>(chunk.payload.size());
-  if (!inside || row * expected_.row_bytes() != offset_ ||
-      int64_t{chunk.token_count} * chunk.head_count * expected_.row_bytes() !=
-          payload ||
-      payload == 0 || payload > expected_.array_bytes() - offset_) {
+  const int64_t rectangle =
+      inside ? int64_t{chunk.token_count} * chunk.head_count * expected_.row_bytes()
+             : 0;
+  const auto sent = static_cast<int64_t>(chunk.payload.size());
+  const int64_t payload = region_ != nullptr && sent == 0 ? rectangle : sent;
+  if (!inside || (region_ != nullptr && sent != 0) ||
+      row * expected_.row_bytes() != offset_ || rectangle != payload || payload == 0 ||
+      payload > expected_.array_bytes() - offset_) {
     return absl::DataLossError(absl::StrCat(
         "chunk of ", where, " with ", payload, " bytes says tokens ", chunk.token_begin,
         "+", chunk.token_count, " of heads ", chunk.head_begin, "+", chunk.head_count,
@@ -119,11 +163,14 @@ absl::Status KvReceiver::CheckPlace(const wire::KvChunk& chunk) const {
 }
 
 absl::Status KvReceiver::CheckSum(const wire::KvChunk& chunk) {
+  return CompareSum(chunk, wire::Crc32cOf(chunk));
+}
+
+absl::Status KvReceiver::CompareSum(const wire::KvChunk& chunk, uint32_t crc) {
   const std::string where = Where(chunk.layer, chunk.kind, chunk.byte_offset);
   if (!chunk.crc32c.has_value()) {
     return absl::DataLossError(absl::StrCat("chunk of ", where, " has no crc32c"));
   }
-  const uint32_t crc = wire::Crc32cOf(chunk);
   if (crc != *chunk.crc32c) {
     return absl::DataLossError(absl::StrCat(
         "chunk of ", where, " is corrupt: crc32c ", absl::Hex(crc, absl::kZeroPad8),
@@ -146,6 +193,9 @@ absl::Status KvReceiver::EndArray(const wire::KvChunk& chunk) {
                      chunk.layer_digest.has_value()
                          ? absl::StrCat(absl::Hex(*chunk.layer_digest, absl::kZeroPad8))
                          : "none"));
+  }
+  if (region_ != nullptr && !expected_.checksums) {
+    if (absl::Status held = region_->still_held(); !held.ok()) return held;
   }
   digest_ = {};
   kind_ = v1::KvChunk::K;

@@ -1,12 +1,13 @@
 // Writes the chunks of a cache into the caller's memory and checks order, place, size,
 // checksum and layer digest of each. Chunks of F8_E4M3 are widened on arrival.
 //
-// Threading: one thread. Memory: copies each payload once, into the target; F8_E4M3
-// needs a chunk more.
+// Threading: one thread. Memory: copies each payload once, into the target, or each
+// place in shared memory; F8_E4M3 needs a chunk more.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 
@@ -48,10 +49,24 @@ struct KvExpectation {
   int64_t stored_bytes() const;  // of an array of the target
 };
 
+// The shared memory of a cache, whose chunks then have no payload. The server takes it
+// away when the lease ends; it then reads zeros.
+struct KvRegion {
+  std::span<const std::byte> bytes;
+  // OK while nothing was taken away. Called before OnLayer() when there are no
+  // checksums, by which that would be noticed.
+  std::function<absl::Status()> still_held;
+};
+
 class KvReceiver {
  public:
-  KvReceiver(const KvExpectation& expected, KvTarget& target)
-      : expected_(expected), target_(target), layer_(expected.layer_begin) {}
+  // `region` is null where chunks have payloads; it must outlive the receiver.
+  KvReceiver(const KvExpectation& expected, KvTarget& target,
+             const KvRegion* region = nullptr)
+      : expected_(expected),
+        target_(target),
+        region_(region),
+        layer_(expected.layer_begin) {}
 
   // DataLoss unless `chunk` is the next chunk, complete and uncorrupted; the contents
   // of its array are then unspecified. ResourceExhausted when the target refuses the
@@ -77,11 +92,16 @@ class KvReceiver {
 
  private:
   absl::Status CheckPlace(const wire::KvChunk& chunk) const;
+  absl::Status CheckRegion(const wire::KvChunk& chunk, int64_t bytes) const;
+  absl::Status Store(const wire::KvChunk& chunk, int64_t bytes);
+  absl::Status StoreFromRegion(const wire::KvChunk& chunk, int64_t bytes);
   absl::Status CheckSum(const wire::KvChunk& chunk);
+  absl::Status CompareSum(const wire::KvChunk& chunk, uint32_t crc);
   absl::Status EndArray(const wire::KvChunk& chunk);
 
   const KvExpectation expected_;
   KvTarget& target_;
+  const KvRegion* const region_;
   int32_t layer_;
   v1::KvChunk::Kind kind_ = v1::KvChunk::K;
   int64_t offset_ = 0;  // within the array

@@ -43,8 +43,9 @@ absl::Status Run(const Settings& settings) {
   PBS_ABSL_ASSIGN_OR_RETURN(const auto model, LoadModel(settings, *backend, progress));
   PBS_ABSL_ASSIGN_OR_RETURN(
       const auto client,
-      client::Client::Connect(
-          {.address = settings.server, .follow_endpoints = !settings.ignore_endpoint}));
+      client::Client::Connect({.address = settings.server,
+                               .follow_endpoints = !settings.ignore_endpoint,
+                               .shared_memory_socket = settings.shared_memory_socket}));
   PBS_ABSL_ASSIGN_OR_RETURN(const Outcome outcome,
                             RunPrompt(settings, *model, *client, progress));
   if (!settings.output_path.empty()) {

@@ -45,6 +45,10 @@ void AddConnection(CLI::App& app, Settings& settings, Raw& raw) {
   app.add_flag("--ignore-endpoint", settings.ignore_endpoint,
                "fetch from --server, not from where the ticket says, as through a port "
                "forward");
+  app.add_option(
+      "--shared-memory-socket", settings.shared_memory_socket,
+      "take the cache from the shared memory of a server on this host, which "
+      "has this shared_memory_socket");
   app.add_option("--then-tokens", settings.then_tokens_path,
                  "a file with a JSON list of token ids to feed after the prompt");
 }

@@ -25,7 +25,8 @@ struct Settings {
   // Exactly one is set: a prompt to prefill, or the ticket of a prefilled one.
   std::string tokens_path;
   std::string ticket_path;
-  bool ignore_endpoint = false;  // of tickets: all calls go to `server`
+  bool ignore_endpoint = false;      // of tickets: all calls go to `server`
+  std::string shared_memory_socket;  // of a server on this host; "": over the network
   std::string then_tokens_path;  // tokens fed one by one after the prompt; "" for none
 
   v1::AttentionOptions attention;  // without a method: the profile

@@ -16,6 +16,7 @@ from pbs_client._kv_receiver import (
     KvShape,
     LayerCallback,
 )
+from pbs_client._shared_memory import SharedRegion
 from pbs_client._transport import Deadline, Transport
 from pbs_client.errors import DeadlineExceededError, UnavailableError
 from pbs_client.kv import (
@@ -41,6 +42,7 @@ class FetchPlan:
 
     descriptor: KvDescriptor
     shape: KvShape
+    region: SharedRegion | None = None  # where the bytes are taken from shared memory
 
     @classmethod
     def of(
@@ -105,6 +107,8 @@ class FetchPlan:
         )
         if shape.kinds == QUERIES:
             request.queries = True
+        if self.region is not None:
+            request.shared_memory = True
         return bytes(request.SerializeToString())
 
     def cache(self, receiver: KvReceiver) -> KvCache:
@@ -177,8 +181,11 @@ def _fetch_from(
     request = plan.request(receiver.next_layer, receiver.place)
     path = "/pbs.v1.KvSource/Fetch"
     with transport.receive(path, request, deadline.left()) as chunks:
-        for chunk in chunks:
-            receiver.add(_wire.decode_kv_chunk(chunk))
+        for message in chunks:
+            chunk = _wire.decode_kv_chunk(message)
+            if plan.region is not None:
+                chunk = plan.region.with_payload(chunk, plan.shape.row_bytes)
+            receiver.add(chunk)
 
 
 def _span(name: str, given: tuple[int, int] | None, size: int) -> Span:

@@ -55,6 +55,7 @@ class KvChunk(NamedTuple):
     layer_digest: int | None
     payload: memoryview
     scales: memoryview = memoryview(b"")
+    region_offset: int = 0
 
 
 def encode_attend_header(header: bytes) -> bytes:
@@ -130,6 +131,7 @@ _KV_WIRE_TYPES = {
     **dict.fromkeys(range(2, 11), _VARINT),
     11: _FIXED32,
     12: _FIXED32,
+    14: _VARINT,
 }
 
 
@@ -160,6 +162,7 @@ def decode_kv_chunk(buffer: Buffer) -> KvChunk:
         layer_digest=numbers.get(12),
         payload=payload,
         scales=scales,
+        region_offset=numbers.get(14, 0),
     )
 
 

@@ -28,10 +28,10 @@ from pbs_client import _attend, _checksum, _health, _messages, _prefill, _wire, 
 from pbs_client._arguments import checked, expect
 from pbs_client._attend import AttendResult, ProgressCallback
 from pbs_client._capture import capture_heads
+from pbs_client._fetcher import Fetcher
 from pbs_client._homes import Homes
 from pbs_client._kv_receiver import LayerCallback
-from pbs_client._kv_transfer import FetchPlan, run_fetch
-from pbs_client._lease_keeper import LeaseKeeper
+from pbs_client._kv_transfer import FetchPlan
 from pbs_client._prefill import PrefillCallbacks, PrefillResult
 from pbs_client._transport import Deadline, Metadata, Transport
 from pbs_client.attend_options import Given, Packed, Synthetic, Timing
@@ -78,6 +78,7 @@ class Client:
         chunk_bytes: int = CHUNK_BYTES,
         channel_options: Sequence[tuple[str, Any]] = (),
         follow_endpoints: bool = True,
+        shared_memory_socket: str = "",
     ) -> None:
         """Prepares the connection, without network traffic.
 
@@ -88,6 +89,8 @@ class Client:
             chunk_bytes: bytes of an upload's chunks, 1 .. 4 MiB.
             channel_options: gRPC channel arguments; they override this client's.
             follow_endpoints: False: all calls go to target, as through a port forward.
+            shared_memory_socket: of the server, on this host. fetch() then takes caches
+                from shared memory, as they are held, and never over the network.
 
         Raises:
             ValueError: target or chunk_bytes is invalid.
@@ -104,6 +107,7 @@ class Client:
 
         self._transport = connect(target)
         self._homes = Homes(self._transport, connect if follow_endpoints else None)
+        self._fetcher = Fetcher(self, self._homes, shared_memory_socket)
 
     def __enter__(self) -> Client:
         return self
@@ -373,9 +377,7 @@ class Client:
         deadline = Deadline(timeout)
         descriptor = self.describe(ticket, timeout=deadline.left(CONTROL_TIMEOUT_SECONDS))
         plan = FetchPlan.of(descriptor, part or KvPart(), kv_format or KvFormat())
-        with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
-            home = self._homes.of(ticket)
-            got = run_fetch(home, plan, resumes, deadline, on_layer, progress)
+        got = self._fetcher.run(plan, resumes, deadline, on_layer, progress)
         return plan.cache(got)
 
     def fetch_queries(
@@ -407,9 +409,7 @@ class Client:
         deadline = Deadline(timeout)
         descriptor = self.describe(ticket, timeout=deadline.left(CONTROL_TIMEOUT_SECONDS))
         plan = FetchPlan.of_queries(descriptor, layer, kv_format or KvFormat())
-        with LeaseKeeper(self.describe, self.renew, descriptor, deadline):
-            home = self._homes.of(ticket)
-            fetched = run_fetch(home, plan, RESUMES, deadline, None, progress)
+        fetched = self._fetcher.run(plan, RESUMES, deadline, None, progress)
         ((queries,),) = fetched.finish()
         return queries
 

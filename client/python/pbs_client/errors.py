@@ -136,6 +136,13 @@ _OUT_OF_TIME = re.compile(r"(stream removed \()?deadline exceeded\)?", re.IGNORE
 _DEADLINE_PASSED = "the deadline "  # the server begins so, and names no figure
 
 
+def error_of_code(message: str, code: grpc.StatusCode) -> PbsError:
+    """The PbsError of a status code."""
+    if code is grpc.StatusCode.DATA_LOSS:
+        return CorruptDataError(message)
+    return _CLASS_BY_CODE.get(code, InternalError)(message, code)
+
+
 def from_rpc_error(error: Any, path: str, timeout: Any) -> PbsError:
     """The PbsError of a failed call.
 
