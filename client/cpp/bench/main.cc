@@ -63,6 +63,9 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--chunk-bytes", o.chunk_bytes, "payload of a chunk [1048576]");
   app.add_option("--stream-window-bytes", o.stream_window_bytes,
                  "bytes that the server may send ahead per stream [4194304]");
+  app.add_option("--shared-memory-socket", o.shared_memory_socket,
+                 "also measure downloads from the shared memory of the server, which "
+                 "has this shared_memory_socket [not measured]");
   app.add_option(
       "--output", flags.output,
       "file for the JSON; the table is then on stdout [JSON on stdout, table "

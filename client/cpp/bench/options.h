@@ -27,6 +27,7 @@ struct BenchOptions {
   int32_t rounds = 15;
   int32_t chunk_bytes = 1 << 20;
   int32_t stream_window_bytes = 4 << 20;
+  std::string shared_memory_socket;  // of the server; "": not measured
 
   bool uploads() const { return direction != "download"; }
   bool downloads() const { return direction != "upload"; }

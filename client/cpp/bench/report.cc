@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <fstream>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -20,6 +21,7 @@ using Json = nlohmann::ordered_json;
 
 // What the data plane should reach, checksums on.
 constexpr double kCpuSecondsPerGbMax = 0.45;
+constexpr double kSharedRatioMin = 3;  // of raw TCP, from shared memory
 
 // A peer, and the least ratio of our rate to its rate; 0: none is asked for.
 struct Rival {
@@ -58,8 +60,11 @@ double Rate(const Cell& cell, size_t round) {
   return static_cast<double>(cell.bytes) * 1e-9 / cell.samples[round].seconds;
 }
 
+bool IsShared(const Cell& cell) { return cell.label.peer.starts_with("shm"); }
+
 bool HasChecksums(const Cell& cell) {
-  return cell.label.direction == "download" && cell.label.peer == "pbs";
+  return IsShared(cell) ||
+         (cell.label.direction == "download" && cell.label.peer == "pbs");
 }
 
 // The same transfer by `peer`; null when that was not measured.
@@ -92,9 +97,13 @@ void AddCpu(const Cell& cell, Json& json) {
 // Names the goals that were missed.
 void AddGoals(const Cell& cell, const std::vector<Cell>& cells, Json& json) {
   Json missed = Json::array();
-  for (const auto& [peer, ratio_min] : kRivals) {
+  for (const auto& [peer, network_min] : kRivals) {
     const Cell* other = CellOf(peer, cell, cells);
     if (other == nullptr) continue;
+    const bool is_tcp = std::string_view(peer) == "tcp";
+    const double ratio_min = !IsShared(cell) ? network_min
+                             : is_tcp        ? kSharedRatioMin
+                                             : 0;
     const Spread ratio =
         Over(cell, [&](size_t i) { return Rate(cell, i) / Rate(*other, i); });
     const std::string name = absl::StrCat("ratio_to_", peer);
@@ -116,7 +125,7 @@ Json ToJson(const Cell& cell, const std::vector<Cell>& cells) {
   json["bytes"] = cell.bytes;
   json["gb_per_second"] = ToJson(Over(cell, [&](size_t i) { return Rate(cell, i); }));
   AddCpu(cell, json);
-  if (cell.label.peer == "pbs") AddGoals(cell, cells, json);
+  if (cell.label.peer == "pbs" || IsShared(cell)) AddGoals(cell, cells, json);
   return json;
 }
 
@@ -162,7 +171,8 @@ nlohmann::ordered_json Report(const BenchOptions& options, const std::string& co
                        {"tokens", result.kv->num_tokens()},
                        {"dtype", v1::DType_Name(result.kv->dtype())}};
   }
-  report["goals"] = {{"cpu_seconds_per_gb_max", kCpuSecondsPerGbMax}};
+  report["goals"] = {{"cpu_seconds_per_gb_max", kCpuSecondsPerGbMax},
+                     {"shared_memory_ratio_to_tcp_min", kSharedRatioMin}};
   for (const auto& [peer, ratio_min] : kRivals) {
     if (ratio_min > 0) {
       report["goals"][absl::StrCat("ratio_to_", peer, "_min")] = ratio_min;

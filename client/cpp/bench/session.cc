@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "client/cpp/bench/download.h"
 #include "client/cpp/bench/page_buffer.h"
+#include "client/cpp/bench/shared_memory_download.h"
 #include "client/cpp/bench/tcp_transfer.h"
 #include "client/cpp/bench/upload.h"
 
@@ -46,6 +47,7 @@ class Session {
   absl::Status ConnectTcp(int64_t bytes);
   absl::Status PrepareUploads();
   absl::Status PrepareDownloads();
+  absl::Status AddShared(int32_t streams, bool checksums);
   absl::StatusOr<v1::ModelInfo> FindModel();
   absl::Status LeaseCache();
   absl::Status AddPeerDownloads(int32_t streams);
@@ -183,6 +185,9 @@ absl::Status Session::PrepareDownloads() {
           MakeDownload(clients_, source_, streams, checksums, options_.chunk_bytes);
       if (!made.ok()) return made.status();
       Add(*std::move(made));
+      if (absl::Status shared = AddShared(streams, checksums); !shared.ok()) {
+        return shared;
+      }
     }
     if (absl::Status added = AddPeerDownloads(streams); !added.ok()) return added;
   }
@@ -208,6 +213,17 @@ absl::Status Session::AddPeerDownloads(int32_t streams) {
   if (peers_.flight != nullptr) {
     auto made =
         peers_.flight->MakeDownload(source_.kv.bytes(), streams, options_.chunk_bytes);
+    if (!made.ok()) return made.status();
+    Add(*std::move(made));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Session::AddShared(int32_t streams, bool checksums) {
+  if (options_.shared_memory_socket.empty()) return absl::OkStatus();
+  for (const Mapping mapping : {Mapping::kNew, Mapping::kKept}) {
+    auto made =
+        MakeSharedMemoryDownload(options_, source_, streams, checksums, mapping);
     if (!made.ok()) return made.status();
     Add(*std::move(made));
   }
