@@ -19,9 +19,11 @@ constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 // Below this a huge page would round the resident size up noticeably.
 constexpr int64_t kHugePageBytesMin = 16 << 20;
 
+// Frees all pages. A page that is not wholly inside the hole would only be cleared.
 bool Punch(const FileDescriptor& file, int64_t bytes) {
-  return fallocate(file.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, bytes) ==
-         0;
+  constexpr int64_t kPageBytesMax = 64 << 10;
+  return fallocate(file.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+                   bytes + kPageBytesMax - bytes % kPageBytesMax) == 0;
 }
 
 absl::Status Refused(int64_t bytes) {

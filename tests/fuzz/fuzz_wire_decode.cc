@@ -47,6 +47,7 @@ bool Same(const KvChunk& ours, const pbs::v1::KvChunk& theirs) {
          ours.layer_digest.has_value() == theirs.has_layer_digest() &&
          ours.layer_digest.value_or(0) == theirs.layer_digest() &&
          Flatten(ours.scales) == theirs.scales() &&
+         ours.region_offset == theirs.region_offset() &&
          Flatten(ours.payload) == theirs.payload();
 }
 

@@ -36,9 +36,7 @@ inline CapturedQueries MakeQueries(const QueryShape& shape,
   return queries;
 }
 
-inline std::shared_ptr<server::HeldKv> MakeHeldKv(const KvShape& shape,
-                                                  CapturedQueries queries = {}) {
-  KvCache cache = *KvCache::Create(shape, OneThreadBackend());
+inline void FillKv(const KvShape& shape, KvCache& cache) {
   for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
     for (int kind = 0; kind < 2; ++kind) {
       void* plane = kind == 0 ? cache.k(layer) : cache.v(layer);
@@ -48,8 +46,25 @@ inline std::shared_ptr<server::HeldKv> MakeHeldKv(const KvShape& shape,
       ConvertElements(values.data(), DType::kF32, plane, shape.dtype, count);
     }
   }
+}
+
+inline std::shared_ptr<server::HeldKv> MakeHeldKv(const KvShape& shape,
+                                                  CapturedQueries queries = {}) {
+  KvCache cache = *KvCache::Create(shape, OneThreadBackend());
+  FillKv(shape, cache);
   return std::make_shared<server::HeldKv>(std::move(cache), server::ByteReservation(),
                                           std::move(queries));
+}
+
+// The same cache in shared memory.
+inline std::shared_ptr<server::HeldKv> MakeSharedKv(const KvShape& shape) {
+  auto region = *server::SharedRegion::Create(shape.bytes());
+  Buffer memory(
+      region->bytes().data(), shape.bytes(), [](void*, void*, int64_t) {}, nullptr);
+  KvCache cache = *KvCache::CreateIn(shape, std::move(memory));
+  FillKv(shape, cache);
+  return std::make_shared<server::HeldKv>(std::move(cache), server::ByteReservation(),
+                                          CapturedQueries(), std::move(region));
 }
 
 }  // namespace pbs::testing_support

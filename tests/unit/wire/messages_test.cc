@@ -88,6 +88,7 @@ v1::KvChunk RandomKvChunk(std::mt19937& rng) {
   if (rng() % 2 == 0) chunk.set_crc32c(rng() % 2 == 0 ? 0 : rng());
   if (rng() % 2 == 0) chunk.set_layer_digest(rng());
   if (rng() % 2 == 0) chunk.set_scales(RandomBytes(rng() % 400, rng));
+  chunk.set_region_offset(RandomU64(rng));
   chunk.set_payload(RandomBytes(rng() % 3 * (rng() % 300), rng));
   return chunk;
 }
@@ -120,6 +121,7 @@ KvChunk OurKvChunk(const v1::KvChunk& m) {
   chunk.dtype = m.dtype();
   chunk.layout = m.layout();
   chunk.byte_offset = m.byte_offset();
+  chunk.region_offset = m.region_offset();
   if (m.has_crc32c()) chunk.crc32c = m.crc32c();
   if (m.has_layer_digest()) chunk.layer_digest = m.layer_digest();
   chunk.scales = PayloadOf(m.scales());
@@ -143,6 +145,7 @@ v1::KvChunk TheirKvChunk(const KvChunk& chunk) {
   m.set_dtype(chunk.dtype);
   m.set_layout(chunk.layout);
   m.set_byte_offset(chunk.byte_offset);
+  m.set_region_offset(chunk.region_offset);
   if (chunk.crc32c.has_value()) m.set_crc32c(*chunk.crc32c);
   if (chunk.layer_digest.has_value()) m.set_layer_digest(*chunk.layer_digest);
   m.set_scales(Flatten(chunk.scales));

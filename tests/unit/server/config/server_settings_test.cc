@@ -104,6 +104,7 @@ TEST(ConfigDefaults, AreThoseOfTheDocumentation) {
         listen: "127.0.0.1:50051"
         metrics_listen: "127.0.0.1:9464"
         advertise: ""
+        shared_memory_socket: ""
         backend: "auto"
         reflection: false
         drain_seconds_max: 60
@@ -261,6 +262,22 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(
         ViolationCase{"listen", [](auto& c) { c.set_listen("nowhere"); },
                       "listen \"nowhere\" is not host:port: no port"},
+        ViolationCase{
+            "shared_memory_socket_length",
+            [](auto& c) { c.set_shared_memory_socket(std::string(108, 'x')); },
+            "bytes of shared_memory_socket 108 is outside [1, 107]"},
+        ViolationCase{"shared_memory_socket_with_a_zero",
+                      [](auto& c) {
+                        c.set_shared_memory_socket({'a', '\0', 'b'});
+                      },
+                      "shared_memory_socket has a zero byte; it names a file"},
+        ViolationCase{"shared_memory_socket_on_a_gpu",
+                      [](auto& c) {
+                        c.set_backend("cuda");
+                        c.set_shared_memory_socket("/run/pbs");
+                      },
+                      "shared_memory_socket \"/run/pbs\" needs backend cpu: on a GPU's "
+                      "server caches are in pinned memory, which cannot be shared"},
         ViolationCase{"advertise", [](auto& c) { c.set_advertise("node 7:1"); },
                       "advertise \"node 7:1\" is not host:port: host is no name, IPv4 "
                       "address or [IPv6 address]"},
