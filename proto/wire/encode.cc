@@ -16,7 +16,7 @@ namespace {
 
 using google::protobuf::io::CodedOutputStream;
 
-// Collects the fields in front of a payload. The longest is KvChunk: 14 fields of at
+// Collects the fields in front of a payload. The longest is KvChunk: 15 fields of at
 // most 11 bytes, inside at most 6 bytes of a oneof member's tag and length.
 class FieldWriter {
  public:
@@ -80,7 +80,7 @@ class FieldWriter {
 
  private:
   static constexpr size_t kEnclosureBytes = 11;
-  static constexpr size_t kFieldsBytes = 14 * 11;
+  static constexpr size_t kFieldsBytes = 15 * 11;
 
   void Varint(uint32_t field, uint64_t value) {
     end_ = CodedOutputStream::WriteTagToArray(Tag(field, kVarint), end_);
