@@ -81,15 +81,17 @@ struct NodeOptions {
   BatchLimits batch = {};       // every prompt runs alone
   bool executor_thread = true;  // else the test steps by hand
   bool ready = true;            // models set, serving
+  bool shared_caches = false;
 };
 
 class TestNode {
  public:
   explicit TestNode(NodeOptions options = {})
       : ledger(options.memory_bytes_max),
-        engine(
-            {.queue_requests_max = options.queue_requests_max, .batch = options.batch},
-            {*SharedModel::Get().backend, ledger, clock, timers, metrics, costs}),
+        engine({.queue_requests_max = options.queue_requests_max,
+                .batch = options.batch,
+                .shared_caches = options.shared_caches},
+               {*SharedModel::Get().backend, ledger, clock, timers, metrics, costs}),
         leases(options.leases, RandomU64(), clock, timers, metrics.kv) {
     options.service.listen = "127.0.0.1:0";
     auto created = GrpcServer::Create(
