@@ -82,7 +82,9 @@ def _rename_a_field(files):
 
 
 def _drop_a_field(files):
-    del _message(files, "KvChunk").field[-1]
+    fields = _message(files, "KvChunk").field
+    (at,) = (i for i, field in enumerate(fields) if field.name == "payload")
+    del fields[at]
 
 
 def _drop_presence(files):
