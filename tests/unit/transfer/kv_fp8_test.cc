@@ -149,6 +149,9 @@ INSTANTIATE_TEST_SUITE_P(
                     Fp8Case{"page_of_more_than_all", DType::kBF16, kHnd, 4096, kPart},
                     Fp8Case{"small_chunks", DType::kBF16, kHnd, 16, kPart, 2200},
                     Fp8Case{"heads_together", DType::kBF16, kHnd, 16, kWhole, 40'000},
+                    // Without their scales these would fit.
+                    Fp8Case{"a_head_too_many", DType::kBF16, kHnd, 16, kWhole, 57'700},
+                    Fp8Case{"a_page_too_many", DType::kBF16, kHnd, 16, kPart, 1735},
                     Fp8Case{"nhd", DType::kF16, kNhd, 16, kWhole},
                     Fp8Case{"nhd_part", DType::kBF16, kNhd, 16, kPart, 3000},
                     Fp8Case{"nhd_page_of_one", DType::kF32, kNhd, 1, kPart, 700}),
