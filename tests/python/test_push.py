@@ -322,3 +322,26 @@ def test_a_sink_that_comes_back_gets_the_next_push(pushing, pusher, target):
     is_as_new(pushing, pusher, target)
     assert fails(pusher, target)[0] == "UNAVAILABLE"
     is_as_new(pushing, pusher, target)
+
+
+def test_a_drain_ends_a_push_that_does_not_go_on(push_model, target):
+    """After drain_seconds_max, which is 5 here."""
+    blocked = threading.Event()
+
+    def wait(header, layer, k, v):
+        blocked.wait(2 * WAIT_SECONDS_MAX)
+
+    with (
+        pushing_server(push_model, [target]) as pushing,
+        Client(pushing.target) as pusher,
+        KvSink(target, on_layer=wait, credit_bytes=CHUNK_BYTES),
+        ThreadPoolExecutor() as pool,
+    ):
+        running = pool.submit(fails, pusher, target, prompt(3000))
+        try:
+            until(lambda: metric(pushing, "pbs_kv_transfer_bytes_total") > 0)
+            pushing.process.terminate()
+            assert running.result(WAIT_SECONDS_MAX)[0] in ("UNAVAILABLE", "CANCELLED")
+            assert pushing.process.wait(WAIT_SECONDS_MAX) == 0
+        finally:
+            blocked.set()

@@ -344,7 +344,7 @@ class _Push:
     def __init__(self, requests: Iterator[bytes], context: Any, seconds: float) -> None:
         self.header: PushHeader | None = None
         self._seconds = seconds
-        self._messages: queue.Queue[bytes | None | PbsError] = queue.Queue(1)
+        self._messages: queue.Queue[bytes | PbsError | None] = queue.Queue(1)
         self._ended = threading.Event()
         context.add_callback(self._ended.set)
         thread = threading.Thread(target=self._read, args=(requests,), daemon=True)
@@ -386,7 +386,7 @@ class _Push:
         except Exception:  # gRPC has no class for it; the call has ended
             self._put(_LEFT)
 
-    def _put(self, message: bytes | None | PbsError) -> bool:
+    def _put(self, message: bytes | PbsError | None) -> bool:
         """False when the call has ended."""
         while True:
             try:
