@@ -22,7 +22,7 @@ grpc::ByteBuffer EncodePushHeader(const PushFacts& facts, const KvShape& shape,
   header.mutable_shape()->set_dtype(EncodeDType(shape.dtype));
   header.set_num_tokens(shape.capacity);
   header.set_epoch(facts.epoch);
-  header.set_dtype(EncodeDType(format.dtype.value_or(shape.dtype)));
+  header.set_dtype(format.WireDType(shape.dtype));
   header.set_layout(EncodeLayout(format.layout));
   header.set_page_tokens(format.page_tokens);
   header.set_checksums(format.checksums);

@@ -43,6 +43,10 @@ FORMATS = {
     "pages_of_16": {"page_tokens": 16},
     "pages_of_64_nhd_bf16": {"page_tokens": 64, "layout": "NHD", "dtype": "bf16"},
     "long_chunks": {"chunk_bytes": 4 << 20},
+    "f8_e4m3": {"wire_dtype": "f8_e4m3"},
+    "f8_e4m3_pages_of_64_nhd": {
+        "wire_dtype": "f8_e4m3", "page_tokens": 64, "layout": "NHD",
+    },
 }
 
 
@@ -51,14 +55,16 @@ FORMATS = {
 def test_a_pushed_cache_equals_a_fetched_one(pusher, target, form, length):
     tokens = prompt(length, seed=length)
     ticket = pusher.prefill(MODEL, tokens, "dense", delivery="lease").ticket
-    known = {name: form[name] for name in ("dtype", "layout") if name in form}
+    names = ("dtype", "layout", "wire_dtype", "page_tokens")
+    known = {name: form[name] for name in names if name in form}
     expected = pusher.fetch(ticket, kv_format=KvFormat(**known))
     pusher.release(ticket)
     with KvSink(target) as sink:
         push(pusher, target, tokens, **form)
         cache = sink.take(WAIT_SECONDS_MAX).cache
     assert bytes_of(cache) == bytes_of(expected)
-    for name in ("layers", "tokens", "heads", "prompt_tokens", "layout", "model_digest"):
+    names = ("layers", "tokens", "heads", "prompt_tokens", "layout", "model_digest", "wire_dtype")
+    for name in names:
         assert getattr(cache, name) == getattr(expected, name)
     assert cache.sparsity_digest == expected.sparsity_digest == "exact"
     assert cache.first_token is None

@@ -95,6 +95,11 @@ class KvShape:
         """Bytes of all arrays, as sent."""
         return len(self.kinds) * self.layers.count * self.array_bytes
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all arrays, in dtype."""
+        return self.total_bytes // self.row_bytes * self.head_dim * self.dtype.itemsize
+
 
 class KvReceiver:
     """Assembles one transfer. Not thread-safe."""

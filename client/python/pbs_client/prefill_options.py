@@ -98,11 +98,13 @@ class Push:
         dtype: "f32", "f16" or "bf16"; None is the dtype that the server holds.
         layout: "HND" [kv_heads, tokens, head_dim] or "NHD" [tokens, kv_heads, head_dim].
         checksums: the sink checks every chunk and layer.
-        page_tokens: chunks begin and end at multiples of this many tokens; None is 1.
         chunk_bytes: the longest payload, 65536 .. 4194304; None is the server's default.
+        wire_dtype, page_tokens: as KvFormat; with wire_dtype the arrays have the dtype
+            that the server holds.
 
     Raises:
-        ValueError: dtype or layout is none of these.
+        ValueError: dtype or layout is none of these, dtype is given beside wire_dtype,
+            or as KvFormat.
         TypeError, ValueError: as check_fields().
     """
 
@@ -112,10 +114,14 @@ class Push:
     checksums: bool = True
     page_tokens: int | None = None
     chunk_bytes: int | None = None
+    wire_dtype: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_wire(self.wire_dtype, self.page_tokens)
         if self.dtype is not None:
+            if self.wire_dtype is not None:
+                raise ValueError("a push with wire_dtype has no dtype of its own")
             dtypes.float_dtype(self.dtype)
         if self.layout not in LAYOUTS:
             names = ", ".join(LAYOUTS)
@@ -127,10 +133,11 @@ class Push:
         push.target = self.target
         push.layout = LAYOUT_NUMBERS[self.layout]
         push.checksums = self.checksums
-        if self.dtype is not None:
+        push.page_tokens = page_tokens_of(self.wire_dtype, self.page_tokens)
+        if self.wire_dtype is not None:
+            push.dtype = dtypes.F8_E4M3_NUMBER
+        elif self.dtype is not None:
             push.dtype = dtypes.to_wire(dtypes.float_dtype(self.dtype))
-        if self.page_tokens is not None:
-            push.page_tokens = self.page_tokens
         if self.chunk_bytes is not None:
             push.chunk_bytes = self.chunk_bytes
 

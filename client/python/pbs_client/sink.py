@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
-import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -28,9 +27,10 @@ from typing import Any
 
 import grpc
 
-from pbs_client import _checksum, _messages, _wire, dtypes
+from pbs_client import _checksum, _messages, _wire
 from pbs_client._arguments import checked
-from pbs_client._kv_receiver import LAYOUT_NUMBERS, KvReceiver, KvShape
+from pbs_client._kv_receiver import KvReceiver
+from pbs_client._push_header import PushHeader, shape_of
 from pbs_client._transport import channel_options, seconds_of
 from pbs_client.errors import (
     CallCancelledError,
@@ -40,7 +40,7 @@ from pbs_client.errors import (
     PbsError,
     ResourceExhaustedError,
 )
-from pbs_client.kv import Array, KvCache, Span
+from pbs_client.kv import Array, KvCache
 
 BYTES_MAX = 8 << 30
 CREDIT_BYTES = 16 << 20  # the longest chunk of a server has less than 4 MiB
@@ -49,41 +49,7 @@ STALL_SECONDS_MAX = 600.0  # a push is silent while its prompt waits or a layer 
 
 _REFUSALS_AT_ONCE = 16  # calls beyond pushes_max that get our answer, not gRPC's
 _LEAVE_SECONDS = 0.5  # between the end of a stream and the news that its call is gone
-_LAYOUT_NAMES = {number: name for name, number in LAYOUT_NUMBERS.items()}
-_LAYOUTS = ("HND", "NHD")
-_HANDLE = re.compile(r"[0-9a-f]{32}")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PushHeader:
-    """What a push says of its cache.
-
-    Attributes:
-        transfer_id: 32 hex digits, of this push.
-        request_id: that of the prefill.
-        model: its name at the prefill server.
-        model_digest, sparsity_digest: see KvTicket.
-        prompt_digest: kv_params.prompt_digest() of the prompt's ids.
-        num_layers, num_kv_heads, head_dim, num_tokens: sizes of the cache.
-        dtype: of the arrays; float32, float16 or ml_dtypes.bfloat16.
-        layout: "HND" [kv_heads, tokens, head_dim] or "NHD" [tokens, kv_heads, head_dim].
-        bytes: of all arrays.
-    """
-
-    transfer_id: str
-    request_id: str
-    model: str
-    model_digest: str
-    sparsity_digest: str
-    prompt_digest: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    num_tokens: int
-    dtype: Any
-    layout: str
-    bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +224,7 @@ class KvSink:
             context.abort(failure.code, failure.message)
 
     def _acks(self, push: _Push) -> Iterator[bytes]:
-        header, shape = _shape_of(push.next())
+        header, shape = shape_of(push.next())
         push.header = header
         if self._model_digest not in ("", header.model_digest):
             raise FailedPreconditionError(
@@ -417,56 +383,6 @@ def _server_options(listen: str) -> dict[str, Any]:
     }
 
 
-def _shape_of(message: bytes) -> tuple[PushHeader, KvShape]:
-    """The header and what its chunks must be. CorruptDataError when it is wrong."""
-    first = _wire.parse(_messages.KvChunk, message)
-    if not first.HasField("push_header") or first.payload:
-        raise CorruptDataError("the first message is not a push_header alone")
-    header = first.push_header
-    if not _HANDLE.fullmatch(header.transfer_id):
-        raise CorruptDataError("push_header: transfer_id is not 32 hex digits")
-    sizes = {
-        "num_layers": header.shape.num_layers,
-        "num_kv_heads": header.shape.num_kv_heads,
-        "head_dim": header.shape.head_dim,
-        "num_tokens": header.num_tokens,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise CorruptDataError(f"push_header: {name} is {size}")
-    dtype = dtypes.from_wire(header.dtype)
-    if dtype is None or dtype not in dtypes.FLOAT_DTYPES.values():
-        raise CorruptDataError(f"push_header: unknown dtype {header.dtype}")
-    layout = _LAYOUT_NAMES.get(header.layout)
-    if layout not in _LAYOUTS:
-        raise CorruptDataError(f"push_header: unknown layout {header.layout}")
-    shape = KvShape(
-        layers=Span(0, sizes["num_layers"]),
-        tokens=Span(0, sizes["num_tokens"]),
-        heads=Span(0, sizes["num_kv_heads"]),
-        head_dim=sizes["head_dim"],
-        dtype=dtype,
-        layout=layout,
-        epoch=header.epoch,
-        checksums=header.checksums,
-    )
-    if shape.total_bytes != header.bytes:
-        raise CorruptDataError(
-            f"push_header: bytes is {header.bytes}, but its sizes make "
-            f"{shape.total_bytes}"
-        )
-    texts = ("transfer_id", "request_id", "model", "model_digest", "sparsity_digest")
-    facts = PushHeader(
-        **{name: getattr(header, name) for name in texts},
-        **sizes,
-        prompt_digest=header.prompt_digest,
-        dtype=dtype,
-        layout=layout,
-        bytes=header.bytes,
-    )
-    return facts, shape
-
-
 def _cache_of(header: PushHeader, receiver: KvReceiver) -> KvCache:
     """The whole cache. CorruptDataError when bytes are missing."""
     k, v = receiver.finish()
@@ -481,4 +397,5 @@ def _cache_of(header: PushHeader, receiver: KvReceiver) -> KvCache:
         layout=header.layout,
         model_digest=header.model_digest,
         sparsity_digest=header.sparsity_digest,
+        wire_dtype=header.wire_dtype,
     )
