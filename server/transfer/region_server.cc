@@ -27,7 +27,7 @@ namespace {
 
 using std::chrono::steady_clock;
 
-// When accept() fails for want of a descriptor: until somebody else gives one back.
+// When accept() fails for want of something: until somebody else gives one back.
 constexpr int kPauseMillis = 50;
 
 std::optional<uid_t> UserOf(const FileDescriptor& socket) {
@@ -125,8 +125,9 @@ void RegionServer::Accept() {
   FileDescriptor socket(
       accept4(listener_->get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
   if (!socket.is_open()) {
+    if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) return;
     pollfd stop = {stop_.get(), POLLIN, 0};
-    if (errno == EMFILE || errno == ENFILE) poll(&stop, 1, kPauseMillis);
+    poll(&stop, 1, kPauseMillis);
     return;
   }
   if (UserOf(socket) != options_.uid) {
@@ -152,7 +153,11 @@ bool RegionServer::Serve(Connection& connection) {
   const std::span<std::byte> rest =
       std::span(connection.request).subspan(connection.received);
   const ssize_t count = recv(connection.socket.get(), rest.data(), rest.size(), 0);
-  if (count < 0) return errno != EAGAIN && errno != EINTR;
+  if (count < 0 && (errno == EAGAIN || errno == EINTR)) return false;
+  if (count < 0) {
+    metrics_.RegionRequests(RegionResult::kError).Increment();
+    return true;
+  }
   connection.received += static_cast<size_t>(count);
   if (count > 0 && connection.received < wire::kRegionRequestBytes) return false;
   const auto request = wire::DecodeRegionRequest(

@@ -10,6 +10,7 @@ and one reply per line of standard output. With PROMPT an index of caches.PROMPT
         a line {"listens": true}; "kill_at": LAYER: kills itself (SIGKILL) when it has it
 
     "timeout": seconds, "resumes": count, "behind_relay": BOOL, "options": [[KEY, VALUE]],
+    "shared_memory": PATH of the socket of a server whose memory it maps,
     "stop": {"at": BYTE, "how": "kill" | "hang" | "leave"}: when that many payload bytes
     came, the process kills itself (SIGKILL), stops itself (SIGSTOP, after a line
     {"hangs": true}), or leaves the call
@@ -123,7 +124,10 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
             reply["cache"] = sink(command, layers)
             return {"layers": layers, **reply}
         with Client(
-            command["target"], channel_options=options, follow_endpoints=follow
+            command["target"],
+            channel_options=options,
+            follow_endpoints=follow,
+            shared_memory_socket=command.get("shared_memory", ""),
         ) as client:
             work = {"fetch": fetch, "inline": inline}[command["do"]]
             reply["cache"] = work(client, command, layers)

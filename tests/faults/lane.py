@@ -51,11 +51,14 @@ class Lane:
         self.model = model
         # Where a decode side listens for pushes, itself and behind the relay.
         self.sink, self.relayed_sink = free_ports(2)
+        self._sockets = tempfile.TemporaryDirectory()
+        self.socket = f"{self._sockets.name}/kv"  # of caches in shared memory
         self.node = Node(
             model,
             MODEL,
             f"push_targets.0={self.sink}",
             f"push_targets.1={self.relayed_sink}",
+            f"shared_memory_socket={self.socket}",
         )
         self.relay = Helper("relay.py")
         self.decode = Helper("decode_side.py")
@@ -84,6 +87,7 @@ class Lane:
         self._pool.shutdown()
         for process in (self.decode, self.relay, self.node):
             process.end()
+        self._sockets.cleanup()
 
     def begin(self, rng: random.Random) -> None:
         """Forgets what was seen; `rng` chooses what the next fault is like."""

@@ -199,6 +199,24 @@ def released_mid_fetch(lane: Lane) -> None:
     lane.close_relay()
 
 
+def lease_ends_under_a_mapping(lane: Lane) -> None:
+    """The lease ends while the decode side, stopped (SIGSTOP), maps shared memory."""
+    prompt = lane.prompt()
+    ticket = lane.ticket_of(prompt)
+    stop = {"at": a_byte(lane, prompt), "how": "hang"}
+    lane.fetch(ticket, stop=stop, shared_memory=lane.socket)
+    if not lane.hangs():
+        lane.see_decode(prompt)
+        return
+    lane.settle()  # the time of a lease begins at the end of its prefill
+    if lane.rng.random() < 0.5:
+        lane.release(ticket)
+    if not lane.nothing_held():
+        lane.saw("decode", "held what it maps")
+    lane.decode.process.send_signal(signal.SIGCONT)
+    lane.see_decode(prompt)
+
+
 # ---- the prefill
 
 
@@ -382,6 +400,7 @@ FAULTS = (
     Fault(pbs_decode_disturbed, 2, _codes(f"{RIGHT} {_ANY_ERROR}")),
     Fault(lease_ends_mid_fetch, 1, _codes(_GONE)),
     Fault(released_mid_fetch, 1, _codes(f"{RIGHT} NOT_FOUND")),
+    Fault(lease_ends_under_a_mapping, 2, _codes(_GONE)),
     Fault(
         prefill_cancelled,
         3,
