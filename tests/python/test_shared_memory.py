@@ -248,8 +248,9 @@ def test_pbs_bench_measures_it(node, path):
     )
     assert done.returncode == 0, done.stderr
     cells = json.loads(done.stdout)["cells"]
+    peers = ("pbs", "shm copy", "shm copy kept")
     assert [(cell["peer"], cell.get("checksums")) for cell in cells] == [
-        (peer, checksums) for checksums in (True, False) for peer in ("pbs", "shm", "shm kept")
+        (peer, checksums) for checksums in (True, False) for peer in peers
     ] + [("tcp", None)]
     assert all("ratio_to_tcp" in cell for cell in cells[:-1])
 

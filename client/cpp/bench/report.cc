@@ -191,7 +191,7 @@ std::string Table(const nlohmann::ordered_json& report) {
       report["machine"]["cpu"].get<std::string>(),
       report["machine"]["cores"].get<int>(), report["commit"].get<std::string>(),
       report["setting"]["rounds"].get<int>());
-  constexpr char kLine[] = "%-9s %-8s %7s  %-6s %18s %18s %18s %18s %18s  %s\n";
+  constexpr char kLine[] = "%-9s %-13s %7s  %-6s %18s %18s %18s %18s %18s  %s\n";
   absl::StrAppendFormat(&out, kLine, "direction", "peer", "streams", "CRC32C", "GB/s",
                         "x TCP", "x protobuf", "x Flight", "CPU-s/GB", "goals");
   for (const Json& cell : report["cells"]) {

@@ -16,8 +16,8 @@ namespace pbs::bench {
 
 // How much of the mapping is timed.
 enum class Mapping : uint8_t {
-  kNew,   // "shm": mapped and touched for the first time, as by a decode tier
-  kKept,  // "shm kept": the client has mapped it before
+  kNew,   // "shm copy": mapped and touched for the first time, as by a decode tier
+  kKept,  // "shm copy kept": the client has mapped it before
 };
 
 // Connects clients of its own, and before each run of kNew new ones. `options` and
