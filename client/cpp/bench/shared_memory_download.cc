@@ -29,8 +29,8 @@ class SharedMemoryDownload final : public Transfer {
  public:
   SharedMemoryDownload(const BenchOptions& options, const DownloadSource& source,
                        int32_t streams, bool checksums, Mapping mapping)
-      : Transfer({"download", mapping == Mapping::kNew ? "shm copy" : "shm copy kept", streams,
-                  checksums}),
+      : Transfer({"download", mapping == Mapping::kNew ? "shm copy" : "shm copy kept",
+                  streams, checksums}),
         options_(options),
         source_(source),
         mapping_(mapping) {}
