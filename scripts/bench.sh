@@ -146,10 +146,12 @@ bench_dataplane() {
   say "starting the server"
   trap 'stop_server || true' EXIT
   start_server "$run_dir/server.log" "$build_dir/bin/pbs-prefilld" --backend cpu \
-    --model "kv=$run_dir/model" --listen 127.0.0.1:0 --metrics-listen off
+    --model "kv=$run_dir/model" --listen 127.0.0.1:0 --metrics-listen off \
+    --set "shared_memory_socket=$run_dir/kv.sock"
   say "measuring"
   "$build_dir/bin/pbs-bench" transfer --server "$address" --server-pid "$server" \
-    --peers tcp,protobuf,flight --flight "$python $repo/client/cpp/bench/flight_peer.py" \
+    --shared-memory-socket "$run_dir/kv.sock" --peers tcp,protobuf,flight \
+    --flight "$python $repo/client/cpp/bench/flight_peer.py" \
     --output "$output" "$@"
   stop_server
   echo "written to $output" >&2

@@ -241,7 +241,8 @@ def test_pbs_decode_decodes_the_same(server, sockets):
 
 
 def test_pbs_bench_measures_it(node, path):
-    command = [program("pbs-bench"), "--server", node.target, "--direction", "download"]
+    command = [program("pbs-bench"), "transfer", "--server", node.target]
+    command += ["--direction", "download"]
     command += ["--streams", "2", "--mib", "1", "--rounds", "1"]
     done = subprocess.run(
         [*command, "--shared-memory-socket", path], capture_output=True, text=True
