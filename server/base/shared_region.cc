@@ -18,6 +18,8 @@ namespace {
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 // Below this a huge page would round the resident size up noticeably.
 constexpr int64_t kHugePageBytesMin = 16 << 20;
+// More than any machine has; sums with it do not overflow.
+constexpr int64_t kBytesMax = int64_t{1} << 50;
 
 // Frees all pages. A page that is not wholly inside the hole would only be cleared.
 bool Punch(const FileDescriptor& file, int64_t bytes) {
@@ -35,6 +37,10 @@ absl::Status Refused(int64_t bytes) {
 
 absl::StatusOr<std::unique_ptr<SharedRegion>> SharedRegion::Create(int64_t bytes) {
   PBS_CHECK(bytes >= 1);
+  if (bytes > kBytesMax) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "cannot share ", bytes, " bytes of memory: they exceed ", kBytesMax));
+  }
   FileDescriptor file(memfd_create("pbs-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   // No F_SEAL_WRITE and no F_SEAL_FUTURE_WRITE: with either of them pages could not be
   // taken away.
