@@ -131,7 +131,6 @@ smollm2_models() {
 #: dataplane    uploads beside raw TCP; downloads beside raw TCP, protobuf messages, Arrow
 #:              Flight and shared memory (2 min)
 #:              OUTPUT=/tmp/x.json scripts/bench.sh dataplane --rounds 5: to another file
-# The model's KV cache is large and its prefill short.
 bench_dataplane() {
   local run_dir=$build_dir/bench_dataplane
   local output=${OUTPUT:-docs/results/data_plane.json}
@@ -140,9 +139,7 @@ bench_dataplane() {
   build_targets pbs-prefilld pbs-bench
   python_environment "$repo/.venv" numpy pyarrow
   mkdir -p "$run_dir" "$(dirname "$output")"
-  random_model "$run_dir/model" --dtype f32 --hidden-size 64 --intermediate-size 64 \
-    --layers 8 --heads 64 --kv-heads 64 --head-dim 128 --vocab-size 256 --positions 8192 \
-    --tied
+  dataplane_model "$run_dir/model"
   say "starting the server"
   trap 'stop_server || true' EXIT
   start_server "$run_dir/server.log" "$build_dir/bin/pbs-prefilld" --backend cpu \
@@ -156,6 +153,28 @@ bench_dataplane() {
   stop_server
   echo "written to $output" >&2
   [ "$output" != docs/results/data_plane.json ] || write_report
+}
+
+#: dataplane-profile  where the CPU time of a download goes, by perf (1 min)
+bench_dataplane-profile() {
+  local model=$build_dir/bench_dataplane/model
+  command -v perf >/dev/null || fail "there is no perf: install the package linux-perf"
+  install_packages "${build_packages[@]}"
+  build_targets pbs-prefilld pbs-bench
+  python_environment "$repo/.venv" numpy
+  dataplane_model "$model"
+  say "measuring"
+  PBS_BIN=$build_dir/bin "$python" "$repo/tests/bench/profile_data_plane.py" \
+    --model "$model" "$@"
+  write_report
+}
+
+# A large KV cache and a short prefill.
+dataplane_model() {
+  mkdir -p "$(dirname "$1")"
+  random_model "$1" --dtype f32 --hidden-size 64 --intermediate-size 64 \
+    --layers 8 --heads 64 --kv-heads 64 --head-dim 128 --vocab-size 256 --positions 8192 \
+    --tied
 }
 
 #: overlap      the share of a cache's transfer that hides behind the prefill, 32K tokens, the

@@ -59,16 +59,21 @@ absl::Status KvReceiver::Add(const wire::KvChunk& chunk) {
 
 absl::Status KvReceiver::Store(const wire::KvChunk& chunk, int64_t bytes) {
   if (region_ != nullptr) return StoreFromRegion(chunk, bytes);
-  // First, while the bytes are in the caches: the copy may go past them.
-  if (expected_.checksums) {
-    if (absl::Status sum = CheckSum(chunk); !sum.ok()) return sum;
-  }
   if (expected_.dtype == v1::F8_E4M3) {
+    if (expected_.checksums) {
+      if (absl::Status sum = CompareSum(chunk, wire::Crc32cOf(chunk)); !sum.ok()) {
+        return sum;
+      }
+    }
     wire::WidenFp8(chunk, expected_.page_tokens, expected_.head_dim, expected_.stored,
                    array_.data() + offset_ * ElementBytes(expected_.stored));
-  } else {
-    chunk.payload.CopyInto(array_.data() + offset_, array_.size());
+    return absl::OkStatus();
   }
+  std::byte* const target = array_.data() + offset_;
+  if (expected_.checksums) {
+    return CompareSum(chunk, chunk.payload.CopyInto(target, array_.size(), 0));
+  }
+  chunk.payload.CopyInto(target, array_.size());
   return absl::OkStatus();
 }
 
@@ -80,7 +85,7 @@ absl::Status KvReceiver::StoreFromRegion(const wire::KvChunk& chunk, int64_t byt
   const bool streamed = array_.size() >= wire::kStreamedBytesMin;
   std::byte* const target = array_.data() + offset_;
   if (expected_.checksums) {
-    return CompareSum(chunk, wire::CopyCrc32c(target, source, streamed));
+    return CompareSum(chunk, wire::CopyCrc32c(0, target, source, streamed));
   }
   if (streamed) {
     wire::StreamCopy(target, source.data(), source.size());
@@ -160,10 +165,6 @@ absl::Status KvReceiver::CheckPlace(const wire::KvChunk& chunk) const {
     }
   }
   return absl::OkStatus();
-}
-
-absl::Status KvReceiver::CheckSum(const wire::KvChunk& chunk) {
-  return CompareSum(chunk, wire::Crc32cOf(chunk));
 }
 
 absl::Status KvReceiver::CompareSum(const wire::KvChunk& chunk, uint32_t crc) {

@@ -95,7 +95,6 @@ class KvReceiver {
   absl::Status CheckRegion(const wire::KvChunk& chunk, int64_t bytes) const;
   absl::Status Store(const wire::KvChunk& chunk, int64_t bytes);
   absl::Status StoreFromRegion(const wire::KvChunk& chunk, int64_t bytes);
-  absl::Status CheckSum(const wire::KvChunk& chunk);
   absl::Status CompareSum(const wire::KvChunk& chunk, uint32_t crc);
   absl::Status EndArray(const wire::KvChunk& chunk);
 

@@ -178,27 +178,47 @@ PBS_CRC_FOLDING __m512i Factors() {
   return _mm512_set_epi64(b, a, b, a, b, a, b, a);
 }
 
+// The line at source + at. With kStreams it also goes to target + at, past the caches.
+template <bool kStreams>
+PBS_CRC_FOLDING __m512i Take(const std::byte* source,
+                             [[maybe_unused]] std::byte* target, size_t at) {
+  __m512i line = _mm512_loadu_si512(source + at);
+  if constexpr (kStreams) {
+    asm volatile("" : "+v"(line));  // the compiler cannot load it again
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), line);
+  }
+  return line;
+}
+
 // Carry-less products of 64 bits, eight at once (V. Gopal et al., "Fast CRC Computation
 // for Generic Polynomials Using PCLMULQDQ Instruction", 2009): four blocks of 64 bytes
 // are moved ahead by 256 bytes, again and again, which leaves the remainder as it is.
-// The last 16 bytes go through the CRC instruction. Takes whole blocks of 256 bytes off
-// `data` and `size`.
-PBS_CRC_FOLDING uint32_t UpdateFolding(uint32_t state, const std::byte*& data,
-                                       size_t& size) {
+// The last 16 bytes go through the CRC instruction. Takes whole blocks of 256 bytes
+// off; with kStreams it copies them to `target`, which is aligned to 64 bytes.
+template <bool kStreams>
+PBS_CRC_FOLDING uint32_t UpdateFolding(uint32_t state, std::byte*& target,
+                                       const std::byte*& source, size_t& size) {
   constexpr size_t kStride = 256;
   if (size < 2 * kStride) return state;
+  const auto advance = [&] {
+    source += kStride;
+    if constexpr (kStreams) target += kStride;
+    size -= kStride;
+  };
   const __m512i ahead_256 = Factors<2048>(), ahead_64 = Factors<512>();
   __m512i a = _mm512_xor_si512(
-      _mm512_loadu_si512(data + 0),
+      Take<kStreams>(source, target, 0),
       _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
-  __m512i b = _mm512_loadu_si512(data + 64), c = _mm512_loadu_si512(data + 128),
-          d = _mm512_loadu_si512(data + 192);
-  for (data += kStride, size -= kStride; size >= kStride;
-       data += kStride, size -= kStride) {
-    a = Fold(a, ahead_256, _mm512_loadu_si512(data + 0));
-    b = Fold(b, ahead_256, _mm512_loadu_si512(data + 64));
-    c = Fold(c, ahead_256, _mm512_loadu_si512(data + 128));
-    d = Fold(d, ahead_256, _mm512_loadu_si512(data + 192));
+  __m512i b = Take<kStreams>(source, target, 64);
+  __m512i c = Take<kStreams>(source, target, 128);
+  __m512i d = Take<kStreams>(source, target, 192);
+  advance();
+  while (size >= kStride) {
+    a = Fold(a, ahead_256, Take<kStreams>(source, target, 0));
+    b = Fold(b, ahead_256, Take<kStreams>(source, target, 64));
+    c = Fold(c, ahead_256, Take<kStreams>(source, target, 128));
+    d = Fold(d, ahead_256, Take<kStreams>(source, target, 192));
+    advance();
   }
   d = Fold(Fold(Fold(a, ahead_64, b), ahead_64, c), ahead_64, d);
 
@@ -229,12 +249,12 @@ void StreamWord(std::byte* target, uint64_t word) {
                   static_cast<long long>(word));         // NOLINT
 }
 
-// As UpdateThrees<12>(), of the words that it stores past the caches.
+// As UpdateThrees(), of the words that it stores past the caches.
+template <int kLog2StreamBytes>
 __attribute__((target("sse4.2"))) uint32_t StreamThrees(uint32_t state,
                                                         std::byte*& target,
                                                         const std::byte*& source,
                                                         size_t& size) {
-  constexpr int kLog2StreamBytes = 12;
   constexpr size_t kStreamBytes = size_t{1} << kLog2StreamBytes;
   static constexpr SkipTables kSkipStream = MakeSkipTables(kLog2StreamBytes);
   for (; size >= 3 * kStreamBytes; size -= 3 * kStreamBytes) {
@@ -260,11 +280,10 @@ __attribute__((target("sse4.2"))) uint32_t StreamThrees(uint32_t state,
 }
 
 // Takes off what it has copied; the rest is short.
-uint32_t StreamMost(uint32_t state, std::byte*& target, const std::byte*& source,
-                    size_t& size) {
+uint32_t StreamMost(CrcWay way, uint32_t state, std::byte*& target,
+                    const std::byte*& source, size_t& size) {
   constexpr size_t kLine = 64;  // bytes; half-written lines would go to memory twice
-  static const bool has_instruction = Runs(CrcWay::kInstruction);
-  if (!has_instruction) return state;
+  if (way == CrcWay::kTables) return state;
   const size_t head =
       std::min(size, -reinterpret_cast<uintptr_t>(target) & (kLine - 1));
   std::memcpy(target, source, head);
@@ -272,14 +291,17 @@ uint32_t StreamMost(uint32_t state, std::byte*& target, const std::byte*& source
   target += head;
   source += head;
   size -= head;
-  state = StreamThrees(state, target, source, size);
+  if (way == CrcWay::kProducts)
+    state = UpdateFolding<true>(state, target, source, size);
+  state = StreamThrees<12>(state, target, source, size);
+  state = StreamThrees<8>(state, target, source, size);
   _mm_sfence();  // streamed stores are not ordered with those that follow
   return state;
 }
 
 #else
 
-uint32_t StreamMost(uint32_t state, std::byte*&, const std::byte*&, size_t&) {
+uint32_t StreamMost(CrcWay, uint32_t state, std::byte*&, const std::byte*&, size_t&) {
   return state;
 }
 
@@ -299,7 +321,10 @@ CrcWay BestWay() {
 
 uint32_t Update(CrcWay way, uint32_t state, const std::byte* data, size_t size) {
 #if defined(__x86_64__)
-  if (way == CrcWay::kProducts) state = UpdateFolding(state, data, size);
+  if (way == CrcWay::kProducts) {
+    std::byte* nowhere = nullptr;
+    state = UpdateFolding<false>(state, nowhere, data, size);
+  }
   if (way != CrcWay::kTables) return UpdateSse42(state, data, size);
 #endif
   (void)way;
@@ -330,14 +355,18 @@ uint32_t ExtendCrc32cBy(CrcWay way, uint32_t crc, std::span<const std::byte> byt
   return ~Update(way, ~crc, bytes.data(), bytes.size());
 }
 
-uint32_t CopyCrc32c(std::byte* target, std::span<const std::byte> source,
+uint32_t CopyCrc32c(uint32_t crc, std::byte* target, std::span<const std::byte> source,
                     bool streamed) {
+  return CopyCrc32cBy(BestWay(), crc, target, source, streamed);
+}
+
+uint32_t CopyCrc32cBy(CrcWay way, uint32_t crc, std::byte* target,
+                      std::span<const std::byte> source, bool streamed) {
   constexpr size_t kPieceBytes = 64 << 10;  // still in the caches after it is copied
   const std::byte* from = source.data();
   size_t size = source.size();
-  const CrcWay way = BestWay();
-  uint32_t state = ~0u;
-  if (streamed) state = StreamMost(state, target, from, size);
+  uint32_t state = ~crc;
+  if (streamed) state = StreamMost(way, state, target, from, size);
   while (size > 0) {
     const size_t piece = std::min(size, kPieceBytes);
     std::memcpy(target, from, piece);

@@ -21,10 +21,10 @@ inline uint32_t Crc32c(std::span<const std::byte> bytes) {
   return ExtendCrc32c(0, bytes);
 }
 
-// Copies bytes that another process may change meanwhile, and returns the CRC-32C of
-// what was written to `target`. Each source byte is read once. With `streamed` the copy
-// goes past the caches (stream_copy.h).
-uint32_t CopyCrc32c(std::byte* target, std::span<const std::byte> source,
+// Copies bytes that another process may change meanwhile, and extends `crc` by what was
+// written to `target`. Each source byte is read once. With `streamed` the copy goes
+// past the caches (stream_copy.h).
+uint32_t CopyCrc32c(uint32_t crc, std::byte* target, std::span<const std::byte> source,
                     bool streamed);
 
 // How the CPU computes it; ExtendCrc32c() takes the last one that Runs().
@@ -32,6 +32,8 @@ enum class CrcWay : uint8_t { kTables, kInstruction, kProducts };
 bool Runs(CrcWay way);
 // The same in one way, which Runs(). For tests.
 uint32_t ExtendCrc32cBy(CrcWay way, uint32_t crc, std::span<const std::byte> bytes);
+uint32_t CopyCrc32cBy(CrcWay way, uint32_t crc, std::byte* target,
+                      std::span<const std::byte> source, bool streamed);
 
 // KvChunk.layer_digest: CRC-32C over the crc32c fields of a layer's chunks, in order,
 // each as 4 little-endian bytes. A missing, doubled or swapped chunk changes it.

@@ -16,6 +16,7 @@
 
 #include <grpcpp/support/slice.h>
 
+#include "proto/wire/crc32c.h"
 #include "proto/wire/stream_copy.h"
 
 namespace pbs::wire {
@@ -53,6 +54,16 @@ class Payload {
                  piece.size());
       target += piece.size();
     }
+  }
+  // As CopyInto(); returns the CRC-32C `crc`, extended by the payload.
+  uint32_t CopyInto(std::byte* target, size_t tensor_bytes, uint32_t crc) const {
+    const bool streamed = tensor_bytes >= kStreamedBytesMin;
+    for (const grpc::Slice& piece : pieces_) {
+      const auto* bytes = reinterpret_cast<const std::byte*>(piece.begin());
+      crc = CopyCrc32c(crc, target, {bytes, piece.size()}, streamed);
+      target += piece.size();
+    }
+    return crc;
   }
 
  private:

@@ -287,6 +287,16 @@ def crc(cell: dict) -> str:
     return ", checksums on" if cell["checksums"] else ", checksums off"
 
 
+def data_plane_profile(results: dict) -> str:
+    """CPU seconds of a GB by what the code did."""
+    sides = results["cpu_seconds_per_gb"]
+    names = list(sides["server"])
+    rows = [[name, f"{sides['server'][name]:.3f}", f"{sides['client'][name]:.3f}"]
+            for name in names]
+    sums = [f"{sum(sides[side].values()):.3f}" for side in ("server", "client")]
+    return table(["CPU-s/GB", "server", "client"], [*rows, ["all", *sums]])
+
+
 def kv_overlap(results: dict) -> str:
     """What of a transfer the consumer waits for."""
     rows = [
@@ -445,6 +455,7 @@ TABLES = {
     "cpu_memory": (memory, None),
     "quality": (quality, plot_quality),
     "data_plane": (data_plane, None),
+    "data_plane_profile": (data_plane_profile, None),
     "kv_overlap": (kv_overlap, None),
     "scheduling_simulation": (scheduling_simulation, plot_scheduling),
     "scheduling_cpu": (scheduling_cpu, None),

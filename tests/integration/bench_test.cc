@@ -219,6 +219,8 @@ INSTANTIATE_TEST_SUITE_P(
         RefusalCase{"direction", {"--direction", "up"}, "--direction: up not in"},
         RefusalCase{"checksums", {"--checksums", "yes"}, "--checksums: yes not in"},
         RefusalCase{"peers", {"--peers", "udp"}, "--peers: udp not in"},
+        RefusalCase{
+            "none_and_tcp", {"--peers", "none,tcp"}, "--peers none is beside others"},
         RefusalCase{"no_flight", {"--peers", "flight"}, "needs --flight COMMAND"},
         RefusalCase{
             "only_flight", {"--flight", "x"}, "--flight needs --peers with flight"}),

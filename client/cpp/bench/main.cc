@@ -51,9 +51,9 @@ void AddFlags(CLI::App& app, Flags& flags) {
       ->check(CLI::IsMember({"on", "off", "both"}));
   app.add_option("--peers", o.peers,
                  "what to compare with, a list of tcp, protobuf, flight; the last two "
-                 "only in downloads [tcp]")
+                 "only in downloads; none: nothing [tcp]")
       ->delimiter(',')
-      ->check(CLI::IsMember({"tcp", "protobuf", "flight"}))
+      ->check(CLI::IsMember({"tcp", "protobuf", "flight", "none"}))
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   app.add_option("--flight", o.flight,
                  "command of the Arrow Flight peer: a Python with pyarrow, and "

@@ -37,6 +37,9 @@ absl::Status Validate(const BenchOptions& options) {
                                           ? "--peers flight needs --flight COMMAND"
                                           : "--flight needs --peers with flight in it");
   }
+  if (options.compares("none") && options.peers.size() > 1) {
+    return absl::InvalidArgumentError("--peers none is beside others");
+  }
   for (auto at = options.streams.begin(); at != options.streams.end(); ++at) {
     if (absl::Status status = CheckRange("--streams", *at, 1, kStreamsMax);
         !status.ok()) {

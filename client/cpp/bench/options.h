@@ -21,7 +21,7 @@ struct BenchOptions {
   std::string direction = "both";  // upload, download
   std::vector<int32_t> streams = {1, 2};
   std::string checksums = "both";            // on, off
-  std::vector<std::string> peers = {"tcp"};  // tcp, protobuf, flight
+  std::vector<std::string> peers = {"tcp"};  // tcp, protobuf, flight, none
   std::string flight;                        // command of the Flight peer
   int32_t mib = 256;                         // of one transfer
   int32_t rounds = 15;
