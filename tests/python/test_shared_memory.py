@@ -396,26 +396,20 @@ def test_captured_queries_are_not_in_shared_memory(node, plain):
     plain.release(ticket)
 
 
-def test_a_server_without_the_setting_says_which_it_is(flags):
-    with running_server(*flags) as node, Client(node.target) as plain:
+def test_a_server_without_the_setting_says_which_it_is(node, flags, path):
+    with running_server(*flags) as other, Client(other.target) as plain:
         ticket = hold(plain, prompt(100))
-        assert status_of(node.target, ticket, shared_memory=True) == (
+        assert status_of(other.target, ticket, shared_memory=True) == (
             "FAILED_PRECONDITION",
             "shared_memory true: this server holds its caches in private memory; its "
             "setting shared_memory_socket is empty",
         )
-        with Client(node.target, shared_memory_socket="/nowhere/pbs") as client:
+        with Client(other.target, shared_memory_socket="/nowhere/pbs") as client:
             with pytest.raises(UnavailableError, match="shared memory at /nowhere/pbs"):
                 client.fetch(ticket)
-
-
-def test_the_socket_of_another_server_has_no_such_lease(flags, plain, path):
-    with running_server(*flags) as other, Client(
-        other.target, shared_memory_socket=str(path)
-    ) as client:
-        ticket = hold(client, prompt(100))
-        with pytest.raises(NotFoundError, match="or another server holds it"):
-            client.fetch(ticket)
+        with Client(other.target, shared_memory_socket=str(path)) as client:
+            with pytest.raises(NotFoundError, match="or another server holds it"):
+                client.fetch(ticket)  # the socket is another server's
 
 
 AS_ANOTHER_USER = """
