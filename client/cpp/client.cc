@@ -208,7 +208,7 @@ absl::Status Client::Fetch(v1::FetchRequest request, KvTarget& target,
                    std::min(options_.connect_timeout, terms.deadline - absl::Now()));
   if (!mapped.ok()) return mapped.status();
   const v1::KvTicket ticket = request.ticket();
-  const KvRegion region = {(*mapped)->bytes(), [this, &ticket, &terms] {
+  const KvRegion region = {(*mapped)->bytes(), *mapped, [this, &ticket, &terms] {
                              return Describe(ticket, terms).status();
                            }};
   KvReceiver receiver(expected, target, &region);

@@ -41,7 +41,7 @@ absl::Status KvReceiver::Add(const wire::KvChunk& chunk) {
   if (resumed_ && begins && chunk.layer == layer_) Rewind();
   resumed_ = false;
   if (absl::Status place = CheckPlace(chunk); !place.ok()) return place;
-  if (offset_ == 0) {
+  if (offset_ == 0 && !views()) {
     const int64_t bytes = expected_.stored_bytes();
     array_ = target_.Array(layer_, kind_, bytes);
     if (static_cast<int64_t>(array_.size()) != bytes) {
@@ -82,6 +82,14 @@ absl::Status KvReceiver::StoreFromRegion(const wire::KvChunk& chunk, int64_t byt
   if (absl::Status place = CheckRegion(chunk, bytes); !place.ok()) return place;
   const auto source =
       region_->bytes.subspan(chunk.region_offset, static_cast<size_t>(bytes));
+  if (views()) {
+    if (expected_.checksums) {
+      absl::Status sum = CompareSum(chunk, wire::Crc32c(source));
+      if (!sum.ok()) return sum;
+    }
+    target_.OnView({layer_, kind_, offset_, source, region_->owner});
+    return absl::OkStatus();
+  }
   const bool streamed = array_.size() >= wire::kStreamedBytesMin;
   std::byte* const target = array_.data() + offset_;
   if (expected_.checksums) {

@@ -2,12 +2,14 @@
 // checksum and layer digest of each. Chunks of F8_E4M3 are widened on arrival.
 //
 // Threading: one thread. Memory: copies each payload once, into the target, or each
-// place in shared memory; F8_E4M3 needs a chunk more.
+// place in shared memory, which targets may also use where it lies; F8_E4M3 needs a
+// chunk more.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 
@@ -18,6 +20,15 @@
 
 namespace pbs::client {
 
+// A piece of a (layer, kind) array where it lies in shared memory.
+struct KvView {
+  int32_t layer = 0;
+  v1::KvChunk::Kind kind = v1::KvChunk::K;
+  int64_t offset = 0;  // within the array
+  std::span<const std::byte> bytes;
+  std::shared_ptr<const void> region;  // keeps the bytes mapped
+};
+
 // Memory for the arrays of a cache.
 class KvTarget {
  public:
@@ -27,6 +38,12 @@ class KvTarget {
   // the array.
   virtual std::span<std::byte> Array(int32_t layer, v1::KvChunk::Kind kind,
                                      int64_t bytes) = 0;
+  // A target that can use shared memory where it lies gets checked views instead of
+  // Array(), in the order of the arrays. The bytes read zeros when the lease ends. So
+  // what was made of them counts only if Client::Describe() finds the lease after that.
+  // Without shared memory Array() is called as for any other target.
+  virtual bool TakesViews() const { return false; }
+  virtual void OnView(const KvView& /*view*/) {}
   // Called when the layer's keys and values are complete and checked.
   virtual void OnLayer(int32_t /*layer*/) {}
 };
@@ -53,6 +70,7 @@ struct KvExpectation {
 // away when the lease ends; it then reads zeros.
 struct KvRegion {
   std::span<const std::byte> bytes;
+  std::shared_ptr<const void> owner;  // keeps them mapped
   // OK while nothing was taken away. Called before OnLayer() when there are no
   // checksums, by which that would be noticed.
   std::function<absl::Status()> still_held;
@@ -91,6 +109,7 @@ class KvReceiver {
   void Rewind();
 
  private:
+  bool views() const { return region_ != nullptr && target_.TakesViews(); }
   absl::Status CheckPlace(const wire::KvChunk& chunk) const;
   absl::Status CheckRegion(const wire::KvChunk& chunk, int64_t bytes) const;
   absl::Status Store(const wire::KvChunk& chunk, int64_t bytes);

@@ -242,7 +242,8 @@ def plot_quality(results: dict) -> None:
 
 PEER_NAMES = {"pbs": "ours", "tcp": "raw TCP", "protobuf": "protobuf messages",
               "flight": "Arrow Flight", "shm copy": "ours, shared memory, mapped anew",
-              "shm copy kept": "ours, shared memory, mapped before"}
+              "shm copy kept": "ours, shared memory, mapped before",
+              "shm view": "ours, shared memory, used in place"}
 
 
 def data_plane(results: dict) -> str:

@@ -251,8 +251,10 @@ def test_pbs_bench_measures_it(node, path):
     cells = json.loads(done.stdout)["cells"]
     peers = ("pbs", "shm copy", "shm copy kept")
     assert [(cell["peer"], cell.get("checksums")) for cell in cells] == [
-        (peer, checksums) for checksums in (True, False) for peer in peers
-    ] + [("tcp", None)]
+        *((peer, True) for peer in (*peers, "shm view")),
+        *((peer, False) for peer in peers),
+        ("tcp", None),
+    ]
     assert all("ratio_to_tcp" in cell for cell in cells[:-1])
 
 

@@ -46,15 +46,10 @@ class Download final : public Transfer {
   }
 
   absl::Status Run(int32_t stream) override {
-    const LayerRange layers = LayersOf(source_.kv, label().streams, stream);
-    v1::FetchRequest request;
-    *request.mutable_ticket() = source_.kv.lease().ticket();
-    request.set_layer_begin(layers.begin);
-    request.set_layer_count(layers.count);
-    request.set_chunk_bytes(chunk_bytes_);
-    request.set_checksums(label().checksums);
     BlockTarget target(source_.memory);
-    return clients_[stream]->Fetch(request, target);
+    return clients_[stream]->Fetch(
+        PartOf(source_, label().streams, stream, label().checksums, chunk_bytes_),
+        target);
   }
 
   absl::Status Check() override {
@@ -73,6 +68,18 @@ class Download final : public Transfer {
 LayerRange LayersOf(const v1::KvDescriptor& kv, int32_t streams, int32_t stream) {
   const int32_t begin = kv.num_layers() * stream / streams;
   return {.begin = begin, .count = kv.num_layers() * (stream + 1) / streams - begin};
+}
+
+v1::FetchRequest PartOf(const DownloadSource& source, int32_t streams, int32_t stream,
+                        bool checksums, int32_t chunk_bytes) {
+  const LayerRange layers = LayersOf(source.kv, streams, stream);
+  v1::FetchRequest request;
+  *request.mutable_ticket() = source.kv.lease().ticket();
+  request.set_layer_begin(layers.begin);
+  request.set_layer_count(layers.count);
+  request.set_chunk_bytes(chunk_bytes);
+  request.set_checksums(checksums);
+  return request;
 }
 
 absl::Status FetchReference(client::Client& client, int32_t chunk_bytes,

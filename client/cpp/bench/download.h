@@ -28,6 +28,10 @@ struct LayerRange {
 // The layers that stream `stream` of `streams` fetches.
 LayerRange LayersOf(const v1::KvDescriptor& kv, int32_t streams, int32_t stream);
 
+// What stream `stream` of `streams` asks for.
+v1::FetchRequest PartOf(const DownloadSource& source, int32_t streams, int32_t stream,
+                        bool checksums, int32_t chunk_bytes);
+
 // Fetches `source.kv` once with checksums and sets `source.crc32c`. FailedPrecondition
 // when the cache is not complete.
 absl::Status FetchReference(client::Client& client, int32_t chunk_bytes,

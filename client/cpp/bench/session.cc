@@ -227,6 +227,10 @@ absl::Status Session::AddShared(int32_t streams, bool checksums) {
     if (!made.ok()) return made.status();
     Add(*std::move(made));
   }
+  if (!checksums) return absl::OkStatus();  // nothing would read the bytes
+  auto view = MakeSharedMemoryView(options_, source_, streams);
+  if (!view.ok()) return view.status();
+  Add(*std::move(view));
   return absl::OkStatus();
 }
 

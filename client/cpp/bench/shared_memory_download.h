@@ -26,4 +26,9 @@ absl::StatusOr<std::unique_ptr<Transfer>> MakeSharedMemoryDownload(
     const BenchOptions& options, const DownloadSource& source, int32_t streams,
     bool checksums, Mapping mapping);
 
+// "shm view": the bytes are checked where they lie, in a mapping that is kept, and
+// copied nowhere: for consumers that use them there. Else as above.
+absl::StatusOr<std::unique_ptr<Transfer>> MakeSharedMemoryView(
+    const BenchOptions& options, const DownloadSource& source, int32_t streams);
+
 }  // namespace pbs::bench

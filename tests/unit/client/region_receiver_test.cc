@@ -36,6 +36,8 @@ class RegionReceiverSpec : public testing::Test, public KvTarget {
     array.resize(static_cast<size_t>(bytes));
     return array;
   }
+  bool TakesViews() const override { return takes_views_; }
+  void OnView(const KvView& view) override { views_.push_back(view); }
   void OnLayer(int32_t layer) override { layers_.push_back(layer); }
 
   static KvExpectation Expected(bool checksums) {
@@ -83,12 +85,14 @@ class RegionReceiverSpec : public testing::Test, public KvTarget {
   std::vector<std::byte> memory_;
   absl::Status held_ = absl::OkStatus();
   int asked_ = 0;
-  const KvRegion region_{memory_, [this] {
+  const KvRegion region_{memory_, nullptr, [this] {
                            ++asked_;
                            return held_;
                          }};
   std::map<std::pair<int32_t, int>, std::vector<std::byte>> arrays_;
   std::vector<int32_t> layers_;
+  bool takes_views_ = false;
+  std::vector<KvView> views_;
 };
 
 TEST_F(RegionReceiverSpec, PutsPlacesIntoTheCallersArrays) {
@@ -129,6 +133,47 @@ TEST_F(RegionReceiverSpec, WithoutChecksumsTheLeaseIsAskedForBeforeALayerIsDone)
   EXPECT_TRUE(layers_.empty());
 }
 
+TEST_F(RegionReceiverSpec, GivesViewsToATargetThatTakesThem) {
+  takes_views_ = true;
+  KvReceiver receiver(Expected(true), *this, &region_);
+  for (const wire::KvChunk& chunk : Chunks()) ASSERT_TRUE(receiver.Add(chunk).ok());
+  EXPECT_TRUE(receiver.complete());
+  EXPECT_TRUE(arrays_.empty()) << "nothing is copied";
+  ASSERT_EQ(views_.size(), size_t{2 * kLayers * kHeads});
+  const std::byte* next = memory_.data();
+  for (const KvView& view : views_) {
+    EXPECT_EQ(view.bytes.data(), next);
+    EXPECT_EQ(view.bytes.size(), kHeadBytes);
+    EXPECT_EQ(view.offset, (next - memory_.data()) % static_cast<int64_t>(kPlaneBytes));
+    next += kHeadBytes;
+  }
+  EXPECT_EQ(views_.back().layer, 1);
+  EXPECT_EQ(views_.back().kind, v1::KvChunk::V);
+  EXPECT_EQ(layers_, (std::vector<int32_t>{0, 1}));
+}
+
+TEST_F(RegionReceiverSpec, GivesNoViewOfMemoryThatWasTakenAway) {
+  takes_views_ = true;
+  KvReceiver receiver(Expected(true), *this, &region_);
+  const std::vector<wire::KvChunk> chunks = Chunks();
+  std::fill(memory_.begin(), memory_.end(), std::byte{0});
+  EXPECT_TRUE(absl::IsDataLoss(receiver.Add(chunks[0])));
+  EXPECT_TRUE(views_.empty());
+}
+
+TEST_F(RegionReceiverSpec, WithoutSharedMemoryATargetOfViewsGetsArrays) {
+  takes_views_ = true;
+  KvReceiver receiver(Expected(true), *this);
+  for (wire::KvChunk chunk : Chunks()) {
+    const auto bytes = std::span(memory_).subspan(chunk.region_offset, kHeadBytes);
+    chunk.payload = wire::Payload(grpc::Slice(bytes.data(), bytes.size()));
+    ASSERT_TRUE(receiver.Add(chunk).ok());
+  }
+  EXPECT_TRUE(views_.empty());
+  const auto& last = arrays_.at({1, v1::KvChunk::V});
+  EXPECT_TRUE(std::equal(last.begin(), last.end(), memory_.end() - kPlaneBytes));
+}
+
 struct BadPlaceCase {
   const char* name;
   std::function<void(wire::KvChunk&)> change;  // of the second chunk
@@ -139,7 +184,9 @@ class BadPlaceSpec : public RegionReceiverSpec,
                      public testing::WithParamInterface<BadPlaceCase> {};
 
 TEST_P(BadPlaceSpec, IsDataLoss) {
-  for (bool checksums : {true, false}) {
+  for (int form = 0; form < 4; ++form) {
+    const bool checksums = form % 2 == 0;
+    takes_views_ = form / 2 == 0;
     KvReceiver receiver(Expected(checksums), *this, &region_);
     std::vector<wire::KvChunk> chunks = Chunks();
     ASSERT_TRUE(receiver.Add(chunks[0]).ok());
