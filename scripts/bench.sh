@@ -128,9 +128,9 @@ smollm2_models() {
   "$python" "$maker" --out "$folder-exposed" --expose-hidden
 }
 
-#: dataplane    uploads beside raw TCP; downloads beside raw TCP, protobuf messages, Arrow
-#:              Flight and shared memory (2 min)
-#:              OUTPUT=/tmp/x.json scripts/bench.sh dataplane --rounds 5: to another file
+#: dataplane    uploads beside raw TCP; downloads beside raw TCP, protobuf messages and Arrow
+#:              Flight; and, with a server that has it, out of shared memory (2 min)
+#:              OUTPUT=/tmp/x.json scripts/bench.sh dataplane --rounds 5: to other files
 bench_dataplane() {
   local run_dir=$build_dir/bench_dataplane
   local output=${OUTPUT:-docs/results/data_plane.json}
@@ -138,21 +138,25 @@ bench_dataplane() {
   install_packages "${build_packages[@]}"
   build_targets pbs-prefilld pbs-bench
   python_environment "$repo/.venv" numpy pyarrow
-  mkdir -p "$run_dir" "$(dirname "$output")"
   dataplane_model "$run_dir/model"
-  say "starting the server"
   trap 'stop_server || true' EXIT
+  transfer "$output" "" --peers tcp,protobuf,flight \
+    --flight "$python $repo/client/cpp/bench/flight_peer.py" "$@"
+  transfer "${output%.json}_shared.json" "$run_dir/kv.sock" --direction download \
+    --shared-memory-socket "$run_dir/kv.sock" "$@"
+  [ "$output" != docs/results/data_plane.json ] || write_report
+}
+
+transfer() { # OUTPUT SOCKET ARGUMENT of pbs-bench...
+  say "starting the server"
   start_server "$run_dir/server.log" "$build_dir/bin/pbs-prefilld" --backend cpu \
     --model "kv=$run_dir/model" --listen 127.0.0.1:0 --metrics-listen off \
-    --set "shared_memory_socket=$run_dir/kv.sock"
+    --set "shared_memory_socket=$2"
   say "measuring"
   "$build_dir/bin/pbs-bench" transfer --server "$address" --server-pid "$server" \
-    --shared-memory-socket "$run_dir/kv.sock" --peers tcp,protobuf,flight \
-    --flight "$python $repo/client/cpp/bench/flight_peer.py" \
-    --output "$output" "$@"
+    --output "$1" "${@:3}"
   stop_server
-  echo "written to $output" >&2
-  [ "$output" != docs/results/data_plane.json ] || write_report
+  echo "written to $1" >&2
 }
 
 #: dataplane-profile  where the CPU time of a download goes, by perf (1 min)

@@ -29,8 +29,8 @@ HERTZ = 1999
 WORK = {
     "left out": r"memset|pbs::(?!wire|client|server)|clear_page|pbs::server::.*(?:Engine|Model)",
     "copies of the kernel": r"_copy_(?:from|to)_iter|copy_user|rep_movs",
-    "checksums": r"UpdateFolding|UpdateSse42|UpdateThrees|Crc32c",
-    "copies into place": r"StreamCopy|memmove|memcpy",
+    # At the client one pass.
+    "checksums and copies into place": r"Update\w+|Crc32c|Stream\w+|memmove|memcpy",
     "network stack and scheduler of the kernel": r"kernel",
     "gRPC, protobuf and the rest": r"",
 }

@@ -250,19 +250,21 @@ def data_plane(results: dict) -> str:
     """Rates and CPU time of every peer; ours also as ratios of the medians' rounds."""
     goals = results["goals"]
     limit = goals["cpu_seconds_per_gb_max"]
+    peers = [peer for peer in ("tcp", "protobuf", "flight")
+             if any(cell["peer"] == peer for cell in results["cells"])]
+    ratios = [f"ratio_to_{peer}" for peer in peers]
     rows = []
     for cell in results["cells"]:
         rate, cpu = cell["gb_per_second"], cell["cpu_seconds_per_gb"]["median"]
         own = cell["peer"] == "pbs"
-        ratios = [f"ratio_to_{peer}" for peer in ("tcp", "protobuf", "flight")]
         rows.append(
             [cell["direction"], f"{cell['streams']}", PEER_NAMES[cell["peer"]] + crc(cell),
              f"{rate['median']:.2f} ({rate['min']:.2f}-{rate['max']:.2f})",
              *[ratio(cell, name, least_of(cell, name, goals)) for name in ratios],
              f"{cpu:.2f}" + (f" {'<=' if cpu <= limit else '**>**'} {limit}" if own else "")]
         )
-    head = ["direction", "streams", "way", "GB/s", "x raw TCP", "x protobuf", "x Flight",
-            "CPU-s/GB, goal"]
+    head = ["direction", "streams", "way", "GB/s",
+            *[f"x {PEER_NAMES[peer]}" for peer in peers], "CPU-s/GB, goal"]
     return table(head, rows)
 
 
@@ -456,6 +458,7 @@ TABLES = {
     "cpu_memory": (memory, None),
     "quality": (quality, plot_quality),
     "data_plane": (data_plane, None),
+    "data_plane_shared": (data_plane, None),
     "data_plane_profile": (data_plane_profile, None),
     "kv_overlap": (kv_overlap, None),
     "scheduling_simulation": (scheduling_simulation, plot_scheduling),
