@@ -19,6 +19,9 @@ for argument in "$@"; do
   esac
 done
 
+# Files of tests side by side, each with servers of its own.
+beside=(-n 2 --dist loadfile)
+
 install_packages "${build_packages[@]}"
 build_targets all
 
@@ -26,17 +29,18 @@ say "C++ tests and structure checks"
 ctest --test-dir "$build_dir" --output-on-failure -j "$jobs"
 
 if $python; then
-  python_environment "$repo/.venv" pytest h2 "$repo/client/python[gateway]"
+  python_environment "$repo/.venv" pytest pytest-xdist h2 "$repo/client/python[gateway]"
   say "Python client tests"
   PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin \
-    "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m "not peers and not vllm"
+    "$repo/.venv/bin/python" -m pytest -q "${beside[@]}" "$repo/tests/python" \
+    -m "not peers and not vllm"
 fi
 
 if $peers; then
-  python_environment "$repo/.venv" pytest h2 matplotlib vllm-router==0.1.17 \
+  python_environment "$repo/.venv" pytest pytest-xdist h2 matplotlib vllm-router==0.1.17 \
     "$repo/client/python[gateway]" "lm_eval[hf,longbench]>=0.4.13" "${peer_packages[@]}"
   say "tests against torch and transformers"
   PBS_PREFILLD=$build_dir/bin/pbs-prefilld PBS_BIN=$build_dir/bin \
-    "$repo/.venv/bin/python" -m pytest -q "$repo/tests/python" -m peers
+    "$repo/.venv/bin/python" -m pytest -q "${beside[@]}" "$repo/tests/python" -m peers
 fi
 say "all tests passed"

@@ -111,15 +111,16 @@ absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
   return format;
 }
 
-absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
+template <class Delivery>
+absl::StatusOr<KvFormat> DecodeKvFormat(const Delivery& delivery,
                                         int32_t chunk_bytes_default) {
   return DecodeCommon(delivery, chunk_bytes_default);
 }
 
-absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
-                                        int32_t chunk_bytes_default) {
-  return DecodeCommon(delivery, chunk_bytes_default);
-}
+template absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
+                                                 int32_t chunk_bytes_default);
+template absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
+                                                 int32_t chunk_bytes_default);
 
 absl::Status CheckSharedMemory(const v1::FetchRequest& request, DType held) {
   const auto refuse = [](absl::string_view field, absl::string_view why) {

@@ -53,9 +53,9 @@ struct KvFormat {
 // CheckSharedMemory() decides.
 absl::StatusOr<KvFormat> DecodeKvFormat(const v1::FetchRequest& request,
                                         int32_t chunk_bytes_default);
-absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Inline& delivery,
-                                        int32_t chunk_bytes_default);
-absl::StatusOr<KvFormat> DecodeKvFormat(const v1::KvDelivery::Push& delivery,
+// Of a KvDelivery::Inline or ::Push.
+template <class Delivery>
+absl::StatusOr<KvFormat> DecodeKvFormat(const Delivery& delivery,
                                         int32_t chunk_bytes_default);
 
 // Shared memory has the bytes as they are held. InvalidArgument names the field of a
