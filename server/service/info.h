@@ -14,7 +14,7 @@
 namespace pbs::server {
 
 // Minor versions only add.
-inline constexpr char kProtocolVersion[] = "1.0";
+inline constexpr char kProtocolVersion[] = "1.1";
 
 v1::ModelInfo DescribeModel(const ServedModel& model);
 v1::ServerInfo DescribeServer(const ServiceOptions& options, const LeaseStore& leases,

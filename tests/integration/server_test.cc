@@ -122,7 +122,7 @@ TEST(InfoSpec, SaysWhatTheServerIs) {
   const auto info = node.NewClient()->GetServerInfo();
   ASSERT_TRUE(info.ok());
   EXPECT_EQ(info->version(), "1.2.3");
-  EXPECT_EQ(info->protocol_version(), "1.0");
+  EXPECT_EQ(info->protocol_version(), "1.1");
   EXPECT_EQ(info->epoch(), node.leases.epoch());
   EXPECT_EQ(info->backends(0).isa(), "avx2");
   EXPECT_THAT(info->methods(), testing::ElementsAre(v1::DENSE, v1::PRISM));

@@ -52,7 +52,7 @@ def assert_same_arrays(actual, expected) -> None:
 
 def test_the_server_says_what_it_is(client):
     info = client.info()
-    assert info.protocol_version == "1.0"
+    assert info.protocol_version == "1.1"
     assert "pbs" in info.methods
     assert info.backends[0].name == "cpu"
     assert info.limits.tokens_max > 0
@@ -318,7 +318,7 @@ def run_script(capsys, server, *words) -> dict:
 
 
 def test_the_script_prints_info_and_models(capsys, server):
-    assert run_script(capsys, server, "info")["protocol_version"] == "1.0"
+    assert run_script(capsys, server, "info")["protocol_version"] == "1.1"
     assert run_script(capsys, server, "models")["name"] == "recall"
 
 
