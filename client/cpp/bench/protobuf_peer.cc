@@ -34,10 +34,11 @@ class Source final : public v1::KvSource::Service {
                      grpc::ServerWriter<v1::KvChunk>* writer) override {
     const auto size = static_cast<size_t>(request->token_count());
     const auto chunk_bytes = static_cast<size_t>(request->chunk_bytes());
-    const std::byte* data = Memory(size);
-    if (data == nullptr || chunk_bytes == 0) {
+    const std::shared_ptr<const PageBuffer> memory = Memory(size);
+    if (memory == nullptr || chunk_bytes == 0) {
       return {grpc::StatusCode::RESOURCE_EXHAUSTED, "no memory"};
     }
+    const std::byte* data = memory->span().data();
     for (size_t offset = 0; offset < size; offset += chunk_bytes) {
       v1::KvChunk chunk;
       chunk.set_kind(v1::KvChunk::K);
@@ -48,21 +49,21 @@ class Source final : public v1::KvSource::Service {
     return grpc::Status::OK;
   }
 
-  // At least `size` bytes, the same at every call. No stream runs while it grows: the
-  // verification of each transfer asks for its bytes first.
-  const std::byte* Memory(size_t size) {
+  // At least `size` bytes, the same at every call. Streams keep what they read from
+  // when a longer one comes.
+  std::shared_ptr<const PageBuffer> Memory(size_t size) {
     absl::MutexLock lock(&mutex_);
-    if (memory_.span().size() < size) {
+    if (memory_ == nullptr || memory_->span().size() < size) {
       auto grown = PageBuffer::Allocate(static_cast<int64_t>(size));
       if (!grown.ok()) return nullptr;
-      memory_ = *std::move(grown);
-      FillUpload(memory_.span());
+      FillUpload(grown->span());
+      memory_ = std::make_shared<const PageBuffer>(*std::move(grown));
     }
-    return memory_.span().data();
+    return memory_;
   }
 
   absl::Mutex mutex_;
-  PageBuffer memory_;
+  std::shared_ptr<const PageBuffer> memory_;
 };
 
 [[noreturn]] void RunPeer(int output) {
