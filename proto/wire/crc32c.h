@@ -1,9 +1,9 @@
 // CRC-32C (Castagnoli) of chunks and layers: the checksum of every KV transfer.
 //
 // It is implemented here because the supported distributions have no library whose
-// CRC-32C chooses the instruction set at run time. Bytes per cycle from the caches, on
-// a Sapphire Rapids: carry-less products of AVX-512 about 25, three streams of
-// SSE 4.2's instruction about 8. Other CPUs use tables, eight bytes per step.
+// CRC-32C chooses the instruction set at run time. In the caches, carry-less products
+// of AVX-512 are the fastest way, before three streams of SSE 4.2's instruction. Other
+// CPUs use tables, eight bytes per step.
 //
 // Threading: stateless functions; a LayerDigest belongs to one thread.
 #pragma once

@@ -2,9 +2,10 @@
 
 Modules of this package: client.py (Client), options.py (Attention, and the methods:
 Dense, Pbs, ...), attend_options.py (Packed, Given, Timing, Synthetic),
-prefill_options.py (Inline, Lease, Push, Logits), sink.py (KvSink), kv.py (KvPart, KvFormat and caches),
-capture.py (heads of a model, and their files), results.py, block_lists.py, errors.py,
-safetensors_file.py and, with torch and transformers installed, hf.py.
+prefill_options.py (Inline, Lease, Push, Logits), sink.py (KvSink), kv.py (KvPart,
+KvFormat and caches), capture.py (heads of a model, and their files), results.py,
+block_lists.py, errors.py, safetensors_file.py and, with torch and transformers
+installed, hf.
 """
 
 from pbs_client._attend import AttendResult

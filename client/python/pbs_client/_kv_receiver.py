@@ -17,7 +17,7 @@ import numpy as np
 from pbs_client import _checksum, _fp8, _messages, dtypes
 from pbs_client._wire import KvChunk
 from pbs_client.errors import CorruptDataError
-from pbs_client.kv import Array, Span
+from pbs_client.kv import Array, KvCache, Span
 
 LAYOUT_NUMBERS = _messages.enum_numbers("KvLayout")
 
@@ -209,6 +209,31 @@ class KvReceiver:
             raise self._corrupt("the transfer ended before this byte")
         return tuple(
             tuple(arrays[kind] for arrays in self._arrays) for kind in self.shape.kinds
+        )
+
+    def cache(
+        self,
+        *,
+        prompt_tokens: int,
+        model_digest: str,
+        sparsity_digest: str,
+        first_token: int | None = None,
+    ) -> KvCache:
+        """All keys and values. CorruptDataError when bytes are missing."""
+        k, v = self.finish()
+        shape = self.shape
+        return KvCache(
+            k=k,
+            v=v,
+            layers=shape.layers,
+            tokens=shape.tokens,
+            heads=shape.heads,
+            prompt_tokens=prompt_tokens,
+            layout=shape.layout,
+            model_digest=model_digest,
+            sparsity_digest=sparsity_digest,
+            first_token=first_token,
+            wire_dtype=shape.wire_dtype,
         )
 
     def _begin_layer(self) -> None:

@@ -113,20 +113,12 @@ class FetchPlan:
 
     def cache(self, receiver: KvReceiver) -> KvCache:
         """The whole cache. CorruptDataError when bytes are missing."""
-        k, v = receiver.finish()
         ticket = self.descriptor.ticket
-        return KvCache(
-            k=k,
-            v=v,
-            layers=self.shape.layers,
-            tokens=self.shape.tokens,
-            heads=self.shape.heads,
+        return receiver.cache(
             prompt_tokens=self.descriptor.num_tokens,
-            layout=self.shape.layout,
             model_digest=ticket.model_digest,
             sparsity_digest=ticket.sparsity_digest,
             first_token=self.descriptor.first_token,
-            wire_dtype=self.shape.wire_dtype,
         )
 
 

@@ -222,20 +222,11 @@ def _ticket_of(message: Any) -> KvTicket | None:
 
 
 def _cache(receiver: KvReceiver, done: Any) -> KvCache:
-    k, v = receiver.finish()
-    shape = receiver.shape
-    return KvCache(
-        k=k,
-        v=v,
-        layers=shape.layers,
-        tokens=shape.tokens,
-        heads=shape.heads,
-        prompt_tokens=shape.tokens.count,
-        layout=shape.layout,
+    return receiver.cache(
+        prompt_tokens=receiver.shape.tokens.count,
         model_digest=done.model_digest,
         sparsity_digest=done.sparsity_digest,
         first_token=done.first_token_id,
-        wire_dtype=shape.wire_dtype,
     )
 
 

@@ -48,8 +48,6 @@ class PushHeader:
     wire_dtype: str | None = None
 
 
-
-
 def shape_of(message: bytes) -> tuple[PushHeader, KvShape]:
     """The header and what its chunks must be. CorruptDataError when it is wrong."""
     first = _wire.parse(_messages.KvChunk, message)

@@ -245,7 +245,11 @@ class KvSink:
                 yield self._ack(header, received)
             if not receiver.is_complete:
                 push.raise_if_left()
-            cache = _cache_of(header, receiver)
+            cache = receiver.cache(
+                prompt_tokens=header.num_tokens,
+                model_digest=header.model_digest,
+                sparsity_digest=header.sparsity_digest,
+            )
             kept = True
         finally:
             if not kept:
@@ -381,21 +385,3 @@ def _server_options(listen: str) -> dict[str, Any]:
         "grpc.http2.max_ping_strikes": 0,
         "grpc.so_reuseport": 0,  # an address that is taken is an error
     }
-
-
-def _cache_of(header: PushHeader, receiver: KvReceiver) -> KvCache:
-    """The whole cache. CorruptDataError when bytes are missing."""
-    k, v = receiver.finish()
-    shape = receiver.shape
-    return KvCache(
-        k=k,
-        v=v,
-        layers=shape.layers,
-        tokens=shape.tokens,
-        heads=shape.heads,
-        prompt_tokens=header.num_tokens,
-        layout=header.layout,
-        model_digest=header.model_digest,
-        sparsity_digest=header.sparsity_digest,
-        wire_dtype=header.wire_dtype,
-    )
